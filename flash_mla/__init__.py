@@ -1,0 +1,1 @@
+from flash_mla.errors import *  # noqa: F403
