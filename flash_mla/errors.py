@@ -46,8 +46,7 @@ class FlashMLAError(ValueError):
 
     def __str__(self) -> str:
         return (
-            f"{self.cause}\n"
-            f"  given:    {self.given}\n"
+            f"\n  given:    {self.given}\n"
             f"  required: {self.required}\n"
             f"  cause:    {self.cause}\n"
             f"  fix:      {self.fix}"

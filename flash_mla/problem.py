@@ -1,0 +1,163 @@
+"""What a call asks for, without its data: the key of a plan.
+
+A problem holds everything that selects a kernel and its config (dims, dtypes, strides, which optional inputs are
+there) and nothing that lives in device memory. Beside it stand the arguments: the tensors of one call, already
+normalised by `contract`, in the form that every backend's `launch` takes.
+
+A paged cache is always a strided page view, a tensor `[B, Hk, Nblk, 64, D]`: token t of request b and KV head h is at
+`view[b, h, block_table[b, t // 64], t % 64]`. The reference's per-request slabs, a pool that all requests share (batch
+stride 0) and a serving engine's `[num_blocks, 64, Hk, D]` pool differ only in its strides.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Tokens in a block (cache page). Fixed by the reference."""
+
+FP8 = torch.float8_e4m3fn
+DTYPES = (FP8, torch.bfloat16, torch.float16, torch.float32)
+"""The dtypes that q, k, v and caches may have, all the same in one call."""
+
+MaskKind = Literal["none", "bool", "float"]
+
+
+class DecodeProblem(NamedTuple):
+    """A decode call: S_q query tokens a request against its paged cache.
+
+    Strides are in elements. `alias` says that V is the first Dv columns of K's memory (MLA), so that a backend reads
+    each row once. Without a mask, query i of S_q sees keys `t <= seq_lens[b] - S_q + i`; with one (`mask`), the mask
+    and `t < seq_lens[b]` decide.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    B: int
+    Hq: int
+    Hk: int
+    S_q: int
+    D: int
+    Dv: int
+    Nblk: int
+    table_blocks: int
+    q_strides: tuple[int, ...]
+    k_strides: tuple[int, ...]
+    v_strides: tuple[int, ...]
+    alias: bool
+    mask: MaskKind
+    descale: bool
+    sink: bool
+
+    @property
+    def ratio(self) -> int:
+        """Query heads that share one KV head."""
+        return self.Hq // self.Hk
+
+
+class DecodeArgs(NamedTuple):
+    """The tensors of one decode call, normalised.
+
+    q [B, Hq, S_q, D]; k [B, Hk, Nblk, 64, D] and v [B, Hk, Nblk, 64, Dv] page views; block_table [B, table_blocks]
+    and seq_lens [B], int32 or int64; mask [B, Hq, S_q, L] bool or floating, expanded (stride 0 on broadcast dims);
+    q_descale, k_descale, v_descale [B, Hk] FP32, expanded; attn_sink [Hq] FP32; out [B, Hq, S_q, Dv] contiguous;
+    lse [B, Hq, S_q] FP32 contiguous, natural log.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    mask: Tensor | None
+    q_descale: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
+    attn_sink: Tensor | None
+    softmax_scale: float
+    out: Tensor
+    lse: Tensor | None
+
+
+class PrefillProblem(NamedTuple):
+    """A prefill call: P query tokens a request against S_kv keys, contiguous or paged.
+
+    `paged` tells whether k and v are page views or `[B, Hk, S_kv, D]`. `causal` keeps, for the query at position p,
+    the keys `t <= p`, where p is its row plus `start_pos[b]`. The mask, the block mask, causality and the key length
+    combine by AND.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    B: int
+    Hq: int
+    Hk: int
+    P: int
+    S_kv: int
+    D: int
+    Dv: int
+    q_strides: tuple[int, ...]
+    k_strides: tuple[int, ...]
+    v_strides: tuple[int, ...]
+    paged: bool
+    alias: bool
+    causal: bool
+    mask: MaskKind
+    block_mask: bool
+    seq_lens: bool
+    start_pos: bool
+    descale: bool
+    sink: bool
+
+    @property
+    def ratio(self) -> int:
+        """Query heads that share one KV head."""
+        return self.Hq // self.Hk
+
+
+class PrefillArgs(NamedTuple):
+    """The tensors of one prefill call, normalised.
+
+    q [B, Hq, P, D], last dim contiguous; k [B, Hk, S_kv, D] and v [B, Hk, S_kv, Dv], or page views beside block_table
+    [B, table_blocks]; seq_lens [B] keys a request (None: S_kv); start_pos [B] position of the first query (None: 0);
+    mask [B, Hq, P, S_kv] bool or floating, expanded; block_mask [B, Hq, ceil(P/64), ceil(S_kv/64)] bool, expanded;
+    descales, sink, out [B, Hq, P, Dv] and lse [B, Hq, P] as in DecodeArgs.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block_table: Tensor | None
+    seq_lens: Tensor | None
+    start_pos: Tensor | None
+    mask: Tensor | None
+    block_mask: Tensor | None
+    q_descale: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
+    attn_sink: Tensor | None
+    softmax_scale: float
+    out: Tensor
+    lse: Tensor | None
+
+
+class AppendArgs(NamedTuple):
+    """New rows for a paged cache: token i of request b goes to position `start_pos[b] + i`.
+
+    k [B, Hk, P, D] and v [B, Hk, P, Dv] in the caches' dtype; k_cache and v_cache page views; block_table; start_pos
+    [B] (None: 0). v and v_cache are None for a latent cache, whose V lies inside K. Rows at or past num_tokens[b]
+    (None: P) are not written.
+    """
+
+    k: Tensor
+    v: Tensor | None
+    k_cache: Tensor
+    v_cache: Tensor | None
+    block_table: Tensor
+    start_pos: Tensor | None
+    num_tokens: Tensor | None
