@@ -1,0 +1,294 @@
+"""FP8 (e4m3): tensors with a descale factor, and the cache row formats, named, byte-exact and checked on entry.
+
+A descale factor turns the stored value into the real one: real = stored * descale. Values beyond 448 * descale
+saturate; NaN stays NaN.
+
+The row formats hold one MLA latent a token (a latent of `quantised` dims and, in two of them, a BF16 rope part). FP8
+and BF16 dims are told apart because rope quantised with the latent's scale saturates. Sources: DeepSeek FlashMLA,
+`tests/quant.py` (V3.2, MODEL1, V4.1: bytes and scales are the same as what its quantiser writes); vLLM's
+`fp8_ds_mla` is V3.2's row; the flat row is TRT-LLM's and CUTLASS's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flash_mla.errors import BlockTableError, DTypeError, LayoutError, ShapeError
+from flash_mla.problem import BLOCK, FP8
+
+E4M3_MAX = 448.0
+SCALE_MIN = 1e-4
+"""Least scale of a tile before it is rounded up to a power of two (so 2^-13), as in DeepSeek's quantiser."""
+
+
+def quantise(x: Tensor, descale: float | Tensor | None = None, *, per_head: bool = False) -> tuple[Tensor, Tensor]:
+    """FP8 copy of `x` and the descale factor that reads it back.
+
+    Args:
+        x: [B, H, ...] BF16, FP16 or FP32.
+        descale: a float or a tensor that broadcasts to [B, H]; None takes max|x| / 448.
+        per_head: with descale None, one factor for each request and head instead of one for the tensor.
+
+    Returns:
+        x in e4m3, in x's shape; the factor, FP32 [] or [B, H] (a given tensor in its own shape).
+    """
+    if descale is None:
+        amax = x.abs().flatten(2).amax(dim=2).float() if per_head else x.abs().amax().float()
+        factor = (amax / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    else:
+        factor = torch.as_tensor(descale, dtype=torch.float32, device=x.device)
+    return _to_e4m3(x.float() / _per_row(factor, x)), factor
+
+
+def dequantise(x: Tensor, descale: float | Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The real values of e4m3 `x` [B, H, ...], in `dtype`; descale as in `quantise`."""
+    factor = torch.as_tensor(descale, dtype=torch.float32, device=x.device)
+    return (x.float() * _per_row(factor, x)).to(dtype)
+
+
+def _to_e4m3(x: Tensor) -> Tensor:
+    """e4m3 of FP32 x, saturating: the cast alone makes NaN of what is out of range."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(FP8)
+
+
+def _per_row(factor: Tensor, x: Tensor) -> Tensor:
+    """factor [] | [H] | [B|1, H|1] in the dims of x [B, H, ...]."""
+    return factor[(...,) + (None,) * (x.dim() - 2)] if factor.dim() else factor
+
+
+class _Parts(NamedTuple):
+    """The bytes of rows [..]: e4m3 [.., quantised], scales [.., scale_bytes] with their pad, BF16 rope [.., 2 * rope]."""
+
+    quantised: Tensor
+    scales: Tensor
+    rope: Tensor
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How one token's latent lies in a page of an FP8 cache.
+
+    Args:
+        name: what it is called.
+        quantised: leading dims, stored as e4m3.
+        rope: trailing dims, stored as BF16 (0: all dims are quantised).
+        tile: dims that share one stored scale; None: no scale in the row, one descale for the whole cache.
+        scale_dtype: of the stored scales, which are powers of two; FP32, or e8m0 (a bare exponent byte).
+        scale_bytes: bytes of a row's scales, its pad included.
+        page_split: a page holds the data of all its rows, then the scales of all; otherwise a row is
+            e4m3 | scales | rope.
+        page_multiple: a page's pitch is rounded up to a multiple of so many bytes.
+
+    Pages are [num_blocks, page, 1, row_bytes], of any 1-byte dtype, with rows one after another and a block stride of
+    at least `page_bytes(page)` unless there is one page only. With `page_split` a row of that tensor is no token's
+    row: the page's bytes are the unit. `slots` number tokens through the pages: block * page + offset.
+    """
+
+    name: str
+    quantised: int
+    rope: int
+    tile: int | None = None
+    scale_dtype: torch.dtype = torch.float32
+    scale_bytes: int = 0
+    page_split: bool = False
+    page_multiple: int = 1
+
+    @property
+    def head_dim(self) -> int:
+        """D: dims of a row before quantisation."""
+        return self.quantised + self.rope
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes a token, scales included."""
+        return self.quantised + 2 * self.rope + self.scale_bytes
+
+    def page_bytes(self, page: int = BLOCK) -> int:
+        """Bytes from one page to the next."""
+        return -(-page * self.row_bytes // self.page_multiple) * self.page_multiple
+
+    def empty(self, num_blocks: int, page: int = BLOCK, device: torch.device | str | None = None) -> Tensor:
+        """Uninitialised pages [num_blocks, page, 1, row_bytes] e4m3, at the format's page pitch."""
+        memory = torch.empty(num_blocks, self.page_bytes(page), dtype=torch.uint8, device=device)
+        return memory[:, : page * self.row_bytes].view(num_blocks, page, 1, self.row_bytes).view(FP8)
+
+    def quantise(self, rows: Tensor, descale: float | Tensor | None = None) -> Tensor:
+        """New pages that hold rows [num_blocks, page, 1, D] BF16.
+
+        Args:
+            rows: [num_blocks, page, 1, D] BF16.
+            descale: one factor for the whole cache, in the flat format; the others store their scales.
+        """
+        if rows.dim() != 4 or rows.shape[2] != 1:
+            raise self._rows_error(rows, "[num_blocks, page, 1, D]")
+        values = self._encode(rows[:, :, 0], descale)
+        pages = self.empty(rows.shape[0], rows.shape[1], rows.device)
+        for part, value in zip(self._parts(pages), values, strict=True):
+            part.copy_(value)
+        return pages
+
+    def dequantise(self, pages: Tensor, descale: float | Tensor | None = None) -> Tensor:
+        """The rows of pages, [num_blocks, page, 1, D] BF16."""
+        self.check(pages)
+        return self._decode(self._parts(pages), descale)[:, :, None]
+
+    def append(
+        self, pages: Tensor, slots: Tensor, k_nope: Tensor, k_rope: Tensor, descale: float | Tensor | None = None
+    ) -> None:
+        """Quantise N rows into their pages; reads `slots`, which waits for the GPU.
+
+        Args:
+            pages: [num_blocks, page, 1, row_bytes], written in place.
+            slots: [N] int32 or int64, all different; the row of a negative slot is dropped (a serving engine's pad).
+            k_nope: [N, D - 64] BF16, the latent.
+            k_rope: [N, 64] BF16, its rope part.
+            descale: as in `quantise`.
+        """
+        self.check(pages)
+        rows = torch.cat([k_nope, k_rope], dim=-1)
+        if slots.shape != rows.shape[:-1] or slots.dim() != 1:
+            raise self._rows_error(rows, f"[N, D] beside slots [N], not {list(slots.shape)}")
+        kept = slots >= 0
+        slots = slots[kept]
+        limit = pages.shape[0] * pages.shape[1]
+        if slots.numel() and (last := int(slots.max())) >= limit:
+            raise BlockTableError(given=f"slot {last}", required=f"slots < {limit}, the tokens that {limit} rows hold")
+        values = self._encode(rows[kept], descale)
+        index = (slots // pages.shape[1], slots % pages.shape[1])
+        for part, value in zip(self._parts(pages), values, strict=True):
+            part[index] = value
+
+    def read(self, pages: Tensor, slots: Tensor, descale: float | Tensor | None = None) -> Tensor:
+        """The rows of slots [..], [.., D] BF16; for a negative slot, that of slot 0 (the caller masks it)."""
+        self.check(pages)
+        slots = slots.clamp_min(0)
+        index = (slots // pages.shape[1], slots % pages.shape[1])
+        return self._decode(_Parts(*(part[index] for part in self._parts(pages))), descale)
+
+    def check(self, pages: Tensor) -> None:
+        """Refuse a tensor that cannot be pages of this format.
+
+        Sizes alone do not tell every format from every other: name the one that wrote the cache.
+        """
+        if pages.element_size() != 1:
+            raise DTypeError(
+                given=f"pages of {pages.dtype}",
+                required=f"{self.name}: a 1-byte dtype (float8_e4m3fn, uint8 or int8)",
+                cause="A row format is bytes",
+                fix="Pass `pages.view(torch.uint8)`",
+            )
+        if pages.dim() != 4 or pages.shape[2] != 1 or pages.shape[3] != self.row_bytes:
+            raise ShapeError(
+                given=f"pages {list(pages.shape)}",
+                required=f"{self.name}: [num_blocks, page, 1, {self.row_bytes}]",
+                cause=f"A row of {self.name} is {self.row_bytes} bytes, for one KV head",
+                fix="Name the format that the cache was written in",
+            )
+        num_blocks, page = pages.shape[:2]
+        pitched = num_blocks < 2 or self._is_pitch(pages.stride(0), page)
+        if not pitched or not pages[:1].is_contiguous():
+            raise LayoutError(
+                given=f"pages {list(pages.shape)} with strides {list(pages.stride())}",
+                required=f"{self.name}: contiguous rows, pages {self.page_bytes(page)} bytes apart "
+                f"(or more, by a multiple of {self.page_multiple})",
+                cause="The rows of a page do not lie one after another at the format's pitch",
+                fix="Allocate the pages with the format's empty(num_blocks)",
+            )
+
+    def _is_pitch(self, stride: int, page: int) -> bool:
+        return stride >= self.page_bytes(page) and stride % self.page_multiple == 0
+
+    def _parts(self, pages: Tensor) -> _Parts:
+        """Byte views [num_blocks, page, ..] of what checked pages hold."""
+        num_blocks, page = pages.shape[:2]
+        memory = pages.view(torch.uint8).view(num_blocks, page * self.row_bytes)
+        quantised, scales, rope = self.quantised, self.scale_bytes, 2 * self.rope
+        if not self.page_split:
+            return _Parts(*memory.unflatten(1, (page, -1)).split([quantised, scales, rope], dim=-1))
+        rows, scale_rows = memory.split([page * (quantised + rope), page * scales], dim=-1)
+        latent_part, rope_part = rows.unflatten(1, (page, -1)).split([quantised, rope], dim=-1)
+        return _Parts(latent_part, scale_rows.unflatten(1, (page, -1)), rope_part)
+
+    def _encode(self, rows: Tensor, descale: float | Tensor | None) -> _Parts:
+        """The bytes of rows [.., D] BF16."""
+        if rows.dtype != torch.bfloat16 or rows.shape[-1] != self.head_dim:
+            raise self._rows_error(rows, f"[.., {self.head_dim}]")
+        latent, rope = rows.split([self.quantised, self.rope], dim=-1)
+        if self.tile is None:
+            stored = _to_e4m3(latent.float() / self._descale(descale))
+            scales = stored.view(torch.uint8)[..., :0]
+        else:
+            self._descale(descale)
+            tiles = latent.float().unflatten(-1, (-1, self.tile))
+            scale = (tiles.abs().amax(dim=-1) / E4M3_MAX).clamp_min(SCALE_MIN).log2().ceil().exp2()
+            stored = (tiles / scale[..., None]).to(FP8).flatten(-2)
+            scales = scale.to(self.scale_dtype).view(torch.uint8)
+            scales = F.pad(scales, (0, self.scale_bytes - scales.shape[-1]))
+        return _Parts(stored.view(torch.uint8), scales, rope.contiguous().view(torch.uint8))
+
+    def _decode(self, parts: _Parts, descale: float | Tensor | None) -> Tensor:
+        """Rows [.., D] BF16 of their bytes."""
+        latent = parts.quantised.contiguous().view(FP8).float()
+        factor = self._descale(descale)
+        if self.tile is None:
+            latent = latent * factor
+        else:
+            scales = parts.scales.contiguous().view(self.scale_dtype)[..., : self.quantised // self.tile]
+            latent = (latent.unflatten(-1, (-1, self.tile)) * scales.float()[..., None]).flatten(-2)
+        if not self.rope:
+            return latent.bfloat16()
+        return torch.cat([latent.bfloat16(), parts.rope.contiguous().view(torch.bfloat16)], dim=-1)
+
+    def _descale(self, descale: float | Tensor | None) -> float | Tensor:
+        """The cache's one factor (1 if not given); refused where rows store their own scales."""
+        if descale is None:
+            return 1.0
+        if self.tile is not None or (isinstance(descale, Tensor) and descale.numel() != 1):
+            raise ShapeError(
+                given=f"descale {list(descale.shape) if isinstance(descale, Tensor) else descale}",
+                required=f"{self.name}: " + ("one factor for the cache" if self.tile is None else "no descale"),
+                cause="The flat format has one factor for the whole cache; in the others, each row stores its scales",
+                fix="Pass one float to the flat format, nothing to the others",
+            )
+        return descale
+
+    def _rows_error(self, rows: Tensor, required: str) -> ShapeError:
+        return ShapeError(
+            given=f"rows {list(rows.shape)} {rows.dtype}",
+            required=f"{self.name}: {required} bfloat16, D = {self.head_dim} ({self.quantised} FP8 + {self.rope} BF16)",
+            cause="The rows are not what this format quantises",
+            fix="Pass the latent and its rope part in BF16, or name another format",
+        )
+
+
+FP8_DS_MLA = RowFormat("fp8_ds_mla", quantised=512, rope=64, tile=128, scale_bytes=16)
+"""DeepSeek V3.2 and vLLM's `fp8_ds_mla`: 656 bytes, 512 e4m3 | 4 FP32 scales (one per 128) | 64 BF16 rope."""
+
+MODEL1 = RowFormat(
+    "model1",
+    quantised=448,
+    rope=64,
+    tile=64,
+    scale_dtype=torch.float8_e8m0fnu,
+    scale_bytes=8,
+    page_split=True,
+    page_multiple=576,
+)
+"""DeepSeek's MODEL1 (V4): 584 bytes; 448 e4m3 | 64 BF16 rope of all rows, then 7 e8m0 scales (one per 64) + 1 pad."""
+
+V41 = RowFormat("v4.1", quantised=512, rope=0, tile=32, scale_dtype=torch.float8_e8m0fnu, scale_bytes=16)
+"""DeepSeek V4.1: 528 bytes, 512 e4m3 (rope too) | 16 e8m0 scales (one per 32).
+
+A cache of before 2026.09.30 is as large but splits its pages as MODEL1 does; it cannot be told apart, and is misread.
+"""
+
+FLAT = RowFormat("flat", quantised=576, rope=0)
+"""576 e4m3, rope too, and one descale for the whole cache."""
+
+FORMATS = {format_.name: format_ for format_ in (FP8_DS_MLA, MODEL1, V41, FLAT)}
+"""The row formats by name."""
