@@ -1,1 +1,39 @@
-from flash_mla.errors import *  # noqa: F403
+"""Attention kernels for multi-head latent attention and grouped-query attention over paged KV caches."""
+
+from flash_mla.api import MLAMetadata, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
+from flash_mla.errors import (
+    BlockCountError,
+    BlockTableError,
+    CacheFullError,
+    DeviceError,
+    DTypeError,
+    FlashMLAError,
+    HeadGroupingError,
+    LayoutError,
+    MaskShapeError,
+    SequenceLengthError,
+    ShapeError,
+)
+from flash_mla.layout import BlockSparseLayout
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockCountError",
+    "BlockSparseLayout",
+    "BlockTableError",
+    "CacheFullError",
+    "DTypeError",
+    "DeviceError",
+    "FlashMLAError",
+    "HeadGroupingError",
+    "LayoutError",
+    "MLAMetadata",
+    "MaskShapeError",
+    "SequenceLengthError",
+    "ShapeError",
+    "flash_mla_prefill",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+    "mha_fwd_kvcache",
+]

@@ -1,0 +1,174 @@
+"""The truth in float64: obvious and slow, one request and one head at a time. It shares no code with a backend.
+
+Each function takes the tensors of a public function and returns (out, lse) in float64. Nothing is validated.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["decode_reference", "mha_reference", "prefill_reference"]
+
+BLOCK = 64
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor | None, scale: float, sink: float | None):
+    """q [M, D], k [S, D], v [S, Dv], keep [M, S] bool, bias [M, S] or None -> out [M, Dv], lse [M]."""
+    scores = scale * (q @ k.T)
+    if bias is not None:
+        scores = scores + bias.double()
+    scores = scores.masked_fill(~keep, -math.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[:, None])
+    out = weights @ v
+    if sink is not None:
+        out = out * torch.nan_to_num(1.0 / (1.0 + torch.exp(sink - lse)))[:, None]
+    return out, lse
+
+
+def gather(cache: Tensor, table_row: Tensor, b: int, h: int, length: int) -> Tensor:
+    """The first `length` rows of request b, head h of a page view, in order, in float64: [length, D]."""
+    blocks = [cache[b, h, int(block)] for block in table_row[: -(-length // BLOCK)]]
+    if not blocks:
+        return torch.zeros(0, cache.shape[-1], dtype=torch.float64, device=cache.device)
+    return torch.cat(blocks)[:length].double()
+
+
+def descale(value: float | Tensor | None, b: int, h: int, shape: tuple[int, int]) -> float:
+    """The factor of request b and KV head h."""
+    if value is None:
+        return 1.0
+    return float(torch.as_tensor(value, dtype=torch.float64).expand(shape)[b, h])
+
+
+def split_mask(mask: Tensor | None, b: int, h: int, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """(keep, bias) of request b and head h; either is None where the mask is not of that kind."""
+    if mask is None:
+        return None, None
+    part = mask.expand(shape + mask.shape[-1:])[b, h]
+    return (part, None) if part.dtype == torch.bool else (None, part)
+
+
+def decode_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    softmax_scale: float | None = None,
+    q_descale: float | Tensor | None = None,
+    k_descale: float | Tensor | None = None,
+    v_descale: float | Tensor | None = None,
+    attn_sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`flash_mla_with_kvcache` in float64: out [B, Hq, S_q, Dv], lse [B, Hq, S_q]."""
+    B, Hq, S_q, D = q.shape
+    Hk, Dv = k_cache.shape[1], v_cache.shape[-1]
+    scale = D**-0.5 if softmax_scale is None else softmax_scale
+    out = torch.zeros(B, Hq, S_q, Dv, dtype=torch.float64, device=q.device)
+    lse = torch.full((B, Hq, S_q), -math.inf, dtype=torch.float64, device=q.device)
+    for b in range(B):
+        length = int(seq_lens[b])
+        t = torch.arange(length, device=q.device)
+        for h in range(Hq):
+            hk = h // (Hq // Hk)
+            k = gather(k_cache, block_table[b], b, hk, length) * descale(k_descale, b, hk, (B, Hk))
+            v = gather(v_cache, block_table[b], b, hk, length) * descale(v_descale, b, hk, (B, Hk))
+            rows = q[b, h].double() * descale(q_descale, b, hk, (B, Hk))
+            keep, bias = split_mask(mask, b, h, (B, Hq, S_q))
+            if mask is None:
+                keep = t[None] <= length - S_q + torch.arange(S_q, device=q.device)[:, None]
+            keep = torch.ones(S_q, length, dtype=torch.bool, device=q.device) if keep is None else keep[:, :length]
+            bias = None if bias is None else bias[:, :length]
+            sink = None if attn_sink is None else float(attn_sink[h])
+            out[b, h], lse[b, h] = attend(rows, k, v, keep, bias, scale, sink)
+    return out, lse
+
+
+def prefill_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    *,
+    causal: bool,
+    softmax_scale: float | None = None,
+    seq_lens: Tensor | None = None,
+    q_descale: float | Tensor | None = None,
+    k_descale: float | Tensor | None = None,
+    v_descale: float | Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`flash_mla_prefill` in float64; block_mask is bool [B|1, Hq|1, ceil(P/64), ceil(S/64)].
+
+    `start` is the position of the first query among the keys.
+    """
+    B, Hq, P, D = q.shape
+    Hk, S, Dv = k.shape[1], k.shape[2], v.shape[-1]
+    scale = D**-0.5 if softmax_scale is None else softmax_scale
+    out = torch.zeros(B, Hq, P, Dv, dtype=torch.float64, device=q.device)
+    lse = torch.full((B, Hq, P), -math.inf, dtype=torch.float64, device=q.device)
+    for b in range(B):
+        length = S if seq_lens is None else int(seq_lens[b])
+        i = start + torch.arange(P, device=q.device)[:, None]
+        t = torch.arange(length, device=q.device)[None]
+        for h in range(Hq):
+            hk = h // (Hq // Hk)
+            keep = (t <= i) if causal else torch.ones(P, length, dtype=torch.bool, device=q.device)
+            mask_keep, bias = split_mask(attn_mask, b, h, (B, Hq, P))
+            if mask_keep is not None:
+                keep = keep & mask_keep[:, :length]
+            if block_mask is not None:
+                blocks = block_mask.expand(B, Hq, -1, -1)[b, h]
+                keep = keep & blocks.repeat_interleave(BLOCK, 0)[:P].repeat_interleave(BLOCK, 1)[:, :length]
+            out[b, h], lse[b, h] = attend(
+                q[b, h].double() * descale(q_descale, b, hk, (B, Hk)),
+                k[b, hk, :length].double() * descale(k_descale, b, hk, (B, Hk)),
+                v[b, hk, :length].double() * descale(v_descale, b, hk, (B, Hk)),
+                keep,
+                None if bias is None else bias[:, :length],
+                scale,
+                None if attn_sink is None else float(attn_sink[h]),
+            )
+    return out, lse
+
+
+def mha_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    start_pos: Tensor | None = None,
+    causal: bool,
+    softmax_scale: float | None = None,
+    **descales: float | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`mha_fwd_kvcache` in float64, on a cache that already holds the prompt."""
+    B, _, P, _ = q.shape
+    results = []
+    for b in range(B):
+        start = 0 if start_pos is None else int(start_pos[b])
+        k, v = (
+            torch.stack([gather(cache, block_table[b], b, h, start + P) for h in range(cache.shape[1])])[None]
+            for cache in (k_cache, v_cache)
+        )
+        mask = None if attn_mask is None else attn_mask.expand(B, -1, -1, -1)[b : b + 1]
+        factors = {
+            name: None if value is None else torch.as_tensor(value).expand(B, k.shape[1])[b : b + 1]
+            for name, value in descales.items()
+        }
+        results.append(
+            prefill_reference(
+                q[b : b + 1], k, v, None, mask, causal=causal, softmax_scale=softmax_scale, start=start, **factors
+            )
+        )
+    return torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results])
