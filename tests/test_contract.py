@@ -332,9 +332,8 @@ def test_refusal(function, change, kind, text, fix):
     v = arguments["v"] if function == "prefill" else arguments["v_cache"]
     arguments["out"] = nan_filled((*rows, v.shape[-1]), torch.bfloat16, "cpu")
     arguments.update(change(arguments))
-    if "out" not in change(arguments) and isinstance(arguments["q"], torch.Tensor):
-        if arguments["q"].dim() == 4:
-            arguments["out"] = nan_filled((*arguments["q"].shape[:3], 64), arguments["q"].dtype, "cpu")
+    if "out" not in change(arguments) and isinstance(arguments["q"], torch.Tensor) and arguments["q"].dim() == 4:
+        arguments["out"] = nan_filled((*arguments["q"].shape[:3], 64), arguments["q"].dtype, "cpu")
     before = {n: storage_bytes(t) for n, t in arguments.items() if isinstance(t, torch.Tensor) and not t.is_meta}
     with pytest.raises(FlashMLAError) as caught:
         call(**arguments)
