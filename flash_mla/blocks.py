@@ -25,8 +25,8 @@ class BlockAllocator:
     def allocate(self, count: int, after: int | None = None) -> list[int]:
         """`count` blocks (at most num_free), next to each other where that can be.
 
-        They follow block `after` if its successors are free; else they go to the longest free run, into its second
-        half if they fit there, so that the request whose blocks end before the run can go on growing too.
+        They follow block `after` if its successors are free; else they go to the middle of the longest free run, which
+        leaves as many blocks to grow into for the request that ends before the run as for this one.
         """
         blocks: list[int] = []
         while len(blocks) < count:
@@ -34,8 +34,8 @@ class BlockAllocator:
             start = len(self._free) if after is None else after + 1
             if start >= len(self._free) or not self._free[start]:
                 run = max(re.finditer(b"\1+", self._free), key=lambda run: run.end() - run.start())
-                middle = (run.start() + run.end()) // 2 if run.start() else 0
-                start = max(run.start(), min(middle, run.end() - wanted))
+                spare = run.end() - run.start() - wanted if run.start() else 0
+                start = run.start() + max(spare, 0) // 2
             stop = self._free.find(b"\0", start, start + wanted)
             taken = range(start, min(start + wanted, len(self._free)) if stop < 0 else stop)
             for block in taken:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -195,11 +196,12 @@ class PagedKVCache:
         self._extend(rows, counts)
         slots = self._slots(rows, starts, counts)
         if len(slots) == len(rows) * T:
-            index = self._upload(slots, torch.int64).view(-1, 1, T) + self._head_rows[:, None]  # [R, Hk, T]
+            index = self._upload(slots, torch.int64).view(len(rows), 1, T) + self._head_rows[:, None]  # [R, Hk, T]
             kept = None
         else:
             index = self._upload(slots, torch.int64)[:, None] + self._head_rows  # [n, Hk]
-            kept = self._upload([r * T + t for r, count in enumerate(counts) for t in range(count)], torch.int64)
+            tokens = chain.from_iterable(range(r * T, r * T + count) for r, count in enumerate(counts))
+            kept = self._upload([*tokens], torch.int64)
         _write(self._k_rows, index, k, kept, self.k_descale)
         if v is not None:
             _write(self._v_rows, index, v, kept, self.v_descale)
@@ -444,7 +446,7 @@ class PagedKVCache:
 
 
 def _write(target: Tensor, index: Tensor, rows: Tensor, kept: Tensor | None, descale: Tensor | None) -> None:
-    """Write rows [R, Hk, T, D] to the target's rows index [R, Hk, T]; or n kept ones of their R*T tokens, to [n, Hk]."""
+    """Write rows [R, Hk, T, D] to the target's rows index [R, Hk, T], or those of n kept tokens of R*T to [n, Hk]."""
     rows = rows.detach()
     if descale is not None and rows.dtype != FP8:
         rows, _ = quantise(rows, descale)
