@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -207,3 +210,14 @@ def test_switching_back_gives_the_model_back() -> None:
     paged_cache(model, 2, 32)
     model.set_attn_implementation("eager")
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_the_documented_example_prints_what_the_page_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "integrations.md").read_text()
+    code, printed = re.search(r"```python\n(.*?)```\s+```text\n(.*?)```", page, re.DOTALL).groups()
+    monkeypatch.chdir(root)
+    exec(code, {})
+    assert capsys.readouterr().out == printed
