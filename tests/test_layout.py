@@ -26,7 +26,7 @@ def query_minus_key(P: int) -> torch.Tensor:
     return torch.arange(P)[:, None] - torch.arange(P)[None, :]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(P=lengths)
 def test_causal_keeps_the_blocks_of_the_lower_triangle(P: int) -> None:
     layout = BlockSparseLayout.causal(P)
@@ -34,7 +34,7 @@ def test_causal_keeps_the_blocks_of_the_lower_triangle(P: int) -> None:
     assert layout.blocks[0, 0].tolist() == kept_blocks(query_minus_key(P) >= 0)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(P=lengths, window=st.integers(1, 450), causal=st.booleans())
 def test_sliding_window_keeps_every_block_that_it_touches(P: int, window: int, causal: bool) -> None:
     distance = query_minus_key(P)
@@ -42,7 +42,7 @@ def test_sliding_window_keeps_every_block_that_it_touches(P: int, window: int, c
     assert BlockSparseLayout.sliding_window(P, window, causal=causal).blocks[0, 0].tolist() == kept_blocks(mask)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(P=lengths, window=st.integers(1, 450), global_tokens=st.integers(1, 450), causal=st.booleans())
 def test_local_global_adds_rows_and_columns(P: int, window: int, global_tokens: int, causal: bool) -> None:
     distance = query_minus_key(P)
@@ -53,7 +53,7 @@ def test_local_global_adds_rows_and_columns(P: int, window: int, global_tokens: 
     assert layout.blocks[0, 0].tolist() == kept_blocks(mask & (distance >= 0) if causal else mask)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(P=lengths, S=lengths, seed=st.integers(0, 99), leading=st.sampled_from([(), (2,), (1, 2), (3, 1)]))
 def test_a_dense_mask_keeps_a_block_with_any_element(P: int, S: int, seed: int, leading: tuple[int, ...]) -> None:
     mask = torch.zeros(*leading, P, S, dtype=torch.bool)
@@ -153,5 +153,5 @@ def test_repr_draws_the_blocks() -> None:
     ],
 )
 def test_what_is_no_layout_is_refused(bad) -> None:
-    with pytest.raises(FlashMLAError, match="(?s)given:.*required:.*cause:.*fix:"):
+    with pytest.raises(FlashMLAError, match=r"(?s)given:.*required:.*cause:.*fix:"):
         bad()

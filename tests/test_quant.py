@@ -222,7 +222,7 @@ def test_other_bytes_are_refused(form: RowFormat) -> None:
         (ShapeError, torch.tensor([1]), row.float()),
         (ShapeError, torch.tensor([1]), row[:, 1:]),
     ]:
-        with pytest.raises(error, match="(?s)given:.*required:.*cause:.*fix:"):
+        with pytest.raises(error, match=r"(?s)given:.*required:.*cause:.*fix:"):
             form.append(pages, slots, one[:, :-64], one[:, -64:])
     assert [memory_of(pages, block) for block in range(2)] == before
 
