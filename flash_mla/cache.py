@@ -191,15 +191,15 @@ class PagedKVCache:
         self._check_rows("k", k, self._k, len(rows), T)
         if v is not None:
             self._check_rows("v", v, self._v, len(rows), T)
-        counts = self._counts(T if num_tokens is None else num_tokens, len(rows), T)
+        counts = [T] * len(rows) if num_tokens is None else self._counts(num_tokens, len(rows), T)
         starts = [self._lengths[b] for b in rows]
         self._extend(rows, counts)
         slots = self._slots(rows, starts, counts)
         if len(slots) == len(rows) * T:
-            index = self._upload(slots, torch.int64).view(len(rows), 1, T) + self._head_rows[:, None]  # [R, Hk, T]
+            index = self._upload(slots, torch.int64).view(len(rows), 1, T) + self._head_rows  # [R, Hk, T]
             kept = None
         else:
-            index = self._upload(slots, torch.int64)[:, None] + self._head_rows  # [n, Hk]
+            index = self._upload(slots, torch.int64)[:, None] + self._head_rows.view(-1)  # [n, Hk]
             tokens = chain.from_iterable(range(r * T, r * T + count) for r, count in enumerate(counts))
             kept = self._upload([*tokens], torch.int64)
         _write(self._k_rows, index, k, kept, self.k_descale)
@@ -238,7 +238,7 @@ class PagedKVCache:
             raise CacheFullError(given=f"fork({source}, {target}) with no free block", required="1 free block")
         self._take({target: source})
         self._own_last_blocks(partly_filled)
-        self._publish((target, i) for i in range(len(self._blocks[target])))
+        self._publish((b, len(self._blocks[b]) - 1) for b in partly_filled)
 
     def reorder(self, index: Sequence[int] | Tensor) -> None:
         """Request i becomes what request index[i] was (beam search); indices may repeat, or be left out.
@@ -250,9 +250,8 @@ class PagedKVCache:
             index: [B]; a tensor on the GPU is read back, which waits.
         """
         order = self._integers("index", index, len(self._lengths), len(self._lengths) - 1)
-        moves = {b: source for b, source in enumerate(order) if b != source}
-        self._take(moves)
-        self._publish((b, i) for b in moves for i in range(len(self._blocks[b])))
+        self._take({b: source for b, source in enumerate(order) if b != source})
+        self._publish(())
 
     def free(self, requests: Sequence[int]) -> None:
         """Empty these requests; a block returns to the free ones when its last holder leaves it."""
@@ -291,7 +290,7 @@ class PagedKVCache:
         self._k_rows = k.view(-1, D)
         self._v_rows = self._k_rows if self._latent else v.view(-1, v.shape[-1])
         self._slab_rows = Hk * Nblk * BLOCK if self._is_slabs else 0
-        self._head_rows = torch.arange(Hk, device=k.device) * (Nblk * BLOCK)
+        self._head_rows = torch.arange(Hk, device=k.device)[:, None] * (Nblk * BLOCK)
         self.k_cache, self.v_cache = (t.expand(batch, -1, -1, -1, -1) for t in (k, v))
         self.block_table = table
 
@@ -350,12 +349,16 @@ class PagedKVCache:
 
     def _take(self, moves: dict[int, int]) -> None:
         """Each request b of the moves becomes what moves[b] was, all at once."""
+        if not moves:
+            return
         taken = {b: (self._blocks[source], self._lengths[source]) for b, source in moves.items()}
-        if self._is_slabs and (most := max((len(blocks) for blocks, _ in taken.values()), default=0)):
-            new, old = self._upload([*moves], torch.int64), self._upload([*moves.values()], torch.int64)
+        new, old = self._upload([*moves], torch.int64), self._upload([*moves.values()], torch.int64)
+        self.block_table[new] = self.block_table[old]
+        if self._is_slabs:
+            most = max(len(blocks) for blocks, _ in taken.values())
             for storage in self._storages():
                 storage[new, :, :most] = storage[old, :, :most]
-        if not self._is_slabs:
+        else:
             for blocks, _ in taken.values():
                 self._allocators[0].share(blocks)
         for b, (blocks, length) in taken.items():
@@ -447,7 +450,8 @@ class PagedKVCache:
 
 def _write(target: Tensor, index: Tensor, rows: Tensor, kept: Tensor | None, descale: Tensor | None) -> None:
     """Write rows [R, Hk, T, D] to the target's rows index [R, Hk, T], or those of n kept tokens of R*T to [n, Hk]."""
-    rows = rows.detach()
+    if rows.requires_grad:
+        rows = rows.detach()
     if descale is not None and rows.dtype != FP8:
         rows, _ = quantise(rows, descale)
     if kept is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 
 import hypothesis.strategies as st
 import pytest
@@ -60,7 +61,7 @@ def poison(cache: PagedKVCache) -> None:
 class CacheMachine(RuleBasedStateMachine):
     """Random operations on a cache and on a list of token numbers per request."""
 
-    @initialize(pool_blocks=st.none() | st.integers(4, 12), latent=st.booleans())
+    @initialize(pool_blocks=st.none() | st.integers(2, 10), latent=st.booleans())
     def make(self, pool_blocks: int | None, latent: bool) -> None:
         self.pool, self.latent = pool_blocks, latent
         heads = 1 if latent else Hk
@@ -267,7 +268,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(
-    max_examples=250, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
@@ -308,6 +309,30 @@ def test_beams_copy_a_shared_block_once_each_but_the_last() -> None:
     assert cache.num_free_blocks == 0
     for b in range(3):
         assert torch.equal(held_rows(cache, cache.v_cache, b), torch.cat([k[0], k[b, :, :1]], dim=1))
+
+
+def test_beams_that_cannot_all_have_a_copy_are_refused() -> None:
+    cache = PagedKVCache(3, Hk, D, max_seq_len=128, pool_blocks=2, dtype=torch.float32)
+    k = torch.randn(3, Hk, 10, D)
+    cache.append(k[:1], k[:1], requests=[0])
+    cache.reorder([0, 0, 0])
+    before = snapshot(cache)
+    with pytest.raises(CacheFullError, match="required: 2 free blocks"):
+        cache.append(k[:2], k[:2], requests=[0, 2])  # request 1 stays in the shared block: two copies, one block free
+    assert same(before, snapshot(cache))
+
+
+def test_fork_without_a_block_for_the_copy_is_refused() -> None:
+    cache = PagedKVCache(2, Hk, D, max_seq_len=128, pool_blocks=2, dtype=torch.float32)
+    k = torch.randn(1, Hk, 100, D)
+    cache.append(k, k, requests=[0])
+    before = snapshot(cache)
+    with pytest.raises(CacheFullError, match="grow"):
+        cache.fork(0, 1)
+    assert same(before, snapshot(cache))
+    cache.append(k[:, :, :28], k[:, :, :28], requests=[0])
+    cache.fork(0, 1)  # two full blocks need none
+    assert torch.equal(held_rows(cache, cache.k_cache, 1), held_rows(cache, cache.k_cache, 0))
 
 
 def test_a_pool_gives_each_request_consecutive_blocks() -> None:
@@ -385,12 +410,13 @@ def test_allocator_gives_each_block_to_one_owner(num_blocks: int, steps: list[tu
         if take and count <= allocator.num_free:
             after = owned[-1][-1] if owned else None
             blocks = allocator.allocate(count, after)
-            if after is not None and {*range(after + 1, after + 1 + count)} <= {*range(num_blocks)} - {*sum(owned, [])}:
-                assert blocks == [*range(after + 1, after + 1 + count)]
+            successors = [] if after is None else [*range(after + 1, after + 1 + count)]
+            if successors and {*successors} <= {*range(num_blocks)} - {*chain(*owned)}:
+                assert blocks == successors
             owned.append(blocks)
         elif not take and owned:
             allocator.release(owned.pop(random.randrange(len(owned))))
-        held = sum(owned, [])
+        held = [*chain(*owned)]
         assert len(held) == len({*held})
         assert {*held} <= {*range(num_blocks)}
         assert allocator.num_free == num_blocks - len(held)
