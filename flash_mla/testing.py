@@ -398,7 +398,7 @@ class PrefillCase:
             fine = coarse.repeat_interleave(2, -2).repeat_interleave(2, -1)
             return window, fine[..., :n, :n]
         blocks = source.chance((self.B, self.Hq, n, n) if self.sparse == "heads" else (1, 1, n, n), 0.5)
-        blocks[:, :, 0] = False
+        blocks[:, :, :1] = False
         return blocks, blocks
 
 
@@ -442,20 +442,23 @@ class MhaCase:
             cache, full = (
                 nan_cache(self.layout, self.B, self.H, Nblk, width, self.dtype, self.device) for _ in range(2)
             )
-            rows = source.normal((self.B, self.H, max(ends), width), self.dtype)
+            rows = source.normal((self.B, self.H, max(ends, default=0), width), self.dtype)
             for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
                 fill(full, table, b, rows[b, :, :end])
                 fill(cache, table, b, rows[b, :, : start if self.write else end])
             caches.append(cache)
             full_caches.append(full)
-            new_rows.append(torch.stack([rows[b, :, start : start + self.P] for b, start in enumerate(starts)]))
+            chunks = nan_filled((self.B, self.H, self.P, width), self.dtype, self.device)
+            for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                chunks[b].copy_(rows[b, :, start:end])
+            new_rows.append(chunks)
         if self.alias:
             caches.append(caches[0][..., :Dv])
             full_caches.append(full_caches[0][..., :Dv])
         arguments = {
             "q": source.normal((self.B, self.H, self.P, self.D), self.dtype),
             "block_table": table.to(self.device),
-            "attn_mask": make_mask(self.mask, ends, self.H, self.P, max(ends), source),
+            "attn_mask": make_mask(self.mask, ends, self.H, self.P, max(ends, default=0), source),
             "start_pos": None
             if self.starts is None
             else torch.tensor(self.starts, dtype=torch.int32, device=self.device),

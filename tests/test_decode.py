@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+from flash_mla import FlashMLAError, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla.problem import FP8
 from flash_mla.reference import decode_reference
-from flash_mla.testing import DTYPES, DecodeCase, check, decode_cases, run
+from flash_mla.testing import DTYPES, DecodeCase, check, decode_cases, nan_cache, run
 
 
 @pytest.mark.parametrize("case", decode_cases(), ids=lambda case: case.name)
@@ -118,3 +119,64 @@ def test_float_mask_of_any_floating_dtype(dtype):
     out, lse = flash_mla_with_kvcache(**x, return_lse=True)
     verdict = check(out, lse, *decode_reference(**x), torch.bfloat16)
     assert verdict.passed, verdict.failures
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+@pytest.mark.parametrize("alias", [False, True], ids=["kv", "alias"])
+@pytest.mark.parametrize(
+    ("ids", "lengths"),
+    [
+        ((2**31 - 1, -(2**31), -1, 4), (130, 256)),
+        ((3, 2, 1, 0), (2**31 - 1, 257)),
+        ((10**6, 0, -7, 4), (2**31 - 1, 2**31 - 64)),
+        ((2**31 - 1, 2, 1, 0), (-1, -(2**31))),
+    ],
+    ids=["ids", "lengths", "both", "negative"],
+)
+def test_unchecked_values_read_nothing_outside_the_cache(dtype, masked, alias, ids, lengths):
+    """The cache holds numbers, the memory around it NaN: with values that nobody checked the output has no NaN."""
+    k_cache, v_cache = (nan_cache("sliced", 2, 2, 4, 64, dtype, "cpu") for _ in range(2))
+    for cache in (k_cache, v_cache):
+        cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(0)))
+    x = {
+        "q": torch.randn(2, 4, 1, 64, generator=torch.Generator().manual_seed(1)).to(dtype),
+        "k_cache": k_cache,
+        "v_cache": k_cache[..., :32] if alias else v_cache,
+        "block_table": torch.tensor([ids, ids], dtype=torch.int32),
+        "seq_lens": torch.tensor(lengths, dtype=torch.int32),
+    }
+    metadata = get_mla_metadata(x["q"].shape, k_cache.shape, x["block_table"], x["seq_lens"], check_values=False)
+    mask = torch.ones(2, 1, 1, 256, dtype=torch.bool) if masked else None
+    out, lse = flash_mla_with_kvcache(**x, mask=mask, metadata=metadata, return_lse=True)
+    assert out.isfinite().all()
+    assert not lse.isnan().any()
+    if max(lengths) < 0:
+        assert (out == 0).all()
+        assert (lse == -torch.inf).all()
+
+
+EMPTY = {
+    "no-request": DecodeCase("decode/no-request", ()),
+    "no-block": DecodeCase("decode/no-block", (0, 0), spare=0),
+    "no-block-pool": DecodeCase("decode/no-block-pool", (0, 0), spare=0, layout="pool"),
+    "no-block-mask": DecodeCase("decode/no-block-mask", (0, 0), spare=0, mask="bool"),
+    "no-block-mla": DecodeCase("decode/no-block-mla", (0, 0), spare=0, alias=True, Dv=32, S_q=3),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY.values(), ids=EMPTY)
+def test_empty(case):
+    result = run(case)
+    assert result.passed, str(result)
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 1, 64), (1, 4, 0, 64)], ids=["no-head", "no-query"])
+def test_nothing_to_compute_is_an_empty_output_or_one_of_our_errors(shape):
+    x = DecodeCase("decode/nothing", (70,)).call().arguments
+    x["q"] = torch.zeros(shape, dtype=torch.bfloat16)
+    try:
+        out = flash_mla_with_kvcache(**x)
+    except FlashMLAError:
+        return
+    assert out.shape == shape

@@ -10,11 +10,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
     "errors problem",
-    "layout cache quant merge reference kernels",
+    "blocks layout quant merge reference kernels",
+    "cache",
     "contract backends",
     "plan",
     "api deepseek distributed",
-    "testing bench integrations demo",
+    "testing bench integrations",
+    "demo",
     "cli __init__ __main__",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

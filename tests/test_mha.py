@@ -87,3 +87,21 @@ def test_reading_writes_nothing():
     mha_fwd_kvcache(**x)
     assert same_bits(x["k_cache"], before["k_cache"])
     assert same_bits(x["v_cache"], before["v_cache"])
+
+
+EMPTY = {
+    "no-token": MhaCase("mha/no-token", 0),
+    "no-block": MhaCase("mha/no-block", 0, spare=0),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY.values(), ids=EMPTY)
+def test_empty(case):
+    result = run(case)
+    assert result.passed, str(result)
+
+
+def test_no_request():
+    out, lse = mha_fwd_kvcache(**MhaCase("mha/no-request", 10, B=0).call().arguments, return_lse=True)
+    assert out.shape == (0, 2, 10, 64)
+    assert lse.shape == (0, 2, 10)

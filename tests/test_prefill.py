@@ -100,3 +100,17 @@ def test_mask_broadcasts_over_requests_and_heads(shape):
     want = prefill_reference(**{k: v for k, v in x.items() if k not in ("sparse_layout", "causal")}, causal=False)
     verdict = check(out, lse, *want, torch.float32)
     assert verdict.passed, verdict.failures
+
+
+EMPTY = {
+    "no-token": PrefillCase("prefill/no-token", 0),
+    "no-token-mask": PrefillCase("prefill/no-token-mask", 0, mask="bool"),
+    "no-token-sparse": PrefillCase("prefill/no-token-sparse", 0, sparse="tensor"),
+    "no-request": PrefillCase("prefill/no-request", 10, B=0),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY.values(), ids=EMPTY)
+def test_empty(case):
+    result = run(case)
+    assert result.passed, str(result)
