@@ -10,10 +10,12 @@ Partial results meet in `merge`.
 Prefill runs one request at a time through the same op; masks and block layouts go through tiles of query rows, so that
 no bias of [P, P] exists.
 
-It runs everything that the contract admits.
+It runs everything that the contract admits, forward only.
 """
 
 from __future__ import annotations
+
+import torch
 
 from flash_mla.backends.cpu.append import append
 from flash_mla.backends.cpu.decode import decode
@@ -38,6 +40,7 @@ def config(problem: DecodeProblem | PrefillProblem) -> None:
     return
 
 
+@torch.no_grad()
 def launch(problem: DecodeProblem | PrefillProblem, config: None, args: DecodeArgs | PrefillArgs) -> None:
     """Fill args.out and args.lse."""
     if isinstance(problem, DecodeProblem):
