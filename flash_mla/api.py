@@ -100,7 +100,7 @@ def flash_mla_with_kvcache(
 
     Args:
         q: [B, Hq, S_q, D] contiguous; S_q 1, or 2..8 for speculative decoding. FP8 (e4m3), BF16, FP16 or FP32.
-        k_cache: [B, Hk, Nblk, 64, D] of q's dtype; a block is contiguous, leading dims strided (batch stride 0: a pool).
+        k_cache: [B, Hk, Nblk, 64, D] of q's dtype; a block is contiguous, leading dims strided (batch stride 0: pool).
         v_cache: [B, Hk, Nblk, 64, Dv] likewise; for MLA the view k_cache[..., :Dv], whose rows are then read once.
         block_table: [B, Nblk] int32 or int64, contiguous: token t of request b is at
             k_cache[b, h, block_table[b, t // 64], t % 64]. Entries past ceil(seq_lens[b]/64) may hold anything.
@@ -133,7 +133,7 @@ def flash_mla_with_kvcache(
         result = torch.ops.flash_mla.flash_mla_with_kvcache(
             q, k_cache, v_cache, block_table, seq_lens, mask, softmax_scale, *descales, attn_sink, check_values, backend
         )
-        return give_back(*result, return_lse, out)
+        return give_back(result, return_lse, out)
 
     problem = contract.decode(
         q, k_cache, v_cache, block_table, seq_lens, mask, (q_descale, k_descale, v_descale), attn_sink
@@ -212,7 +212,7 @@ def flash_mla_prefill(
         result = torch.ops.flash_mla.flash_mla_prefill(
             q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, *descales, attn_sink, backend
         )
-        return give_back(*result, return_lse, out)
+        return give_back(result, return_lse, out)
 
     problem = contract.prefill(
         q,
@@ -298,7 +298,7 @@ def mha_fwd_kvcache(
         result = torch.ops.flash_mla.mha_fwd_kvcache(
             q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, causal, softmax_scale, *descales, backend
         )
-        return give_back(*result, return_lse, out)
+        return give_back(result, return_lse, out)
 
     problem = contract.mha(
         q,
@@ -352,11 +352,10 @@ def expand_descale(value: float | Tensor | None, q: Tensor, k: Tensor) -> Tensor
 # --- Custom ops -------------------------------------------------------------------------------------------------------
 
 
-def give_back(result: Tensor, lse: Tensor, return_lse: bool, out: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-    """What the public function returns, from what its op returned."""
-    if out is not None:
-        result = out.copy_(result)
-    return (result, lse) if return_lse else result
+def give_back(result: tuple[Tensor, Tensor], return_lse: bool, out: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """What a public function returns, from what its op returned."""
+    first = result[0] if out is None else out.copy_(result[0])
+    return (first, result[1]) if return_lse else first
 
 
 @torch.library.custom_op("flash_mla::flash_mla_with_kvcache", mutates_args=())

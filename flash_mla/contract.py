@@ -345,7 +345,8 @@ def check_descale(name: str, value: float | Tensor | None, B: int, Hk: int, devi
 def check_descales(descales: Descales, B: int, Hk: int, device: torch.device) -> bool:
     """Whether any of (q_descale, k_descale, v_descale) is given."""
     names = ("q_descale", "k_descale", "v_descale")
-    return any([check_descale(name, value, B, Hk, device) for name, value in zip(names, descales, strict=True)])
+    given = [check_descale(name, value, B, Hk, device) for name, value in zip(names, descales, strict=True)]
+    return any(given)
 
 
 def check_sink(attn_sink: Tensor | None, Hq: int, device: torch.device) -> None:

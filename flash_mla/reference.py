@@ -15,7 +15,9 @@ __all__ = ["decode_reference", "mha_reference", "prefill_reference"]
 BLOCK = 64
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor | None, scale: float, sink: float | None):
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor | None, scale: float, sink: float | None
+) -> tuple[Tensor, Tensor]:
     """q [M, D], k [S, D], v [S, Dv], keep [M, S] bool, bias [M, S] or None -> out [M, Dv], lse [M]."""
     scores = scale * (q @ k.T)
     if bias is not None:

@@ -1,0 +1,48 @@
+"""The CPU backend: torch's flash attention op over pages where they lie.
+
+Softmax does not care about the order of keys, so a request's pages need not be put in order. Decode sorts the blocks
+that a request uses by physical id; each run of consecutive ids is one strided view of the cache, and one call of
+`aten::_scaled_dot_product_flash_attention_for_cpu` (it returns out and lse), with the query heads of a group as its
+rows, reads K and V once for all of them. What cannot be read in place is gathered in slices of bounded size: the last
+blocks of a request (slots past its length may hold NaN), short runs, and dtypes or head dims that the op does not take.
+Partial results meet in `merge`.
+
+Prefill runs one request at a time through the same op; masks and block layouts go through tiles of query rows, so that
+no bias of [P, P] exists.
+
+It runs everything that the contract admits.
+"""
+
+from __future__ import annotations
+
+from flash_mla.backends.cpu.append import append
+from flash_mla.backends.cpu.decode import decode
+from flash_mla.backends.cpu.prefill import prefill
+from flash_mla.problem import DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem
+
+__all__ = ["append", "available", "config", "launch", "refuse"]
+
+
+def available() -> str | None:
+    """The CPU is always there."""
+    return None
+
+
+def refuse(problem: DecodeProblem | PrefillProblem) -> str | None:
+    """Only tensors elsewhere are refused."""
+    return None if problem.device.type == "cpu" else f"the tensors are on {problem.device}, not on the CPU"
+
+
+def config(problem: DecodeProblem | PrefillProblem) -> None:
+    """Nothing is chosen ahead: the runs of blocks decide."""
+    return
+
+
+def launch(problem: DecodeProblem | PrefillProblem, config: None, args: DecodeArgs | PrefillArgs) -> None:
+    """Fill args.out and args.lse."""
+    if isinstance(problem, DecodeProblem):
+        assert isinstance(args, DecodeArgs)
+        decode(problem, args)
+    else:
+        assert isinstance(args, PrefillArgs)
+        prefill(problem, args)

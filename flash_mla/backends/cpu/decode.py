@@ -1,0 +1,225 @@
+"""Decode on the CPU: runs of blocks in place, the rest gathered in bounded slices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from flash_mla.backends.cpu.attend import (
+    BIAS_BYTES,
+    attend,
+    compute_dtype,
+    grouped_rows,
+    merge_two,
+    store,
+    to_bias,
+)
+from flash_mla.merge import merge
+from flash_mla.problem import BLOCK, FP8, DecodeArgs, DecodeProblem
+
+# NOTE: an op call costs about 15 us; 8 blocks of a 32/8 GQA cache are 4 MiB, some 200 us of reading.
+MIN_RUN = 8
+GATHER_BYTES = 8 << 20
+
+Part = tuple[slice, Tensor, Tensor]
+"""Requests, and their (out [b, Hk, rows, Dv], lse [b, Hk, rows]) over some of their keys."""
+
+
+@dataclass
+class Reads:
+    """How one request's blocks are read."""
+
+    length: int
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    """(first physical block, blocks) read in place: full blocks that every query sees whole."""
+    loose: list[int] = field(default_factory=list)
+    """Logical blocks to gather."""
+
+
+def decode(problem: DecodeProblem, args: DecodeArgs) -> None:
+    """Plan each request's reads, attend to them, merge, store."""
+    table = args.block_table.long().clamp(0, max(problem.Nblk - 1, 0))
+    reads = plan_reads(problem, args, table)
+    q = grouped_rows(problem, args).flatten(2, 3)  # [B, Hk, ratio * S_q, D]
+    parts = [part for run, requests in shared_runs(reads) for part in run_in_place(problem, args, q, requests, *run)]
+    parts += [run_gathered(problem, args, q, *group, reads, table) for group in gather_groups(problem, reads)]
+    out, lse = merge_parts(problem, parts)
+    rows = (problem.ratio, problem.S_q)
+    store(args, slice(0, problem.B), out.unflatten(2, rows), lse.unflatten(2, rows))
+
+
+# --- Plan -------------------------------------------------------------------------------------------------------------
+
+
+def plan_reads(problem: DecodeProblem, args: DecodeArgs, table: Tensor) -> list[Reads]:
+    """Split each request's blocks into runs of consecutive ids and loose blocks."""
+    keys = problem.table_blocks * BLOCK
+    if args.mask is not None:
+        keys = min(keys, args.mask.shape[-1])
+    lengths = args.seq_lens.clamp(0, keys)
+    reads = [Reads(length) for length in lengths.tolist()]
+    # causality hides at most the last S_q - 1 keys from a query: every query sees the blocks before them whole
+    full = (lengths - problem.S_q + 1).clamp(min=0).div(BLOCK, rounding_mode="floor")
+    if not readable_in_place(problem, args) or not problem.table_blocks:
+        full = torch.zeros_like(full)
+    unused = torch.arange(problem.table_blocks) >= full[:, None]
+    ids, order = table.masked_fill(unused, problem.Nblk).sort(dim=1)
+    # a run starts where the id is not the one after its left neighbour's
+    starts = torch.ones_like(unused)
+    starts[:, 1:] = ids.diff(dim=1) != 1
+    for b, (request, count) in enumerate(zip(reads, full.tolist(), strict=True)):
+        first = starts[b, :count].nonzero().flatten().tolist()
+        for start, end in pairwise([*first, count]):
+            if end - start >= MIN_RUN:
+                request.runs.append((int(ids[b, start]), end - start))
+            else:
+                request.loose += order[b, start:end].tolist()
+        request.loose += range(count, -(-request.length // BLOCK))
+    return reads
+
+
+def readable_in_place(problem: DecodeProblem, args: DecodeArgs) -> bool:
+    """Whether consecutive blocks are one strided view that the op takes, with no mask to permute."""
+    evenly = all(strides[2] == BLOCK * strides[3] for strides in (problem.k_strides, problem.v_strides))
+    return evenly and args.mask is None and problem.dtype != FP8 and (problem.alias or problem.D == problem.Dv)
+
+
+def shared_runs(reads: list[Reads]) -> Iterator[tuple[tuple[int, int], slice]]:
+    """Each run with the neighbouring requests that share it: a uniform batch of slabs, or a common prefix."""
+    owners: dict[tuple[int, int], list[int]] = {}
+    for b, request in enumerate(reads):
+        for run in request.runs:
+            owners.setdefault(run, []).append(b)
+    for run, members in owners.items():
+        first = members[0]
+        for b, after in zip(members, [*members[1:], -1], strict=True):
+            if after != b + 1:
+                yield run, slice(first, b + 1)
+                first = after
+
+
+def gather_groups(problem: DecodeProblem, reads: list[Reads]) -> Iterator[tuple[slice, slice]]:
+    """Neighbouring requests and a range of their loose blocks, as many as GATHER_BYTES and BIAS_BYTES allow."""
+    columns = problem.D + (0 if problem.alias else problem.Dv)
+    block_bytes = problem.Hk * BLOCK * columns * compute_dtype(problem.dtype).itemsize
+    bias_bytes = problem.Hq * problem.S_q * BLOCK * torch.float32.itemsize
+    budget = max(1, min(GATHER_BYTES // block_bytes, BIAS_BYTES // bias_bytes))
+    widths = [len(request.loose) for request in reads]
+    first = 0
+    while first < len(reads):
+        last, widest = first + 1, widths[first]
+        while last < len(reads) and max(widest, widths[last]) * (last + 1 - first) <= budget:
+            widest = max(widest, widths[last])
+            last += 1
+        step = max(1, budget // (last - first))
+        for start in range(0, widest, step):
+            yield slice(first, last), slice(start, min(start + step, widest))
+        first = last
+
+
+# --- In place ---------------------------------------------------------------------------------------------------------
+
+
+def run_in_place(
+    problem: DecodeProblem, args: DecodeArgs, q: Tensor, requests: slice, start: int, blocks: int
+) -> Iterator[Part]:
+    """Attend to one run, cut along the keys where requests and heads alone would leave threads idle."""
+    threads = torch.get_num_threads()
+    if (requests.stop - requests.start) * problem.Hk >= threads:
+        k, v = (cache[requests, :, start : start + blocks].flatten(2, 3) for cache in (args.k, args.v))
+        out, lse = attend(q[requests], k, None if problem.alias else v, problem.Dv, args.softmax_scale)
+        yield requests, out, lse
+        return
+    cuts = min(-(-threads // problem.Hk), blocks // MIN_RUN)
+    each, rest = divmod(blocks, cuts)
+    for b in range(requests.start, requests.stop):
+        one = slice(b, b + 1)
+        for first, pieces, size in ((start, cuts, each), (start + cuts * each, 1, rest)):
+            if size:
+                k, v = (  # [Hk, pieces, keys, D]
+                    cache[b, :, first : first + pieces * size].unflatten(1, (pieces, size)).flatten(2, 3)
+                    for cache in (args.k, args.v)
+                )
+                rows = q[b].unsqueeze(1).expand(-1, pieces, -1, -1)
+                out, lse = attend(rows, k, None if problem.alias else v, problem.Dv, args.softmax_scale)
+                out, lse = merge(out.float().transpose(0, 1), lse.transpose(0, 1))
+                yield one, out[None], lse[None]
+
+
+# --- Gathered ---------------------------------------------------------------------------------------------------------
+
+
+def run_gathered(
+    problem: DecodeProblem,
+    args: DecodeArgs,
+    q: Tensor,
+    requests: slice,
+    columns: slice,
+    reads: list[Reads],
+    table: Tensor,
+) -> Part:
+    """Copy some loose blocks of each request side by side, zero the rows that are not its own, and attend."""
+    members = reads[requests]
+    # a request with fewer loose blocks than its neighbours is padded with blocks past its end
+    logical = torch.full((len(members), columns.stop - columns.start), problem.table_blocks)
+    for i, request in enumerate(members):
+        loose = request.loose[columns]
+        logical[i, : len(loose)] = torch.tensor(loose, dtype=torch.long)
+    ids = table[requests].gather(1, logical.clamp(max=problem.table_blocks - 1))
+    position = (logical[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)  # [n, keys]
+    lengths = torch.tensor([request.length for request in members])
+    valid = position < lengths[:, None]
+    k = gather_rows(args.k, requests, ids, valid)
+    v = None if problem.alias else gather_rows(args.v, requests, ids, valid)
+    bias = hidden_keys(problem, args, requests, position, lengths, valid)
+    return requests, *attend(q[requests], k, v, problem.Dv, args.softmax_scale, bias)
+
+
+def gather_rows(cache: Tensor, requests: slice, ids: Tensor, valid: Tensor) -> Tensor:
+    """The rows of blocks `ids` [n, width] as [n, Hk, width * 64, D] in the compute dtype; 0 where not valid."""
+    # NOTE: index_select copies whole blocks (0.3 ms for 8 MiB); advanced indexing took 3.7 ms.
+    stored = cache.view(torch.uint8) if cache.dtype == FP8 else cache
+    n, width = ids.shape
+    rows = torch.empty(n, cache.shape[1], width, *cache.shape[3:], dtype=stored.dtype)
+    for i in range(n):
+        torch.index_select(stored[requests.start + i], 1, ids[i], out=rows[i])
+    rows = rows.flatten(2, 3)
+    for i in (~valid.all(dim=1)).nonzero().flatten().tolist():
+        rows[i].masked_fill_(~valid[i, :, None], 0)
+    return rows.view(FP8).to(torch.bfloat16) if cache.dtype == FP8 else rows
+
+
+def hidden_keys(
+    problem: DecodeProblem, args: DecodeArgs, requests: slice, position: Tensor, lengths: Tensor, valid: Tensor
+) -> Tensor | None:
+    """The bias [n, Hk|1, rows, keys] of the mask or of causality, and of the length; None where nothing is hidden."""
+    if args.mask is None:
+        last = lengths[:, None] - problem.S_q + torch.arange(problem.S_q)  # [n, S_q]
+        keep = position[:, None, :] <= last[:, :, None]
+        if keep.all():
+            return None
+        bias = to_bias(keep)[:, None]
+    else:
+        mask = args.mask[requests, :1] if args.mask.stride(1) == 0 else args.mask[requests]
+        index = position.clamp(max=mask.shape[-1] - 1)[:, None, None].expand(*mask.shape[:3], -1)
+        bias = to_bias(mask.gather(-1, index)).masked_fill_(~valid[:, None, None], -math.inf)
+    if bias.shape[1] == 1:  # the same for all heads
+        return bias.expand(-1, problem.ratio, -1, -1).flatten(1, 2)[:, None]
+    return bias.unflatten(1, (problem.Hk, problem.ratio)).flatten(2, 3)
+
+
+def merge_parts(problem: DecodeProblem, parts: list[Part]) -> tuple[Tensor, Tensor]:
+    """out [B, Hk, rows, Dv] and lse [B, Hk, rows] of all parts; 0 and -inf where a request has none."""
+    if len(parts) == 1 and parts[0][0] == slice(0, problem.B):
+        return parts[0][1:]
+    rows = problem.ratio * problem.S_q
+    out = torch.zeros(problem.B, problem.Hk, rows, problem.Dv)
+    lse = torch.full((problem.B, problem.Hk, rows), -math.inf)
+    for requests, *part in parts:
+        out[requests], lse[requests] = merge_two((out[requests], lse[requests]), (part[0], part[1]))
+    return out, lse
