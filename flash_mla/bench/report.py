@@ -168,7 +168,9 @@ def roofline(machine: Record, records: Sequence[Record], path: Path) -> None:
     for group, members in groups(timed).items():
         colour, marker = STYLES.get(group, (FAINT, "D"))
         points = [(r["flops"] / r["bytes"], r["tflops"]) for r in members]
-        axes.scatter(*zip(*points, strict=True), s=46, c=colour, marker=marker, ec="white", lw=0.8, zorder=4, label=group)
+        axes.scatter(
+            *zip(*points, strict=True), s=46, c=colour, marker=marker, ec="white", lw=0.8, zorder=4, label=group
+        )
     label_points(axes, timed, intensity, rates)
     rotation = slope_angle(axes, left, ridge, slope)
     axes.annotate(
