@@ -6,12 +6,15 @@ import datetime
 import importlib.metadata
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 try:
     import typer
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
@@ -21,8 +24,8 @@ except ModuleNotFoundError as missing:
 
 import torch
 
-from flash_mla import __version__, contract
-from flash_mla.backends import ORDER, backend
+from flash_mla import __version__, backends, contract, testing
+from flash_mla.backends import ORDER
 from flash_mla.bench import report
 from flash_mla.bench.measure import measure, select
 from flash_mla.bench.timing import device_name, measure_ceilings
@@ -74,7 +77,9 @@ def need_device(device: str) -> str:
 
 def grid(title: str, *headers: str, left: int = 1) -> Table:
     """A table whose first `left` columns are text and whose others are right-aligned numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
     for i, header in enumerate(headers):
         table.add_column(header, justify="left" if i < left else "right", no_wrap=i == 0, vertical="bottom")
     return table
@@ -94,6 +99,91 @@ def demo(
     from flash_mla.demo import demo as run
 
     run(text, device=need_device(device), tokens=tokens, batch=batch)
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def check(device: Device = "cpu", backend: Backend = None, filter: Filter = None) -> None:
+    """Run every function, dtype and edge case against float64, on each backend of this device.
+
+    Exit code 1 where a case fails, or where no backend ran any.
+    """
+    need_device(device)
+    cases = [c for c in testing.CASES if not filter or any(f in c.name for f in filter)]
+    if not cases:
+        raise typer.BadParameter(f"no case matches {filter}", param_hint="--filter")
+    out = console()
+    names = usable(out, device) if backend is None else [backend]
+    results: list[testing.Result] = []
+    with progress() as bar:
+        task = bar.add_task("", total=len(cases) * len(names))
+        for spec in cases:
+            for name in names:
+                bar.update(task, description=f"{name} {spec.name}")
+                results.append(run_case(replace(spec, device=device, backend=name)))
+                bar.advance(task)
+
+    table = grid("Check", *CHECK_HEADERS, left=4)
+    table.add_column("result", vertical="bottom")
+    refusals = Counter((r.case.backend, r.refused) for r in results if r.refused is not None)
+    failed = [r for r in results if r.failures]
+    for result in results:
+        if result.refused is None:
+            table.add_row(*check_row(result))
+    out.print(table)
+    for (refuser, reason), count in refusals.items():
+        out.print(Text(f"- {refuser} refused {count}: {reason}", style="yellow"))
+    for result in failed:
+        out.print(Text(str(result), style="red"))
+    passed = sum(r.passed for r in results)
+    seconds = sum(r.seconds for r in results)
+    out.print(f"{passed} passed, {len(failed)} failed, {refusals.total()} refused, in {seconds:.0f} s")
+    if failed or not passed:
+        raise typer.Exit(1)
+
+
+CHECK_HEADERS = (
+    *("function", "case", "dtype", "backend"),
+    *("max error\n/ max out", "cosine\ndistance", "lse\nerror"),
+)
+
+
+def run_case(case: testing.Case) -> testing.Result:
+    """testing.run, where any exception is that case's failure: it must not hide the rows after it."""
+    try:
+        return testing.run(case)
+    except Exception as error:
+        return testing.Result(case, None, (f"{type(error).__name__}: {error}",))
+
+
+def check_row(result: testing.Result) -> list[str | Text]:
+    """The row of a case that ran, or that raised an error before it gave anything to judge."""
+    spec, verdict = result.case, result.verdict
+    errors = (verdict.out_error, verdict.cosine, verdict.lse_error) if verdict is not None else ()
+    return [
+        *(spec.function, spec.name, str(spec.dtype).removeprefix("torch."), spec.backend or ""),
+        *([f"{x:.1e}" for x in errors] or ["", "", ""]),
+        Text("passed", style="green") if result.passed else Text("FAILED", style="bold red"),
+    ]
+
+
+def usable(out: Console, device: str) -> list[str]:
+    """The backends that run here and take a device's tensors at all; why the others do not is printed."""
+    names = []
+    for name in ORDER:
+        module = backends.backend(name)
+        reasons = (
+            [module.available()]
+            if module.available()
+            else [module.refuse(build()._replace(device=torch.device(device))) for build in PROBLEMS.values()]
+        )
+        if None in reasons:
+            names.append(name)
+        else:
+            out.print(Text(f"- backend {name} does not run on {device}: {reasons[0]}", style="yellow"))
+    return names
 
 
 # --- bench ------------------------------------------------------------------------------------------------------------
@@ -137,7 +227,7 @@ def bench(
             bar.advance(task)
     out.print(report.ceilings_line(machine))
     for group, members in report.groups(records).items():
-        table_columns = report.columns(members)
+        table_columns = report.columns(machine, members)
         table = grid(f"\n{group[0].upper()}{group[1:]}", *(c.header for c in table_columns), left=2)
         for row in zip(*(c.cells for c in table_columns), strict=True):
             table.add_row(*row)
@@ -237,11 +327,11 @@ def info() -> None:
         devices.add_row("cuda", Text("none that torch sees", style="dim"))
     out.print(devices)
 
-    unavailable = {name: backend(name).available() for name in ORDER}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        out.print(serving_table(device, [name for name in ORDER if unavailable[name] is None]))
-    for name, reason in unavailable.items():
-        if reason is not None:
+        names = [name for name in ORDER if backends.backend(name).available() is None]
+        out.print(serving_table(device, names))
+    for name in ORDER:
+        if reason := backends.backend(name).available():
             out.print(Text(f"- backend {name} cannot run here: {reason}", style="yellow"))
 
 
@@ -253,7 +343,7 @@ def serving_table(device: str, names: list[str]) -> Table:
         problem = build()._replace(device=target)
         cells, served = [], False
         for name in names:
-            reason = backend(name).refuse(problem)
+            reason = backends.backend(name).refuse(problem)
             if reason is not None:
                 cells.append(Text(reason, style="dim"))
             else:

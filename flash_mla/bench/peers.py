@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flash_mla.bench.cases import DecodeCase, DecodeInputs, PrefillCase, PrefillInputs
+from flash_mla.bench.cases import Arguments, Case
 from flash_mla.problem import BLOCK
+from flash_mla.testing import DecodeCase
 
-__all__ = ["Peer", "decode_peers", "prefill_peers"]
+__all__ = ["Peer", "peers"]
 
 
 class Peer(NamedTuple):
@@ -33,41 +34,47 @@ class Peer(NamedTuple):
     gated: bool = True
 
 
-def decode_peers(case: DecodeCase, inputs: DecodeInputs) -> dict[str, Peer]:
-    """Name -> peer, for S_q = 1 and requests that are used to the full."""
-    if case.S_q > 1:
+def peers(case: Case, arguments: Arguments) -> dict[str, Peer]:
+    """Name -> peer, in the order of the tables."""
+    return decode_peers(case, arguments) if isinstance(case.spec, DecodeCase) else prefill_peers(case, arguments)
+
+
+def decode_peers(case: Case, arguments: Arguments) -> dict[str, Peer]:
+    """For S_q = 1 and requests of one length, which is a multiple of 64."""
+    q, k_cache, v_cache = arguments["q"], arguments["k_cache"], arguments["v_cache"]
+    if q.shape[2] > 1:
         return {}
-    kv = gather(inputs)
-    peers = {"gather + SDPA": Peer(partial(sdpa_rows, kv, inputs.q, case))}
-    if not case.alias:
-        peers["gather + SDPA enable_gqa"] = Peer(partial(sdpa_gqa, kv, inputs.q))
-    elif inputs.q.device.type == "cpu":
-        peers["gather + flash op, V = K"] = Peer(partial(flash_v_is_k, kv, inputs.q, case.Dv))
-        peers["vLLM CPU"] = vllm_cpu(case, inputs)
-    if case.pool != "slab":
-        peers["ours, slab cache"] = Peer(case.call(slabs(inputs)))
-    return peers
+    alias = k_cache.data_ptr() == v_cache.data_ptr()
+    table = arguments["block_table"][:, : int(arguments["seq_lens"][0]) // BLOCK].contiguous()
+    kv = gather([k_cache] if alias else [k_cache, v_cache], table)
+    found = {"gather + SDPA": Peer(partial(sdpa_rows, kv, q, k_cache.shape[1], case.Dv))}
+    if not alias:
+        found["gather + SDPA GQA"] = Peer(partial(sdpa_gqa, kv, q))
+    elif q.device.type == "cpu":
+        found["gather + flash V=K"] = Peer(partial(flash_v_is_k, kv, q, case.Dv))
+        found["vLLM CPU"] = vllm_cpu(q, k_cache, table, arguments["seq_lens"], case.Dv)
+    if k_cache.stride(0) == 0 and len(k_cache) > 1:
+        found["ours in a slab"] = Peer(case.function(arguments | slabs(k_cache, v_cache, table)))
+    return found
 
 
-def prefill_peers(case: PrefillCase, inputs: PrefillInputs) -> dict[str, Peer]:
-    """Name -> peer, for Hq = Hk."""
-    q, k, v, blocks = inputs
+def prefill_peers(case: Case, arguments: Arguments) -> dict[str, Peer]:
+    """For Hq = Hk."""
+    q, k, v, blocks = (arguments[name] for name in ("q", "k", "v", "sparse_layout"))
     if blocks is not None:
         mask = blocks.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
         return {
             "SDPA + mask": Peer(partial(F.scaled_dot_product_attention, q, k, v, attn_mask=mask)),
-            "ours, dense": Peer(case.call(inputs._replace(blocks=None)), gated=False),
+            "ours, dense": Peer(case.function(arguments | {"sparse_layout": None}), gated=False),
         }
-    peers = {"SDPA": Peer(partial(F.scaled_dot_product_attention, q, k, v, is_causal=True))}
+    found = {"SDPA": Peer(partial(F.scaled_dot_product_attention, q, k, v, is_causal=True))}
     if q.device.type == "cuda":
-        peers["SDPA cuDNN"] = Peer(partial(sdpa_cudnn, q, k, v))
-    return peers
+        found["SDPA cuDNN"] = Peer(partial(sdpa_cudnn, q, k, v))
+    return found
 
 
-def gather(inputs: DecodeInputs) -> Callable[[], list[Tensor]]:
-    """A function that copies K and V (K alone where V lies in it) in order into buffers [B, Hk, S, D]."""
-    _, k_cache, v_cache, table, _ = inputs
-    caches = [k_cache] if k_cache.data_ptr() == v_cache.data_ptr() else [k_cache, v_cache]
+def gather(caches: list[Tensor], table: Tensor) -> Callable[[], list[Tensor]]:
+    """A function that copies the blocks of table [B, used] in order into buffers [B, Hk, used * 64, D]."""
     B, used = table.shape
     buffers = [c.new_empty(B, c.shape[1], used, BLOCK, c.shape[-1]) for c in caches]
 
@@ -81,16 +88,16 @@ def gather(inputs: DecodeInputs) -> Callable[[], list[Tensor]]:
     return run
 
 
-def sdpa_rows(kv: Callable[[], list[Tensor]], q: Tensor, case: DecodeCase) -> Tensor:
+def sdpa_rows(kv: Callable[[], list[Tensor]], q: Tensor, Hk: int, Dv: int) -> Tensor:
     """Gather, then SDPA with the query heads of a group as the rows of its KV head."""
     k, *v = kv()
-    rows = q.view(case.B, case.Hk, -1, case.D)
-    out = F.scaled_dot_product_attention(rows, k, v[0] if v else k[..., : case.Dv])
-    return out.reshape(case.B, case.Hq, 1, case.Dv)
+    rows = q.view(len(q), Hk, -1, q.shape[-1])
+    out = F.scaled_dot_product_attention(rows, k, v[0] if v else k[..., :Dv])
+    return out.reshape(*q.shape[:3], Dv)
 
 
 def sdpa_gqa(kv: Callable[[], list[Tensor]], q: Tensor) -> Tensor:
-    """Gather, then SDPA as it documents grouped heads."""
+    """Gather, then SDPA with enable_gqa=True."""
     k, v = kv()
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
@@ -109,34 +116,33 @@ def flash_v_is_k(kv: Callable[[], list[Tensor]], q: Tensor, Dv: int) -> Tensor:
     return out[..., :Dv].transpose(1, 2)
 
 
-def vllm_cpu(case: DecodeCase, inputs: DecodeInputs) -> Peer:
-    """vLLM's CPU MLA decode, which reads pages of 16 rows: our blocks are four of them, where they lie."""
+def vllm_cpu(q: Tensor, k_cache: Tensor, table: Tensor, lengths: Tensor, Dv: int) -> Peer:
+    """vLLM's CPU MLA decode on slabs; it reads pages of 16 rows: our blocks are four of them, where they lie."""
     if importlib.util.find_spec("vllm") is None:
         return Peer(None, "vllm is not installed")
     try:
         from vllm import _custom_ops
     except ImportError as error:
         return Peer(None, f"vllm does not import: {error}")
-    q, k_cache, _, table, lengths = inputs
     if not hasattr(_custom_ops, "mla_decode_kvcache_cpu"):
         return Peer(None, "this vllm build has no mla_decode_kvcache_cpu")
-    pages = k_cache.view(-1, 16, case.D)
-    per_block = BLOCK // 16
-    first = torch.arange(case.B, dtype=torch.int32)[:, None] * table.shape[1] + table
-    page_table = (first[:, :, None] * per_block + torch.arange(per_block, dtype=torch.int32)).flatten(1).contiguous()
-    out = q.new_empty(case.B, case.Hq, case.Dv)
+    B, Hq, _, D = q.shape
+    pages, per_block = k_cache.view(-1, 16, D), BLOCK // 16
+    block = torch.arange(B)[:, None] * k_cache.shape[2] + table
+    page_table = (block[:, :, None] * per_block + torch.arange(per_block)).flatten(1).int()
+    out = q.new_empty(B, Hq, Dv)
 
     def run() -> Tensor:
-        _custom_ops.mla_decode_kvcache_cpu(out, q[:, :, 0], pages, case.D**-0.5, page_table, lengths)
+        _custom_ops.mla_decode_kvcache_cpu(out, q[:, :, 0], pages, D**-0.5, page_table, lengths)
         return out[:, :, None]
 
     return Peer(run)
 
 
-def slabs(inputs: DecodeInputs) -> DecodeInputs:
-    """The same blocks in a slab a request that holds no others, in shuffled order."""
-    q, k_cache, v_cache, table, lengths = inputs
+def slabs(k_cache: Tensor, v_cache: Tensor, table: Tensor) -> Arguments:
+    """The same tokens in a slab a request that holds nothing else, in shuffled order."""
     B, used = table.shape
     order = torch.stack([torch.randperm(used, device=table.device) for _ in range(B)])
-    k, v = (torch.stack([c[b, :, table[b].long()[order[b]]] for b in range(B)]) for c in (k_cache, v_cache))
-    return DecodeInputs(q, k, v, order.argsort(1).int(), lengths)
+    blocks = table.long().gather(1, order)
+    k, v = (torch.stack([cache[b].index_select(1, blocks[b]) for b in range(B)]) for cache in (k_cache, v_cache))
+    return {"k_cache": k, "v_cache": v, "block_table": order.argsort(1).int()}

@@ -1,4 +1,4 @@
-"""What is said about the records of `measure`: JSON lines, tables for the terminal and for Markdown, a roofline plot."""
+"""The records of `measure` as JSON lines, as tables for the terminal and for Markdown, and as a roofline plot."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 __all__ = ["Column", "columns", "markdown", "notes", "read_jsonl", "roofline", "write_jsonl"]
@@ -15,7 +16,8 @@ Record = dict[str, Any]
 BYTES_NOTE = (
     "FLOPs and bytes are what the problem needs: two GEMMs over the visible keys; q, the used cache rows and out, each"
     " once. A copy that a peer makes counts as time, not as bytes. Ratios are peer time / our time, medians over rounds"
-    " that ran alternately in one process with caches flushed before each run."
+    " that ran alternately in one process with caches flushed before each run. Extra memory is the peak of torch's"
+    " allocator during a call. Error is the largest |out - float64| over the largest |out|, of one request."
 )
 
 
@@ -53,25 +55,34 @@ def groups(records: Sequence[Record]) -> dict[str, list[Record]]:
     return result
 
 
-def columns(records: Sequence[Record]) -> list[Column]:
+def flop_unit(machine: Record) -> tuple[str, float]:
+    """The unit of a machine's rates and how many of it a TFLOP/s is: a CPU's are legible in GFLOP/s."""
+    return ("TFLOP/s", 1.0) if machine["tflops"] >= 10 else ("GFLOP/s", 1e3)
+
+
+def columns(machine: Record, records: Sequence[Record]) -> list[Column]:
     """The table of one group. A case without a time has dashes; why is in `notes`."""
+    unit, per_tflop = flop_unit(machine)
     timed = lambda f: [f(r) if "ms" in r else "-" for r in records]  # noqa: E731
     result = [
         Column("case", [r["case"] for r in records]),
         Column("backend", [r["backend"] for r in records]),
         Column("time\nms", timed(lambda r: significant(r["ms"]))),
-        Column("rate\nTFLOP/s", timed(lambda r: significant(r["tflops"]))),
-        Column("of GEMM\n%", timed(lambda r: percent(r["share_of_gemm"]))),
+        Column(f"rate\n{unit}", timed(lambda r: significant(r["tflops"] * per_tflop))),
+        Column("of\nGEMM\n%", timed(lambda r: percent(r["share_of_gemm"]))),
         Column("rate\nGB/s", timed(lambda r: significant(r["gbps"]))),
-        Column("of memory\n%", timed(lambda r: percent(r["share_of_bandwidth"]))),
-        Column("extra memory\nMiB", timed(lambda r: f"{r['extra_bytes'] / 2**20:.1f}")),
-        Column("max error\n/ max |out|", [f"{r['max_error']:.1e}" for r in records]),
+        Column("of\nmemory\n%", timed(lambda r: percent(r["share_of_bandwidth"]))),
+        Column("extra\nmemory\nMiB", timed(lambda r: f"{r['extra_bytes'] / 2**20:.1f}")),
+        Column("error\n/ max", [f"{r['max_error']:.1e}" for r in records]),
     ]
     peers = dict.fromkeys(name for r in records for name in r.get("peers", {}))
     for name in peers:
         cells = [r.get("peers", {}).get(name) for r in records]
         result.append(
-            Column(f"vs {name}", ["" if c is None else f"{c['ratio']:.2f}x" if "ratio" in c else "-" for c in cells])
+            Column(
+                "\n".join(wrap(f"vs {name}", 11)),
+                ["" if c is None else f"{c['ratio']:.2f}x" if "ratio" in c else "-" for c in cells],
+            )
         )
     return result
 
@@ -92,9 +103,10 @@ def notes(records: Sequence[Record]) -> list[str]:
 
 def ceilings_line(machine: Record) -> str:
     """The machine and its ceilings in one line."""
+    unit, per_tflop = flop_unit(machine)
     return (
-        f"{machine['name']}; torch {machine['torch']}; ceilings of this run: {machine['gbps']:.1f} GB/s,"
-        f" {significant(machine['tflops'])} BF16 TFLOP/s ({machine['how']})"
+        f"{machine['name']}; torch {machine['torch']}; ceilings of this run: {significant(machine['gbps'])} GB/s,"
+        f" {significant(machine['tflops'] * per_tflop)} BF16 {unit} ({machine['how']})"
     )
 
 
@@ -102,8 +114,8 @@ def markdown(machine: Record, records: Sequence[Record], command: str) -> str:
     """All tables as a Markdown page with the command that made them."""
     parts = [f"`{command}`, {machine['date']}", ceilings_line(machine) + ".", BYTES_NOTE]
     for group, members in groups(records).items():
-        table = columns(members)
-        head = [c.header.replace("\n", " ").replace("|", "\\|") for c in table]
+        table = columns(machine, members)
+        head = [c.header.replace("\n", " ") for c in table]
         rows = [head, ["---", "---", *["---:"] * (len(table) - 2)], *zip(*(c.cells for c in table), strict=True)]
         parts.append(f"### {group[0].upper()}{group[1:]}")
         parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
@@ -143,61 +155,47 @@ def roofline(machine: Record, records: Sequence[Record], path: Path) -> None:
     timed = [r for r in records if "ms" in r]
     if not timed:
         raise ValueError("no case of this file has a time")
+    unit, per_tflop = flop_unit(machine)
     intensity = [r["flops"] / r["bytes"] for r in timed]
-    rates = [r["tflops"] for r in timed]
-    ridge = machine["tflops"] * 1e3 / machine["gbps"]
+    rates = [r["tflops"] * per_tflop for r in timed]
+    gemm, memory = machine["tflops"] * per_tflop, machine["gbps"] * per_tflop / 1e3
+    ridge = gemm / memory
     left, right = min(*intensity, ridge) / 2, max(*intensity, ridge) * 6
-    bottom, top = min(*rates, machine["tflops"]) / 2, machine["tflops"] * 2.2
+    bottom, top = min(*rates, gemm) / 2, gemm * 2.2
 
     figure = Figure(figsize=(10.5, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
-    slope = lambda x: x * machine["gbps"] / 1e3  # noqa: E731
-    axes.plot([left, ridge], [slope(left), slope(ridge)], color=INK, lw=1.6, zorder=2)
-    axes.plot([ridge, right], [machine["tflops"]] * 2, color=INK, lw=1.6, zorder=2)
-    axes.fill_between([left, ridge, right], [slope(left), slope(ridge), slope(ridge)], top, color="#f2f2f0", zorder=0)
-    axes.annotate(
-        f"{significant(machine['tflops'])} TFLOP/s, BF16 GEMM",
-        (right, machine["tflops"]),
-        (-6, 5),
-        textcoords="offset points",
-        ha="right",
-        color=INK,
-    )
+    axes.plot([left, ridge, right], [left * memory, gemm, gemm], color=INK, lw=1.6, zorder=2)
+    axes.fill_between([left, ridge, right], [left * memory, gemm, gemm], top, color="#f2f2f0", zorder=0)
     for group, members in groups(timed).items():
         colour, marker = STYLES.get(group, (FAINT, "D"))
-        points = [(r["flops"] / r["bytes"], r["tflops"]) for r in members]
-        axes.scatter(
-            *zip(*points, strict=True), s=46, c=colour, marker=marker, ec="white", lw=0.8, zorder=4, label=group
-        )
+        x = [r["flops"] / r["bytes"] for r in members]
+        y = [r["tflops"] * per_tflop for r in members]
+        axes.scatter(x, y, s=46, c=colour, marker=marker, ec="white", lw=0.8, zorder=4, label=group)
     label_points(axes, timed, intensity, rates)
-    rotation = slope_angle(axes, left, ridge, slope)
+    above: dict[str, Any] = {"textcoords": "offset points", "color": INK}
+    axes.annotate(f"BF16 GEMM, {significant(gemm)} {unit}", (right, gemm), (-6, 6), ha="right", **above)
+    (x0, y0), (x1, y1) = axes.transData.transform([(left, left * memory), (ridge, gemm)])
+    middle = math.sqrt(left * ridge)
     axes.annotate(
-        f"{machine['gbps']:.1f} GB/s, memory",
-        (math.sqrt(left * min(ridge, right)), slope(math.sqrt(left * min(ridge, right)))),
-        (-4, 6),
-        textcoords="offset points",
-        rotation=rotation,
+        f"memory, {significant(machine['gbps'])} GB/s",
+        (middle, middle * memory),
+        (-6, 6),
+        rotation=math.degrees(math.atan2(y1 - y0, x1 - x0)),
         rotation_mode="anchor",
         ha="center",
-        color=INK,
+        **above,
     )
     axes.set_xlabel("arithmetic intensity, FLOP per byte of q, used cache and out")
-    axes.set_ylabel("rate, TFLOP/s")
+    axes.set_ylabel(f"rate, {unit}")
     axes.set_title(f"flash_mla on {machine['name']}", loc="left", fontsize=12, color=INK, pad=12)
     axes.grid(True, which="major", color="#e3e3e0", lw=0.7, zorder=1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
-
-
-def slope_angle(axes: Any, left: float, right: float, slope: Any) -> float:
-    """The angle in degrees at which the memory ceiling is drawn."""
-    axes.figure.draw_without_rendering()
-    (x0, y0), (x1, y1) = axes.transData.transform([(left, slope(left)), (right, slope(right))])
-    return math.degrees(math.atan2(y1 - y0, x1 - x0))
 
 
 def label_points(axes: Any, records: Sequence[Record], intensity: Sequence[float], rates: Sequence[float]) -> None:
@@ -207,7 +205,8 @@ def label_points(axes: Any, records: Sequence[Record], intensity: Sequence[float
     points = axes.transData.transform(list(zip(intensity, rates, strict=True))) * 72 / axes.figure.dpi
     texts = [record["case"].split("/", 1)[1] for record in records]
     widths = [0.58 * size * len(text) + offset for text in texts]
-    heights = spread([y for _, y in points], [(x, x + w) for (x, _), w in zip(points, widths, strict=True)], gap)
+    spans = [(x, x + width) for (x, _), width in zip(points, widths, strict=True)]
+    heights = spread([y for _, y in points], spans, gap)
     for text, x, y, (_, y0), y1 in zip(texts, intensity, rates, points, heights, strict=True):
         moved = abs(y1 - y0) > gap / 3
         axes.annotate(
@@ -224,18 +223,26 @@ def label_points(axes: Any, records: Sequence[Record], intensity: Sequence[float
 
 
 def spread(heights: Sequence[float], spans: Sequence[tuple[float, float]], gap: float) -> list[float]:
-    """Heights moved apart until those whose horizontal spans overlap differ by `gap`."""
+    """Heights of labels, moved apart until those that overlap horizontally differ by `gap`.
+
+    Labels also keep off the points of others, which stand at the left ends of the spans, at the given heights, and
+    do not move.
+    """
     result = list(heights)
     order = sorted(range(len(result)), key=result.__getitem__)
     for _ in range(500):
-        settled = True
-        for i, low in enumerate(order):
-            for high in order[i + 1 :]:
+        before = list(result)
+        for place, low in enumerate(order):
+            for high in order[place + 1 :]:
                 short = gap - (result[high] - result[low])
-                if short > 0.01 and spans[low][0] < spans[high][1] and spans[high][0] < spans[low][1]:
+                if short > 0 and spans[low][0] < spans[high][1] and spans[high][0] < spans[low][1]:
                     result[low] -= short / 2
                     result[high] += short / 2
-                    settled = False
-        if settled:
+        for label, (start, end) in enumerate(spans):
+            for point, (x, _) in enumerate(spans):
+                away = result[label] - heights[point]
+                if start + gap < x < end and abs(away) < gap:
+                    result[label] = heights[point] + math.copysign(gap, away)
+        if max(abs(a - b) for a, b in zip(before, result, strict=True)) < 0.01:
             break
     return result

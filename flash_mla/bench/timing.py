@@ -25,7 +25,7 @@ __all__ = ["Ceilings", "alternate", "device_name", "extra_bytes", "measure_ceili
 FLUSH_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 """More than the last-level caches: 32 MiB of L3 a socket slice on the development CPU, 50 MiB of L2 on an H100."""
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 50
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
 
 
 @dataclass(frozen=True)
