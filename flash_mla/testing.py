@@ -51,15 +51,15 @@ class Budget(NamedTuple):
     cosine: float
     """1 - 2 x.y / (x.x + y.y), which is at least the cosine distance and sees a wrong scale too."""
     lse: float
-    """Largest |error| of lse, absolute. The contract gives none for FP32 (here BF16's) and for FP8, where a backend
-    may round q times its descale to BF16: 2^-9 of a score of up to 5."""
+    """Largest |error| of lse, absolute. The contract gives none for FP32 (here BF16's) and for FP8: as for out, since
+    a part whose lse is off by e has its weight off by e in a merge."""
 
 
 BUDGETS = {
     torch.float32: Budget(1e-5, 5e-6, 1e-4),
     torch.float16: Budget(2e-3, 5e-6, 1e-4),
     torch.bfloat16: Budget(1.6e-2, 5e-6, 1e-4),
-    FP8: Budget(6e-2, 1e-3, 1e-2),
+    FP8: Budget(6e-2, 1e-3, 6e-2),
 }
 
 
@@ -91,7 +91,7 @@ def check(out: Tensor, lse: Tensor | None, true_out: Tensor, true_lse: Tensor, d
     got = out.double()
     m = true_out.abs().max().item() if true_out.numel() else 0.0
     # NOTE: NaN compares false with everything, so it is made infinite before any maximum
-    error = (got - true_out).abs().nan_to_num(nan=math.inf)
+    error = (got - true_out).abs().nan_to_num(nan=math.inf, posinf=math.inf)
     out_error = error.max().item() / (m or 1.0) if error.numel() else 0.0
     if out_error > budget.out:
         failures.append(
@@ -112,7 +112,7 @@ def check(out: Tensor, lse: Tensor | None, true_out: Tensor, true_lse: Tensor, d
         return Verdict(out_error, cosine, math.inf, tuple(failures))
     if (lse[empty] != -math.inf).any():
         failures.append("lse: not -inf in a row that sees no key")
-    difference = (lse.double() - true_lse).abs().nan_to_num(nan=math.inf).masked_fill(empty, 0.0)
+    difference = (lse.double() - true_lse).abs().nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(empty, 0.0)
     lse_error = difference.max().item() if difference.numel() else 0.0
     if lse_error > budget.lse:
         failures.append(f"lse: error {lse_error:.1e}, budget {budget.lse:.1e}, {worst(difference, lse, true_lse)}")
@@ -398,7 +398,7 @@ class PrefillCase:
             fine = coarse.repeat_interleave(2, -2).repeat_interleave(2, -1)
             return window, fine[..., :n, :n]
         blocks = source.chance((self.B, self.Hq, n, n) if self.sparse == "heads" else (1, 1, n, n), 0.5)
-        blocks[:, :, 0] = False
+        blocks[:, :, :1] = False
         return blocks, blocks
 
 
@@ -442,20 +442,23 @@ class MhaCase:
             cache, full = (
                 nan_cache(self.layout, self.B, self.H, Nblk, width, self.dtype, self.device) for _ in range(2)
             )
-            rows = source.normal((self.B, self.H, max(ends), width), self.dtype)
+            rows = source.normal((self.B, self.H, max(ends, default=0), width), self.dtype)
             for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
                 fill(full, table, b, rows[b, :, :end])
                 fill(cache, table, b, rows[b, :, : start if self.write else end])
             caches.append(cache)
             full_caches.append(full)
-            new_rows.append(torch.stack([rows[b, :, start : start + self.P] for b, start in enumerate(starts)]))
+            chunks = nan_filled((self.B, self.H, self.P, width), self.dtype, self.device)
+            for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                chunks[b].copy_(rows[b, :, start:end])
+            new_rows.append(chunks)
         if self.alias:
             caches.append(caches[0][..., :Dv])
             full_caches.append(full_caches[0][..., :Dv])
         arguments = {
             "q": source.normal((self.B, self.H, self.P, self.D), self.dtype),
             "block_table": table.to(self.device),
-            "attn_mask": make_mask(self.mask, ends, self.H, self.P, max(ends), source),
+            "attn_mask": make_mask(self.mask, ends, self.H, self.P, max(ends, default=0), source),
             "start_pos": None
             if self.starts is None
             else torch.tensor(self.starts, dtype=torch.int32, device=self.device),
