@@ -96,8 +96,10 @@ def demo(
     batch: Annotated[int, typer.Option(min=1, help="Requests, of different lengths, cut from the text.")] = 4,
 ) -> None:
     """Generate from a random DeepSeek-V3-shaped model on the paged latent cache, checked against eager attention."""
-    from flash_mla.demo import demo as run
-
+    try:
+        from flash_mla.demo import demo as run
+    except ModuleNotFoundError as missing:
+        raise typer.BadParameter(f"needs {missing.name}: pip install 'flash-mla[transformers]'") from missing
     run(text, device=need_device(device), tokens=tokens, batch=batch)
 
 
