@@ -15,9 +15,11 @@ LAYERS = (
     "contract backends",
     "plan",
     "api deepseek distributed",
-    "testing bench integrations",
+    "testing __init__",
+    "bench integrations",
     "demo",
-    "cli __init__ __main__",
+    "cli",
+    "__main__",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
