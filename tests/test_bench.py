@@ -175,5 +175,12 @@ def test_three_significant_digits(value: float, text: str) -> None:
 
 def test_labels_are_spread() -> None:
     heights = report.spread([0.0, 1.0, 2.0, 50.0], [(0, 10), (0, 10), (20, 30), (0, 10)], 8.0)
-    assert heights[1] - heights[0] == pytest.approx(8.0, abs=0.1)
-    assert heights[2:] == [2.0, 50.0]
+    assert heights == [-7.0, 1.0, 2.0, 50.0]
+
+
+def test_labels_keep_off_other_points() -> None:
+    # three labels that start at x = 0 run over two points at x = 50, which stand 10 apart
+    starts, ys = [0, 0, 0, 50, 50], [4.0, 5.0, 6.0, 0.0, 10.0]
+    heights = report.spread(ys, [(x, x + 100) for x in starts], 8.0)
+    assert all(abs(heights[i] - ys[j]) > 7.9 for i in range(3) for j in (3, 4))
+    assert all(abs(a - b) > 7.9 for i, a in enumerate(heights) for b in heights[:i])

@@ -218,31 +218,24 @@ def label_points(axes: Any, records: Sequence[Record], intensity: Sequence[float
             fontsize=size,
             color=INK,
             zorder=5,
-            arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.5, "shrinkA": 0, "shrinkB": 3} if moved else None,
+            arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
+            if moved
+            else None,
         )
 
 
 def spread(heights: Sequence[float], spans: Sequence[tuple[float, float]], gap: float) -> list[float]:
-    """Heights of labels, moved apart until those that overlap horizontally differ by `gap`.
+    """Heights for labels: each the free one that is nearest to its point's, placed from the top down.
 
-    Labels also keep off the points of others, which stand at the left ends of the spans, at the given heights, and
-    do not move.
+    Free is what lies `gap` from every placed label that overlaps horizontally, and from every other point under the
+    label; points stand at the left ends of the spans, at the given heights.
     """
-    result = list(heights)
-    order = sorted(range(len(result)), key=result.__getitem__)
-    for _ in range(500):
-        before = list(result)
-        for place, low in enumerate(order):
-            for high in order[place + 1 :]:
-                short = gap - (result[high] - result[low])
-                if short > 0 and spans[low][0] < spans[high][1] and spans[high][0] < spans[low][1]:
-                    result[low] -= short / 2
-                    result[high] += short / 2
-        for label, (start, end) in enumerate(spans):
-            for point, (x, _) in enumerate(spans):
-                away = result[label] - heights[point]
-                if start + gap < x < end and abs(away) < gap:
-                    result[label] = heights[point] + math.copysign(gap, away)
-        if max(abs(a - b) for a, b in zip(before, result, strict=True)) < 0.01:
-            break
-    return result
+    placed: dict[int, float] = {}
+    for label in sorted(range(len(heights)), key=heights.__getitem__, reverse=True):
+        start, end = spans[label]
+        taken = [y for other, y in placed.items() if start < spans[other][1] and spans[other][0] < end]
+        taken += [y for (x, _), y in zip(spans, heights, strict=True) if start + gap < x < end]
+        edges = [y + side * gap for y in taken for side in (-1, 1)]
+        free = [y for y in (heights[label], *edges) if all(abs(y - other) > 0.999 * gap for other in taken)]
+        placed[label] = min(free, key=lambda y: abs(y - heights[label]))
+    return [placed[label] for label in range(len(heights))]
