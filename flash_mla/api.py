@@ -38,6 +38,8 @@ def points_to_deepseek(function: Callable[P_, R_]) -> Callable[P_, R_]:
             return function(*args, **kwargs)
         except TypeError:
             contract.refuse_deepseek_order(*args)
+            if not (args or kwargs) or contract.DEEPSEEK_NAMES & kwargs.keys():
+                contract.deepseek_order([*args, *kwargs.values()])
             raise
 
     return call
