@@ -101,7 +101,7 @@ def check_rank(name: str, shape: Sequence[int], rank: int, layout: str) -> None:
 
 def check_grouping(Hq: int, Hk: int) -> None:
     if Hq < 1 or Hk < 1 or Hq % Hk:
-        raise HeadGroupingError(f"Hq = {Hq} query heads and Hk = {Hk} KV heads", "Hq % Hk == 0, both at least 1")
+        raise HeadGroupingError(f"Hq = {Hq} query heads and Hk = {Hk} KV heads", "Hq % Hk == 0")
 
 
 def check_block_size(name: str, shape: Sequence[int]) -> None:
