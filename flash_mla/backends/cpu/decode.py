@@ -50,11 +50,7 @@ def decode(problem: DecodeProblem, args: DecodeArgs) -> None:
     q = grouped_rows(problem, args).flatten(2, 3)  # [B, Hk, ratio * S_q, D]
     parts = [part for run, requests in shared_runs(reads) for part in run_in_place(problem, args, q, requests, *run)]
     groups = list(gather_groups(problem, reads))
-    most = max((len(range(*requests.indices(problem.B))) * (c.stop - c.start) for requests, c in groups), default=0)
-    buffers = [
-        torch.empty(most * cache[0, :, 0].numel(), dtype=storage_dtype(cache))
-        for cache in ((args.k,) if problem.alias else (args.k, args.v))
-    ]
+    buffers = gather_buffers(problem, args, groups)
     parts += [run_gathered(problem, args, q, *group, reads, table, buffers) for group in groups]
     out, lse = merge_parts(problem, parts)
     rows = (problem.ratio, problem.S_q)
@@ -164,6 +160,13 @@ def run_in_place(
 
 
 # --- Gathered ---------------------------------------------------------------------------------------------------------
+
+
+def gather_buffers(problem: DecodeProblem, args: DecodeArgs, groups: list[tuple[slice, slice]]) -> list[Tensor]:
+    """Memory for the blocks of K, and of V where it is apart, of the largest group."""
+    most = max(((requests.stop - requests.start) * (c.stop - c.start) for requests, c in groups), default=0)
+    caches = (args.k,) if problem.alias else (args.k, args.v)
+    return [torch.empty(most * x.shape[1] * BLOCK * x.shape[-1], dtype=storage_dtype(x)) for x in caches]
 
 
 def run_gathered(
