@@ -142,7 +142,7 @@ def stored(tensor: Tensor, widen: str) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def bound(
-    problem: DecodeProblem, config: DecodeConfig, lse: bool, table_dtype: torch.dtype, lens_dtype: torch.dtype
+    problem: DecodeProblem, config: DecodeConfig, lse: bool, flip: bool, table_dtype: torch.dtype, lens_dtype: torch.dtype
 ) -> list[tuple[Launcher, Launcher | None]]:
     """The slot for the launchers of one problem; empty until its first call fills it."""
     return []
@@ -156,7 +156,7 @@ def launch_decode(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs
         numel = decode.partial_numel(config.decode, rows)
         partial = torch.empty(numel, dtype=torch.float32, device=problem.device)
     if args.mask is None and args.q_descale is None and args.k_descale is None and args.v_descale is None:
-        slot = bound(problem, config, args.lse is not None, args.block_table.dtype, args.seq_lens.dtype)
+        slot = bound(problem, config, args.lse is not None, args.softmax_scale < 0, args.block_table.dtype, args.seq_lens.dtype)
         if not slot:
             slot.append(decode_launchers(problem, config, args))
         main, merge = slot[0]
@@ -169,7 +169,7 @@ def launch_decode(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs
             stored(args.q, widen), stored(args.k, widen), stored(args.v, widen), args.block_table, args.seq_lens, args.mask,
             args.q_descale, args.k_descale, args.v_descale, args.attn_sink, args.out, args.lse, partial,
         ),
-        (args.softmax_scale,),
+        (abs(args.softmax_scale),),
     )  # fmt: skip
     if merge is not None:
         merge((args.seq_lens, partial, args.attn_sink, args.out, args.lse))
@@ -186,6 +186,7 @@ def decode_launchers(
         decode.constants(
             config.decode, q=args.q, k=args.k, v=args.v, block_table=args.block_table, mask=args.mask,
             q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale,
+            flip=args.softmax_scale < 0,
         ),
         {"num_warps": config.decode.warps, "num_stages": config.decode.stages},
     )  # fmt: skip

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = 1.4426950408889634
-LN2: tl.constexpr = 0.6931471805599453
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -27,13 +27,25 @@ def widen(x, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def by_row(x, SWAP: tl.constexpr):
+    """A value per query row [TILE_M], spread over a tile of scores."""
+    return x[None, :] if SWAP else x[:, None]
+
+
+@triton.jit
+def by_token(x, SWAP: tl.constexpr):
+    """A value per token [TILE_N], spread over a tile of scores."""
+    return x[:, None] if SWAP else x[None, :]
+
+
+@triton.jit
 def attend(
-    acc,  # [TILE_M, DV_TILE] FP32
+    acc,  # [TILE_M, DV_TILE] FP32; transposed with SWAP, as the scores are
     row_max,  # [TILE_M] FP32, base 2
     row_sum,  # [TILE_M] FP32
     q,  # [TILE_M, D_MAIN]
     q_rest,  # [TILE_M, D_REST]; q where D_REST is 0
-    scale,
+    scale,  # above 0, times log2(e)
     k_rows,  # [TILE_N] pointers to the rows of K
     v_rows,  # [TILE_N] pointers to the rows of V
     tokens,  # [TILE_N] their positions
@@ -52,13 +64,17 @@ def attend(
     TEST: tl.constexpr,
     D_REST: tl.constexpr,
     REUSE: tl.constexpr,
+    SWAP: tl.constexpr,
+    FLIP: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One key tile, one online-softmax step. Without TEST every row sees every token of the tile, and no mask is read.
 
     The dot with K goes over the D_MAIN columns and, where the head has them, over the rest; REUSE takes V from K's main
-    columns, which are then read once.
+    columns, which are then read once. SWAP computes the transposes, scores [TILE_N, TILE_M] and acc [DV_TILE, TILE_M]:
+    Hopper's matrix instruction has at least 64 rows but any 8 columns, so that few query rows make better columns. FLIP negates the
+    scores: scale is a magnitude, so that a row's maximum may be taken before the product.
     """
     stored = tokens < end
     d_live = (offs_d < D)[None, :]
@@ -69,17 +85,29 @@ def attend(
         r_live = r_live & stored[:, None]
         v_live = v_live & stored[:, None]
     k = widen(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
+    if SWAP:
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [TILE_N, TILE_M]
+    else:
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
     if D_REST > 0:
         k_rest = widen(tl.load(k_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
-        scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
-    scores *= scale
+        if SWAP:
+            scores = tl.dot(k_rest, tl.trans(q_rest), scores, input_precision=PRECISION)
+        else:
+            scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
 
+    if FLIP:
+        scores = -scores
+    # scores times `unit` are in base 2: the product is folded into the exponent
+    unit = scale
+    if MASK == "float":
+        scores *= scale
+        unit = 1.0
     if TEST:
-        keep = tokens[None, :] < limit[:, None]
+        keep = by_token(tokens, SWAP) < by_row(limit, SWAP)
         if MASK != "none":
-            seen = row_live[:, None] & (stored & (tokens < mask_len))[None, :]
-            mask_tile = mask_rows[:, None] + tokens.to(tl.int64)[None, :] * stride_mt
+            seen = by_row(row_live, SWAP) & by_token(stored & (tokens < mask_len), SWAP)
+            mask_tile = by_row(mask_rows, SWAP) + by_token(tokens.to(tl.int64) * stride_mt, SWAP)
             if MASK == "bool":
                 keep = keep & (tl.load(mask_tile, mask=seen, other=0) != 0)
             else:
@@ -87,18 +115,21 @@ def attend(
         scores = tl.where(keep, scores, float("-inf"))
 
     # online softmax
-    row_max_new = tl.maximum(row_max, tl.max(scores, 1))
+    AXIS: tl.constexpr = 0 if SWAP else 1
+    row_max_new = tl.maximum(row_max, tl.max(scores, AXIS) * unit)
     # a row without a key yet: subtract 0, so that exp2(-inf) is 0 and not exp2(-inf + inf)
     shift = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
-    p = tl.exp2(scores - shift[:, None])
+    p = tl.exp2(scores * unit - by_row(shift, SWAP))
     rescale = tl.exp2(row_max - shift)
-    row_sum = row_sum * rescale + tl.sum(p, 1)
-    acc = acc * rescale[:, None]
-    if REUSE:
-        v = k
-    else:
+    row_sum = row_sum * rescale + tl.sum(p, AXIS)
+    acc = acc * by_row(rescale, SWAP)
+    v = k
+    if not REUSE:
         v = widen(tl.load(v_rows[:, None] + offs_v[None, :], mask=v_live, other=0.0), WIDEN)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    if SWAP:
+        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max_new, row_sum
 
 

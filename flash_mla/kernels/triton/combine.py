@@ -78,7 +78,7 @@ def combine_kernel(
     last = (item_start + size - 1) // share
 
     # merge
-    lse_partial_ptr = partial_ptr + (2 * programs * partial_rows).to(tl.int64) * DV_TILE
+    lse_partial_ptr = partial_ptr + tl.cast(2 * programs * partial_rows, tl.int64) * DV_TILE
     row_max = float("-inf")
     row_sum = 0.0
     acc = tl.zeros([TILE_C], tl.float32)

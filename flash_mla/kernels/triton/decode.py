@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.kernels.triton.share import BLOCK, locate, request_length, share_size, units
+from flash_mla.kernels.triton.share import BLOCK, block_id, locate, request_length, share_size, slot, units
 from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, smem_bytes, widening
@@ -46,17 +46,13 @@ class Config:
     d_rest: int
     dv_tile: int
     reuse: bool
+    swap: bool
     widen: str
     precision: str
     programs: int
     min_share: int
     warps: int
     stages: int
-
-    def smem_bytes(self, itemsize: int) -> int:
-        """Shared memory that the pipeline of K and V tiles and the resident q take, in bytes."""
-        return smem_bytes(self.tile_m, self.tile_n, self.d_main + self.d_rest, 0 if self.reuse else self.dv_tile,
-                          itemsize, self.stages)  # fmt: skip
 
 
 def config(
@@ -67,34 +63,28 @@ def config(
     d_main, d_rest = head_tiles(D)
     reuse = alias and d_main >= Dv
     dv_tile = d_main if reuse else max(power_of_2(Dv), 16)
-    width = d_main + d_rest + (0 if reuse else dv_tile)
+    dv_read = 0 if reuse else dv_tile
 
-    # 64 rows fill a warpgroup's matrix instruction; elsewhere the accumulator's registers set the limit
-    tile_m = 64 if target.wgmma and itemsize < 4 else 32
-    tile_m = min(tile_m, max(16, power_of_2(rows)))
+    # few rows: on Hopper as columns of its 64-row instruction; many: 64, or what the accumulator's registers allow
+    swap = target.wgmma and itemsize == 2 and rows <= 32
+    tile_m = min(64 if target.wgmma and itemsize < 4 else 32, max(16, power_of_2(rows)))
     warps = 8 if tile_m * dv_tile > 32 * 256 else 4
+    buffered = target.wgmma and (swap or tile_m == 64)
 
-    stages, tile_n = 1, 16
-    for candidate in ((3, 64), (2, 64), (3, 32), (2, 32), (3, 16), (2, 16)):
-        if smem_bytes(tile_m, candidate[1], d_main + d_rest, width - d_main - d_rest, itemsize, candidate[0]) <= target.smem:
+    stages, tile_n = 2, 16
+    for candidate in ((4, 64), (3, 64), (2, 64), (4, 32), (3, 32), (2, 32)):
+        if smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], buffered) <= target.smem:
             stages, tile_n = candidate
             break
+    tiles = smem_bytes(tile_m, tile_n, d_main + d_rest, dv_read, itemsize, stages, buffered)
 
-    m_tiles = -(-rows // tile_m)
-    per_sm = max(1, min(2, target.smem // smem_bytes(tile_m, tile_n, d_main + d_rest, width - d_main - d_rest, itemsize, stages)))
+    per_sm = max(1, min(2, target.smem // tiles))
     min_share = 2
-    programs = max(1, target.multiprocessors * per_sm // m_tiles) if table_blocks > min_share else 0
-    return Config(tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), precision(itemsize, target), programs, min_share,
-                  warps, stages)  # fmt: skip
-
-
-# --- Steps ---
-
-
-@triton.jit
-def block_id(table_row_ptr, token, Nblk):
-    """The physical block of a token, forced into the cache."""
-    return tl.minimum(tl.maximum(tl.load(table_row_ptr + token // BLOCK), 0), Nblk - 1).to(tl.int64)
+    programs = max(1, target.multiprocessors * per_sm // -(-rows // tile_m)) if table_blocks > min_share else 0
+    return Config(
+        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, swap, widening(itemsize, target), precision(itemsize, target),
+        programs, min_share, warps, stages,
+    )  # fmt: skip
 
 
 # --- Kernel ---
@@ -115,15 +105,15 @@ def decode_kernel(
     out_ptr,  # [B, Hq, S_q, Dv] contiguous
     lse_ptr,  # [B, Hq, S_q] contiguous
     partial_ptr,  # out_partial [2 * programs, m_tiles * TILE_M, DV_TILE], then lse_partial [2 * programs, m_tiles * TILE_M]
-    softmax_scale,
+    softmax_scale,  # its magnitude; FLIP has its sign
     B,
     Hk,
     Nblk,
     table_blocks,
     mask_len,
     stride_qb, stride_qh, stride_qs,
-    stride_kb, stride_kh, stride_kn, stride_kt,
-    stride_vb, stride_vh, stride_vn, stride_vt,
+    stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
     stride_tb,
     stride_mb, stride_mh, stride_ms, stride_mt,
     stride_qdb, stride_qdh, stride_kdb, stride_kdh, stride_vdb, stride_vdh,
@@ -131,6 +121,9 @@ def decode_kernel(
     RATIO: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    STRIDE_KT: tl.constexpr,  # a constant, so that a tile's rows are immediate offsets from one address
+    STRIDE_VT: tl.constexpr,
+    FLIP: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool", "float"
     SPLIT: tl.constexpr,
     MIN_SHARE: tl.constexpr,
@@ -140,6 +133,7 @@ def decode_kernel(
     D_REST: tl.constexpr,
     DV_TILE: tl.constexpr,
     REUSE: tl.constexpr,
+    SWAP: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -182,6 +176,14 @@ def decode_kernel(
         b64 = b.to(tl.int64)
         head = kv_head * RATIO + rows % RATIO
 
+        # the scale of the scores
+        scale = softmax_scale * LOG2E
+        if q_descale_ptr is not None:
+            scale *= tl.load(q_descale_ptr + b64 * stride_qdb + kv_head * stride_qdh)
+        if k_descale_ptr is not None:
+            scale *= tl.load(k_descale_ptr + b64 * stride_kdb + kv_head * stride_kdh)
+        scale = tl.maximum(scale, 1e-30)  # at 0, -inf * scale would be NaN
+
         # load q
         q_rows = b64 * stride_qb + head.to(tl.int64) * stride_qh + query * stride_qs
         q_tile = q_ptr + q_rows[:, None]
@@ -190,11 +192,6 @@ def decode_kernel(
             q_rest = widen(tl.load(q_tile + offs_r[None, :], mask=row_live[:, None] & (offs_r < D)[None, :], other=0.0), WIDEN)
         else:
             q_rest = q
-        scale = softmax_scale * LOG2E
-        if q_descale_ptr is not None:
-            scale *= tl.load(q_descale_ptr + b64 * stride_qdb + kv_head * stride_qdh)
-        if k_descale_ptr is not None:
-            scale *= tl.load(k_descale_ptr + b64 * stride_kdb + kv_head * stride_kdh)
 
         k_head = k_ptr + (b64 * stride_kb + kv_head.to(tl.int64) * stride_kh)
         v_head = v_ptr + (b64 * stride_vb + kv_head.to(tl.int64) * stride_vh)
@@ -206,7 +203,7 @@ def decode_kernel(
         else:
             limit = seq_len - (S_Q - 1) + query  # causal: query i sees t <= seq_len - S_q + i
 
-        acc = tl.zeros([TILE_M, DV_TILE], tl.float32)
+        acc = tl.zeros([DV_TILE, TILE_M] if SWAP else [TILE_M, DV_TILE], tl.float32)
         row_max = tl.full([TILE_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([TILE_M], tl.float32)
 
@@ -215,34 +212,41 @@ def decode_kernel(
         for t in tl.range(t_begin, t_end, TILE_N):
             block = block_next
             block_next = block_id(table_row, tl.minimum(t + TILE_N, t_end - 1), Nblk)
-            slot = t % BLOCK + offs_n
+            first = slot(t)
             acc, row_max, row_sum = attend(
                 acc, row_max, row_sum, q, q_rest, scale,
-                k_head + block * stride_kn + slot * stride_kt, v_head + block * stride_vn + slot * stride_vt,
+                k_head + (block * stride_kn + first * STRIDE_KT) + offs_n * STRIDE_KT,
+                v_head + (block * stride_vn + first * STRIDE_VT) + offs_n * STRIDE_VT,
                 t + offs_n, seq_len, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                D, DV, MASK, True, D_REST, REUSE, WIDEN, PRECISION,
+                D, DV, MASK, True, D_REST, REUSE, SWAP, FLIP, WIDEN, PRECISION,
             )  # fmt: skip
 
         # write the item, or this share's part of it
-        out, lse2 = normalise(acc, row_max, row_sum)
+        if SWAP:
+            out, lse2 = normalise(tl.trans(acc), row_max, row_sum)
+        else:
+            out, lse2 = normalise(acc, row_max, row_sum)
         if v_descale_ptr is not None:
             out *= tl.load(v_descale_ptr + b64 * stride_vdb + kv_head * stride_vdh)
-        if SPLIT and ((unit > item_start) or (stop < item_end)):
-            partial_rows = tl.num_programs(0) * TILE_M
-            slot = 2 * program + (unit > share_start).to(tl.int32)
-            slot_row = (slot * partial_rows + rows).to(tl.int64)  # [TILE_M]
-            out_tile = partial_ptr + slot_row[:, None] * DV_TILE + offs_v[None, :]
-            tl.store(out_tile, out, mask=row_live[:, None] & (offs_v < DV)[None, :])
-            lse_partial_ptr = partial_ptr + (2 * tl.num_programs(1) * partial_rows).to(tl.int64) * DV_TILE
-            tl.store(lse_partial_ptr + slot_row, lse2, mask=row_live)
-        else:
-            out_row = (b64 * (Hk * RATIO) + head) * S_Q + query  # [TILE_M]
-            if sink_ptr is not None:
-                out *= sink_factor(lse2, tl.load(sink_ptr + head))[:, None]
-            out_tile = out_ptr + out_row[:, None] * DV + offs_v[None, :]
-            tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=row_live[:, None] & (offs_v < DV)[None, :])
-            if lse_ptr is not None:
-                tl.store(lse_ptr + out_row, lse2 * LN2, mask=row_live)
+        written = row_live
+        if SPLIT:
+            cut = (unit > item_start) | (stop < item_end)
+            if cut:
+                partial_rows = tl.num_programs(0) * TILE_M
+                part = 2 * program + (unit > share_start).to(tl.int32)
+                slot_row = (part * partial_rows + rows).to(tl.int64)  # [TILE_M]
+                part_tile = partial_ptr + slot_row[:, None] * DV_TILE + offs_v[None, :]
+                tl.store(part_tile, out, mask=row_live[:, None] & (offs_v < DV)[None, :])
+                lse_partial_ptr = partial_ptr + tl.cast(2 * tl.num_programs(1) * partial_rows, tl.int64) * DV_TILE
+                tl.store(lse_partial_ptr + slot_row, lse2, mask=row_live)
+            written = row_live & (cut == 0)
+        out_row = (b64 * (Hk * RATIO) + head) * S_Q + query  # [TILE_M]
+        if sink_ptr is not None:
+            out *= sink_factor(lse2, tl.load(sink_ptr + head, mask=row_live, other=0.0))[:, None]
+        out_tile = out_ptr + out_row[:, None] * DV + offs_v[None, :]
+        tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=written[:, None] & (offs_v < DV)[None, :])
+        if lse_ptr is not None:
+            tl.store(lse_ptr + out_row, lse2 * LN2, mask=written)
 
         # on to the next head, or request
         unit = stop
@@ -275,6 +279,7 @@ def constants(
     q_descale: Tensor | None,
     k_descale: Tensor | None,
     v_descale: Tensor | None,
+    flip: bool,
 ) -> tuple[int | bool | str, ...]:
     """decode_kernel's arguments after softmax_scale, in its order: all that one problem fixes."""
     B, Hq, S_q, D = q.shape
@@ -282,10 +287,10 @@ def constants(
     kind = "none" if mask is None else "float" if mask.is_floating_point() else "bool"
     return (
         B, Hk, Nblk, block_table.shape[1], 0 if mask is None else mask.shape[3],
-        *q.stride()[:3], *k.stride()[:4], *v.stride()[:4], block_table.stride(0),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], block_table.stride(0),
         *((0,) * 4 if mask is None else mask.stride()),
         *(n for x in (q_descale, k_descale, v_descale) for n in ((0, 0) if x is None else x.stride())),
-        S_q, Hq // Hk, D, Dv, kind, config.programs > 0, config.min_share,
-        config.tile_m, config.tile_n, config.d_main, config.d_rest, config.dv_tile, config.reuse, config.widen,
+        S_q, Hq // Hk, D, Dv, k.stride(3), v.stride(3), flip, kind, config.programs > 0, config.min_share,
+        config.tile_m, config.tile_n, config.d_main, config.d_rest, config.dv_tile, config.reuse, config.swap, config.widen,
         config.precision,
     )  # fmt: skip

@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.kernels.triton.decode import block_id
-from flash_mla.kernels.triton.share import BLOCK
+from flash_mla.kernels.triton.share import BLOCK, block_id, slot
 from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, smem_bytes, widening
@@ -45,11 +44,6 @@ class Config:
     warps: int
     stages: int
 
-    def smem_bytes(self, itemsize: int) -> int:
-        """Shared memory that the pipeline of K and V tiles and the resident q take, in bytes."""
-        return smem_bytes(self.tile_m, self.tile_n, self.d_main + self.d_rest, 0 if self.reuse else self.dv_tile,
-                          itemsize, self.stages)  # fmt: skip
-
 
 def config(*, P: int, D: int, Dv: int, paged: bool, alias: bool, block_mask: bool, itemsize: int, target: Target) -> Config:
     """The tiles for these dims: pure arithmetic, no device."""
@@ -66,13 +60,18 @@ def config(*, P: int, D: int, Dv: int, paged: bool, alias: bool, block_mask: boo
         tile_m = min(tile_m, 64)  # one row of the block mask: a block that only a neighbour keeps is not computed
     tile_m = min(tile_m, max(16, power_of_2(P)))
 
-    stages, tile_n = 1, 16
-    for candidate in ((3, 64), (2, 64), (3, 32), (2, 32), (2, 16)):
-        if smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0]) <= target.smem:
+    warps = 8 if tile_m * dv_tile > 64 * 128 else 4
+    buffered = target.wgmma and tile_m >= 64 and itemsize < 4
+
+    stages, tile_n = 2, 16
+    for candidate in ((3, 64), (2, 64), (3, 32), (2, 32)):
+        if smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], buffered) <= target.smem:
             stages, tile_n = candidate
             break
-    warps = 8 if tile_m * dv_tile > 64 * 128 else 4
-    return Config(tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), precision(itemsize, target), warps, stages)
+    return Config(
+        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), precision(itemsize, target), warps,
+        stages,
+    )  # fmt: skip
 
 
 # --- Steps ---
@@ -97,12 +96,13 @@ def first_position(start_pos_ptr, b):
 
 
 @triton.jit
-def tile_rows(base, t, offs_n, table_row_ptr, stride_n, stride_t, Nblk):
+def tile_rows(base, t, offs_n, table_row_ptr, stride_n, STRIDE_T: tl.constexpr, Nblk):
     """Pointers to the rows of tokens t + offs_n, which lie in one block."""
     if table_row_ptr is not None:
-        return base + block_id(table_row_ptr, t, Nblk) * stride_n + (t % BLOCK + offs_n) * stride_t
+        first = block_id(table_row_ptr, t, Nblk) * stride_n + slot(t) * STRIDE_T
     else:
-        return base + tl.cast(t, tl.int64) * stride_t + offs_n * stride_t
+        first = tl.cast(t, tl.int64) * STRIDE_T
+    return base + first + offs_n * STRIDE_T
 
 
 # --- Kernels ---
@@ -163,7 +163,7 @@ def prefill_kernel(
     sink_ptr,  # [Hq]
     out_ptr,  # [B, Hq, P, Dv] contiguous
     lse_ptr,  # [B, Hq, P] contiguous
-    softmax_scale,
+    softmax_scale,  # its magnitude; FLIP has its sign
     Hq,
     P,
     S_kv,
@@ -171,8 +171,8 @@ def prefill_kernel(
     mask_len,
     block_columns,
     stride_qb, stride_qh, stride_qs,
-    stride_kb, stride_kh, stride_kn, stride_kt,
-    stride_vb, stride_vh, stride_vn, stride_vt,
+    stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
     stride_tb,
     stride_mb, stride_mh, stride_ms, stride_mt,
     stride_lb, stride_lh,  # of num_kept; 0 where the list is shared
@@ -180,6 +180,9 @@ def prefill_kernel(
     RATIO: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    STRIDE_KT: tl.constexpr,  # a constant, so that a tile's rows are immediate offsets from one address
+    STRIDE_VT: tl.constexpr,
+    FLIP: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool", "float"
     TILE_M: tl.constexpr,
@@ -204,6 +207,14 @@ def prefill_kernel(
     offs_r = D_MAIN + tl.arange(0, max(D_REST, 1))
     offs_v = tl.arange(0, DV_TILE)
 
+    # the scale of the scores
+    scale = softmax_scale * LOG2E
+    if q_descale_ptr is not None:
+        scale *= tl.load(q_descale_ptr + b64 * stride_qdb + kv_head * stride_qdh)
+    if k_descale_ptr is not None:
+        scale *= tl.load(k_descale_ptr + b64 * stride_kdb + kv_head * stride_kdh)
+    scale = tl.maximum(scale, 1e-30)  # at 0, -inf * scale would be NaN
+
     # load q
     q_tile = q_ptr + (b64 * stride_qb + head.to(tl.int64) * stride_qh) + (rows.to(tl.int64) * stride_qs)[:, None]
     q = widen(tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0), WIDEN)
@@ -211,11 +222,6 @@ def prefill_kernel(
         q_rest = widen(tl.load(q_tile + offs_r[None, :], mask=row_live[:, None] & (offs_r < D)[None, :], other=0.0), WIDEN)
     else:
         q_rest = q
-    scale = softmax_scale * LOG2E
-    if q_descale_ptr is not None:
-        scale *= tl.load(q_descale_ptr + b64 * stride_qdb + kv_head * stride_qdh)
-    if k_descale_ptr is not None:
-        scale *= tl.load(k_descale_ptr + b64 * stride_kdb + kv_head * stride_kdh)
 
     k_head = k_ptr + (b64 * stride_kb + kv_head.to(tl.int64) * stride_kh)
     v_head = v_ptr + (b64 * stride_vb + kv_head.to(tl.int64) * stride_vh)
@@ -244,15 +250,16 @@ def prefill_kernel(
         # the list of kept blocks
         listed = b64 * stride_lb + head.to(tl.int64) * stride_lh + m_tile * TILE_M // BLOCK
         kept = kept_ptr + listed * block_columns
-        tiles = tl.load(num_kept_ptr + listed) * (BLOCK // TILE_N)
+        PARTS: tl.constexpr = 64 // TILE_N
+        tiles = tl.load(num_kept_ptr + listed) * PARTS
         for i in tl.range(0, tiles):
-            t = tl.load(kept + i // (BLOCK // TILE_N)) * BLOCK + i % (BLOCK // TILE_N) * TILE_N
+            t = tl.load(kept + i // PARTS) * BLOCK + i % PARTS * TILE_N
             acc, row_max, row_sum = attend(
                 acc, row_max, row_sum, q, q_rest, scale,
-                tile_rows(k_head, t, offs_n, table_row, stride_kn, stride_kt, Nblk),
-                tile_rows(v_head, t, offs_n, table_row, stride_vn, stride_vt, Nblk),
+                tile_rows(k_head, t, offs_n, table_row, stride_kn, STRIDE_KT, Nblk),
+                tile_rows(v_head, t, offs_n, table_row, stride_vn, STRIDE_VT, Nblk),
                 t + offs_n, end, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                D, DV, MASK, True, D_REST, REUSE, WIDEN, PRECISION,
+                D, DV, MASK, True, D_REST, REUSE, False, FLIP, WIDEN, PRECISION,
             )  # fmt: skip
     else:
         if MASK == "none":
@@ -260,20 +267,20 @@ def prefill_kernel(
             for t in tl.range(0, whole, TILE_N):
                 acc, row_max, row_sum = attend(
                     acc, row_max, row_sum, q, q_rest, scale,
-                    tile_rows(k_head, t, offs_n, table_row, stride_kn, stride_kt, Nblk),
-                    tile_rows(v_head, t, offs_n, table_row, stride_vn, stride_vt, Nblk),
+                    tile_rows(k_head, t, offs_n, table_row, stride_kn, STRIDE_KT, Nblk),
+                    tile_rows(v_head, t, offs_n, table_row, stride_vn, STRIDE_VT, Nblk),
                     t + offs_n, end, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                    D, DV, MASK, False, D_REST, REUSE, WIDEN, PRECISION,
+                    D, DV, MASK, False, D_REST, REUSE, False, FLIP, WIDEN, PRECISION,
                 )  # fmt: skip
         else:
             whole = 0
         for t in tl.range(whole, end, TILE_N):
             acc, row_max, row_sum = attend(
                 acc, row_max, row_sum, q, q_rest, scale,
-                tile_rows(k_head, t, offs_n, table_row, stride_kn, stride_kt, Nblk),
-                tile_rows(v_head, t, offs_n, table_row, stride_vn, stride_vt, Nblk),
+                tile_rows(k_head, t, offs_n, table_row, stride_kn, STRIDE_KT, Nblk),
+                tile_rows(v_head, t, offs_n, table_row, stride_vn, STRIDE_VT, Nblk),
                 t + offs_n, end, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                D, DV, MASK, True, D_REST, REUSE, WIDEN, PRECISION,
+                D, DV, MASK, True, D_REST, REUSE, False, FLIP, WIDEN, PRECISION,
             )  # fmt: skip
 
     # write
@@ -351,21 +358,21 @@ def arguments(
     Dv = v.shape[-1]
     paged = block_table is not None
     S_kv = k.shape[2] if block_table is None else block_table.shape[1] * 64
-    # (batch, head, block, row); contiguous K has no block
-    strides = [x.stride()[:4] if paged else (x.stride(0), x.stride(1), 0, x.stride(2)) for x in (k, v)]
+    # (batch, head, block); contiguous K has no block
+    strides = [x.stride()[:3] if paged else (x.stride(0), x.stride(1), 0) for x in (k, v)]
     kind = "none" if mask is None else "float" if mask.is_floating_point() else "bool"
     lists = (0, 0)
     if num_kept is not None:
         lists = tuple(num_kept.stride(i) if num_kept.shape[i] > 1 else 0 for i in (0, 1))
     return (
         q, k, v, block_table, seq_lens, start_pos, mask, kept, num_kept, q_descale, k_descale, v_descale, attn_sink,
-        out, lse, softmax_scale,
+        out, lse, abs(softmax_scale),
         Hq, P, S_kv, k.shape[2] if paged else 0, 0 if mask is None else mask.shape[3],
         0 if kept is None else kept.shape[3],
         *q.stride()[:3], *strides[0], *strides[1], 0 if block_table is None else block_table.stride(0),
         *((0,) * 4 if mask is None else mask.stride()), *lists,
         *(n for x in (q_descale, k_descale, v_descale) for n in ((0, 0) if x is None else x.stride())),
-        Hq // k.shape[1], D, Dv, causal, kind,
+        Hq // k.shape[1], D, Dv, k.stride(-2), v.stride(-2), softmax_scale < 0, causal, kind,
         config.tile_m, config.tile_n, config.d_main, config.d_rest, config.dv_tile, config.reuse, config.widen,
         config.precision,
     )  # fmt: skip

@@ -5,7 +5,7 @@ inside a request its KV heads. Every request counts at least one block, so that 
 written. Each of `programs` programs takes `share` consecutive units, at least MIN_SHARE; a request's heads are items,
 and an item that lies across a boundary between two shares is merged by the combine kernel.
 
-`units`, `share` and `locate` are the only definitions; decode and combine both call them, so that they agree.
+`units`, `share_size` and `locate` are the only definitions; decode and combine call them, so that they agree.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCK: tl.constexpr = 64
-TILE_B: tl.constexpr = 128
+BLOCK = tl.constexpr(64)
+TILE_B = tl.constexpr(128)
 """Requests that one step of a prefix sum takes."""
 
 
@@ -28,6 +28,19 @@ def request_length(seq_lens_ptr, b, table_blocks):
 def units(length):
     """Blocks that a request of this length counts for one KV head."""
     return tl.maximum((length + BLOCK - 1) // BLOCK, 1)
+
+
+@triton.jit
+def block_id(table_row_ptr, t, Nblk):
+    """The physical block of token t, forced into the cache."""
+    entry = tl.load(table_row_ptr + tl.cast(t, tl.int32) // BLOCK)
+    return tl.minimum(tl.maximum(entry, 0), Nblk - 1).to(tl.int64)
+
+
+@triton.jit
+def slot(t):
+    """The place of token t in its block."""
+    return tl.cast(t, tl.int32) % BLOCK
 
 
 @triton.jit

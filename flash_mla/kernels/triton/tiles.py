@@ -39,7 +39,13 @@ def precision(itemsize: int, target: Target) -> str:
     return "tf32x3" if target.backend == "cuda" and itemsize == 4 else "ieee"
 
 
-def smem_bytes(tile_m: int, tile_n: int, d: int, dv: int, itemsize: int, stages: int) -> int:
-    """What a kernel keeps in shared memory: `stages` tiles of K and V, q, and for FP8 one widened tile of each."""
+def smem_bytes(tile_m: int, tile_n: int, d: int, dv: int, itemsize: int, stages: int, wgmma: bool) -> int:
+    """What a kernel keeps in shared memory: tiles of K and V, q, the probabilities, for FP8 one widened tile of each.
+
+    Triton's pipeline of `stages` stages holds as many tiles where Hopper's matrix instruction reads them in place, and
+    one fewer where they are copied to registers.
+    """
+    buffers = stages if wgmma else stages - 1
     widened = tile_n * (d + dv) * 2 if itemsize == 1 else 0
-    return stages * tile_n * (d + dv) * itemsize + tile_m * d * max(itemsize, 2) + widened
+    wide = max(itemsize, 2)
+    return buffers * tile_n * (d + dv) * itemsize + tile_m * d * wide + tile_m * tile_n * wide + widened
