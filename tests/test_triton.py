@@ -209,7 +209,7 @@ def test_decode(case: str) -> None:
 
 @pytest.mark.parametrize("programs", [1, 2, 5, 11])
 def test_decode_is_right_for_every_cut(programs: int) -> None:
-    """Any number of programs, with a share as small as one block, cuts the same requests into the same result."""
+    """Any number of programs, cuts the same requests into the same result."""
     gen = torch.Generator().manual_seed(3)
     lengths, Hq, Hk, D = [300, 0, 64, 129], 4, 2, 16
     k, table, rows = paged(lengths, Hk, D, FP32, "slab", 1, gen)
@@ -225,7 +225,7 @@ def test_decode_is_right_for_every_cut(programs: int) -> None:
     )  # fmt: skip
     problem = decode_problem(args, True)
     config = backend.config(problem)._replace(combine=backend.combine.Config(tile_s=4, tile_c=16))
-    config = config._replace(decode=dataclasses.replace(config.decode, programs=programs, min_share=1))
+    config = config._replace(decode=dataclasses.replace(config.decode, programs=programs))
     if programs == 1:
         config = config._replace(combine=None)
     backend.launch(problem, config, args)

@@ -197,10 +197,10 @@ def decode_launchers(
         combine.grid(config.combine, rows, problem.Dv, config.decode.programs),
         combine.constants(
             config.combine, B=problem.B, Hk=problem.Hk, table_blocks=problem.table_blocks, S_q=problem.S_q,
-            ratio=problem.ratio, Dv=problem.Dv, min_share=config.decode.min_share,
+            ratio=problem.ratio, Dv=problem.Dv, pdl=config.decode.pdl,
             partial_rows=-(-rows // config.decode.tile_m) * config.decode.tile_m, dv_tile=config.decode.dv_tile,
         ),
-        {"num_warps": config.combine.warps},
+        {"num_warps": config.combine.warps} | ({"launch_pdl": True} if config.decode.pdl else {}),
     )  # fmt: skip
     return main, merge
 

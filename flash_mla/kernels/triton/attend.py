@@ -16,7 +16,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def widen(x, WIDEN: tl.constexpr):
     """A tile as the dots take it; exact. See tiles.widening for the choice."""
-    if WIDEN == "fp8":
+    if WIDEN == "fp8" or WIDEN == "fp8_dot":
         x = x.to(tl.float16)
     if WIDEN == "fp8_bits":
         # e4m3 (bias 7) moved into FP16's fields (bias 15) is the value times 2^-8, subnormals included
@@ -27,20 +27,16 @@ def widen(x, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def by_row(x, SWAP: tl.constexpr):
-    """A value per query row [TILE_M], spread over a tile of scores."""
-    return x[None, :] if SWAP else x[:, None]
-
-
-@triton.jit
-def by_token(x, SWAP: tl.constexpr):
-    """A value per token [TILE_N], spread over a tile of scores."""
-    return x[:, None] if SWAP else x[None, :]
+def widen_k(x, WIDEN: tl.constexpr):
+    """A tile of q or K as their dot takes it: e4m3 itself where the GPU multiplies it, else widened."""
+    if WIDEN != "fp8_dot":
+        x = widen(x, WIDEN)
+    return x
 
 
 @triton.jit
 def attend(
-    acc,  # [TILE_M, DV_TILE] FP32; transposed with SWAP, as the scores are
+    acc,  # [TILE_M, DV_TILE] FP32
     row_max,  # [TILE_M] FP32, base 2
     row_sum,  # [TILE_M] FP32
     q,  # [TILE_M, D_MAIN]
@@ -64,7 +60,6 @@ def attend(
     TEST: tl.constexpr,
     D_REST: tl.constexpr,
     REUSE: tl.constexpr,
-    SWAP: tl.constexpr,
     FLIP: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,9 +67,8 @@ def attend(
     """One key tile, one online-softmax step. Without TEST every row sees every token of the tile, and no mask is read.
 
     The dot with K goes over the D_MAIN columns and, where the head has them, over the rest; REUSE takes V from K's main
-    columns, which are then read once. SWAP computes the transposes, scores [TILE_N, TILE_M] and acc [DV_TILE, TILE_M]:
-    Hopper's matrix instruction has at least 64 rows but any 8 columns, so that few query rows make better columns. FLIP negates the
-    scores: scale is a magnitude, so that a row's maximum may be taken before the product.
+    columns, which are then read once. FLIP negates the scores: scale is a magnitude, so that a row's maximum may be taken
+    before the product.
     """
     stored = tokens < end
     d_live = (offs_d < D)[None, :]
@@ -84,17 +78,11 @@ def attend(
         d_live = d_live & stored[:, None]
         r_live = r_live & stored[:, None]
         v_live = v_live & stored[:, None]
-    k = widen(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN)
-    if SWAP:
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [TILE_N, TILE_M]
-    else:
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
+    k = widen_k(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
     if D_REST > 0:
-        k_rest = widen(tl.load(k_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
-        if SWAP:
-            scores = tl.dot(k_rest, tl.trans(q_rest), scores, input_precision=PRECISION)
-        else:
-            scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
+        k_rest = widen_k(tl.load(k_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
+        scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
 
     if FLIP:
         scores = -scores
@@ -104,10 +92,10 @@ def attend(
         scores *= scale
         unit = 1.0
     if TEST:
-        keep = by_token(tokens, SWAP) < by_row(limit, SWAP)
+        keep = tokens[None, :] < limit[:, None]
         if MASK != "none":
-            seen = by_row(row_live, SWAP) & by_token(stored & (tokens < mask_len), SWAP)
-            mask_tile = by_row(mask_rows, SWAP) + by_token(tokens.to(tl.int64) * stride_mt, SWAP)
+            seen = row_live[:, None] & (stored & (tokens < mask_len))[None, :]
+            mask_tile = mask_rows[:, None] + tokens.to(tl.int64)[None, :] * stride_mt
             if MASK == "bool":
                 keep = keep & (tl.load(mask_tile, mask=seen, other=0) != 0)
             else:
@@ -115,21 +103,19 @@ def attend(
         scores = tl.where(keep, scores, float("-inf"))
 
     # online softmax
-    AXIS: tl.constexpr = 0 if SWAP else 1
-    row_max_new = tl.maximum(row_max, tl.max(scores, AXIS) * unit)
+    row_max_new = tl.maximum(row_max, tl.max(scores, 1) * unit)
     # a row without a key yet: subtract 0, so that exp2(-inf) is 0 and not exp2(-inf + inf)
     shift = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
-    p = tl.exp2(scores * unit - by_row(shift, SWAP))
+    p = tl.exp2(scores * unit - shift[:, None])
     rescale = tl.exp2(row_max - shift)
-    row_sum = row_sum * rescale + tl.sum(p, AXIS)
-    acc = acc * by_row(rescale, SWAP)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    acc = acc * rescale[:, None]
     v = k
     if not REUSE:
-        v = widen(tl.load(v_rows[:, None] + offs_v[None, :], mask=v_live, other=0.0), WIDEN)
-    if SWAP:
-        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        v = tl.load(v_rows[:, None] + offs_v[None, :], mask=v_live, other=0.0)
+    if not REUSE or WIDEN == "fp8_dot":
+        v = widen(v, WIDEN)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max_new, row_sum
 
 

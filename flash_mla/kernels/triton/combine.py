@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from flash_mla.kernels.triton.share import locate, request_length, share_size, units
+from flash_mla.kernels.triton.share import locate, request_length, units
 from flash_mla.kernels.triton.attend import LN2, sink_factor
 from flash_mla.kernels.triton.tiles import power_of_2
 
@@ -54,7 +54,7 @@ def combine_kernel(
     RATIO: tl.constexpr,
     DV: tl.constexpr,
     DV_TILE: tl.constexpr,
-    MIN_SHARE: tl.constexpr,
+    PDL: tl.constexpr,
     TILE_S: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -65,17 +65,19 @@ def combine_kernel(
     programs = tl.num_programs(1) + 1
 
     # is an item cut here, and for the first time?
-    total, share = share_size(seq_lens_ptr, B, table_blocks, Hk, programs, MIN_SHARE)
+    total, share, b, request_start = locate(seq_lens_ptr, B, table_blocks, Hk, programs, first + 1)
     boundary = (first + 1) * share
     if boundary >= total:
         return
-    b, request_start = locate(seq_lens_ptr, B, table_blocks, Hk, boundary)
     size = units(request_length(seq_lens_ptr, b, table_blocks))
     kv_head = (boundary - request_start) // size
     item_start = request_start + kv_head * size
     if (item_start == boundary) | (item_start < first * share):
         return
     last = (item_start + size - 1) // share
+
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
     # merge
     lse_partial_ptr = partial_ptr + tl.cast(2 * programs * partial_rows, tl.int64) * DV_TILE
@@ -130,11 +132,11 @@ def constants(
     S_q: int,
     ratio: int,
     Dv: int,
-    min_share: int,
+    pdl: bool,
     partial_rows: int,
     dv_tile: int,
 ) -> tuple[int | bool | str, ...]:
     """combine_kernel's arguments after its tensors, in its order; the last five as decode was launched with them."""
     return (
-        B, Hk, table_blocks, partial_rows, S_q, ratio, Dv, dv_tile, min_share, config.tile_s, config.tile_c,
+        B, Hk, table_blocks, partial_rows, S_q, ratio, Dv, dv_tile, pdl, config.tile_s, config.tile_c,
     )  # fmt: skip

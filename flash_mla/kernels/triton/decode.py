@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.kernels.triton.share import BLOCK, block_id, locate, request_length, share_size, slot, units
-from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
+from flash_mla.kernels.triton.share import BLOCK, block_id, locate, request_length, slot, units
+from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen_k
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, smem_bytes, widening
 
@@ -37,7 +37,8 @@ class Config:
     """Tiles of one decode problem on one target.
 
     tile_m query rows by tile_n tokens (a divisor of 64); d_main + d_rest columns of K, dv_tile of V; reuse says that V
-    is taken from the K tile; programs is 0 where every item is one program.
+    is taken from the K tile; programs is 0 where every item is one program; pdl lets the combine start before decode has
+    ended (programmatic dependent launch, NVIDIA from sm_90).
     """
 
     tile_m: int
@@ -46,17 +47,31 @@ class Config:
     d_rest: int
     dv_tile: int
     reuse: bool
-    swap: bool
     widen: str
     precision: str
     programs: int
-    min_share: int
+    pdl: bool
     warps: int
     stages: int
 
 
+PIPELINED = ((4, 64), (3, 64), (4, 32), (3, 32), (4, 16), (3, 16))
+"""(stages, tile_n) that load a tile while another is computed, best first."""
+WIDEST = ((4, 64), (3, 64), (2, 64), (3, 32), (2, 32), (2, 16))
+
+
 def config(
-    *, B: int, Hq: int, Hk: int, S_q: int, D: int, Dv: int, table_blocks: int, alias: bool, itemsize: int, target: Target
+    *,
+    B: int,
+    Hq: int,
+    Hk: int,
+    S_q: int,
+    D: int,
+    Dv: int,
+    table_blocks: int,
+    alias: bool,
+    itemsize: int,
+    target: Target,
 ) -> Config:
     """The tiles for these dims: pure arithmetic, no device."""
     rows = S_q * (Hq // Hk)
@@ -65,25 +80,30 @@ def config(
     dv_tile = d_main if reuse else max(power_of_2(Dv), 16)
     dv_read = 0 if reuse else dv_tile
 
-    # few rows: on Hopper as columns of its 64-row instruction; many: 64, or what the accumulator's registers allow
-    swap = target.wgmma and itemsize == 2 and rows <= 32
+    # 64 rows fill Hopper's matrix instruction; elsewhere the accumulator's registers set the limit
     tile_m = min(64 if target.wgmma and itemsize < 4 else 32, max(16, power_of_2(rows)))
+    wgmma = target.wgmma and tile_m == 64
     warps = 8 if tile_m * dv_tile > 32 * 256 else 4
-    buffered = target.wgmma and (swap or tile_m == 64)
 
-    stages, tile_n = 2, 16
-    for candidate in ((4, 64), (3, 64), (2, 64), (4, 32), (3, 32), (2, 32)):
-        if smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], buffered) <= target.smem:
-            stages, tile_n = candidate
-            break
-    tiles = smem_bytes(tile_m, tile_n, d_main + d_rest, dv_read, itemsize, stages, buffered)
+    def smem(stages: int, tile_n: int) -> int:
+        return smem_bytes(tile_m, tile_n, d_main + d_rest, dv_read, itemsize, stages, wgmma)
 
-    per_sm = max(1, min(2, target.smem // tiles))
-    min_share = 2
-    programs = max(1, target.multiprocessors * per_sm // -(-rows // tile_m)) if table_blocks > min_share else 0
+    # 64 rows: the widest instruction first (H200, MLA of 128 heads: 214 TFLOP/s at 64 keys, 196 at 32). Fewer: two
+    # programs an SM hide each other's waits (16 heads: 83 % of copy bandwidth against 80 with one); where not even
+    # small tiles fit twice, one program with the largest that fits
+    half = target.smem // 2 - 1024
+    tries = ((target.smem, WIDEST),) if wgmma else ((half, PIPELINED), (target.smem, PIPELINED + WIDEST))
+    fits = [c for budget, candidates in tries for c in candidates if smem(*c) <= budget]
+    stages, tile_n = fits[0] if fits else WIDEST[-1]
+    per_sm = max(1, min(2, target.smem // smem(stages, tile_n)))
+
+    # cut requests unless there are so many items that the last one's length does not matter
+    programs = max(1, target.multiprocessors * per_sm // -(-rows // tile_m))
+    if table_blocks == 1 or B * Hk >= programs * table_blocks:
+        programs = 0
     return Config(
-        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, swap, widening(itemsize, target), precision(itemsize, target),
-        programs, min_share, warps, stages,
+        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), precision(itemsize, target),
+        programs, target.backend == "cuda" and target.arch >= 90, warps, stages,
     )  # fmt: skip
 
 
@@ -126,14 +146,13 @@ def decode_kernel(
     FLIP: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool", "float"
     SPLIT: tl.constexpr,
-    MIN_SHARE: tl.constexpr,
+    PDL: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
     DV_TILE: tl.constexpr,
     REUSE: tl.constexpr,
-    SWAP: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -147,13 +166,15 @@ def decode_kernel(
     offs_r = D_MAIN + tl.arange(0, max(D_REST, 1))
     offs_v = tl.arange(0, DV_TILE)
 
+    if PDL:  # the combine may start: it waits for this kernel's end before it reads anything but lengths
+        tl.extra.cuda.gdc_launch_dependents()
+
     # find the share: units [unit, end)
     if SPLIT:
         programs = tl.num_programs(1)
-        total, share = share_size(seq_lens_ptr, B, table_blocks, Hk, programs, MIN_SHARE)
+        total, share, b, request_start = locate(seq_lens_ptr, B, table_blocks, Hk, programs, program)
         share_start = program * share
         end = tl.minimum(share_start + share, total)
-        b, request_start = locate(seq_lens_ptr, B, table_blocks, Hk, share_start)
         unit = share_start
     else:
         b = program // Hk
@@ -187,9 +208,10 @@ def decode_kernel(
         # load q
         q_rows = b64 * stride_qb + head.to(tl.int64) * stride_qh + query * stride_qs
         q_tile = q_ptr + q_rows[:, None]
-        q = widen(tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0), WIDEN)
+        q = widen_k(tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0), WIDEN)
         if D_REST > 0:
-            q_rest = widen(tl.load(q_tile + offs_r[None, :], mask=row_live[:, None] & (offs_r < D)[None, :], other=0.0), WIDEN)
+            r_live = row_live[:, None] & (offs_r < D)[None, :]
+            q_rest = widen_k(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
         else:
             q_rest = q
 
@@ -203,7 +225,7 @@ def decode_kernel(
         else:
             limit = seq_len - (S_Q - 1) + query  # causal: query i sees t <= seq_len - S_q + i
 
-        acc = tl.zeros([DV_TILE, TILE_M] if SWAP else [TILE_M, DV_TILE], tl.float32)
+        acc = tl.zeros([TILE_M, DV_TILE], tl.float32)
         row_max = tl.full([TILE_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([TILE_M], tl.float32)
 
@@ -218,14 +240,11 @@ def decode_kernel(
                 k_head + (block * stride_kn + first * STRIDE_KT) + offs_n * STRIDE_KT,
                 v_head + (block * stride_vn + first * STRIDE_VT) + offs_n * STRIDE_VT,
                 t + offs_n, seq_len, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                D, DV, MASK, True, D_REST, REUSE, SWAP, FLIP, WIDEN, PRECISION,
+                D, DV, MASK, True, D_REST, REUSE, FLIP, WIDEN, PRECISION,
             )  # fmt: skip
 
         # write the item, or this share's part of it
-        if SWAP:
-            out, lse2 = normalise(tl.trans(acc), row_max, row_sum)
-        else:
-            out, lse2 = normalise(acc, row_max, row_sum)
+        out, lse2 = normalise(acc, row_max, row_sum)
         if v_descale_ptr is not None:
             out *= tl.load(v_descale_ptr + b64 * stride_vdb + kv_head * stride_vdh)
         written = row_live
@@ -290,7 +309,7 @@ def constants(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], block_table.stride(0),
         *((0,) * 4 if mask is None else mask.stride()),
         *(n for x in (q_descale, k_descale, v_descale) for n in ((0, 0) if x is None else x.stride())),
-        S_q, Hq // Hk, D, Dv, k.stride(3), v.stride(3), flip, kind, config.programs > 0, config.min_share,
-        config.tile_m, config.tile_n, config.d_main, config.d_rest, config.dv_tile, config.reuse, config.swap, config.widen,
+        S_q, Hq // Hk, D, Dv, k.stride(3), v.stride(3), flip, kind, config.programs > 0, config.pdl,
+        config.tile_m, config.tile_n, config.d_main, config.d_rest, config.dv_tile, config.reuse, config.widen,
         config.precision,
     )  # fmt: skip

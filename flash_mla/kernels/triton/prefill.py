@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_mla.kernels.triton.share import BLOCK, block_id, slot
-from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
+from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen_k
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, smem_bytes, widening
 
@@ -60,12 +60,14 @@ def config(*, P: int, D: int, Dv: int, paged: bool, alias: bool, block_mask: boo
         tile_m = min(tile_m, 64)  # one row of the block mask: a block that only a neighbour keeps is not computed
     tile_m = min(tile_m, max(16, power_of_2(P)))
 
-    warps = 8 if tile_m * dv_tile > 64 * 128 else 4
-    buffered = target.wgmma and tile_m >= 64 and itemsize < 4
+    warps = 8 if tile_m * dv_tile > 64 * 128 or (target.wgmma and tile_m == 128) else 4
+    wgmma = target.wgmma and tile_m >= 64 and itemsize < 4
 
     stages, tile_n = 2, 16
-    for candidate in ((3, 64), (2, 64), (3, 32), (2, 32)):
-        if smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], buffered) <= target.smem:
+    # 128 keys a tile on Hopper at D 128: 435 TFLOP/s causal on the H200 against 386 at 64; a page has 64
+    wide = ((3, 128),) if wgmma and d_main == dv_tile == 128 and d_rest == 0 and not paged and not block_mask else ()
+    for candidate in (*wide, (3, 64), (2, 64), (3, 32), (2, 32)):
+        if smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], wgmma) <= target.smem:
             stages, tile_n = candidate
             break
     return Config(
@@ -217,9 +219,10 @@ def prefill_kernel(
 
     # load q
     q_tile = q_ptr + (b64 * stride_qb + head.to(tl.int64) * stride_qh) + (rows.to(tl.int64) * stride_qs)[:, None]
-    q = widen(tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0), WIDEN)
+    q = widen_k(tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0), WIDEN)
     if D_REST > 0:
-        q_rest = widen(tl.load(q_tile + offs_r[None, :], mask=row_live[:, None] & (offs_r < D)[None, :], other=0.0), WIDEN)
+        r_live = row_live[:, None] & (offs_r < D)[None, :]
+        q_rest = widen_k(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
     else:
         q_rest = q
 
@@ -259,7 +262,7 @@ def prefill_kernel(
                 tile_rows(k_head, t, offs_n, table_row, stride_kn, STRIDE_KT, Nblk),
                 tile_rows(v_head, t, offs_n, table_row, stride_vn, STRIDE_VT, Nblk),
                 t + offs_n, end, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                D, DV, MASK, True, D_REST, REUSE, False, FLIP, WIDEN, PRECISION,
+                D, DV, MASK, True, D_REST, REUSE, FLIP, WIDEN, PRECISION,
             )  # fmt: skip
     else:
         if MASK == "none":
@@ -270,7 +273,7 @@ def prefill_kernel(
                     tile_rows(k_head, t, offs_n, table_row, stride_kn, STRIDE_KT, Nblk),
                     tile_rows(v_head, t, offs_n, table_row, stride_vn, STRIDE_VT, Nblk),
                     t + offs_n, end, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                    D, DV, MASK, False, D_REST, REUSE, False, FLIP, WIDEN, PRECISION,
+                    D, DV, MASK, False, D_REST, REUSE, FLIP, WIDEN, PRECISION,
                 )  # fmt: skip
         else:
             whole = 0
@@ -280,7 +283,7 @@ def prefill_kernel(
                 tile_rows(k_head, t, offs_n, table_row, stride_kn, STRIDE_KT, Nblk),
                 tile_rows(v_head, t, offs_n, table_row, stride_vn, STRIDE_VT, Nblk),
                 t + offs_n, end, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                D, DV, MASK, True, D_REST, REUSE, False, FLIP, WIDEN, PRECISION,
+                D, DV, MASK, True, D_REST, REUSE, FLIP, WIDEN, PRECISION,
             )  # fmt: skip
 
     # write

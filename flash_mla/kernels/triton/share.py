@@ -2,10 +2,8 @@
 
 The work is one line of units. A unit is one 64-token block of one (request, KV head); requests follow one another, and
 inside a request its KV heads. Every request counts at least one block, so that an empty one is visited and its row
-written. Each of `programs` programs takes `share` consecutive units, at least MIN_SHARE; a request's heads are items,
-and an item that lies across a boundary between two shares is merged by the combine kernel.
-
-`units`, `share_size` and `locate` are the only definitions; decode and combine call them, so that they agree.
+written. Each of `programs` programs takes an equal share of consecutive units. A request's heads are items; an item
+that lies across a boundary between shares is merged by the combine kernel, which calls the same `locate`.
 """
 
 from __future__ import annotations
@@ -31,6 +29,13 @@ def units(length):
 
 
 @triton.jit
+def request_units(seq_lens_ptr, b, B, table_blocks):
+    """Units of one KV head of the requests b [TILE_B]; 0 past the last."""
+    length = tl.minimum(tl.load(seq_lens_ptr + b, mask=b < B, other=0), table_blocks * BLOCK).to(tl.int32)
+    return tl.where(b < B, units(length), 0)
+
+
+@triton.jit
 def block_id(table_row_ptr, t, Nblk):
     """The physical block of token t, forced into the cache."""
     entry = tl.load(table_row_ptr + tl.cast(t, tl.int32) // BLOCK)
@@ -44,29 +49,25 @@ def slot(t):
 
 
 @triton.jit
-def share_size(seq_lens_ptr, B, table_blocks, Hk, programs, MIN_SHARE: tl.constexpr):
-    """(units of the whole call, units a program takes)."""
+def locate(seq_lens_ptr, B, table_blocks, Hk, programs, index):
+    """Where share `index` of `programs` begins: (units of the call, units a share, request, the request's first unit)."""
+    if B == 1:  # known when the kernel is compiled: a single request skips the sums
+        total = units(request_length(seq_lens_ptr, 0, table_blocks)) * Hk
+        share = (total + programs - 1) // programs
+        return total, share, tl.cast(index * share >= total, tl.int32), 0
     total = 0
     for first in tl.range(0, B, TILE_B, num_stages=1):
-        b = first + tl.arange(0, TILE_B)
-        length = tl.minimum(tl.load(seq_lens_ptr + b, mask=b < B, other=0), table_blocks * BLOCK).to(tl.int32)
-        total += tl.sum(tl.where(b < B, units(length), 0), 0)
+        total += tl.sum(request_units(seq_lens_ptr, first + tl.arange(0, TILE_B), B, table_blocks), 0)
     total = total * Hk
-    return total, tl.maximum((total + programs - 1) // programs, MIN_SHARE)
-
-
-@triton.jit
-def locate(seq_lens_ptr, B, table_blocks, Hk, unit):
-    """(request that owns this unit, the request's first unit)."""
+    share = (total + programs - 1) // programs
     request = 0
     request_start = 0
     seen = 0
     for first in tl.range(0, B, TILE_B, num_stages=1):
         b = first + tl.arange(0, TILE_B)
-        length = tl.minimum(tl.load(seq_lens_ptr + b, mask=b < B, other=0), table_blocks * BLOCK).to(tl.int32)
-        size = tl.where(b < B, units(length), 0) * Hk
-        before = (seen + tl.cumsum(size, 0) <= unit) & (b < B)
+        size = request_units(seq_lens_ptr, b, B, table_blocks) * Hk
+        before = (seen + tl.cumsum(size, 0) <= index * share) & (b < B)
         request += tl.sum(before.to(tl.int32), 0)
         request_start += tl.sum(tl.where(before, size, 0), 0)
         seen += tl.sum(size, 0)
-    return request, request_start
+    return total, share, request, request_start

@@ -25,8 +25,3 @@ class Target:
     def wgmma(self) -> bool:
         """Hopper's warpgroup matrix instructions, which read both operands from shared memory."""
         return self.backend == "cuda" and self.arch // 10 == 9
-
-    @property
-    def native_fp8(self) -> bool:
-        """Whether Triton converts e4m3 on this target by itself."""
-        return self.backend != "cuda" or self.arch >= 89

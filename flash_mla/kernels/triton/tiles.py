@@ -24,14 +24,16 @@ def head_tiles(D: int) -> tuple[int, int]:
 
 
 def widening(itemsize: int, target: Target) -> str:
-    """What `attend.widen` does to a stored tile before a dot.
+    """How FP8 reaches the dots (`attend.widen`); "" for other dtypes.
 
-    "fp8": e4m3 to FP16 by the GPU's own conversion (sm_89 and later, AMD); "fp8_bits": the same by integer arithmetic on
-    bytes (sm_80, where Triton has no e4m3); "": nothing.
+    "fp8_dot": q k^T multiplies e4m3 itself, and V becomes FP16 by the GPU's own conversion (NVIDIA from sm_89);
+    "fp8": q, K and V become FP16 so; "fp8_bits": they do by integer arithmetic on bytes (sm_80 has no e4m3).
     """
     if itemsize > 1:
         return ""
-    return "fp8" if target.native_fp8 else "fp8_bits"
+    if target.backend == "cuda":
+        return "fp8_dot" if target.arch >= 89 else "fp8_bits"
+    return "fp8"
 
 
 def precision(itemsize: int, target: Target) -> str:
@@ -43,9 +45,10 @@ def smem_bytes(tile_m: int, tile_n: int, d: int, dv: int, itemsize: int, stages:
     """What a kernel keeps in shared memory: tiles of K and V, q, the probabilities, for FP8 one widened tile of each.
 
     Triton's pipeline of `stages` stages holds as many tiles where Hopper's matrix instruction reads them in place, and
-    one fewer where they are copied to registers.
+    one fewer where they are copied to registers; the former keeps the probabilities in registers.
     """
     buffers = stages if wgmma else stages - 1
-    widened = tile_n * (d + dv) * 2 if itemsize == 1 else 0
     wide = max(itemsize, 2)
-    return buffers * tile_n * (d + dv) * itemsize + tile_m * d * wide + tile_m * tile_n * wide + widened
+    widened = tile_n * (d + dv) * 2 if itemsize == 1 else 0
+    probabilities = 0 if wgmma else tile_m * tile_n * wide
+    return buffers * tile_n * (d + dv) * itemsize + tile_m * d * wide + probabilities + widened
