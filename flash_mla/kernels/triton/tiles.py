@@ -17,23 +17,22 @@ def head_tiles(D: int) -> tuple[int, int]:
     """
     whole = max(power_of_2(D), 16)
     main = whole // 2
-    rest = max(power_of_2(D - main), 16) if D > main else 0
+    rest = max(power_of_2(D - main), 16) if main < D else 0
     if whole == D or main < 16 or rest == 0 or main + rest >= whole:
         return whole, 0
     return main, rest
 
 
 def widening(itemsize: int, target: Target) -> str:
-    """How FP8 reaches the dots (`attend.widen`); "" for other dtypes.
+    """How FP8 becomes the dots' FP16 (`attend.widen`), exactly; "" for other dtypes.
 
-    "fp8_dot": q k^T multiplies e4m3 itself, and V becomes FP16 by the GPU's own conversion (NVIDIA from sm_89);
-    "fp8": q, K and V become FP16 so; "fp8_bits": they do by integer arithmetic on bytes (sm_80 has no e4m3).
+    "fp8": by the GPU's own conversion; "fp8_bits": by integer arithmetic on bytes (sm_80, where Triton has no e4m3).
+    NOTE: multiplying e4m3 itself makes causal prefill 1.34x faster on the H200 (465 TFLOP/s against 346), but Hopper
+    then accumulates in fewer bits and lse misses 1e-4.
     """
     if itemsize > 1:
         return ""
-    if target.backend == "cuda":
-        return "fp8_dot" if target.arch >= 89 else "fp8_bits"
-    return "fp8"
+    return "fp8_bits" if target.backend == "cuda" and target.arch < 89 else "fp8"
 
 
 def precision(itemsize: int, target: Target) -> str:
