@@ -127,7 +127,8 @@ def decode_case(
     )  # fmt: skip
     problem = DecodeProblem(
         device=torch.device("meta"), dtype=dtype, out_dtype=out_dtype, B=B, Hq=Hq, Hk=Hk, S_q=S_q, D=D, Dv=Dv,
-        Nblk=4096, table_blocks=table_blocks, q_strides=args.q.stride(), k_strides=k.stride(), v_strides=v.stride(), alias=alias,
+        Nblk=4096, table_blocks=table_blocks, q_strides=args.q.stride(), k_strides=k.stride(),
+        v_strides=v.stride(), alias=alias,
         mask="bool" if mask else "none", descale=dtype == FP8, sink=False,
     )  # fmt: skip
     return problem, args
@@ -193,7 +194,8 @@ def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
     config = backend.config(problem, target).decode
     tensors = (
         *(backend.stored(x, config.widen) for x in (args.q, args.k, args.v)), args.block_table, args.seq_lens,
-        args.mask, args.q_descale, args.k_descale, args.v_descale, None, args.out, args.lse, meta(1, dtype=torch.float32),
+        args.mask, args.q_descale, args.k_descale, args.v_descale, None,
+        args.out, args.lse, meta(1, dtype=torch.float32),
     )  # fmt: skip
     constants = decode.constants(
         config, q=args.q, k=args.k, v=args.v, block_table=args.block_table, mask=args.mask, q_descale=args.q_descale,
