@@ -63,13 +63,17 @@ def config(
     tile_m = min(tile_m, max(16, power_of_2(P)))
 
     warps = 8 if tile_m * dv_tile > 64 * 128 or (target.wgmma and tile_m == 128) else 4
-    wgmma = target.wgmma and tile_m >= 64 and itemsize < 4
+    in_place = target.in_place and tile_m >= 64 and itemsize < 4
 
     stages, tile_n = 2, 16
     # 128 keys a tile on Hopper at D 128: 435 TFLOP/s causal on the H200 against 386 at 64; a page has 64
-    wide = ((3, 128),) if wgmma and d_main == dv_tile == 128 and d_rest == 0 and not paged and not block_mask else ()
+    wide = (
+        ((3, 128),)
+        if target.wgmma and in_place and d_main == dv_tile == 128 and d_rest == 0 and not paged and not block_mask
+        else ()
+    )
     for candidate in (*wide, (3, 64), (2, 64), (3, 32), (2, 32)):
-        if smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], wgmma) <= target.smem:
+        if smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], in_place) <= target.smem:
             stages, tile_n = candidate
             break
     return Config(

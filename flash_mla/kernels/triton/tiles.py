@@ -40,14 +40,14 @@ def precision(itemsize: int, target: Target) -> str:
     return "tf32x3" if target.backend == "cuda" and itemsize == 4 else "ieee"
 
 
-def smem_bytes(tile_m: int, tile_n: int, d: int, dv: int, itemsize: int, stages: int, wgmma: bool) -> int:
+def smem_bytes(tile_m: int, tile_n: int, d: int, dv: int, itemsize: int, stages: int, in_place: bool) -> int:
     """What a kernel keeps in shared memory: tiles of K and V, q, the probabilities, for FP8 one widened tile of each.
 
-    Triton's pipeline of `stages` stages holds as many tiles where Hopper's matrix instruction reads them in place, and
+    Triton's pipeline of `stages` stages holds as many tiles where the matrix instruction reads them in place, and
     one fewer where they are copied to registers; the former keeps the probabilities in registers.
     """
-    buffers = stages if wgmma else stages - 1
+    buffers = stages if in_place else stages - 1
     wide = max(itemsize, 2)
     widened = tile_n * (d + dv) * 2 if itemsize == 1 else 0
-    probabilities = 0 if wgmma else tile_m * tile_n * wide
+    probabilities = 0 if in_place else tile_m * tile_n * wide
     return buffers * tile_n * (d + dv) * itemsize + tile_m * d * wide + probabilities + widened
