@@ -1,0 +1,98 @@
+"""What only a GPU can show: no wait for it, graph replays after in-place changes, torch.compile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+from flash_mla.reference import decode_reference
+from flash_mla.testing import DecodeCase, MhaCase, check, run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+LENGTHS = (1500, 64, 700)
+CASES = {
+    "gqa": DecodeCase("gqa", LENGTHS, Hq=8, Hk=2, D=128, spare=4, device="cuda"),
+    "mla": DecodeCase("mla", LENGTHS, Hq=16, Hk=1, D=576, Dv=512, alias=True, spare=4, device="cuda"),
+    "mla-queries": DecodeCase("mla-queries", LENGTHS, Hq=128, Hk=1, D=576, Dv=512, S_q=2, alias=True, device="cuda"),
+}
+
+
+@pytest.fixture(params=CASES)
+def step(request):
+    """A decode step's arguments, its metadata, and the case."""
+    case = CASES[request.param]
+    arguments = {name: x for name, x in case.call().arguments.items() if x is not None}
+    shapes = arguments["q"].shape, arguments["k_cache"].shape
+    metadata = get_mla_metadata(*shapes, arguments["block_table"], arguments["seq_lens"])
+    return case, arguments, metadata
+
+
+def judge(case: DecodeCase, arguments: dict[str, Tensor], out: Tensor, lse: Tensor | None = None) -> None:
+    verdict = check(out, lse, *decode_reference(**arguments), case.dtype)
+    assert verdict.passed, verdict.failures
+
+
+def test_decode_never_waits_for_the_gpu(step):
+    case, arguments, metadata = step
+    flash_mla_with_kvcache(**arguments, metadata=metadata)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = flash_mla_with_kvcache(**arguments, metadata=metadata)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    judge(case, arguments, out)
+
+
+def test_graph_replays_what_changed_in_place(step):
+    case, arguments, metadata = step
+    for _ in range(2):
+        flash_mla_with_kvcache(**arguments, metadata=metadata)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = flash_mla_with_kvcache(**arguments, metadata=metadata, return_lse=True)
+    graph.replay()
+    judge(case, arguments, out, lse)
+
+    lengths = arguments["seq_lens"].tolist()
+    cache, table = arguments["k_cache"], arguments["block_table"]
+    for new in ([0, 63, 699], [1, 0, 650], [lengths[0] - 1, 1, 129]):
+        arguments["seq_lens"].copy_(torch.tensor(new, dtype=torch.int32))
+        used = -(-min(n for n in new if n) // 64)
+        table[0, :used] = table[0, :used].flip(0)
+        arguments["q"].copy_(torch.randn_like(arguments["q"]))
+        cache[2, :, int(table[2, 0])] = torch.randn_like(cache[2, :, int(table[2, 0])])
+        graph.replay()
+        judge(case, arguments, out, lse)
+
+
+def test_compiled_decode_is_one_graph(step):
+    case, arguments, metadata = step
+
+    def layer(arguments):
+        k_cache = arguments["k_cache"]
+        v_cache = k_cache[..., : case.Dv] if case.alias else arguments["v_cache"]
+        rest = {name: x for name, x in arguments.items() if name not in ("k_cache", "v_cache")}
+        return 2 * flash_mla_with_kvcache(k_cache=k_cache, v_cache=v_cache, **rest, metadata=metadata)
+
+    out = torch.compile(layer, fullgraph=True)(arguments)
+    judge(case, arguments, out / 2)
+
+
+def test_many_lengths_are_shared_out(step):
+    """64 requests of 0 to 2000 tokens, some of them empty."""
+    case, _, _ = step
+    lengths = torch.randint(0, 2000, (64,), generator=torch.Generator().manual_seed(1))
+    lengths[::9] = 0
+    result = run(replace(case, name="many", lengths=tuple(lengths.tolist()), S_q=1))
+    assert result.passed, str(result)
+
+
+def test_paged_prefill_writes_and_reads():
+    result = run(MhaCase("mha", 500, device="cuda"))
+    assert result.passed, str(result)
