@@ -327,7 +327,7 @@ def mha_fwd_kvcache(
         k=k_cache,
         v=v_cache,
         block_table=block_table,
-        seq_lens=None,
+        seq_lens=None if start_pos is None else start_pos + problem.P,
         start_pos=start_pos,
         mask=None if attn_mask is None else attn_mask.expand(*rows, -1),
         block_mask=None,

@@ -671,7 +671,7 @@ def mha(
         causal=causal,
         mask=check_mask("attn_mask", attn_mask, B, Hq, P, "[B, 1|H, P, P]"),
         block_mask=False,
-        seq_lens=False,
+        seq_lens=start_pos is not None,
         start_pos=start_pos is not None,
         descale=check_descales(descales, B, Hk, q.device),
         sink=False,

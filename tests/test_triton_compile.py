@@ -211,7 +211,7 @@ def build_prefill(case: str, target: Target) -> tuple[prefill.Config, Built]:
     kept = meta(1, 1, 64, 64, dtype=torch.int32) if args.block_mask is not None else None
     num_kept = meta(1, 1, 64, dtype=torch.int32) if args.block_mask is not None else None
     arguments = prefill.arguments(
-        config, q=backend.stored(args.q, config.widen), k=backend.stored(args.k, config.widen),
+        config, S_kv=problem.S_kv, q=backend.stored(args.q, config.widen), k=backend.stored(args.k, config.widen),
         v=backend.stored(args.v, config.widen), block_table=args.block_table, seq_lens=args.seq_lens,
         start_pos=args.start_pos, mask=args.mask, kept=kept, num_kept=num_kept, q_descale=args.q_descale,
         k_descale=args.k_descale, v_descale=args.v_descale, attn_sink=None, softmax_scale=0.1, out=args.out,

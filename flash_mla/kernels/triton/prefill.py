@@ -344,6 +344,7 @@ def grid(config: Config, B: int, Hq: int, P: int) -> tuple[int, int, int]:
 def arguments(
     config: Config,
     *,
+    S_kv: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -366,7 +367,6 @@ def arguments(
     _, Hq, P, D = q.shape
     Dv = v.shape[-1]
     paged = block_table is not None
-    S_kv = k.shape[2] if block_table is None else block_table.shape[1] * 64
     # (batch, head, block); contiguous K has no block
     strides = [x.stride()[:3] if paged else (x.stride(0), x.stride(1), 0) for x in (k, v)]
     kind = "none" if mask is None else "float" if mask.is_floating_point() else "bool"
