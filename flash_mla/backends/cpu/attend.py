@@ -58,7 +58,7 @@ def merge_two(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple
 def to_bias(mask: Tensor) -> Tensor:
     """Bool (True = attend) or floating -> FP32 addend."""
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+        return torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, -math.inf)
     return mask.float()
 
 
@@ -68,7 +68,7 @@ def grouped_rows(problem: DecodeProblem | PrefillProblem, args: DecodeArgs | Pre
     dtype = compute_dtype(problem.dtype)
     if args.q_descale is None and args.k_descale is None:
         return q.to(dtype)
-    factor = torch.ones(problem.B, problem.Hk)
+    factor = torch.ones(problem.B, problem.Hk, dtype=torch.float32)
     for descale in (args.q_descale, args.k_descale):
         if descale is not None:
             factor = factor * descale

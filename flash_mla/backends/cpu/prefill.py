@@ -33,7 +33,7 @@ def prefill(problem: PrefillProblem, args: PrefillArgs) -> None:
         k = request_rows(args.k, args.block_table, b, keys).to(dtype)
         v = None if problem.alias else request_rows(args.v, args.block_table, b, keys).to(dtype)
         if not keys:
-            out, lse = q.new_zeros(*q.shape[1:4], problem.Dv), torch.full(q.shape[1:4], -math.inf)
+            out, lse = q.new_zeros(*q.shape[1:4], problem.Dv), torch.full(q.shape[1:4], -math.inf, dtype=torch.float32)
         elif plain:
             out, lse = attend_plain(problem, args.softmax_scale, q[b], k, v, start)
         else:
@@ -100,7 +100,7 @@ def attend_tiles(
     With a block mask a tile is one row of blocks, and blocks that the mask drops are neither read nor computed.
     """
     out = q.new_zeros(*q.shape[:3], problem.Dv)
-    lse = torch.full(q.shape[:3], -math.inf)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32)
     mask = None if args.mask is None else args.mask[b].unflatten(0, (problem.Hk, problem.ratio))
     blocks = None if args.block_mask is None else args.block_mask[b].unflatten(0, (problem.Hk, problem.ratio))
     tile = BLOCK if blocks is not None else max(BLOCK, BIAS_BYTES // (torch.float32.itemsize * k.shape[1]))
