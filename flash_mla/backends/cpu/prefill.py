@@ -109,19 +109,23 @@ def attend_tiles(
         for first in range(0, problem.P, tile):
             rows = slice(first, min(first + tile, problem.P))
             visible = min(k.shape[1], start + rows.stop) if problem.causal else k.shape[1]
-            index = torch.arange(visible)
-            if blocks is not None:
-                kept = blocks[heads.start, ratios.start, first // BLOCK, : -(-visible // BLOCK)]
-                index = kept_keys(kept, visible)
-            if not len(index):
+            if blocks is None:
+                kept = torch.arange(-(-visible // BLOCK))
+            else:
+                row = blocks[heads.start, ratios.start, first // BLOCK, : -(-visible // BLOCK)]
+                kept = row.nonzero().flatten()
+            if not len(kept):
                 continue
-            bias = None if mask is None else to_bias(select(mask[heads.start, ratios.start, rows], index, 1))
+            bias = None
+            if mask is not None:
+                bias = to_bias(take_blocks(mask[heads.start, ratios.start, rows], kept, visible))
             if problem.causal:
-                bias = hide_future(bias, index, start + first + torch.arange(rows.stop - first))
+                position = start + first + torch.arange(rows.stop - first)
+                bias = hide_future(bias, take_blocks(torch.arange(visible)[None], kept, visible), position)
             out[heads, ratios, rows], lse[heads, ratios, rows] = attend(
                 q[heads, ratios, rows],
-                share(select(k[heads], index, 1), ratio),
-                None if v is None else share(select(v[heads], index, 1), ratio),
+                share(take_blocks(k[heads], kept, visible), ratio),
+                None if v is None else share(take_blocks(v[heads], kept, visible), ratio),
                 problem.Dv,
                 args.softmax_scale,
                 None if bias is None else bias[None, None],
@@ -131,7 +135,8 @@ def attend_tiles(
 
 def alike_heads(problem: PrefillProblem, mask: Tensor | None, blocks: Tensor | None) -> Iterator[tuple[slice, slice]]:
     """Heads that see the same mask and layout: all where both broadcast, else one query head at a time."""
-    if all(x is None or x.stride()[:2] == (0, 0) for x in (mask, blocks)):
+    strides = [x.stride(dim) for x in (mask, blocks) if x is not None for dim in (0, 1) if x.shape[dim] > 1]
+    if not any(strides):
         yield slice(0, problem.Hk), slice(0, problem.ratio)
         return
     for h in range(problem.Hk):
@@ -139,23 +144,20 @@ def alike_heads(problem: PrefillProblem, mask: Tensor | None, blocks: Tensor | N
             yield slice(h, h + 1), slice(r, r + 1)
 
 
-def kept_keys(kept: Tensor, visible: int) -> Tensor:
-    """The key rows of the kept blocks [ceil(visible/64)] bool, in order."""
-    index = (kept.nonzero() * BLOCK + torch.arange(BLOCK)).flatten()
-    return index[index < visible]
+def take_blocks(x: Tensor, kept: Tensor, visible: int) -> Tensor:
+    """Of x [N, S, ...], the keys of the kept blocks (ascending ids) that lie before `visible`; a view if they adjoin."""
+    first, last = int(kept[0]), int(kept[-1])
+    if last - first + 1 == len(kept):
+        return x[:, first * BLOCK : min((last + 1) * BLOCK, visible)]
+    whole = visible // BLOCK
+    # NOTE: whole blocks copy twice as fast as rows (0.15 against 0.30 ms for 2 MiB).
+    rows = x[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).index_select(1, kept[kept < whole]).flatten(1, 2)
+    return rows if last < whole else torch.cat([rows, x[:, whole * BLOCK : visible]], 1)
 
 
-def select(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """x at an ascending index: a view where it is a range."""
-    first, last = int(index[0]), int(index[-1])
-    if last - first + 1 == len(index):
-        return x.narrow(dim, first, len(index))
-    return x.index_select(dim, index)
-
-
-def hide_future(bias: Tensor | None, index: Tensor, position: Tensor) -> Tensor | None:
-    """Add causality to the bias of rows at `position`; None where nothing is hidden."""
-    if int(index[-1]) <= int(position[0]):
+def hide_future(bias: Tensor | None, keys: Tensor, position: Tensor) -> Tensor | None:
+    """Add causality to the bias of rows at `position` over `keys` [1, n]; None where nothing is hidden."""
+    if int(keys[0, -1]) <= int(position[0]):
         return bias
-    future = index[None] > position[:, None]
+    future = keys > position[:, None]
     return to_bias(~future) if bias is None else bias.masked_fill(future, -math.inf)

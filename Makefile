@@ -1,0 +1,42 @@
+# Each target sets up what it needs in .venv and can be run from a bare clone.
+PYTHON ?= python3
+BIN = .venv/bin
+TEXT ?= examples/text.txt
+
+.PHONY: demo test lint types unit kernels bench clean
+
+demo: .venv/demo.stamp
+	$(BIN)/flash-mla demo $(TEXT)
+
+test: lint types unit
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev.stamp
+	$(BIN)/mypy
+
+unit: .venv/dev.stamp
+	$(BIN)/pytest -m "not interpreter and not compile"
+
+# The GPU kernels without a GPU: Triton's interpreter, then ahead-of-time compiles and their register gates.
+kernels: .venv/dev.stamp
+	TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter
+	$(BIN)/pytest -m compile
+
+bench: .venv/demo.stamp
+	$(BIN)/flash-mla bench --device cpu --jsonl docs/bench/cpu.jsonl --markdown docs/bench/cpu.md
+
+.venv/demo.stamp: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+.venv/dev.stamp: requirements-dev.txt .venv/demo.stamp
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
