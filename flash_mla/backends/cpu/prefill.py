@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flash_mla.backends.cpu.attend import (
     BIAS_BYTES,
+    EXACT_KEYS,
     attend,
     compute_dtype,
     grouped_rows,
@@ -81,6 +82,9 @@ def attend_plain(
     if not inside:
         return part(q, slice(0, keys))
     out, lse = part(q[:, :, :inside], slice(start, start + inside), causal=True)
+    if not start:  # rows with few keys again, see EXACT_KEYS
+        few = slice(0, min(EXACT_KEYS, inside))
+        out[:, :, few], lse[:, :, few] = part(q[:, :, few], few, causal=True)
     if start:
         out, lse = merge_two((out, lse), part(q[:, :, :inside], slice(0, start)))
     if inside == problem.P:
