@@ -15,8 +15,8 @@ BIAS_BYTES = 16 << 20
 """Most bytes of FP32 bias at a time."""
 
 EXACT_KEYS = BLOCK
-"""So few keys are attended in FP32: in BF16 the op's exponential errs by 5e-5, and where a row sees one key its lse is the
-score itself, which may be near 0."""
+"""So few keys are attended in FP32: in BF16 the op's exponential errs by 5e-5, and where a row sees one key its lse is
+the score itself, which may be near 0."""
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
