@@ -1,6 +1,7 @@
 """Attention kernels for multi-head latent attention and grouped-query attention over paged KV caches."""
 
 from flash_mla.api import MLAMetadata, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
+from flash_mla.cache import PagedKVCache
 from flash_mla.errors import (
     BlockCountError,
     BlockTableError,
@@ -30,6 +31,7 @@ __all__ = [
     "LayoutError",
     "MLAMetadata",
     "MaskShapeError",
+    "PagedKVCache",
     "SequenceLengthError",
     "ShapeError",
     "flash_mla_prefill",

@@ -62,7 +62,7 @@ def _per_row(factor: Tensor, x: Tensor) -> Tensor:
 
 
 class _Parts(NamedTuple):
-    """The bytes of rows [..]: e4m3 [.., quantised], scales [.., scale_bytes] with their pad, BF16 rope [.., 2 * rope]."""
+    """Bytes of rows [..]: e4m3 [.., quantised], scales [.., scale_bytes] with their pad, BF16 rope [.., 2 * rope]."""
 
     quantised: Tensor
     scales: Tensor

@@ -149,7 +149,7 @@ def alike_heads(problem: PrefillProblem, mask: Tensor | None, blocks: Tensor | N
 
 
 def take_blocks(x: Tensor, kept: Tensor, visible: int) -> Tensor:
-    """Of x [N, S, ...], the keys of the kept blocks (ascending ids) that lie before `visible`; a view if they adjoin."""
+    """The keys of x [N, S, ...] in the kept blocks (ascending ids) and before `visible`; a view if they adjoin."""
     first, last = int(kept[0]), int(kept[-1])
     if last - first + 1 == len(kept):
         return x[:, first * BLOCK : min((last + 1) * BLOCK, visible)]

@@ -1,0 +1,467 @@
+"""PagedKVCache: the keys and values of a batch of requests in blocks of 64 tokens, and the tables that find them.
+
+Two storages stand behind one set of operations. Per-request slabs, the reference's own layout: request b owns the Nblk
+blocks of `k_cache[b]`. One pool: every `k_cache[b]` is the same memory (batch stride 0), blocks go to whoever needs
+them, and requests share the blocks of a common prefix.
+
+Lengths, block lists and reference counts are plain Python on the host, so no operation reads the device; `block_table`
+and `seq_lens` are written in place, so a captured graph that reads them stays valid until `grow`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_mla.blocks import BlockAllocator
+from flash_mla.errors import (
+    BlockCountError,
+    CacheFullError,
+    DeviceError,
+    DTypeError,
+    SequenceLengthError,
+    ShapeError,
+)
+from flash_mla.problem import BLOCK, DTYPES, FP8
+from flash_mla.quant import quantise
+
+
+def page_view(pool: Tensor, batch: int) -> Tensor:
+    """A serving engine's pool [num_blocks, 64, Hk, D] as the page view [batch, Hk, num_blocks, 64, D], batch stride 0.
+
+    Raises:
+        ShapeError: the pool has not four dims.
+        BlockCountError: its pages are not 64 tokens long.
+    """
+    if pool.dim() != 4:
+        raise ShapeError(given=f"pool {list(pool.shape)}", required="[num_blocks, 64, Hk, D]")
+    if pool.shape[1] != BLOCK:
+        raise BlockCountError(
+            given=f"pool {list(pool.shape)}: pages of {pool.shape[1]} tokens",
+            required="pages of 64 tokens: [num_blocks, 64, Hk, D]",
+            cause="The block size is fixed at 64",
+            fix="Configure the engine's page size as 64",
+        )
+    return pool.permute(2, 0, 1, 3).expand(batch, -1, -1, -1, -1)
+
+
+class PagedKVCache:
+    """Keys and values of B requests in 64-token blocks, ready for `flash_mla_with_kvcache`.
+
+        cache = PagedKVCache(B, Hk, D, max_seq_len=4096)    # K and V
+        cache = PagedKVCache.mla(B, max_seq_len=4096)       # one latent array; V is its first 512 columns
+
+    Args:
+        batch: B, the number of requests; each starts empty.
+        num_kv_heads: Hk.
+        head_dim: D of K.
+        max_seq_len: tokens that one request may hold; rounded up to blocks.
+        v_head_dim: Dv; D if omitted.
+        latent: keep no V: `v_cache` is `k_cache[..., :Dv]`.
+        pool_blocks: blocks of one pool that all requests share; omitted, each request owns `max_seq_len` tokens.
+        dtype: BF16, FP16, FP32, or float8_e4m3fn, whose rows are quantised on append.
+        device: where the caches and tables live.
+        k_descale, v_descale: FP8 only: a float or [Hk], the factors that rows are stored with (a latent's V has K's).
+
+    Attributes:
+        k_cache: [B, Hk, Nblk, 64, D], batch stride 0 for a pool; slots that hold no token are uninitialised.
+        v_cache: [B, Hk, Nblk, 64, Dv], likewise, or the first Dv columns of k_cache.
+        block_table: [B, ceil(max_seq_len/64)] int32; entries past a request's blocks mean nothing.
+        seq_lens: [B] int32.
+        k_descale, v_descale: [1, Hk] FP32, or None if the dtype is not FP8: pass them to the attention functions.
+
+    The tensors are updated in place and stay the same objects until `grow`. An operation that cannot be done raises a
+    FlashMLAError before anything is changed. Requests are named by their batch index.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        max_seq_len: int,
+        v_head_dim: int | None = None,
+        latent: bool = False,
+        pool_blocks: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        k_descale: float | Tensor = 1.0,
+        v_descale: float | Tensor = 1.0,
+    ) -> None:
+        v_dim = head_dim if v_head_dim is None else v_head_dim
+        table_blocks = -(-max_seq_len // BLOCK)
+        num_blocks = table_blocks if pool_blocks is None else pool_blocks
+        if min(batch, num_kv_heads, head_dim, v_dim, num_blocks, table_blocks) < 1 or (latent and v_dim > head_dim):
+            raise ShapeError(
+                given=f"{batch=}, {num_kv_heads=}, {head_dim=}, v_head_dim={v_dim}, {latent=}, "
+                f"{max_seq_len=}, {pool_blocks=}",
+                required="each number at least 1; a latent's v_head_dim at most its head_dim",
+            )
+        if dtype not in DTYPES:
+            raise DTypeError(
+                given=f"{dtype=}", required=" | ".join(map(str, DTYPES)), cause="No backend reads a cache of this dtype"
+            )
+        self._latent = latent
+        self._is_slabs = pool_blocks is None
+        self._allocators = [BlockAllocator(num_blocks) for _ in range(batch if pool_blocks is None else 1)]
+        self._blocks: list[list[int]] = [[] for _ in range(batch)]
+        self._lengths = [0] * batch
+        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.k_descale, self.v_descale = None, None
+        if dtype == FP8:
+            self.k_descale = self._head_factors("k_descale", k_descale, num_kv_heads)
+            self.v_descale = self.k_descale if latent else self._head_factors("v_descale", v_descale, num_kv_heads)
+        shape = (len(self._allocators), num_kv_heads, num_blocks, BLOCK)
+        self._bind(
+            torch.zeros(batch, table_blocks, dtype=torch.int32, device=device),
+            k := torch.empty(*shape, head_dim, dtype=dtype, device=device),
+            k[..., :v_dim] if latent else torch.empty(*shape, v_dim, dtype=dtype, device=device),
+        )
+
+    @classmethod
+    def mla(cls, batch: int, head_dim: int = 576, v_head_dim: int = 512, **storage: Any) -> PagedKVCache:
+        """A latent cache of one KV head, DeepSeek's dims by default; `storage` takes the constructor's keywords."""
+        return cls(batch, 1, head_dim, v_head_dim=v_head_dim, latent=True, **storage)
+
+    # Sizes
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each request: seq_lens, known to the host."""
+        return tuple(self._lengths)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no request holds, over the pool or over all slabs."""
+        return sum(allocator.num_free for allocator in self._allocators)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches and tables in device memory."""
+        values = 0 if self._latent else self._v.nbytes
+        return self._k.nbytes + values + self.block_table.nbytes + self.seq_lens.nbytes
+
+    def __repr__(self) -> str:
+        B, Hk, Nblk, _, D = self.k_cache.shape
+        storage = f"{B} slabs of {Nblk}" if self._is_slabs else f"a pool of {Nblk}"
+        return (
+            f"PagedKVCache(B={B}, Hk={Hk}, D={D}, Dv={self.v_cache.shape[-1]}{' inside K' if self._latent else ''}, "
+            f"{self._k.dtype}, {self._k.device}, {storage} blocks, {self.num_free_blocks} free, "
+            f"{sum(self._lengths)} tokens, {self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor | None = None,
+        num_tokens: Sequence[int] | Tensor | None = None,
+        requests: Sequence[int] | None = None,
+    ) -> None:
+        """Write new tokens behind those that the requests hold.
+
+        A block that requests share is copied before one of them writes into it.
+
+        Args:
+            k: [R, Hk, T, D] in the cache's dtype; an FP8 cache takes BF16, FP16 and FP32 too, and quantises them.
+            v: [R, Hk, T, Dv] likewise; None for a latent cache.
+            num_tokens: [R], how many of the T tokens each request takes, from the first; omitted, all T. A tensor on
+                the GPU is read back, which waits; numbers are free.
+            requests: the R different batch indices; omitted, all B.
+
+        Raises:
+            CacheFullError: the pool has too few free blocks.
+            SequenceLengthError: a request would hold more than max_seq_len tokens.
+            ShapeError, DTypeError, DeviceError: k, v, num_tokens or requests do not fit the cache.
+        """
+        rows = self._requests(requests)
+        if (v is None) != self._latent:
+            raise ShapeError(
+                given="append(k)" if v is None else "append(k, v)",
+                required="append(k) for a latent cache, append(k, v) for one that keeps V",
+                cause="V lies inside the latent" if self._latent else "The cache keeps V beside K",
+                fix="Concatenate latent and rope to one k" if self._latent else "Pass v [R, Hk, T, Dv]",
+            )
+        T = k.shape[2] if k.dim() == 4 else 0
+        self._check_rows("k", k, self._k, len(rows), T)
+        if v is not None:
+            self._check_rows("v", v, self._v, len(rows), T)
+        counts = [T] * len(rows) if num_tokens is None else self._counts(num_tokens, len(rows), T)
+        starts = [self._lengths[b] for b in rows]
+        self._extend(rows, counts)
+        slots = self._slots(rows, starts, counts)
+        if len(slots) == len(rows) * T:
+            index = self._upload(slots, torch.int64).view(len(rows), 1, T) + self._head_rows  # [R, Hk, T]
+            kept = None
+        else:
+            index = self._upload(slots, torch.int64)[:, None] + self._head_rows.view(-1)  # [n, Hk]
+            tokens = chain.from_iterable(range(r * T, r * T + count) for r, count in enumerate(counts))
+            kept = self._upload([*tokens], torch.int64)
+        _write(self._k_rows, index, k, kept, self.k_descale)
+        if v is not None:
+            _write(self._v_rows, index, v, kept, self.v_descale)
+
+    def extend(self, num_tokens: int | Sequence[int] | Tensor, requests: Sequence[int] | None = None) -> None:
+        """Lengthen requests by tokens whose rows the caller then writes, as `mha_fwd_kvcache(k=, v=)` does.
+
+        Args:
+            num_tokens: one number for all or [R]; otherwise as in `append`, which raises the same errors.
+            requests: the R different batch indices; omitted, all B.
+        """
+        rows = self._requests(requests)
+        self._extend(rows, self._counts(num_tokens, len(rows)))
+
+    def fork(self, source: int, target: int) -> None:
+        """Make the empty request `target` a copy of `source`.
+
+        In a pool they share the full blocks, and the partly filled one is copied; between slabs all are copied.
+
+        Raises:
+            SequenceLengthError: target holds tokens.
+            CacheFullError: no free block for the partly filled one.
+        """
+        source, target = self._requests([source, target])
+        if self._lengths[target]:
+            raise SequenceLengthError(
+                given=f"fork({source}, {target}); request {target} holds {self._lengths[target]} tokens",
+                required="an empty target",
+                cause="The fork would drop the target's tokens",
+                fix=f"free([{target}]) first",
+            )
+        partly_filled = [target] if self._lengths[source] % BLOCK and not self._is_slabs else []
+        if len(partly_filled) > self.num_free_blocks:
+            raise CacheFullError(given=f"fork({source}, {target}) with no free block", required="1 free block")
+        self._take({target: source})
+        self._own_last_blocks(partly_filled)
+        self._publish((b, len(self._blocks[b]) - 1) for b in partly_filled)
+
+    def reorder(self, index: Sequence[int] | Tensor) -> None:
+        """Request i becomes what request index[i] was (beam search); indices may repeat, or be left out.
+
+        In a pool no token is copied and no block is needed: requests share their blocks, the partly filled one too,
+        until one of them appends. Between slabs the tokens are copied.
+
+        Args:
+            index: [B]; a tensor on the GPU is read back, which waits.
+        """
+        order = self._integers("index", index, len(self._lengths), len(self._lengths) - 1)
+        self._take({b: source for b, source in enumerate(order) if b != source})
+        self._publish(())
+
+    def free(self, requests: Sequence[int]) -> None:
+        """Empty these requests; a block returns to the free ones when its last holder leaves it."""
+        for b in self._requests(requests):
+            self._allocator(b).release(self._blocks[b])
+            self._blocks[b], self._lengths[b] = [], 0
+        self._publish(())
+
+    def clear(self) -> None:
+        """Empty all requests."""
+        self.free(range(len(self._lengths)))
+
+    def grow(self, blocks: int) -> None:
+        """Add blocks to the pool, or to every request's slab; a request may then hold so many more.
+
+        Tokens stay in their blocks. The caches and the table are new tensors, so capture graphs again.
+        """
+        if blocks < 1:
+            raise ShapeError(given=f"grow({blocks})", required="at least 1 block", fix="free() gives blocks back")
+        table = torch.nn.functional.pad(self.block_table, (0, blocks))
+        k = _more_blocks(self._k, blocks)
+        v = k[..., : self._v.shape[-1]] if self._latent else _more_blocks(self._v, blocks)
+        for allocator in self._allocators:
+            allocator.grow(blocks)
+        self._bind(table, k, v)
+
+    # Bookkeeping
+
+    def _allocator(self, b: int) -> BlockAllocator:
+        return self._allocators[b if self._is_slabs else 0]
+
+    def _bind(self, table: Tensor, k: Tensor, v: Tensor) -> None:
+        """Take k [B or 1, Hk, Nblk, 64, D], v likewise and the table as the cache's tensors."""
+        batch, (_, Hk, Nblk, _, D) = len(self._lengths), k.shape
+        self._k, self._v = k, v
+        self._k_rows = k.view(-1, D)
+        self._v_rows = self._k_rows if self._latent else v.view(-1, v.shape[-1])
+        self._slab_rows = Hk * Nblk * BLOCK if self._is_slabs else 0
+        self._head_rows = torch.arange(Hk, device=k.device)[:, None] * (Nblk * BLOCK)
+        self.k_cache, self.v_cache = (t.expand(batch, -1, -1, -1, -1) for t in (k, v))
+        self.block_table = table
+
+    def _extend(self, rows: list[int], counts: list[int]) -> None:
+        """Check, then give the requests the blocks for so many more tokens."""
+        limit = self.block_table.shape[1] * BLOCK
+        holders = None if self._is_slabs else self._allocators[0].holders
+        growing: list[tuple[int, int]] = []  # request, blocks that it lacks
+        shared: list[int] = []  # requests that write into a block that others hold too
+        for b, count in zip(rows, counts, strict=True):
+            length, blocks = self._lengths[b], self._blocks[b]
+            if length + count > limit:
+                raise SequenceLengthError(
+                    given=f"request {b}: {length} tokens and {count} more",
+                    required=f"at most {limit} tokens a request",
+                    cause=f"The block table has {limit // BLOCK} blocks a request",
+                )
+            if (missing := -(-(length + count) // BLOCK) - len(blocks)) > 0:
+                growing.append((b, missing))
+            if holders and count and length % BLOCK and holders[blocks[-1]] > 1:
+                shared.append(b)
+        needed = sum(missing for _, missing in growing)
+        if holders and shared:  # the last holder of a block writes into it in place
+            writers = Counter(self._blocks[b][-1] for b in shared)
+            needed += sum(min(n, holders[block] - 1) for block, n in writers.items())
+        if needed and needed > self.num_free_blocks:
+            raise CacheFullError(
+                given=f"{sum(counts)} more tokens for {len(rows)} requests, {self.num_free_blocks} blocks free",
+                required=f"{needed} free blocks",
+            )
+        self._own_last_blocks(shared)
+        entries = [(b, len(self._blocks[b]) - 1) for b in shared]
+        for b, missing in growing:
+            blocks = self._blocks[b]
+            entries += [(b, len(blocks) + i) for i in range(missing)]
+            blocks += self._allocator(b).allocate(missing, blocks[-1] if blocks else None)
+        for b, count in zip(rows, counts, strict=True):
+            self._lengths[b] += count
+        self._publish(entries)
+
+    def _own_last_blocks(self, requests: list[int]) -> None:
+        """Copy the last block of each request that still shares it, in a pool."""
+        allocator = self._allocators[0]
+        copies: dict[int, int] = {}
+        for b in requests:
+            blocks = self._blocks[b]
+            if allocator.holders[blocks[-1]] > 1:
+                [copy] = allocator.allocate(1, blocks[-1])
+                copies[copy] = blocks[-1]
+                allocator.release(blocks[-1:])
+                blocks[-1] = copy
+        if copies:
+            new, old = self._upload([*copies], torch.int64), self._upload([*copies.values()], torch.int64)
+            for storage in self._storages():
+                storage[:, :, new] = storage[:, :, old]
+
+    def _take(self, moves: dict[int, int]) -> None:
+        """Each request b of the moves becomes what moves[b] was, all at once."""
+        if not moves:
+            return
+        taken = {b: (self._blocks[source], self._lengths[source]) for b, source in moves.items()}
+        new, old = self._upload([*moves], torch.int64), self._upload([*moves.values()], torch.int64)
+        self.block_table[new] = self.block_table[old]
+        if self._is_slabs:
+            most = max(len(blocks) for blocks, _ in taken.values())
+            for storage in self._storages():
+                storage[new, :, :most] = storage[old, :, :most]
+        else:
+            for blocks, _ in taken.values():
+                self._allocators[0].share(blocks)
+        for b, (blocks, length) in taken.items():
+            self._allocator(b).release(self._blocks[b])
+            self._blocks[b] = self._allocator(b).allocate(len(blocks)) if self._is_slabs else [*blocks]
+            self._lengths[b] = length
+
+    def _storages(self) -> tuple[Tensor, ...]:
+        """The arrays that hold the rows, each once."""
+        return (self._k,) if self._latent else (self._k, self._v)
+
+    def _publish(self, entries: Iterable[tuple[int, int]]) -> None:
+        """Write the lengths, and the table's entries (request, i), to the device."""
+        if entries := [*entries]:
+            width = self.block_table.shape[1]
+            index = self._upload([b * width + i for b, i in entries], torch.int64)
+            blocks = self._upload([self._blocks[b][i] for b, i in entries], torch.int32)
+            self.block_table.view(-1).index_copy_(0, index, blocks)
+        self.seq_lens.copy_(self._upload(self._lengths, torch.int32))
+
+    def _upload(self, values: list[int], dtype: torch.dtype) -> Tensor:
+        """The values on the cache's device; from pinned memory, so that the host does not wait for a GPU."""
+        device = self.seq_lens.device
+        if device.type == "cpu":
+            return torch.tensor(values, dtype=dtype)
+        return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+    def _slots(self, rows: list[int], starts: list[int], counts: list[int]) -> list[int]:
+        """Where the tokens that follow `starts` lie: rows of head 0 in the storage seen as [rows, D]."""
+        slots: list[int] = []
+        for b, start, count in zip(rows, starts, counts, strict=True):
+            blocks, slab = self._blocks[b], b * self._slab_rows
+            while count:
+                i, offset = divmod(start, BLOCK)
+                row, run = slab + blocks[i] * BLOCK + offset, min(count, BLOCK - offset)
+                slots += range(row, row + run)
+                start, count = start + run, count - run
+        return slots
+
+    # Checks
+
+    def _requests(self, requests: Sequence[int] | None) -> list[int]:
+        batch = len(self._lengths)
+        if requests is None:
+            return list(range(batch))
+        rows = self._integers("requests", requests, len(requests), batch - 1)
+        if len(set(rows)) < len(rows):
+            raise ShapeError(given=f"requests {rows}", required="different batch indices")
+        return rows
+
+    def _counts(self, num_tokens: int | Sequence[int] | Tensor, length: int, most: int | None = None) -> list[int]:
+        values = [num_tokens] * length if isinstance(num_tokens, int) else num_tokens
+        return self._integers("num_tokens", values, length, most)
+
+    def _integers(self, name: str, values: Sequence[int] | Tensor, length: int, most: int | None) -> list[int]:
+        """A list of `length` integers in [0, most]."""
+        numbers = values.tolist() if isinstance(values, Tensor) else [*values]
+        fits = len(numbers) == length and all(isinstance(n, int) for n in numbers)
+        if not fits or (numbers and (min(numbers) < 0 or (most is not None and max(numbers) > most))):
+            raise ShapeError(
+                given=f"{name} {numbers}",
+                required=f"{length} integers from 0" + ("" if most is None else f" to {most}"),
+                cause=f"{name} does not fit this cache of {len(self._lengths)} requests or this call",
+                fix="Name requests by batch index; take no more tokens than k holds",
+            )
+        return numbers
+
+    def _check_rows(self, name: str, rows: Tensor, storage: Tensor, R: int, T: int) -> None:
+        expected = (R, storage.shape[1], T, storage.shape[-1])
+        if rows.shape != expected:
+            raise ShapeError(
+                given=f"{name} {list(rows.shape)}",
+                required=f"{name} [{expected[0]}, {expected[1]}, T, {expected[3]}], the same T in k and v",
+                cause="The new rows do not fit the cache",
+                fix="Pass [R, Hk, T, D], one row of the batch for each request named",
+            )
+        if rows.dtype != storage.dtype and (storage.dtype != FP8 or rows.dtype not in DTYPES):
+            raise DTypeError(given=f"{name} {rows.dtype}, cache {storage.dtype}", required="the cache's dtype")
+        if rows.device != storage.device:
+            raise DeviceError(given=f"{name} on {rows.device}, cache on {storage.device}", required="one device")
+
+    def _head_factors(self, name: str, descale: float | Tensor, heads: int) -> Tensor:
+        """descale as FP32 [1, Hk]."""
+        factors = torch.as_tensor(descale, dtype=torch.float32, device=self.seq_lens.device)
+        if factors.shape not in ((), (heads,), (1, heads)):
+            raise ShapeError(given=f"{name} {list(factors.shape)}", required=f"a float, [{heads}] or [1, {heads}]")
+        return factors.expand(1, heads).contiguous()
+
+
+def _write(target: Tensor, index: Tensor, rows: Tensor, kept: Tensor | None, descale: Tensor | None) -> None:
+    """Write rows [R, Hk, T, D] to the target's rows index [R, Hk, T], or those of n kept tokens of R*T to [n, Hk]."""
+    if rows.requires_grad:
+        rows = rows.detach()
+    if descale is not None and rows.dtype != FP8:
+        rows, _ = quantise(rows, descale)
+    if kept is not None:
+        rows = rows.transpose(1, 2).flatten(0, 1)[kept]
+    target.index_put_((index,), rows)
+
+
+def _more_blocks(storage: Tensor, blocks: int) -> Tensor:
+    """A copy of storage [.., Hk, Nblk, 64, D] with uninitialised blocks behind the others."""
+    first, Hk, Nblk, _, D = storage.shape
+    grown = storage.new_empty(first, Hk, Nblk + blocks, BLOCK, D)
+    grown[:, :, :Nblk] = storage
+    return grown

@@ -1,0 +1,177 @@
+"""The main job end to end: a ragged batch of prompts, decoded by an MLA model on the paged latent cache, and checked.
+
+The model is random but has DeepSeek-V3's shape in all that attention sees, save the number of heads: its latent rows
+are 512 + 64 wide. Nothing is downloaded. Needs the extras `flash-mla[cli,transformers]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from flash_mla.integrations.transformers import PagedCache, paged_cache
+from flash_mla.problem import BLOCK
+
+LONGEST_STEP = 96  # bytes by which each prompt is longer than the one before
+DEEPSEEK_V3_HEADS = 128
+PAD = 256  # the token after the 256 bytes
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed generation: new tokens [B, T], seconds of the prefill (first token included) and of the rest."""
+
+    tokens: Tensor
+    prefill_seconds: float
+    decode_seconds: float
+
+
+class Ticks(BaseStreamer):
+    """Notes when each step's tokens arrive, and moves a progress bar."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self.times: list[float] = []
+        self._progress, self._task = progress, task
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(perf_counter())
+        if len(self.times) > 1:  # the first call brings the prompt
+            self._progress.advance(self._task)
+
+    def end(self) -> None:
+        pass
+
+
+def demo(text: Path, device: str = "cpu", tokens: int = 32, batch: int = 4, console: Console | None = None) -> None:
+    """Generate `tokens` tokens for each of `batch` prompts cut from a text file, and print what it took.
+
+    Raises:
+        SystemExit: the text is too short, or a token differs from eager attention's (exit status 1).
+    """
+    console = console or Console()
+    inputs = cut_prompts(text.read_bytes(), batch, device)
+    lengths = inputs["attention_mask"].sum(-1).tolist()
+    model: Any = build_model()
+    model.to(device)
+    cache = paged_cache(model, batch, max(lengths) + tokens)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        paged = generate(model, inputs, tokens, cache, progress, "paged latent cache")
+        model.set_attn_implementation("eager")
+        eager = generate(model, inputs, tokens, DynamicCache(), progress, "eager attention   ")
+    console.print(figures(model, cache, lengths, paged, eager))
+
+    differing = (paged.tokens != eager.tokens).nonzero().tolist()
+    if differing:
+        request, step = min(differing, key=lambda place: place[1])
+        raise SystemExit(f"{len(differing)} tokens differ; the first is token {step} of request {request}")
+    console.print(f"All {paged.tokens.numel()} tokens are those of eager attention.")
+
+
+def cut_prompts(data: bytes, batch: int, device: str) -> dict[str, Tensor]:
+    """Consecutive pieces of the text, each longer than the one before, as left-padded byte tokens and their mask."""
+    step = min(LONGEST_STEP, len(data) // (batch * (batch + 1) // 2))
+    if not step:
+        raise SystemExit(f"The text has {len(data)} bytes; {batch} prompts need {batch * (batch + 1) // 2} at least")
+    ids = torch.full((batch, batch * step), PAD)
+    start = 0
+    for b in range(batch):
+        stop = start + (b + 1) * step
+        ids[b, -(stop - start) :] = torch.frombuffer(bytearray(data[start:stop]), dtype=torch.uint8)
+        start = stop
+    return {"input_ids": ids.to(device), "attention_mask": (ids != PAD).long().to(device)}
+
+
+def build_model() -> DeepseekV3ForCausalLM:
+    """A seeded DeepSeek-V3 of 2 layers and 8 heads: 4.6 M parameters, FP32.
+
+    FP32, because greedy tokens of two orders of summation agree only while rounding is smaller than the gap between the
+    two best tokens; in BF16 it often is not.
+    """
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=264,
+        hidden_size=256,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        q_lora_rank=128,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+        n_routed_experts=8,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=None,  # never stop early
+        initializer_range=0.1,  # wide enough that tokens vary
+    )
+    return DeepseekV3ForCausalLM(config).eval()
+
+
+def generate(
+    model: Any,
+    inputs: dict[str, Tensor],
+    tokens: int,
+    cache: PagedCache | DynamicCache,
+    progress: Progress,
+    title: str,
+) -> Run:
+    """Greedy tokens; a first, short run keeps one-time costs out of the times."""
+    task = progress.add_task(title, total=tokens)
+    options: dict[str, Any] = {**inputs, "past_key_values": cache, "do_sample": False}
+    model.generate(**options, max_new_tokens=2)
+    cache.reset()
+    ticks = Ticks(progress, task)
+    start = perf_counter()
+    sequences = model.generate(**options, max_new_tokens=tokens, streamer=ticks)
+    new = sequences[:, inputs["input_ids"].shape[1] :]
+    return Run(new, ticks.times[1] - start, ticks.times[-1] - ticks.times[1])
+
+
+def figures(model: DeepseekV3ForCausalLM, cache: PagedCache, lengths: list[int], paged: Run, eager: Run) -> Table:
+    """Speeds and cache bytes of both runs."""
+    config: Any = model.config
+    pages = cache.pages
+    batch, new = paged.tokens.shape
+    row = pages.k_cache.shape[1] * pages.k_cache.shape[-1] * pages.k_cache.itemsize  # of one token, all layers
+    blocks = sum(-(-length // BLOCK) for length in pages.lengths)
+    latent, held = row * sum(pages.lengths), row * blocks * BLOCK
+    head_dims = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    expanded = latent * config.num_attention_heads * head_dims // width
+
+    table = Table(title=f"{batch} requests of {', '.join(map(str, lengths))} tokens, {new} new tokens each")
+    table.add_column("")
+    table.add_column("paged latent cache", justify="right")
+    table.add_column("eager attention", justify="right")
+    speed = [[f"{sum(lengths) / run.prefill_seconds:,.0f} tokens/s" for run in (paged, eager)]]
+    if new > 1:
+        speed.append([f"{batch * (new - 1) / run.decode_seconds:,.0f} tokens/s" for run in (paged, eager)])
+    for name, columns in zip(("prefill", "decode"), speed, strict=False):
+        table.add_row(name, *columns)
+    same = int((paged.tokens == eager.tokens).sum())
+    table.add_row("identical tokens", f"{same} of {paged.tokens.numel()}", "")
+    table.add_section()
+    table.add_row("cache: latent rows", f"{latent:,} B", "")
+    table.add_row("cache: their 64-token blocks", f"{held:,} B", "")
+    table.add_row(f"as K and V of {config.num_attention_heads} heads", f"{expanded:,} B", "")
+    table.add_row("latent saves", f"{expanded / latent:.1f}x", "")
+    table.add_row(f"with {DEEPSEEK_V3_HEADS} heads", f"{DEEPSEEK_V3_HEADS * head_dims / width:.1f}x", "")
+    return table

@@ -1,0 +1,50 @@
+"""The demo: its text, its table, and its verdict."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+rich_console = pytest.importorskip("rich.console")
+
+from flash_mla import demo as demo_module  # noqa: E402
+from flash_mla.demo import PAD, cut_prompts, demo  # noqa: E402
+
+TEXT = Path(__file__).parent.parent / "examples" / "text.txt"
+
+
+def test_demo_checks_every_token() -> None:
+    console = rich_console.Console(file=io.StringIO(), width=100)
+    demo(TEXT, tokens=6, batch=2, console=console)
+    printed = console.file.getvalue()
+    assert "All 12 tokens are those of eager attention." in printed
+    assert "12 of 12" in printed
+    # 2 layers x (512 + 64) FP32 a token; the last token is not cached
+    assert f"{(96 + 192 + 2 * 5) * 2 * 576 * 4:,} B" in printed
+    assert f"{(2 + 4) * 64 * 2 * 576 * 4:,} B" in printed, "101 and 197 tokens take 2 and 4 blocks"
+
+
+def test_demo_fails_when_a_token_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = demo_module.paged_cache.__globals__["flash_mla_with_kvcache"]
+
+    def forgetful(q: torch.Tensor, *args: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return attend(q, *args, **kwargs) * 0.5
+
+    monkeypatch.setitem(demo_module.paged_cache.__globals__, "flash_mla_with_kvcache", forgetful)
+    with pytest.raises(SystemExit, match="tokens differ; the first is token"):
+        demo(TEXT, tokens=8, batch=2, console=rich_console.Console(file=io.StringIO()))
+
+
+def test_prompts_are_pieces_of_the_text() -> None:
+    data = TEXT.read_bytes()
+    inputs = cut_prompts(data, 3, "cpu")
+    kept = [ids[mask.bool()].tolist() for ids, mask in zip(*inputs.values(), strict=True)]
+    assert [len(row) for row in kept] == [96, 192, 288]
+    assert b"".join(map(bytes, kept)) == data[:576]
+    assert (inputs["input_ids"] == PAD).sum() == 3 * 288 - 576
+    with pytest.raises(SystemExit, match="has 2 bytes"):
+        cut_prompts(b"ab", 3, "cpu")

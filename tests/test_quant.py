@@ -1,0 +1,278 @@
+"""FP8 factors, and the row formats: bytes against a scalar encoder, bounds of a round trip, refusals."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from flash_mla.errors import BlockTableError, DTypeError, FlashMLAError, LayoutError, ShapeError
+from flash_mla.quant import FLAT, FORMATS, FP8_DS_MLA, MODEL1, V41, RowFormat, dequantise, quantise
+
+FP8 = torch.float8_e4m3fn
+formats = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+STORED_SCALES = [FP8_DS_MLA, MODEL1, V41]
+
+
+def latents(form: RowFormat, blocks: int = 2, page: int = 64, seed: int = 0) -> torch.Tensor:
+    """Rows [blocks, page, 1, D] BF16 whose tiles range over fourteen binary orders of magnitude, some all zero."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(blocks, page, 1, form.head_dim, generator=generator)
+    scale = torch.randint(-12, 12, (blocks, page, 1, form.head_dim // 32), generator=generator).float().exp2()
+    scale[0, 0] = 0
+    return (rows * scale.repeat_interleave(32, dim=-1)).bfloat16()
+
+
+def e4m3_values() -> list[float]:
+    """The value of each e4m3 byte below 0x7f, from the format's definition."""
+    values = []
+    for byte in range(0x7F):
+        exponent, mantissa = byte >> 3, byte & 7
+        values.append(math.ldexp(8 + mantissa, exponent - 10) if exponent else math.ldexp(mantissa, -9))
+    return values
+
+
+VALUES = e4m3_values()
+
+
+def e4m3_byte(x: float) -> int:
+    """The byte of the e4m3 number nearest to x, ties to the even byte."""
+    nearest = min(range(0x7F), key=lambda byte: (abs(VALUES[byte] - abs(x)), byte & 1))
+    return nearest | (0x80 if math.copysign(1, x) < 0 else 0)
+
+
+def scale_exponent(tile: list[float]) -> int:
+    """The least e with 2**e >= max(|tile| / 448, 1e-4)."""
+    mantissa, exponent = math.frexp(max(max(map(abs, tile)) / 448, 1e-4))
+    return exponent - (mantissa == 0.5)
+
+
+def encode(row: list[float], quantised: int, tile: int, e8m0: bool) -> tuple[bytes, bytes, bytes]:
+    """(e4m3 bytes, scale bytes, BF16 rope bytes) of one row, element by element."""
+    latent, scales = bytearray(), bytearray()
+    for start in range(0, quantised, tile):
+        part = row[start : start + tile]
+        exponent = scale_exponent(part)
+        scales += bytes([exponent + 127]) if e8m0 else struct.pack("<f", 2.0**exponent)
+        latent += bytes(e4m3_byte(x / 2.0**exponent) for x in part)
+    rope = b"".join(struct.pack("<f", x)[2:] for x in row[quantised:])
+    return bytes(latent), bytes(scales), rope
+
+
+def memory_of(pages: torch.Tensor, block: int) -> bytes:
+    """The bytes of one page, read from where it starts."""
+    size = pages.shape[1] * pages.shape[3]
+    flat = pages.view(torch.uint8).as_strided((size,), (1,), block * pages.stride(0))
+    return bytes(flat.tolist())
+
+
+def test_v32_rows_are_byte_for_byte_e4m3_then_scales_then_rope() -> None:
+    rows = latents(FP8_DS_MLA, page=4)
+    pages = FP8_DS_MLA.quantise(rows)
+    assert pages.shape == (2, 4, 1, 656)
+    for block in range(2):
+        expected = b"".join(b"".join(encode(row, 512, 128, e8m0=False)) for row in rows[block, :, 0].tolist())
+        assert memory_of(pages, block) == expected
+
+
+def test_v41_rows_are_byte_for_byte_e4m3_then_exponents() -> None:
+    rows = latents(V41, page=4)
+    pages = V41.quantise(rows)
+    assert pages.shape == (2, 4, 1, 528)
+    for block in range(2):
+        expected = b"".join(b"".join(encode(row, 512, 32, e8m0=True)) for row in rows[block, :, 0].tolist())
+        assert memory_of(pages, block) == expected
+
+
+def test_model1_pages_are_byte_for_byte_all_rows_then_all_scales() -> None:
+    rows = latents(MODEL1, page=4)
+    pages = MODEL1.quantise(rows)
+    assert pages.shape == (2, 4, 1, 584)
+    assert pages.stride(0) == 2880  # 4 * 584 = 2336, padded to a multiple of 576
+    for block in range(2):
+        parts = [encode(row, 448, 64, e8m0=True) for row in rows[block, :, 0].tolist()]
+        expected = b"".join(latent + rope for latent, _, rope in parts)
+        expected += b"".join(scales + b"\0" for _, scales, _ in parts)
+        assert memory_of(pages, block) == expected
+
+
+def test_pages_of_64_have_the_published_sizes() -> None:
+    assert {form.name: (form.row_bytes, form.page_bytes()) for form in FORMATS.values()} == {
+        "fp8_ds_mla": (656, 64 * 656),
+        "model1": (584, 37440),
+        "v4.1": (528, 64 * 528),
+        "flat": (576, 64 * 576),
+    }
+    assert MODEL1.empty(3).stride() == (37440, 584, 584, 1)
+
+
+def test_scale_is_the_exact_power_of_two_for_every_bf16_amax() -> None:
+    amax = torch.arange(0, 0x7F80, dtype=torch.int16).view(torch.bfloat16)  # each finite non-negative BF16
+    amax = amax[amax <= 2.0**120]
+    rows = torch.zeros(1, amax.numel(), 1, 512, dtype=torch.bfloat16)
+    rows[0, :, 0, 0] = amax
+    exponents = V41.quantise(rows).view(torch.uint8)[0, :, 0, 512]
+    mantissa, exponent = torch.frexp((amax.double() / 448).clamp_min(1e-4))
+    assert torch.equal(exponents.int(), exponent - (mantissa == 0.5).int() + 127)
+
+
+@pytest.mark.parametrize("form", STORED_SCALES, ids=lambda form: form.name)
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**31))
+def test_round_trip_bounds(form: RowFormat, seed: int) -> None:
+    """e4m3 keeps 3 mantissa bits: half a step is |x|/16, and under the least normal number scale * 2^-10."""
+    rows = latents(form, blocks=1, page=16, seed=seed)
+    back = form.dequantise(form.quantise(rows))
+    assert back.dtype == torch.bfloat16
+    assert torch.equal(back[..., form.quantised :], rows[..., form.quantised :])
+    x, y = (t[..., : form.quantised].double().unflatten(-1, (-1, form.tile)) for t in (rows, back))
+    scale = 2 * (x.abs().amax(-1, keepdim=True) / 448).clamp_min(1e-4)
+    assert ((x - y).abs() <= torch.maximum(x.abs() / 16, scale * 2.0**-10)).all()
+    assert torch.equal(form.dequantise(form.quantise(back)), back)  # what was stored once is stored exactly
+
+
+def test_flat_rows_have_one_factor_and_saturate() -> None:
+    rows = latents(FLAT, page=8)
+    pages = FLAT.quantise(rows, descale=0.5)
+    assert pages.shape == (2, 8, 1, 576)
+    back = FLAT.dequantise(pages, descale=0.5)
+    inside = rows.abs() <= 224
+    assert not inside.all()
+    error = (rows.float() - back.float()).abs()
+    assert (error[inside] <= torch.maximum(rows.float().abs() / 16, torch.tensor(2.0**-11))[inside]).all()
+    assert torch.equal(back[~inside].abs(), torch.full_like(back[~inside], 224))
+    assert torch.equal(FLAT.dequantise(pages).float() / 2, back.float())
+    expected = bytes(e4m3_byte(max(-448.0, min(448.0, x / 0.5))) for x in rows[1].flatten().tolist())
+    assert memory_of(pages, 1) == expected
+
+
+@formats
+@settings(deadline=None, max_examples=15)
+@given(data=st.data())
+def test_append_writes_the_named_slots_alone(form: RowFormat, data: st.DataObject) -> None:
+    blocks, page = 3, 8
+    slots = data.draw(st.lists(st.integers(0, blocks * page - 1), unique=True, max_size=12))
+    dropped = data.draw(st.integers(0, 3))
+    order = data.draw(st.permutations([*slots, *[-1 - i for i in range(dropped)]]))
+    pages = form.empty(blocks, page)
+    pages.view(torch.uint8).fill_(0xA5)
+    before = [bytearray(memory_of(pages, block)) for block in range(blocks)]
+    rows = latents(form, 1, len(order) or 1)[0, : len(order), 0]
+    form.append(pages, torch.tensor(order, dtype=torch.int32), rows[:, :-64], rows[:, -64:])
+
+    whole = torch.zeros(blocks * page, form.head_dim, dtype=torch.bfloat16)
+    kept = [(slot, i) for i, slot in enumerate(order) if slot >= 0]
+    for slot, i in kept:
+        whole[slot] = rows[i]
+    expected = form.quantise(whole.view(blocks, page, 1, -1))
+    if kept:
+        read = form.read(pages, torch.tensor([slot for slot, _ in kept]))
+        assert torch.equal(read, form.dequantise(expected).view(blocks * page, -1)[[slot for slot, _ in kept]])
+    data_bytes = form.quantised + 2 * form.rope
+    for block in range(blocks):
+        wanted, source = before[block], memory_of(expected, block)
+        for slot, _ in kept:
+            if slot // page == block:
+                offset = slot % page
+                if form.page_split:
+                    spans = [(offset * data_bytes, data_bytes), (page * data_bytes + offset * 8, 8)]
+                else:
+                    spans = [(offset * form.row_bytes, form.row_bytes)]
+                for start, size in spans:
+                    wanted[start : start + size] = source[start : start + size]
+        assert memory_of(pages, block) == bytes(wanted)
+
+
+def test_read_takes_any_shape_of_slots() -> None:
+    rows = latents(MODEL1)
+    pages = MODEL1.quantise(rows)
+    slots = torch.tensor([[[5, 127], [64, -1]]])
+    back = MODEL1.dequantise(pages).view(-1, 512)
+    assert torch.equal(MODEL1.read(pages, slots), back[torch.tensor([[[5, 127], [64, 0]]])])
+
+
+def test_scales_that_are_no_power_of_two_are_read_as_they_are() -> None:
+    pages = FP8_DS_MLA.quantise(latents(FP8_DS_MLA, page=4))  # vLLM stores amax / 448 itself
+    pages.view(torch.uint8)[..., 512:528] = torch.full((4,), 0.3).view(torch.uint8)
+    stored = pages[..., :512].float()
+    assert torch.equal(FP8_DS_MLA.dequantise(pages)[..., :512], (stored * torch.tensor(0.3)).bfloat16())
+
+
+@formats
+def test_other_bytes_are_refused(form: RowFormat) -> None:
+    pages = form.empty(2)
+    other = next(one for one in FORMATS.values() if one is not form)
+    with pytest.raises(ShapeError):
+        form.dequantise(other.empty(2))
+    with pytest.raises(ShapeError):
+        form.dequantise(pages[:, :, 0])
+    with pytest.raises(DTypeError):
+        form.check(torch.empty(2, 64, 1, form.row_bytes, dtype=torch.bfloat16))
+    with pytest.raises(LayoutError):
+        form.check(pages[:, ::2])
+    row = torch.zeros(1, form.head_dim, dtype=torch.bfloat16)
+    before = [memory_of(pages, block) for block in range(2)]
+    for error, slots, one in [
+        (BlockTableError, torch.tensor([128]), row),
+        (ShapeError, torch.tensor([1, 2]), row),
+        (ShapeError, torch.tensor([1]), row.float()),
+        (ShapeError, torch.tensor([1]), row[:, 1:]),
+    ]:
+        with pytest.raises(error, match=r"(?s)given:.*required:.*cause:.*fix:"):
+            form.append(pages, slots, one[:, :-64], one[:, -64:])
+    assert [memory_of(pages, block) for block in range(2)] == before
+
+
+def test_model1_pages_without_their_padding_are_refused() -> None:
+    packed = torch.empty(2, 64, 1, 584, dtype=torch.uint8)
+    with pytest.raises(LayoutError, match="37440"):
+        MODEL1.check(packed)
+    MODEL1.check(packed[:1])
+
+
+def test_a_factor_for_rows_that_store_scales_is_refused() -> None:
+    with pytest.raises(FlashMLAError):
+        V41.quantise(latents(V41), descale=2.0)
+    with pytest.raises(FlashMLAError):
+        FLAT.quantise(latents(FLAT), descale=torch.ones(2))
+
+
+@settings(deadline=None)
+@given(
+    per_head=st.booleans(),
+    seed=st.integers(0, 2**31),
+    exponent=st.integers(-20, 20),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_tensor_factors_round_trip(per_head: bool, seed: int, exponent: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(seed))
+    x = (x * torch.tensor([1.0, 1e-3, 1e3])[:, None, None] * 2.0**exponent).to(dtype)
+    stored, descale = quantise(x, per_head=per_head)
+    assert stored.dtype == FP8
+    assert descale.shape == ((2, 3) if per_head else ())
+    amax = x.float().abs().amax(dim=(2, 3)) if per_head else x.float().abs().max()
+    assert torch.equal(descale, amax / 448)
+    real = dequantise(stored, descale, torch.float32)
+    step = descale[..., None, None] if per_head else descale
+    assert ((x.float() - real).abs() <= torch.maximum(x.float().abs() / 15.9, step * 2.0**-10)).all()
+
+
+def test_given_factors_broadcast_saturate_and_keep_nan() -> None:
+    x = torch.tensor([1.0, 1e4, -1e4, float("nan")]).expand(2, 3, 1, 4)
+    factors = torch.tensor([1.0, 0.5, 2.0])
+    stored, descale = quantise(x, factors)
+    assert torch.equal(descale, factors)
+    assert stored[1, :, 0].float()[:, :3].tolist() == [[1, 448, -448], [2, 448, -448], [0.5, 448, -448]]
+    assert stored.float().isnan().sum() == 6
+    assert dequantise(stored, factors[None], torch.float32)[0, :, 0, :3].tolist() == [
+        [1, 448, -448],
+        [1, 224, -224],
+        [1, 896, -896],
+    ]
+    zero, descale = quantise(torch.zeros(1, 1, 2, 2))
+    assert zero.float().abs().max() == 0
+    assert descale > 0

@@ -1,0 +1,223 @@
+"""Models of transformers on the paged cache: the tokens of eager attention, whatever the padding, pages and beams."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from flash_mla import FlashMLAError, SequenceLengthError, ShapeError  # noqa: E402
+from flash_mla.integrations.transformers import PagedCache, paged_cache  # noqa: E402
+
+VOCAB = 264
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "attn_implementation": "eager",
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 24,
+}
+MOE = {"moe_intermediate_size": 32, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+FAMILIES = {
+    "DeepseekV3": LATENT | MOE | {"first_k_dense_replace": 1},
+    "DeepseekV2": LATENT | MOE | {"first_k_dense_replace": 1},
+    "Glm4MoeLite": LATENT | MOE | {"mlp_layer_types": ["dense", "sparse"]},
+    "MiniCPM3": LATENT,
+    "Youtu": LATENT,
+    "Llama": {"num_key_value_heads": 2},
+    "Qwen3": {"num_key_value_heads": 1, "head_dim": 24},
+}
+
+
+def build(family: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{family}Config")(**COMMON, **FAMILIES[family])
+    return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
+
+
+def prompts(lengths: list[int], side: str = "left", seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random token ids, padded to the longest, and their attention mask."""
+    longest = max(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (len(lengths), longest), generator=generator)
+    place = torch.arange(longest)
+    count = torch.tensor(lengths)[:, None]
+    mask = place >= longest - count if side == "left" else place < count
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+
+
+def hostile_cache(model: transformers.PreTrainedModel, batch: int, max_seq_len: int) -> PagedCache:
+    """Every other block of the pool is taken, free slots hold NaN, unused table entries 2^31 - 1."""
+    blocks = 2 * batch * -(-max_seq_len // 64)
+    cache = paged_cache(model, batch, max_seq_len, pool_blocks=blocks)
+    allocator = cache.pages._allocators[0]
+    allocator.release(allocator.allocate(blocks)[1::2])
+    cache.pages.k_cache[0].fill_(float("nan"))
+    cache.pages.v_cache[0].fill_(float("nan"))
+    cache.pages.block_table.fill_(2**31 - 1)
+    return cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_batch_gives_eager_tokens(family: str) -> None:
+    model, inputs = build(family), prompts([5, 90, 64])
+    expected = model.generate(**inputs, max_new_tokens=30, do_sample=False)
+    cache = hostile_cache(model, 3, 120)
+    tokens = model.generate(**inputs, max_new_tokens=30, do_sample=False, past_key_values=cache)
+    assert torch.equal(tokens, expected)
+    assert len(set(expected[:, 90:].flatten().tolist())) > 20, "the model repeats itself: the test sees little"
+    assert cache.pages.lengths == (5 + 29, 90 + 29, 64 + 29), "padding takes no cache"
+    blocks = cache.pages.block_table[1, :2]
+    assert (blocks.diff() != 1).all(), "the pages lie apart"
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "Llama"])
+def test_beam_search_reorders_tables(family: str) -> None:
+    model, inputs = build(family), prompts([60, 33])
+    options = {"max_new_tokens": 20, "num_beams": 3, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    cache = hostile_cache(model, 6, 80)
+    assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "Llama"])
+def test_chunked_prefill_with_padding_in_two_chunks(family: str) -> None:
+    model, inputs = build(family), prompts([3, 41, 26])
+    expected = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+    cache = hostile_cache(model, 3, 64)
+    # chunks of 19: the first request has no token in two of them, the second's begin is inside the first
+    tokens = model.generate(**inputs, max_new_tokens=10, do_sample=False, past_key_values=cache, prefill_chunk_size=19)
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "Llama"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_of_two_passes(family: str, side: str) -> None:
+    """A prompt, then several tokens at once, against one eager pass; logits where there is a token."""
+    model, inputs = build(family), prompts([7, 70], side)
+    mask, ids = inputs["attention_mask"], inputs["input_ids"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, position_ids=positions).logits
+        cache = hostile_cache(model, 2, 70)
+        parts = [
+            model(
+                ids[:, first:last],
+                attention_mask=mask[:, :last],
+                position_ids=positions[:, first:last],
+                past_key_values=cache,
+            ).logits
+            for first, last in ((0, 58), (58, 69), (69, 70))
+        ]
+    error = (torch.cat(parts, 1) - expected)[mask.bool()].abs().max()
+    assert error <= 2e-5 * expected.abs().max()
+    assert cache.get_seq_length() == 70
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "Llama"])
+def test_bf16_is_as_close_as_eager_bf16(family: str) -> None:
+    exact, model = build(family), build(family, torch.bfloat16)
+    exact.load_state_dict(model.state_dict())
+    inputs = prompts([40, 66])
+    mask, ids = inputs["attention_mask"], inputs["input_ids"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def logits(model: transformers.PreTrainedModel, cache: PagedCache | None) -> torch.Tensor:
+        common = {"past_key_values": cache, "use_cache": True}
+        with torch.no_grad():
+            first = model(ids[:, :60], attention_mask=mask[:, :60], position_ids=positions[:, :60], **common)
+            common["past_key_values"] = first.past_key_values
+            rest = model(ids[:, 60:], attention_mask=mask, position_ids=positions[:, 60:], **common)
+        return rest.logits.float()
+
+    expected, eager = logits(exact, None), logits(model, None)
+    paged = logits(model, hostile_cache(model, 2, 66))
+    baseline = (eager - expected).square().mean().sqrt()
+    assert (paged - expected).square().mean().sqrt() <= 1.5 * baseline
+
+
+def test_reset_serves_the_next_batch() -> None:
+    model = build("DeepseekV3")
+    cache = hostile_cache(model, 2, 70)
+    for seed, lengths in enumerate([[20, 50], [64, 9]]):
+        inputs = prompts(lengths, seed=seed)
+        tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False, past_key_values=cache)
+        cache.reset()
+        model.set_attn_implementation("eager")
+        expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        model.set_attn_implementation("paged_kv_cache")
+        assert torch.equal(tokens, expected)
+        assert cache.pages.lengths == (0, 0)
+
+
+def test_metadata_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash_mla.integrations import transformers as integration
+
+    made = []
+    original = integration.get_mla_metadata
+    monkeypatch.setattr(integration, "get_mla_metadata", lambda *a, **k: made.append(a) or original(*a, **k))
+    model = build("DeepseekV3")
+    model.generate(**prompts([8, 12]), max_new_tokens=6, do_sample=False, past_key_values=paged_cache(model, 2, 20))
+    assert len(made) == 5, "one for each decode step of two layers"
+
+
+def test_errors_say_what_to_do() -> None:
+    model, inputs = build("DeepseekV3"), prompts([8, 12])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(ShapeError, match="a batch of 2, a cache for 3"):
+        model.generate(**inputs, **options, past_key_values=paged_cache(model, 3, 32))
+    with pytest.raises(SequenceLengthError, match="at most 64 tokens"):
+        model.generate(**prompts([8, 62]), **options, past_key_values=paged_cache(model, 2, 60))
+    with pytest.raises(FlashMLAError, match="set_attn_implementation"):
+        model.generate(**inputs, **options)
+    cache = paged_cache(model, 2, 32)
+    model.generate(**inputs, **options, past_key_values=cache)
+    with pytest.raises(ShapeError, match=r"attention_mask \[2, 30\]"):
+        model(**prompts([30, 30]), past_key_values=cache)
+    other = {"attention_mask": prompts([15, 16])["attention_mask"]}
+    with pytest.raises(ShapeError, match=r"keeps \[14, 15\] earlier tokens, a cache that holds \[11, 15\]"):
+        model(torch.ones(2, 1, dtype=torch.long), **other, past_key_values=cache)
+    with pytest.raises(FlashMLAError, match="crop"):
+        cache.crop(-1)
+    windowed = transformers.MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=16)
+    mistral = transformers.MistralForCausalLM(windowed).eval()
+    cache = paged_cache(mistral, 2, 32)
+    with pytest.raises(FlashMLAError, match="window"):
+        mistral.generate(**inputs, **options, past_key_values=cache)
+
+
+def test_switching_back_gives_the_model_back() -> None:
+    model, inputs = build("DeepseekV3"), prompts([8, 12])
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    paged_cache(model, 2, 32)
+    model.set_attn_implementation("eager")
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_the_documented_example_prints_what_the_page_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "integrations.md").read_text()
+    code, printed = re.search(r"```python\n(.*?)```\s+```text\n(.*?)```", page, re.DOTALL).groups()
+    monkeypatch.chdir(root)
+    exec(code, {})
+    assert capsys.readouterr().out == printed
