@@ -165,8 +165,6 @@ def flash_mla_with_kvcache_fp8(
     return dense(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, descales, None, backend)
 
 
-# --- Dense --------------------------------------------------------------------------------------------------------------
-
 # --- Dense ------------------------------------------------------------------------------------------------------------
 def dense(
     q: Tensor,

@@ -15,8 +15,8 @@ BIAS_BYTES = 16 << 20
 """Most bytes of FP32 bias at a time."""
 
 EXACT_KEYS = BLOCK
-"""So few keys are attended in FP32: in BF16 the op's exponential errs by 5e-5, and where a row sees one key its lse is
-the score itself, which may be near 0."""
+"""Rows of so few keys are attended in FP32: in BF16 the op's exponential errs by 5e-5, and where a row sees one key its
+lse is the score itself, which may be near 0."""
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -41,7 +41,7 @@ def attend(
     Returns:
         out [N, H, M, Dv] and the natural-log lse [N, H, M] FP32; rows whose bias is -inf throughout give 0 and -inf.
     """
-    if k.shape[2] <= EXACT_KEYS and q.dtype != torch.float32:
+    if q.dtype != torch.float32 and few_keys(k.shape[2], bias):
         wide = attend(q.float(), k.float(), None if v is None else v.float(), Dv, scale, bias, causal)
         return wide[0].to(q.dtype), wide[1]
     D = q.shape[-1]
@@ -56,6 +56,14 @@ def attend(
         # the op reports lse 0 where every key is hidden
         lse = lse.masked_fill((bias == -math.inf).all(-1), -math.inf)
     return out[..., :Dv], lse
+
+
+def few_keys(keys: int, bias: Tensor | None) -> bool:
+    """Whether a row sees at most EXACT_KEYS keys, and one at least."""
+    if keys <= EXACT_KEYS or bias is None:
+        return keys <= EXACT_KEYS
+    seen = (bias > -math.inf).sum(-1)
+    return bool(((seen > 0) & (seen <= EXACT_KEYS)).any())
 
 
 def merge_two(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
