@@ -1,0 +1,135 @@
+"""The steps that decode and prefill share: one key tile of attention, and the end of the online softmax.
+
+Scores are kept in base 2: `s = (q . k) * softmax_scale * log2(e)`, so that `exp` is one `exp2`. A row that has seen no
+key holds row_max -inf, row_sum 0 and acc 0; every step keeps it so, without NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def widen(x, WIDEN: tl.constexpr):
+    """A tile as the dots take it; exact. See tiles.widening for the choice."""
+    if WIDEN == "fp8" or WIDEN == "fp8_dot":
+        x = x.to(tl.float16)
+    if WIDEN == "fp8_bits":
+        # e4m3 (bias 7) moved into FP16's fields (bias 15) is the value times 2^-8, subnormals included
+        bits = x.to(tl.int16)
+        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        x = (half.to(tl.float16, bitcast=True) * 256.0).to(tl.float16)
+    return x
+
+
+@triton.jit
+def widen_k(x, WIDEN: tl.constexpr):
+    """A tile of q or K as their dot takes it: e4m3 itself where the GPU multiplies it, else widened."""
+    if WIDEN != "fp8_dot":
+        x = widen(x, WIDEN)
+    return x
+
+
+@triton.jit
+def attend(
+    acc,  # [TILE_M, DV_TILE] FP32
+    row_max,  # [TILE_M] FP32, base 2
+    row_sum,  # [TILE_M] FP32
+    q,  # [TILE_M, D_MAIN]
+    q_rest,  # [TILE_M, D_REST]; q where D_REST is 0
+    scale,  # above 0, times log2(e)
+    k_rows,  # [TILE_N] pointers to the rows of K
+    v_rows,  # [TILE_N] pointers to the rows of V
+    tokens,  # [TILE_N] their positions
+    end,  # rows at and past it are not read
+    limit,  # [TILE_M] keys that a row may see
+    mask_rows,  # [TILE_M] pointers to the rows of the mask
+    mask_len,
+    stride_mt,
+    row_live,  # [TILE_M]
+    offs_d,
+    offs_r,
+    offs_v,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    MASK: tl.constexpr,
+    TEST: tl.constexpr,
+    D_REST: tl.constexpr,
+    REUSE: tl.constexpr,
+    FLIP: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One key tile, one online-softmax step. Without TEST every row sees every token of the tile, and no mask is read.
+
+    The dot with K goes over the D_MAIN columns and, where the head has them, over the rest; REUSE takes V from K's main
+    columns, which are then read once. FLIP negates the scores: scale is a magnitude, so that a row's maximum may be taken
+    before the product.
+    """
+    stored = tokens < end
+    d_live = (offs_d < D)[None, :]
+    r_live = (offs_r < D)[None, :]
+    v_live = (offs_v < DV)[None, :]
+    if TEST:
+        d_live = d_live & stored[:, None]
+        r_live = r_live & stored[:, None]
+        v_live = v_live & stored[:, None]
+    k = widen_k(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
+    if D_REST > 0:
+        k_rest = widen_k(tl.load(k_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
+        scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
+
+    if FLIP:
+        scores = -scores
+    # scores times `unit` are in base 2: the product is folded into the exponent
+    unit = scale
+    if MASK == "float":
+        scores *= scale
+        unit = 1.0
+    if TEST:
+        keep = tokens[None, :] < limit[:, None]
+        if MASK != "none":
+            seen = row_live[:, None] & (stored & (tokens < mask_len))[None, :]
+            mask_tile = mask_rows[:, None] + tokens.to(tl.int64)[None, :] * stride_mt
+            if MASK == "bool":
+                keep = keep & (tl.load(mask_tile, mask=seen, other=0) != 0)
+            else:
+                scores += tl.load(mask_tile, mask=seen, other=float("-inf")).to(tl.float32) * LOG2E
+        scores = tl.where(keep, scores, float("-inf"))
+
+    # online softmax
+    row_max_new = tl.maximum(row_max, tl.max(scores, 1) * unit)
+    # a row without a key yet: subtract 0, so that exp2(-inf) is 0 and not exp2(-inf + inf)
+    shift = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
+    p = tl.exp2(scores * unit - shift[:, None])
+    rescale = tl.exp2(row_max - shift)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    acc = acc * rescale[:, None]
+    v = k
+    if not REUSE:
+        v = tl.load(v_rows[:, None] + offs_v[None, :], mask=v_live, other=0.0)
+    if not REUSE or WIDEN == "fp8_dot":
+        v = widen(v, WIDEN)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, row_max_new, row_sum
+
+
+@triton.jit
+def normalise(acc, row_max, row_sum):
+    """(out, base-2 lse) of a finished row; 0 and -inf where it saw no key."""
+    empty = row_sum == 0.0
+    out = acc * (1.0 / tl.where(empty, 1.0, row_sum))[:, None]
+    lse2 = tl.where(empty, float("-inf"), row_max + tl.log2(tl.where(empty, 1.0, row_sum)))
+    return out, lse2
+
+
+@triton.jit
+def sink_factor(lse2, sink):
+    """exp(lse) / (exp(lse) + exp(sink)): what is left of a row's weight beside one logit that gives no value."""
+    # exp2 overflows to inf for a sink far above lse, and 1 / inf is the right limit
+    return 1.0 / (1.0 + tl.exp2(sink * LOG2E - lse2))

@@ -1,0 +1,142 @@
+"""Combine: merge the partial (out, lse) that decode wrote for items that lie across shares (merge.py is the spec).
+
+out = sum_i exp2(lse_i - max) out_i / sum_i exp2(lse_i - max), in the order of the shares, so that reruns are bitwise
+equal. Grid: (rows * column tiles, programs - 1). Program p looks at the boundary before share p + 1: if an item lies
+across it, and across no boundary before, the program merges one row of that item; otherwise it has nothing to do.
+
+Bound: bytes of the partials, at most two items a share: 2 * programs * rows * Dv * 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from flash_mla.kernels.triton.share import locate, request_length, units
+from flash_mla.kernels.triton.attend import LN2, sink_factor
+from flash_mla.kernels.triton.tiles import power_of_2
+
+# --- Config ---
+
+
+@dataclass(frozen=True)
+class Config:
+    """tile_s partials by tile_c columns a step."""
+
+    tile_s: int
+    tile_c: int
+    warps: int = 4
+
+
+def config(*, items: int, programs: int, Dv: int) -> Config:
+    """Few items are cut many times: then more partials a step and fewer columns, so that loads overlap."""
+    tile_s = min(32, max(4, power_of_2(-(-programs // items) + 1)))
+    return Config(tile_s, min(max(power_of_2(Dv), 16), 4096 // tile_s))
+
+
+# --- Kernel ---
+
+
+@triton.jit
+def combine_kernel(
+    seq_lens_ptr,  # [B]
+    partial_ptr,  # out_partial [2 * programs, partial_rows, DV_TILE], then lse_partial [2 * programs, partial_rows]
+    sink_ptr,  # [Hq]
+    out_ptr,  # [B, Hq, S_q, Dv] contiguous
+    lse_ptr,  # [B, Hq, S_q] contiguous
+    B,
+    Hk,
+    table_blocks,
+    partial_rows,
+    S_Q: tl.constexpr,
+    RATIO: tl.constexpr,
+    DV: tl.constexpr,
+    DV_TILE: tl.constexpr,
+    PDL: tl.constexpr,
+    TILE_S: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    COLUMN_TILES: tl.constexpr = (DV + TILE_C - 1) // TILE_C
+    row = tl.program_id(0) // COLUMN_TILES
+    columns = tl.program_id(0) % COLUMN_TILES * TILE_C + tl.arange(0, TILE_C)
+    first = tl.program_id(1)
+    programs = tl.num_programs(1) + 1
+
+    # is an item cut here, and for the first time?
+    total, share, b, request_start = locate(seq_lens_ptr, B, table_blocks, Hk, programs, first + 1)
+    boundary = (first + 1) * share
+    if boundary >= total:
+        return
+    size = units(request_length(seq_lens_ptr, b, table_blocks))
+    kv_head = (boundary - request_start) // size
+    item_start = request_start + kv_head * size
+    if (item_start == boundary) | (item_start < first * share):
+        return
+    last = (item_start + size - 1) // share
+
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    # merge
+    lse_partial_ptr = partial_ptr + tl.cast(2 * programs * partial_rows, tl.int64) * DV_TILE
+    row_max = float("-inf")
+    row_sum = 0.0
+    acc = tl.zeros([TILE_C], tl.float32)
+    for start in tl.range(first, last + 1, TILE_S):
+        program = start + tl.arange(0, TILE_S)
+        # only in its first share may the item not be the share's first
+        slot = 2 * program + ((program == first) & (item_start > first * share)).to(tl.int32)
+        slot_row = slot.to(tl.int64) * partial_rows + row  # [TILE_S]
+        lse2 = tl.load(lse_partial_ptr + slot_row, mask=program <= last, other=float("-inf"))
+        part = tl.load(
+            partial_ptr + slot_row[:, None] * DV_TILE + columns[None, :],
+            mask=(program <= last)[:, None] & (columns < DV)[None, :],
+            other=0.0,
+        )  # [TILE_S, TILE_C]
+        row_max_new = tl.maximum(row_max, tl.max(lse2, 0))
+        shift = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
+        weight = tl.exp2(lse2 - shift)
+        rescale = tl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(weight, 0)
+        acc = acc * rescale + tl.sum(part * weight[:, None], 0)
+        row_max = row_max_new
+
+    empty = row_sum == 0.0
+    out = acc / tl.where(empty, 1.0, row_sum)
+    lse2 = tl.where(empty, float("-inf"), row_max + tl.log2(tl.where(empty, 1.0, row_sum)))
+    head = kv_head * RATIO + row % RATIO
+    out_row = (b.to(tl.int64) * (Hk * RATIO) + head) * S_Q + row // RATIO
+    if sink_ptr is not None:
+        out *= sink_factor(lse2, tl.load(sink_ptr + head))
+    tl.store(out_ptr + out_row * DV + columns, out.to(out_ptr.dtype.element_ty), mask=columns < DV)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + out_row, lse2 * LN2, mask=tl.program_id(0) % COLUMN_TILES == 0)
+
+
+# --- Launch ---
+
+
+def grid(config: Config, rows: int, Dv: int, programs: int) -> tuple[int, int, int]:
+    """(rows * column tiles, boundaries, 1)."""
+    return rows * -(-Dv // config.tile_c), programs - 1, 1
+
+
+def constants(
+    config: Config,
+    *,
+    B: int,
+    Hk: int,
+    table_blocks: int,
+    S_q: int,
+    ratio: int,
+    Dv: int,
+    pdl: bool,
+    partial_rows: int,
+    dv_tile: int,
+) -> tuple[int | bool | str, ...]:
+    """combine_kernel's arguments after its tensors, in its order; the last five as decode was launched with them."""
+    return (
+        B, Hk, table_blocks, partial_rows, S_q, ratio, Dv, dv_tile, pdl, config.tile_s, config.tile_c,
+    )  # fmt: skip

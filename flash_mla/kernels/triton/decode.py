@@ -1,0 +1,315 @@
+"""Decode: S_q query tokens a request over its paged cache, out = softmax(q k^T * scale + mask) v.
+
+Grid: (M tiles, programs). The S_q * ratio query rows that share a KV head are packed into M tiles; the M tiles of one
+share run side by side, so that their reads of the same K meet in L2. With SPLIT, `programs` programs cut the line of
+work units (see share.py) into equal shares whatever the lengths; a program walks the items of its share, writes an item
+that it holds whole straight to `out`, and any other as a partial (out, lse) in FP32: an item that began before the
+share in slot 2 * program, one that runs past its end in slot 2 * program + 1 (its slot 2 * program if it is also the
+program's first). Without SPLIT a program is one item.
+
+Bound: bytes of K and V, B * S * (D + Dv) * Hk * itemsize, of which MLA's alias reads only D: V is the first Dv columns
+of the K tile that is already on the chip. At 16 rows a KV byte of BF16 meets about 32 FLOP, far below the GPU's ratio;
+at 64 and more rows the tensor cores decide.
+
+NOTE: a block id is clamped to the cache before it is used and a length to its table row, so that no value in either
+makes a read outside the cache; K and V rows past the length are loaded as 0, never read, so that NaN there has no path
+to the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flash_mla.kernels.triton.share import BLOCK, block_id, locate, request_length, slot, units
+from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen_k
+from flash_mla.kernels.triton.target import Target
+from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, smem_bytes, widening
+
+# --- Config ---
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of one decode problem on one target.
+
+    tile_m query rows by tile_n tokens (a divisor of 64); d_main + d_rest columns of K, dv_tile of V; reuse says that V
+    is taken from the K tile; programs is 0 where every item is one program; pdl lets the combine start before decode has
+    ended (programmatic dependent launch, NVIDIA from sm_90).
+    """
+
+    tile_m: int
+    tile_n: int
+    d_main: int
+    d_rest: int
+    dv_tile: int
+    reuse: bool
+    widen: str
+    precision: str
+    programs: int
+    pdl: bool
+    warps: int
+    stages: int
+
+
+PIPELINED = ((4, 64), (3, 64), (4, 32), (3, 32), (4, 16), (3, 16))
+"""(stages, tile_n) that load a tile while another is computed, best first."""
+WIDEST = ((4, 64), (3, 64), (2, 64), (3, 32), (2, 32), (2, 16))
+
+
+def config(
+    *,
+    B: int,
+    Hq: int,
+    Hk: int,
+    S_q: int,
+    D: int,
+    Dv: int,
+    table_blocks: int,
+    alias: bool,
+    itemsize: int,
+    target: Target,
+) -> Config:
+    """The tiles for these dims: pure arithmetic, no device."""
+    rows = S_q * (Hq // Hk)
+    d_main, d_rest = head_tiles(D)
+    reuse = alias and d_main >= Dv
+    dv_tile = d_main if reuse else max(power_of_2(Dv), 16)
+    dv_read = 0 if reuse else dv_tile
+
+    # 64 rows fill Hopper's matrix instruction; elsewhere the accumulator's registers set the limit
+    tile_m = min(64 if target.wgmma and itemsize < 4 else 32, max(16, power_of_2(rows)))
+    wgmma = target.wgmma and tile_m == 64
+    warps = 8 if tile_m * dv_tile > 32 * 256 else 4
+
+    def smem(stages: int, tile_n: int) -> int:
+        return smem_bytes(tile_m, tile_n, d_main + d_rest, dv_read, itemsize, stages, wgmma)
+
+    # 64 rows: the widest instruction first (H200, MLA of 128 heads: 214 TFLOP/s at 64 keys, 196 at 32). Fewer: two
+    # programs an SM hide each other's waits (16 heads: 83 % of copy bandwidth against 80 with one); where not even
+    # small tiles fit twice, one program with the largest that fits
+    half = target.smem // 2 - 1024
+    tries = ((target.smem, WIDEST),) if wgmma else ((half, PIPELINED), (target.smem, PIPELINED + WIDEST))
+    fits = [c for budget, candidates in tries for c in candidates if smem(*c) <= budget]
+    stages, tile_n = fits[0] if fits else WIDEST[-1]
+    per_sm = max(1, min(2, target.smem // smem(stages, tile_n)))
+
+    # cut requests unless there are so many items that the last one's length does not matter
+    programs = max(1, target.multiprocessors * per_sm // -(-rows // tile_m))
+    if table_blocks == 1 or B * Hk >= programs * table_blocks:
+        programs = 0
+    return Config(
+        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), precision(itemsize, target),
+        programs, target.backend == "cuda" and target.arch >= 90, warps, stages,
+    )  # fmt: skip
+
+
+# --- Kernel ---
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr,  # [B, Hq, S_q, D]
+    k_ptr,  # [B, Hk, Nblk, 64, D]
+    v_ptr,  # [B, Hk, Nblk, 64, Dv]
+    table_ptr,  # [B, table_blocks]
+    seq_lens_ptr,  # [B]
+    mask_ptr,  # [B, Hq, S_q, L]
+    q_descale_ptr,  # [B, Hk]
+    k_descale_ptr,  # [B, Hk]
+    v_descale_ptr,  # [B, Hk]
+    sink_ptr,  # [Hq]
+    out_ptr,  # [B, Hq, S_q, Dv] contiguous
+    lse_ptr,  # [B, Hq, S_q] contiguous
+    partial_ptr,  # out_partial [2 * programs, m_tiles * TILE_M, DV_TILE], then lse_partial [2 * programs, m_tiles * TILE_M]
+    softmax_scale,  # its magnitude; FLIP has its sign
+    B,
+    Hk,
+    Nblk,
+    table_blocks,
+    mask_len,
+    stride_qb, stride_qh, stride_qs,
+    stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    stride_tb,
+    stride_mb, stride_mh, stride_ms, stride_mt,
+    stride_qdb, stride_qdh, stride_kdb, stride_kdh, stride_vdb, stride_vdh,
+    S_Q: tl.constexpr,
+    RATIO: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    STRIDE_KT: tl.constexpr,  # a constant, so that a tile's rows are immediate offsets from one address
+    STRIDE_VT: tl.constexpr,
+    FLIP: tl.constexpr,
+    MASK: tl.constexpr,  # "none", "bool", "float"
+    SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    DV_TILE: tl.constexpr,
+    REUSE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    m_tile = tl.program_id(0)
+    program = tl.program_id(1)
+    rows = m_tile * TILE_M + tl.arange(0, TILE_M)  # [TILE_M] row = query * RATIO + head of the group
+    row_live = rows < S_Q * RATIO
+    query = rows // RATIO
+    offs_n = tl.arange(0, TILE_N)
+    offs_d = tl.arange(0, D_MAIN)
+    offs_r = D_MAIN + tl.arange(0, max(D_REST, 1))
+    offs_v = tl.arange(0, DV_TILE)
+
+    if PDL:  # the combine may start: it waits for this kernel's end before it reads anything but lengths
+        tl.extra.cuda.gdc_launch_dependents()
+
+    # find the share: units [unit, end)
+    if SPLIT:
+        programs = tl.num_programs(1)
+        total, share, b, request_start = locate(seq_lens_ptr, B, table_blocks, Hk, programs, program)
+        share_start = program * share
+        end = tl.minimum(share_start + share, total)
+        unit = share_start
+    else:
+        b = program // Hk
+        size = units(request_length(seq_lens_ptr, b, table_blocks))
+        request_start = 0
+        share_start = 0
+        unit = (program % Hk) * size
+        end = unit + size
+
+    while unit < end:
+        # the item: KV head kv_head of request b, blocks [unit, stop) of [item_start, item_end)
+        seq_len = request_length(seq_lens_ptr, b, table_blocks)
+        size = units(seq_len)
+        kv_head = (unit - request_start) // size
+        item_start = request_start + kv_head * size
+        item_end = item_start + size
+        stop = tl.minimum(end, item_end)
+        t_begin = (unit - item_start) * BLOCK
+        t_end = tl.minimum((stop - item_start) * BLOCK, seq_len)
+        b64 = b.to(tl.int64)
+        head = kv_head * RATIO + rows % RATIO
+
+        # the scale of the scores
+        scale = softmax_scale * LOG2E
+        if q_descale_ptr is not None:
+            scale *= tl.load(q_descale_ptr + b64 * stride_qdb + kv_head * stride_qdh)
+        if k_descale_ptr is not None:
+            scale *= tl.load(k_descale_ptr + b64 * stride_kdb + kv_head * stride_kdh)
+        scale = tl.maximum(scale, 1e-30)  # at 0, -inf * scale would be NaN
+
+        # load q
+        q_rows = b64 * stride_qb + head.to(tl.int64) * stride_qh + query * stride_qs
+        q_tile = q_ptr + q_rows[:, None]
+        q = widen_k(tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0), WIDEN)
+        if D_REST > 0:
+            r_live = row_live[:, None] & (offs_r < D)[None, :]
+            q_rest = widen_k(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
+        else:
+            q_rest = q
+
+        k_head = k_ptr + (b64 * stride_kb + kv_head.to(tl.int64) * stride_kh)
+        v_head = v_ptr + (b64 * stride_vb + kv_head.to(tl.int64) * stride_vh)
+        table_row = table_ptr + b64 * stride_tb
+        mask_rows = mask_ptr
+        if MASK != "none":
+            mask_rows = mask_ptr + (b64 * stride_mb + head.to(tl.int64) * stride_mh + query.to(tl.int64) * stride_ms)
+            limit = tl.zeros([TILE_M], tl.int32) + seq_len
+        else:
+            limit = seq_len - (S_Q - 1) + query  # causal: query i sees t <= seq_len - S_q + i
+
+        acc = tl.zeros([TILE_M, DV_TILE], tl.float32)
+        row_max = tl.full([TILE_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([TILE_M], tl.float32)
+
+        # the block id of the next tile is read one tile ahead: nothing waits for it
+        block_next = block_id(table_row, t_begin, Nblk)
+        for t in tl.range(t_begin, t_end, TILE_N):
+            block = block_next
+            block_next = block_id(table_row, tl.minimum(t + TILE_N, t_end - 1), Nblk)
+            first = slot(t)
+            acc, row_max, row_sum = attend(
+                acc, row_max, row_sum, q, q_rest, scale,
+                k_head + (block * stride_kn + first * STRIDE_KT) + offs_n * STRIDE_KT,
+                v_head + (block * stride_vn + first * STRIDE_VT) + offs_n * STRIDE_VT,
+                t + offs_n, seq_len, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
+                D, DV, MASK, True, D_REST, REUSE, FLIP, WIDEN, PRECISION,
+            )  # fmt: skip
+
+        # write the item, or this share's part of it
+        out, lse2 = normalise(acc, row_max, row_sum)
+        if v_descale_ptr is not None:
+            out *= tl.load(v_descale_ptr + b64 * stride_vdb + kv_head * stride_vdh)
+        written = row_live
+        if SPLIT:
+            cut = (unit > item_start) | (stop < item_end)
+            if cut:
+                partial_rows = tl.num_programs(0) * TILE_M
+                part = 2 * program + (unit > share_start).to(tl.int32)
+                slot_row = (part * partial_rows + rows).to(tl.int64)  # [TILE_M]
+                part_tile = partial_ptr + slot_row[:, None] * DV_TILE + offs_v[None, :]
+                tl.store(part_tile, out, mask=row_live[:, None] & (offs_v < DV)[None, :])
+                lse_partial_ptr = partial_ptr + tl.cast(2 * tl.num_programs(1) * partial_rows, tl.int64) * DV_TILE
+                tl.store(lse_partial_ptr + slot_row, lse2, mask=row_live)
+            written = row_live & (cut == 0)
+        out_row = (b64 * (Hk * RATIO) + head) * S_Q + query  # [TILE_M]
+        if sink_ptr is not None:
+            out *= sink_factor(lse2, tl.load(sink_ptr + head, mask=row_live, other=0.0))[:, None]
+        out_tile = out_ptr + out_row[:, None] * DV + offs_v[None, :]
+        tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=written[:, None] & (offs_v < DV)[None, :])
+        if lse_ptr is not None:
+            tl.store(lse_ptr + out_row, lse2 * LN2, mask=written)
+
+        # on to the next head, or request
+        unit = stop
+        if unit == request_start + size * Hk:
+            request_start = unit
+            b += 1
+
+
+# --- Launch ---
+
+
+def grid(config: Config, rows: int, items: int) -> tuple[int, int, int]:
+    """(M tiles, programs, 1) for S_q * ratio rows and B * Hk items."""
+    return -(-rows // config.tile_m), config.programs or items, 1
+
+
+def partial_numel(config: Config, rows: int) -> int:
+    """FP32 elements of the workspace: two slots a program, a row of DV_TILE and its lse each."""
+    return 2 * config.programs * -(-rows // config.tile_m) * config.tile_m * (config.dv_tile + 1)
+
+
+def constants(
+    config: Config,
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor,
+    mask: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    flip: bool,
+) -> tuple[int | bool | str, ...]:
+    """decode_kernel's arguments after softmax_scale, in its order: all that one problem fixes."""
+    B, Hq, S_q, D = q.shape
+    _, Hk, Nblk, _, Dv = v.shape
+    kind = "none" if mask is None else "float" if mask.is_floating_point() else "bool"
+    return (
+        B, Hk, Nblk, block_table.shape[1], 0 if mask is None else mask.shape[3],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], block_table.stride(0),
+        *((0,) * 4 if mask is None else mask.stride()),
+        *(n for x in (q_descale, k_descale, v_descale) for n in ((0, 0) if x is None else x.stride())),
+        S_q, Hq // Hk, D, Dv, k.stride(3), v.stride(3), flip, kind, config.programs > 0, config.pdl,
+        config.tile_m, config.tile_n, config.d_main, config.d_rest, config.dv_tile, config.reuse, config.widen,
+        config.precision,
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""How a decode's work is shared: which KV blocks of which request a program takes, found on the device.
+
+The work is one line of units. A unit is one 64-token block of one (request, KV head); requests follow one another, and
+inside a request its KV heads. Every request counts at least one block, so that an empty one is visited and its row
+written. Each of `programs` programs takes an equal share of consecutive units. A request's heads are items; an item
+that lies across a boundary between shares is merged by the combine kernel, which calls the same `locate`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(64)
+TILE_B = tl.constexpr(128)
+"""Requests that one step of a prefix sum takes."""
+
+
+@triton.jit
+def request_length(seq_lens_ptr, b, table_blocks):
+    """Keys of request b, no more than its table row covers."""
+    return tl.minimum(tl.load(seq_lens_ptr + b), table_blocks * BLOCK).to(tl.int32)
+
+
+@triton.jit
+def units(length):
+    """Blocks that a request of this length counts for one KV head."""
+    return tl.maximum((length + BLOCK - 1) // BLOCK, 1)
+
+
+@triton.jit
+def request_units(seq_lens_ptr, b, B, table_blocks):
+    """Units of one KV head of the requests b [TILE_B]; 0 past the last."""
+    length = tl.minimum(tl.load(seq_lens_ptr + b, mask=b < B, other=0), table_blocks * BLOCK).to(tl.int32)
+    return tl.where(b < B, units(length), 0)
+
+
+@triton.jit
+def block_id(table_row_ptr, t, Nblk):
+    """The physical block of token t, forced into the cache."""
+    entry = tl.load(table_row_ptr + tl.cast(t, tl.int32) // BLOCK)
+    return tl.minimum(tl.maximum(entry, 0), Nblk - 1).to(tl.int64)
+
+
+@triton.jit
+def slot(t):
+    """The place of token t in its block."""
+    return tl.cast(t, tl.int32) % BLOCK
+
+
+@triton.jit
+def locate(seq_lens_ptr, B, table_blocks, Hk, programs, index):
+    """Where share `index` of `programs` begins: (units of the call, units a share, request, the request's first unit)."""
+    if B == 1:  # known when the kernel is compiled: a single request skips the sums
+        total = units(request_length(seq_lens_ptr, 0, table_blocks)) * Hk
+        share = (total + programs - 1) // programs
+        return total, share, tl.cast(index * share >= total, tl.int32), 0
+    total = 0
+    for first in tl.range(0, B, TILE_B, num_stages=1):
+        total += tl.sum(request_units(seq_lens_ptr, first + tl.arange(0, TILE_B), B, table_blocks), 0)
+    total = total * Hk
+    share = (total + programs - 1) // programs
+    request = 0
+    request_start = 0
+    seen = 0
+    for first in tl.range(0, B, TILE_B, num_stages=1):
+        b = first + tl.arange(0, TILE_B)
+        size = request_units(seq_lens_ptr, b, B, table_blocks) * Hk
+        before = (seen + tl.cumsum(size, 0) <= index * share) & (b < B)
+        request += tl.sum(before.to(tl.int32), 0)
+        request_start += tl.sum(tl.where(before, size, 0), 0)
+        seen += tl.sum(size, 0)
+    return total, share, request, request_start

@@ -1,0 +1,208 @@
+"""Ahead-of-time compiles of every kernel config that matters, for GPUs that this machine does not have.
+
+Shared memory must fit the GPU and spills must stay few: a config that the backend chooses is one that runs. Compiling
+needs no GPU; the interpreter must be off (it replaces the kernels by Python functions).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter is on", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from flash_mla.backends import triton as backend  # noqa: E402
+from flash_mla.kernels.triton import append, combine, decode, prefill  # noqa: E402
+from flash_mla.kernels.triton.target import Target  # noqa: E402
+from flash_mla.problem import FP8, AppendArgs, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem  # noqa: E402
+
+KIB = 1024
+TARGETS = {
+    "sm_80": Target("cuda", 80, 163 * KIB, 108),
+    "sm_89": Target("cuda", 89, 99 * KIB, 128),
+    "sm_90": Target("cuda", 90, 227 * KIB, 132),
+    "sm_100": Target("cuda", 100, 227 * KIB, 148),
+    "sm_120": Target("cuda", 120, 99 * KIB, 170),
+    "gfx942": Target("hip", 0, 64 * KIB, 304),
+}
+MAX_STACK = 64
+"""Bytes of a thread's stack that spills may take: a few scalars outside the loop; a spilled tile takes kilobytes."""
+
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", FP8: "*fp8e4nv", torch.uint8: "*u8",
+    torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
+}  # fmt: skip
+
+
+class Built(NamedTuple):
+    shared: int
+    registers: int
+    stack: int
+    seconds: float
+    kernel: Any
+
+
+def compile_for(kernel: Any, arguments: tuple[Any, ...], options: dict[str, int], target: Target) -> Built:
+    """Compile a kernel as a launch with these arguments would."""
+    signature, constants, attributes = {}, {}, {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        name = parameter.name
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    gpu = GPUTarget("hip", "gfx942", 64) if target.backend == "hip" else GPUTarget("cuda", target.arch, 32)
+    built = triton.compile(source, target=gpu, options=options)
+    registers, stack = resources(built, target)
+    return Built(built.metadata.shared, registers, stack, 0.0, built)
+
+
+def resources(built: Any, target: Target) -> tuple[int, int]:
+    """(registers, stack bytes) a thread."""
+    if target.backend == "hip":
+        text = built.asm["amdgcn"]
+        find = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))  # noqa: E731
+        return find("vgpr_count"), find("private_segment_fixed_size")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        report = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout).groups()
+    return int(registers), int(stack)
+
+
+# --- Problems ---
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def decode_case(
+    *, B: int = 64, Hq: int, Hk: int, D: int, Dv: int, S_q: int = 1, dtype: torch.dtype = torch.bfloat16,
+    alias: bool = False, table_blocks: int = 128, mask: bool = False,
+) -> tuple[DecodeProblem, DecodeArgs]:  # fmt: skip
+    out_dtype = torch.bfloat16 if dtype == FP8 else dtype
+    k = meta(4096, 64, Hk, D, dtype=dtype).permute(2, 0, 1, 3)[None].expand(B, -1, -1, -1, -1)
+    v = k[..., :Dv] if alias else meta(4096, 64, Hk, Dv, dtype=dtype).permute(2, 0, 1, 3)[None].expand(B, -1, -1, -1, -1)
+    scale = meta(B, Hk, dtype=torch.float32) if dtype == FP8 else None
+    args = DecodeArgs(
+        q=meta(B, Hq, S_q, D, dtype=dtype), k=k, v=v, block_table=meta(B, table_blocks, dtype=torch.int32),
+        seq_lens=meta(B, dtype=torch.int32),
+        mask=meta(B, Hq, S_q, table_blocks * 64, dtype=torch.bool) if mask else None,
+        q_descale=scale, k_descale=scale, v_descale=scale, attn_sink=None, softmax_scale=0.1,
+        out=meta(B, Hq, S_q, Dv, dtype=out_dtype), lse=meta(B, Hq, S_q, dtype=torch.float32),
+    )  # fmt: skip
+    problem = DecodeProblem(
+        device=torch.device("meta"), dtype=dtype, out_dtype=out_dtype, B=B, Hq=Hq, Hk=Hk, S_q=S_q, D=D, Dv=Dv, Nblk=4096,
+        table_blocks=table_blocks, q_strides=args.q.stride(), k_strides=k.stride(), v_strides=v.stride(), alias=alias,
+        mask="bool" if mask else "none", descale=dtype == FP8, sink=False,
+    )  # fmt: skip
+    return problem, args
+
+
+def prefill_case(
+    *, Hq: int = 32, Hk: int = 8, P: int = 4096, D: int, Dv: int, dtype: torch.dtype = torch.bfloat16,
+    alias: bool = False, is_paged: bool = False, mask: bool = False, block_mask: bool = False,
+) -> tuple[PrefillProblem, PrefillArgs]:  # fmt: skip
+    B = 2
+    out_dtype = torch.bfloat16 if dtype == FP8 else dtype
+    if is_paged:
+        k = meta(B, Hk, P // 64, 64, D, dtype=dtype)
+        v = k[..., :Dv] if alias else meta(B, Hk, P // 64, 64, Dv, dtype=dtype)
+    else:
+        k = meta(B, P, Hk, D, dtype=dtype).transpose(1, 2)
+        v = k[..., :Dv] if alias else meta(B, P, Hk, Dv, dtype=dtype).transpose(1, 2)
+    scale = meta(B, Hk, dtype=torch.float32) if dtype == FP8 else None
+    ints = meta(B, dtype=torch.int32)
+    args = PrefillArgs(
+        q=meta(B, P, Hq, D, dtype=dtype).transpose(1, 2), k=k, v=v,
+        block_table=meta(B, P // 64, dtype=torch.int32) if is_paged else None, seq_lens=ints if is_paged else None,
+        start_pos=ints if is_paged else None, mask=meta(B, Hq, P, P, dtype=torch.bool) if mask else None,
+        block_mask=meta(B, Hq, P // 64, P // 64, dtype=torch.bool) if block_mask else None,
+        q_descale=scale, k_descale=scale, v_descale=scale, attn_sink=None, softmax_scale=0.1,
+        out=meta(B, Hq, P, Dv, dtype=out_dtype), lse=meta(B, Hq, P, dtype=torch.float32),
+    )  # fmt: skip
+    problem = PrefillProblem(
+        device=torch.device("meta"), dtype=dtype, out_dtype=out_dtype, B=B, Hq=Hq, Hk=Hk, P=P, S_kv=P, D=D, Dv=Dv,
+        q_strides=args.q.stride(), k_strides=k.stride(), v_strides=v.stride(), paged=is_paged, alias=alias, causal=True,
+        mask="bool" if mask else "none", block_mask=block_mask, seq_lens=is_paged, start_pos=is_paged,
+        descale=dtype == FP8, sink=False,
+    )  # fmt: skip
+    return problem, args
+
+
+DECODE = {
+    "gqa_d64": dict(Hq=32, Hk=8, D=64, Dv=64),
+    "gqa_d128": dict(Hq=32, Hk=8, D=128, Dv=128),
+    "gqa_d256": dict(Hq=16, Hk=8, D=256, Dv=256),
+    "mla_16": dict(Hq=16, Hk=1, D=576, Dv=512, alias=True),
+    "mla_128": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True),
+    "fp8_gqa_d128": dict(Hq=32, Hk=8, D=128, Dv=128, dtype=FP8),
+    "fp8_mla_128": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True, dtype=FP8),
+    "fp32_d128": dict(Hq=32, Hk=8, D=128, Dv=128, dtype=torch.float32),
+    "mask_d128": dict(Hq=32, Hk=8, D=128, Dv=128, mask=True),
+}
+PREFILL = {
+    "d64": dict(D=64, Dv=64),
+    "d128": dict(D=128, Dv=128),
+    "d192_128": dict(D=192, Dv=128),
+    "d256": dict(D=256, Dv=256),
+    "d576_512": dict(Hk=1, D=576, Dv=512, alias=True),
+    "fp8_d128": dict(D=128, Dv=128, dtype=FP8),
+    "paged_d128": dict(D=128, Dv=128, is_paged=True),
+    "block_sparse_d128": dict(D=128, Dv=128, block_mask=True),
+    "mask_d128": dict(D=128, Dv=128, mask=True),
+}
+
+
+def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
+    problem, args = decode_case(**DECODE[case])
+    config = backend.config(problem, target).decode
+    tensors = (
+        *(backend.stored(x, config.widen) for x in (args.q, args.k, args.v)), args.block_table, args.seq_lens, args.mask,
+        args.q_descale, args.k_descale, args.v_descale, None, args.out, args.lse, meta(1, dtype=torch.float32),
+    )  # fmt: skip
+    constants = decode.constants(
+        config, q=args.q, k=args.k, v=args.v, block_table=args.block_table, mask=args.mask, q_descale=args.q_descale,
+        k_descale=args.k_descale, v_descale=args.v_descale, flip=False,
+    )  # fmt: skip
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return config, compile_for(decode.decode_kernel, (*tensors, 0.1, *constants), options, target)
+
+
+def build_prefill(case: str, target: Target) -> tuple[prefill.Config, Built]:
+    problem, args = prefill_case(**PREFILL[case])
+    config = backend.config(problem, target)
+    kept = meta(1, 1, 64, 64, dtype=torch.int32) if args.block_mask is not None else None
+    num_kept = meta(1, 1, 64, dtype=torch.int32) if args.block_mask is not None else None
+    arguments = prefill.arguments(
+        config, q=backend.stored(args.q, config.widen), k=backend.stored(args.k, config.widen),
+        v=backend.stored(args.v, config.widen), block_table=args.block_table, seq_lens=args.seq_lens,
+        start_pos=args.start_pos, mask=args.mask, kept=kept, num_kept=num_kept, q_descale=args.q_descale,
+        k_descale=args.k_descale, v_descale=args.v_descale, attn_sink=None, softmax_scale=0.1, out=args.out,
+        lse=args.lse, causal=True,
+    )  # fmt: skip
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return config, compile_for(prefill.prefill_kernel, arguments, options, target)
