@@ -1,4 +1,4 @@
-"""Sparse problems to the Triton kernels' arguments: a cache of rows in q's dtype or of a row format as strided parts."""
+"""Sparse problems to the Triton kernels' arguments: a cache in q's dtype or in a row format, as strided parts."""
 
 from __future__ import annotations
 

@@ -91,24 +91,24 @@ def load_columns(
 ):
     """Columns FIRST .. FIRST + WIDTH of K, [TILE_N, WIDTH] in the dtype of the dots; 0 in rows that are not live."""
     cols = FIRST + tl.arange(0, WIDTH)
-    if QUANT == 0:
-        return tl.load(codes_rows[:, None] + cols[None, :], mask=live[:, None] & (cols < D)[None, :], other=0.0)
     rope_mask = live[:, None] & ((cols >= QUANT) & (cols < D))[None, :]
-    if FIRST >= QUANT:
-        return tl.load(rope_rows[:, None] + (cols - QUANT)[None, :], mask=rope_mask, other=0.0)
-    codes = tl.load(codes_rows[:, None] + cols[None, :], mask=live[:, None] & (cols < QUANT)[None, :], other=0)
-    values = from_e4m3(codes, NATIVE)
-    if GROUP > 0:
-        groups = FIRST // GROUP + tl.arange(0, WIDTH // GROUP)
-        scale_mask = live[:, None] & (groups < QUANT // GROUP)[None, :]
-        scales = tl.load(scale_rows[:, None] + groups[None, :], mask=scale_mask, other=0)
-        if E8M0:
-            scales = (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-        values = tl.reshape(values, [TILE_N, WIDTH // GROUP, GROUP]) * scales[:, :, None]
-        values = tl.reshape(values, [TILE_N, WIDTH])
-    k = values.to(tl.bfloat16)
-    if FIRST + WIDTH > QUANT:
-        if D > QUANT:
+    if QUANT == 0:
+        k = tl.load(codes_rows[:, None] + cols[None, :], mask=live[:, None] & (cols < D)[None, :], other=0.0)
+    elif FIRST >= QUANT:
+        k = tl.load(rope_rows[:, None] + (cols - QUANT)[None, :], mask=rope_mask, other=0.0)
+    else:
+        codes = tl.load(codes_rows[:, None] + cols[None, :], mask=live[:, None] & (cols < QUANT)[None, :], other=0)
+        values = from_e4m3(codes, NATIVE)
+        if GROUP > 0:
+            groups = FIRST // GROUP + tl.arange(0, WIDTH // GROUP)
+            scale_mask = live[:, None] & (groups < QUANT // GROUP)[None, :]
+            scales = tl.load(scale_rows[:, None] + groups[None, :], mask=scale_mask, other=0)
+            if E8M0:
+                scales = (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+            values = tl.reshape(values, [TILE_N, WIDTH // GROUP, GROUP]) * scales[:, :, None]
+            values = tl.reshape(values, [TILE_N, WIDTH])
+        k = values.to(tl.bfloat16)
+        if FIRST + WIDTH > QUANT and D > QUANT:
             rope = tl.load(rope_rows[:, None] + (cols - QUANT)[None, :], mask=rope_mask, other=0.0)
             k = tl.where((cols < QUANT)[None, :], k, rope)
     return k
