@@ -39,6 +39,7 @@ def config(problem: SparseProblem, target: Target) -> sparse.Config:
         D=problem.D,
         topk=sum(keys.topk for keys in problem.sets),
         itemsize=problem.dtype.itemsize,
+        quantised=problem.format is not None,
         split=not problem.max_logits,
         target=target,
     )
