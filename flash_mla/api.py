@@ -38,6 +38,8 @@ def points_to_deepseek(function: Callable[P_, R_]) -> Callable[P_, R_]:
             return function(*args, **kwargs)
         except TypeError:
             contract.refuse_deepseek_order(*args)
+            if not (args or kwargs) or contract.DEEPSEEK_NAMES & kwargs.keys():
+                contract.deepseek_order([*args, *kwargs.values()])
             raise
 
     return call
@@ -192,7 +194,8 @@ def flash_mla_prefill(
         causal: keep keys t <= i. None (default): True without attn_mask, False with one.
         softmax_scale: default D ** -0.5.
         seq_lens: [B] int32 or int64, keys a request: keys at or past seq_lens[b] (padding, which may hold anything)
-            are not seen; every query row is computed. Default P.
+            are not seen; every query row is computed. Values outside [0, P] are an error on a CPU and clamped on a GPU,
+            which is never waited for. Default P.
         q_descale, k_descale, v_descale, attn_sink, return_lse, out, backend: as in flash_mla_with_kvcache.
 
     Returns:

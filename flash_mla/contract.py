@@ -30,6 +30,16 @@ from flash_mla.problem import BLOCK, DTYPES, FP8, DecodeProblem, MaskKind, Prefi
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 Descales = tuple[float | Tensor | None, float | Tensor | None, float | Tensor | None]
+DEEPSEEK_NAMES = {
+    "cache_seqlens",
+    "head_dim_v",
+    "indices",
+    "is_fp8_kvcache",
+    "num_heads_k",
+    "num_q_tokens_per_head_k",
+    "num_splits",
+    "tile_scheduler_metadata",
+}
 DEEPSEEK = "Call flash_mla.deepseek, which has DeepSeek's names and argument order"
 
 
@@ -90,7 +100,7 @@ def check_rank(name: str, shape: Sequence[int], rank: int, layout: str) -> None:
 
 
 def check_grouping(Hq: int, Hk: int) -> None:
-    if Hk == 0 or Hq % Hk:
+    if Hq < 1 or Hk < 1 or Hq % Hk:
         raise HeadGroupingError(f"Hq = {Hq} query heads and Hk = {Hk} KV heads", "Hq % Hk == 0")
 
 
@@ -115,9 +125,12 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_on(device: torch.device, **tensors: Tensor | None) -> None:
-    """Every tensor lies on q's device."""
+    """Every argument that is given is a tensor on q's device."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
+        if tensor is None:
+            continue
+        check_tensor(name, tensor)
+        if tensor.device != device:
             raise DeviceError(f"{name} on {tensor.device}, q on {device}", f"every tensor on {device}")
 
 
@@ -210,6 +223,13 @@ def out_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == FP8 else dtype
 
 
+def check_queries(S_q: int) -> None:
+    if S_q < 1:
+        raise ShapeError(
+            f"S_q = {S_q} query tokens", "S_q >= 1", "A decode call without a query has nothing to compute"
+        )
+
+
 def check_head_dims(D: int, Dv: int) -> None:
     for name, size in (("D", D), ("Dv", Dv)):
         if size % 8 or not 8 <= size <= 576:
@@ -283,6 +303,20 @@ def check_values(block_table: Tensor, seq_lens: Tensor, Nblk: int, name: str = "
     return high
 
 
+def check_prefill_lengths(seq_lens: Tensor, P: int) -> None:
+    """Key lengths of a prefill lie in [0, P]; on a GPU they are not read, and kernels clamp them."""
+    if seq_lens.device.type != "cpu" or not seq_lens.numel():
+        return
+    low, high = (int(x) for x in torch.aminmax(seq_lens))
+    if low < 0 or high > P:
+        raise SequenceLengthError(
+            f"seq_lens from {low} to {high}, P = {P}",
+            f"0 <= seq_lens[b] <= P = {P}",
+            "`seq_lens[b]` is negative" if low < 0 else "`seq_lens[b]` > P, the keys that are there",
+            "Pass the number of real keys of each request",
+        )
+
+
 # --- Optional inputs --------------------------------------------------------------------------------------------------
 
 
@@ -352,6 +386,7 @@ def check_descales(descales: Descales, B: int, Hk: int, device: torch.device) ->
 def check_sink(attn_sink: Tensor | None, Hq: int, device: torch.device) -> None:
     if attn_sink is None:
         return
+    check_tensor("attn_sink", attn_sink)
     if tuple(attn_sink.shape) != (Hq,) or attn_sink.dtype != torch.float32:
         raise ShapeError(
             f"{named(attn_sink=attn_sink)} {attn_sink.dtype}",
@@ -410,6 +445,7 @@ def metadata(
     check_block_size("kv_shape", kv_shape)
     check_cache_shape("kv_shape", kv_shape, B, D, shape_of("q_shape", q_shape))
     check_grouping(Hq, Hk)
+    check_queries(S_q)
     check_head_dims(D, D if v_head_dim is None else v_head_dim)
     check_table(block_table, B)
     check_seq_lens_shape(seq_lens, B)
@@ -478,10 +514,16 @@ def decode(
     attn_sink: Tensor | None,
 ) -> DecodeProblem:
     """The problem of a `flash_mla_with_kvcache` call; reads no value."""
+    check_tensor("q", q)
+    check_tensor("k_cache", k_cache)
+    check_tensor("v_cache", v_cache)
+    check_tensor("block_table", block_table)
+    check_tensor("seq_lens", seq_lens)
     check_on(q.device, k_cache=k_cache, v_cache=v_cache, block_table=block_table, seq_lens=seq_lens, mask=mask)
     dtype = check_dtypes(q=q, k_cache=k_cache, v_cache=v_cache)
     alias = check_caches(q, k_cache, v_cache)
     B, Hq, S_q, D = q.shape
+    check_queries(S_q)
     check_table(block_table, B)
     check_seq_lens_shape(seq_lens, B)
     check_sink(attn_sink, Hq, q.device)
@@ -541,6 +583,7 @@ def prefill(
     check_head_dims(D, Dv)
     if seq_lens is not None:
         check_seq_lens_shape(seq_lens, B)
+        check_prefill_lengths(seq_lens, P)
     check_sink(attn_sink, Hq, q.device)
     return PrefillProblem(
         device=q.device,
@@ -606,7 +649,9 @@ def mha(
             f"at least ceil(P/64) = {-(-P // BLOCK)} blocks",
             "P does not align with block_table coverage (`ceil(P/64)` blocks)",
         )
-    check_new_rows(q, k, v, (B, Hk, P, D), (B, Hk, P, Dv), dtype, alias)
+    # caches without an element all start at address 0: no alias
+    latent = alias and k_cache.numel() > 0
+    check_new_rows(q, k, v, (B, Hk, P, D), (B, Hk, P, Dv), dtype, latent)
     return PrefillProblem(
         device=q.device,
         dtype=dtype,
@@ -682,6 +727,13 @@ def sparse_blocks(sparse_layout: object, q: Tensor) -> Tensor | None:
     if sparse_layout is None:
         return None
     if not isinstance(sparse_layout, (Tensor, BlockSparseLayout)):
+        if not hasattr(sparse_layout, "BLOCK_SIZE"):
+            raise ShapeError(
+                f"sparse_layout is a {type(sparse_layout).__name__}",
+                "a bool tensor, a BlockSparseLayout or FlexAttention's BlockMask",
+                "`sparse_layout` does not describe blocks",
+                "Build it with BlockSparseLayout",
+            )
         sparse_layout = BlockSparseLayout.from_block_mask(sparse_layout)  # type: ignore[arg-type]
     blocks = sparse_layout.blocks if isinstance(sparse_layout, BlockSparseLayout) else sparse_layout
     B, Hq, P = q.shape[:3]

@@ -27,6 +27,13 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, name: str | None = None) -> Plan:
     """The first backend that does not refuse; an explicit name never falls back."""
+    if name is not None and name not in ORDER:
+        raise DeviceError(
+            f"backend={name!r}",
+            f"one of {', '.join(ORDER)}",
+            "There is no such backend",
+            "Omit backend= or name another",
+        )
     refusals = {}
     for candidate in ORDER if name is None else (name,):
         module = backend(candidate)

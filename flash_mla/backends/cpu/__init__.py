@@ -12,10 +12,12 @@ no bias of [P, P] exists.
 
 Sparse attention gathers the named rows in slices, and multiplies.
 
-It runs everything that the contract admits.
+It runs everything that the contract admits, forward only.
 """
 
 from __future__ import annotations
+
+import torch
 
 from flash_mla.backends.cpu.append import append
 from flash_mla.backends.cpu.decode import decode
@@ -41,6 +43,7 @@ def config(problem: Problem) -> None:
     return
 
 
+@torch.no_grad()
 def launch(problem: Problem, config: None, args: Args) -> None:
     """Fill args.out and args.lse."""
     if isinstance(problem, DecodeProblem):

@@ -7,6 +7,7 @@ import torch
 from flash_mla.problem import BLOCK, FP8, AppendArgs
 
 
+@torch.no_grad()
 def append(args: AppendArgs) -> None:
     """Token i of request b goes to position start_pos[b] + i."""
     B, _, P, _ = args.k.shape
@@ -20,4 +21,8 @@ def append(args: AppendArgs) -> None:
         if rows is not None and cache is not None:
             if rows.dtype == FP8:
                 rows, cache = rows.view(torch.uint8), cache.view(torch.uint8)
-            cache.transpose(1, 3)[b, slot, block] = rows.transpose(1, 2)[b, i]
+            rows = rows.transpose(1, 2)[b, i]
+            if cache.stride(0) == 0:  # a pool; torch refuses to write to an expanded tensor
+                cache[0].transpose(0, 2)[slot, block] = rows
+            else:
+                cache.transpose(1, 3)[b, slot, block] = rows

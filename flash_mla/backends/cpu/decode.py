@@ -25,7 +25,8 @@ from flash_mla.problem import BLOCK, FP8, DecodeArgs, DecodeProblem
 
 # NOTE: an op call costs about 15 us; 8 blocks of a 32/8 GQA cache are 4 MiB, some 200 us of reading.
 MIN_RUN = 8
-GATHER_BYTES = 8 << 20
+# NOTE: fits a core's caches; one buffer serves all slices of a call, since fresh memory costs a page fault each 4 KiB.
+GATHER_BYTES = 2 << 20
 
 Part = tuple[slice, Tensor, Tensor]
 """Requests, and their (out [b, Hk, rows, Dv], lse [b, Hk, rows]) over some of their keys."""
@@ -48,7 +49,9 @@ def decode(problem: DecodeProblem, args: DecodeArgs) -> None:
     reads = plan_reads(problem, args, table)
     q = grouped_rows(problem, args).flatten(2, 3)  # [B, Hk, ratio * S_q, D]
     parts = [part for run, requests in shared_runs(reads) for part in run_in_place(problem, args, q, requests, *run)]
-    parts += [run_gathered(problem, args, q, *group, reads, table) for group in gather_groups(problem, reads)]
+    groups = list(gather_groups(problem, reads))
+    buffers = gather_buffers(problem, args, groups)
+    parts += [run_gathered(problem, args, q, *group, reads, table, buffers) for group in groups]
     out, lse = merge_parts(problem, parts)
     rows = (problem.ratio, problem.S_q)
     store(args, slice(0, problem.B), out.unflatten(2, rows), lse.unflatten(2, rows))
@@ -159,6 +162,13 @@ def run_in_place(
 # --- Gathered ---------------------------------------------------------------------------------------------------------
 
 
+def gather_buffers(problem: DecodeProblem, args: DecodeArgs, groups: list[tuple[slice, slice]]) -> list[Tensor]:
+    """Memory for the blocks of K, and of V where it is apart, of the largest group."""
+    most = max(((requests.stop - requests.start) * (c.stop - c.start) for requests, c in groups), default=0)
+    caches = (args.k,) if problem.alias else (args.k, args.v)
+    return [torch.empty(most * x.shape[1] * BLOCK * x.shape[-1], dtype=storage_dtype(x)) for x in caches]
+
+
 def run_gathered(
     problem: DecodeProblem,
     args: DecodeArgs,
@@ -167,6 +177,7 @@ def run_gathered(
     columns: slice,
     reads: list[Reads],
     table: Tensor,
+    buffers: list[Tensor],
 ) -> Part:
     """Copy some loose blocks of each request side by side, zero the rows that are not its own, and attend."""
     members = reads[requests]
@@ -179,24 +190,29 @@ def run_gathered(
     position = (logical[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)  # [n, keys]
     lengths = torch.tensor([request.length for request in members])
     valid = position < lengths[:, None]
-    k = gather_rows(args.k, requests, ids, valid)
-    v = None if problem.alias else gather_rows(args.v, requests, ids, valid)
+    k = gather_rows(args.k, requests, ids, valid, buffers[0])
+    v = None if problem.alias else gather_rows(args.v, requests, ids, valid, buffers[1])
     bias = hidden_keys(problem, args, requests, position, lengths, valid)
     return requests, *attend(q[requests], k, v, problem.Dv, args.softmax_scale, bias)
 
 
-def gather_rows(cache: Tensor, requests: slice, ids: Tensor, valid: Tensor) -> Tensor:
+def storage_dtype(cache: Tensor) -> torch.dtype:
+    """What blocks are copied as: FP8 as bytes, since torch selects no FP8 rows."""
+    return torch.uint8 if cache.dtype == FP8 else cache.dtype
+
+
+def gather_rows(cache: Tensor, requests: slice, ids: Tensor, valid: Tensor, buffer: Tensor) -> Tensor:
     """The rows of blocks `ids` [n, width] as [n, Hk, width * 64, D] in the compute dtype; 0 where not valid."""
     # NOTE: index_select copies whole blocks (0.3 ms for 8 MiB); advanced indexing took 3.7 ms.
-    stored = cache.view(torch.uint8) if cache.dtype == FP8 else cache
-    n, width = ids.shape
-    rows = torch.empty(n, cache.shape[1], width, *cache.shape[3:], dtype=stored.dtype)
-    for i in range(n):
+    shape = (len(ids), cache.shape[1], ids.shape[1], *cache.shape[3:])
+    rows = buffer[: math.prod(shape)].view(shape)
+    stored = cache.view(buffer.dtype)
+    for i in range(len(ids)):
         torch.index_select(stored[requests.start + i], 1, ids[i], out=rows[i])
     rows = rows.flatten(2, 3)
     for i in (~valid.all(dim=1)).nonzero().flatten().tolist():
         rows[i].masked_fill_(~valid[i, :, None], 0)
-    return (rows.view(FP8) if cache.dtype == FP8 else rows).to(compute_dtype(cache.dtype))
+    return rows.view(cache.dtype).to(compute_dtype(cache.dtype))
 
 
 def hidden_keys(

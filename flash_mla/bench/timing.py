@@ -1,0 +1,163 @@
+"""Clocks, ceilings and memory: what is measured and how.
+
+Functions that are compared run alternately in one process, so that a noisy machine slows all of them alike; before each
+run a large buffer is written, so that no cache holds the data from the run before (a decode step reads its cache cold:
+the model's weights went through in between). On a GPU a run is the replay of a CUDA graph between two events, so that
+launch gaps are not in the number.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["Ceilings", "alternate", "device_name", "extra_bytes", "measure_ceilings", "median_ratio"]
+
+FLUSH_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+"""More than the last-level caches: 32 MiB of L3 a socket slice on the development CPU, 50 MiB of L2 on an H100."""
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device does at best, measured in this run: GB/s (10^9) and BF16 TFLOP/s (10^12), and how."""
+
+    gbps: float
+    tflops: float
+    how: str
+
+
+def device_name(device: str) -> str:
+    """The device's own name, and on a CPU the threads that torch uses."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def measure_ceilings(device: str, *, small: bool = False) -> Ceilings:
+    """Memory and BF16 GEMM ceilings.
+
+    CPU: the better of two reductions over 512 MiB with all threads (bytes read once), and a GEMM of 4096^3.
+    GPU: a 4 GiB copy (bytes read plus bytes written), and a GEMM of 8192^3.
+
+    Args:
+        small: 1/64 of the bytes and a GEMM of an eighth of the edge, for tests.
+    """
+    shrink = 64 if small else 1
+    passes: dict[str, Callable[[], Tensor]]
+    if device == "cuda":
+        source = torch.empty((4 << 30) // shrink, dtype=torch.uint8, device=device)
+        moved, passes = 2 * source.nbytes, {"copy": partial(torch.empty_like(source).copy_, source)}
+        edge, bytes_how = 8192, f"copy of {source.nbytes >> 20} MiB, read + written"
+    else:
+        source = torch.zeros((512 << 20) // 4 // shrink)
+        moved, passes = source.nbytes, {"sum": source.sum, "norm": partial(torch.linalg.vector_norm, source)}
+        edge, bytes_how = 4096, f"reduction over {source.nbytes >> 20} MiB, read"
+    fastest = min(min(times) for times in alternate(passes, device, budget_s=2.0).values())
+    edge = edge // 8 if small else edge
+    a = torch.randn(edge, edge, device=device).bfloat16()
+    gemm = min(alternate({"gemm": lambda: a @ a}, device, budget_s=3.0)["gemm"])
+    return Ceilings(moved / fastest / 1e6, 2 * edge**3 / gemm / 1e9, f"{bytes_how}; BF16 GEMM of {edge}^3")
+
+
+def alternate(
+    functions: dict[str, Callable[[], Tensor]], device: str, *, budget_s: float = 5.0
+) -> dict[str, list[float]]:
+    """Milliseconds of each function in each round; a round runs every function once, in order.
+
+    Args:
+        functions: name -> function; each runs once before the clock starts.
+        budget_s: rounds go on for about so long, but at least MIN_ROUNDS and at most MAX_ROUNDS.
+    """
+    flush = torch.empty(FLUSH_BYTES[device], dtype=torch.int8, device=device)
+    clock = _cuda_clock if device == "cuda" else _cpu_clock
+    clocks = {name: clock(function) for name, function in functions.items()}
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + budget_s
+    for i in range(MAX_ROUNDS):
+        if i >= MIN_ROUNDS and time.perf_counter() > end:
+            break
+        for name, run in clocks.items():
+            flush.zero_()
+            times[name].append(run())
+    return times
+
+
+def _cpu_clock(function: Callable[[], Tensor]) -> Callable[[], float]:
+    """A function that runs `function` and gives its milliseconds by the wall clock."""
+    function()
+
+    def run() -> float:
+        start = time.perf_counter()
+        function()
+        return (time.perf_counter() - start) * 1e3
+
+    return run
+
+
+def _cuda_clock(function: Callable[[], Tensor]) -> Callable[[], float]:
+    """A function that replays a CUDA graph of `function` and gives its milliseconds by the GPU's clock."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def run() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    return run
+
+
+def median_ratio(times: list[float], ours: list[float]) -> float:
+    """Median over the rounds of theirs / ours: each pair ran within one round."""
+    return statistics.median(a / b for a, b in zip(times, ours, strict=True))
+
+
+def extra_bytes(function: Callable[[], Tensor], device: str) -> int:
+    """Peak bytes that torch's allocator gave out during one call, its output included, above what was in use before.
+
+    CPU: from the profiler's allocation events, which see every tensor that an op makes inside itself.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints its start and stop
+    activity = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], profile_memory=True) as profile:
+        result = function()
+    del result
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    in_use = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        in_use += event.nbytes()
+        peak = max(peak, in_use)
+    return peak

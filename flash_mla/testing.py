@@ -1,0 +1,785 @@
+"""Hostile problems and the error budget: what `flash-mla check` and the tests run.
+
+A case is a frozen description of one call. `case.call()` makes its tensors from the seed, the same on every device:
+random data, shuffled tables, NaN in every slot that holds no token, 2^31-1 in every unused table entry, NaN in the
+mask past a request's keys. `run(case)` calls the public function, with a NaN-filled `out=`, and judges it against
+float64 (`reference`), against a second call, and against what it may write. `CASES` is the list that `flash-mla check`
+walks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_mla import contract
+from flash_mla.api import flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
+from flash_mla.errors import DeviceError, FlashMLAError
+from flash_mla.layout import BlockSparseLayout
+from flash_mla.plan import plan
+from flash_mla.problem import BLOCK, FP8, DecodeArgs, DecodeProblem
+from flash_mla.reference import decode_reference, mha_reference, prefill_reference
+
+UNUSED_ENTRY = 2**31 - 1
+FP8_NAN = 0x7F
+
+CacheLayout = Literal["slab", "sliced", "pool", "serving"]
+"""slab: the reference's [B, Hk, Nblk, 64, D]; sliced: a monotonic slice of a larger one; pool: batch stride 0;
+serving: the view of an engine's [num_blocks, 64, Hk, D], which the public functions refuse and backends take."""
+
+Order = Literal["shuffled", "ordered"]
+MaskShape = Literal["bool", "float", "bool-rows", "float-rows", "bool-heads", "float-heads"]
+"""bool|float: [B, 1, 1, L] in decode, [B, 1, P, L] in prefill; rows: [B, 1, S_q, L]; heads: [B, Hq, S_q, L]."""
+
+Descale = Literal["float", "tensor"]
+Sparse = Literal["tensor", "heads", "layout", "block-mask"]
+
+
+# --- Budget -----------------------------------------------------------------------------------------------------------
+
+
+class Budget(NamedTuple):
+    """What a result may differ from float64 by: docs/contract.md, section 10."""
+
+    out: float
+    """Largest |error| over m = max|out|."""
+    cosine: float
+    """1 - 2 x.y / (x.x + y.y), which is at least the cosine distance and sees a wrong scale too."""
+    lse: float
+    """Largest |error| of lse, absolute. The contract gives none for FP32 (here BF16's) and for FP8: as for out, since
+    a part whose lse is off by e has its weight off by e in a merge."""
+
+
+BUDGETS = {
+    torch.float32: Budget(1e-5, 5e-6, 1e-4),
+    torch.float16: Budget(2e-3, 5e-6, 1e-4),
+    torch.bfloat16: Budget(1.6e-2, 5e-6, 1e-4),
+    FP8: Budget(6e-2, 1e-3, 6e-2),
+}
+
+
+class Verdict(NamedTuple):
+    """How far a result is from the truth; `failures` is empty where it is within budget."""
+
+    out_error: float
+    cosine: float
+    lse_error: float
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+def check(out: Tensor, lse: Tensor | None, true_out: Tensor, true_lse: Tensor, dtype: torch.dtype) -> Verdict:
+    """Judge (out, lse) against float64.
+
+    Args:
+        out: [B, Hq, rows, Dv]; lse: [B, Hq, rows] FP32, or None where the call did not ask for it.
+        true_out, true_lse: of the same shapes, float64.
+        dtype: the inputs' dtype, which selects the budget.
+    """
+    budget = BUDGETS[dtype]
+    failures: list[str] = []
+    if out.shape != true_out.shape:
+        return Verdict(math.inf, math.inf, math.inf, (f"out {list(out.shape)}, not {list(true_out.shape)}",))
+    got = out.double()
+    m = true_out.abs().max().item() if true_out.numel() else 0.0
+    # NOTE: NaN compares false with everything, so it is made infinite before any maximum
+    error = (got - true_out).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    out_error = error.max().item() / (m or 1.0) if error.numel() else 0.0
+    if out_error > budget.out:
+        failures.append(
+            f"out: error {out_error:.1e} of m = {m:.2g}, budget {budget.out:.1e}, {worst(error, got, true_out)}"
+        )
+    scale = (got.square().sum() + true_out.square().sum()).item()
+    cosine = 1.0 - 2.0 * (got * true_out).sum().item() / scale if scale else 0.0
+    if not cosine <= budget.cosine:
+        failures.append(f"out: cosine distance {cosine:.1e}, budget {budget.cosine:.1e}")
+    empty = true_lse == -math.inf
+    if (got[empty] != 0).any():
+        failures.append("out: not exactly 0 in a row that sees no key")
+    if lse is None:
+        return Verdict(out_error, cosine, 0.0, tuple(failures))
+
+    if lse.shape != true_lse.shape or lse.dtype != torch.float32:
+        failures.append(f"lse {list(lse.shape)} {lse.dtype}, not {list(true_lse.shape)} float32")
+        return Verdict(out_error, cosine, math.inf, tuple(failures))
+    if (lse[empty] != -math.inf).any():
+        failures.append("lse: not -inf in a row that sees no key")
+    difference = (lse.double() - true_lse).abs().nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(empty, 0.0)
+    lse_error = difference.max().item() if difference.numel() else 0.0
+    if lse_error > budget.lse:
+        failures.append(f"lse: error {lse_error:.1e}, budget {budget.lse:.1e}, {worst(difference, lse, true_lse)}")
+    return Verdict(out_error, cosine, lse_error, tuple(failures))
+
+
+def worst(error: Tensor, got: Tensor, want: Tensor) -> str:
+    """Where the largest error is, and how many of them are NaN."""
+    index = [int(x) for x in torch.unravel_index(error.argmax(), error.shape)]
+    text = f"at {index}: {got[tuple(index)].item():.6g}, not {want[tuple(index)].item():.6g}"
+    nans = int(got.isnan().sum())
+    return text + (f"; {nans} of {got.numel()} are NaN" if nans else "")
+
+
+# --- Hostile tensors --------------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """The tensors of one call, and of the same call for the oracle, by argument name."""
+
+    arguments: dict[str, Any]
+    reference: dict[str, Any]
+
+
+class Source:
+    """Random tensors, drawn on the CPU so that a seed means the same on every device."""
+
+    def __init__(self, seed: int, device: str) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device = device
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(dtype).to(self.device)
+
+    def permutation(self, n: int) -> Tensor:
+        return torch.randperm(n, generator=self.generator)
+
+    def chance(self, shape: tuple[int, ...], probability: float) -> Tensor:
+        """Bool, True with that probability."""
+        return (torch.rand(shape, generator=self.generator) < probability).to(self.device)
+
+    def descale(self, kind: Descale | None, B: int, Hk: int) -> float | Tensor | None:
+        if kind is None:
+            return None
+        factors = torch.rand(B, Hk, generator=self.generator) + 0.5
+        return float(factors.flatten()[0]) if kind == "float" else factors.to(self.device)
+
+
+def nan_filled(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """NaN throughout."""
+    if dtype == FP8:
+        return torch.full(shape, FP8_NAN, dtype=torch.uint8, device=device).view(FP8)
+    return torch.full(shape, math.nan, dtype=dtype, device=device)
+
+
+def nan_cache(layout: CacheLayout, B: int, Hk: int, Nblk: int, D: int, dtype: torch.dtype, device: str) -> Tensor:
+    """A page view [B, Hk, Nblk, 64, D] in which no slot holds a token."""
+    if layout == "slab":
+        return nan_filled((B, Hk, Nblk, BLOCK, D), dtype, device)
+    if layout == "sliced":
+        return nan_filled((B + 1, 2 * Hk, Nblk + 2, BLOCK, D), dtype, device)[1:, ::2, 1:-1]
+    if layout == "pool":
+        return nan_filled((Hk, Nblk, BLOCK, D), dtype, device).expand(B, -1, -1, -1, -1)
+    return nan_filled((Nblk, BLOCK, Hk, D), dtype, device).permute(2, 0, 1, 3).expand(B, -1, -1, -1, -1)
+
+
+def block_table(
+    lengths: tuple[int, ...],
+    layout: CacheLayout,
+    order: Order,
+    spare: int,
+    shared: int,
+    source: Source,
+) -> tuple[Tensor, int]:
+    """A table [B, width] int32 on the CPU, and Nblk.
+
+    `spare` blocks are there that nobody uses; in a pool, requests share the physical blocks of their first `shared`
+    logical ones.
+    """
+    counts = [-(-length // BLOCK) for length in lengths]
+    width = max(counts, default=0) + spare
+    table = torch.full((len(lengths), width), UNUSED_ENTRY, dtype=torch.int32)
+    pooled = layout in ("pool", "serving")
+    Nblk = sum(counts) + spare if pooled else width
+
+    def ids() -> Tensor:
+        return source.permutation(Nblk) if order == "shuffled" else torch.arange(Nblk)
+
+    free, taken = ids(), 0
+    for b, count in enumerate(counts):
+        if not pooled:
+            free, taken = ids(), 0
+        common = min(shared, count) if pooled and b else 0
+        if common:
+            common = min(common, counts[0])
+            table[b, :common] = table[0, :common]
+        table[b, common:count] = free[taken : taken + count - common].int()
+        taken += count - common
+    return table, Nblk
+
+
+def fill(cache: Tensor, table: Tensor, b: int, rows: Tensor) -> None:
+    """Put rows [Hk, n, D] at positions 0..n-1 of request b."""
+    for position in range(0, rows.shape[1], BLOCK):
+        block = rows[:, position : position + BLOCK]
+        cache[b, :, int(table[b, position // BLOCK]), : block.shape[1]].copy_(block)
+
+
+def make_mask(
+    kind: MaskShape | None, lengths: tuple[int, ...], Hq: int, rows: int, L: int, source: Source
+) -> Tensor | None:
+    """A mask [B, 1|Hq, rows, L] that hides about a third of the keys; past a request's keys True, or NaN."""
+    if kind is None:
+        return None
+    B = len(lengths)
+    heads = Hq if kind.endswith("heads") else 1
+    keep = source.chance((B, heads, rows, L), 0.67)
+    if B > 1:
+        keep[-1, :, :1] = False  # a row with no key left
+    past = torch.arange(L, device=keep.device) >= torch.tensor(lengths, device=keep.device)[:, None, None, None]
+    if kind.startswith("bool"):
+        return keep | past
+    bias = source.normal((B, heads, rows, L), torch.float32).masked_fill(~keep, -math.inf)
+    return bias.masked_fill(past, math.nan)
+
+
+def storage_bytes(tensor: Tensor) -> Tensor:
+    """A copy of all bytes of the memory that a tensor views, what lies around it included."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()).clone()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, NaN included."""
+    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+# --- Cases ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """A call of flash_mla_with_kvcache. lengths: seq_lens in tokens, one a request; the others as in the contract."""
+
+    name: str
+    lengths: tuple[int, ...]
+    Hq: int = 4
+    Hk: int = 2
+    D: int = 64
+    Dv: int | None = None
+    """None: D."""
+    S_q: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    layout: CacheLayout = "slab"
+    order: Order = "shuffled"
+    alias: bool = False
+    mask: MaskShape | None = None
+    sink: bool = False
+    descale: Descale | None = None
+    spare: int = 1
+    shared: int = 0
+    index_dtype: torch.dtype = torch.int32
+    softmax_scale: float | None = None
+    device: str = "cpu"
+    backend: str | None = None
+    seed: int = 0
+
+    function = "flash_mla_with_kvcache"
+
+    def call(self) -> Call:
+        """The tensors; `reference` is the same dict, as decode_reference takes the same names."""
+        source = Source(self.seed, self.device)
+        B, Dv = len(self.lengths), self.Dv or self.D
+        table, Nblk = block_table(self.lengths, self.layout, self.order, self.spare, self.shared, source)
+        k_cache = nan_cache(self.layout, B, self.Hk, Nblk, self.D, self.dtype, self.device)
+        v_cache = (
+            k_cache[..., :Dv] if self.alias else nan_cache(self.layout, B, self.Hk, Nblk, Dv, self.dtype, self.device)
+        )
+        for b, length in enumerate(self.lengths):
+            fill(k_cache, table, b, source.normal((self.Hk, length, self.D), self.dtype))
+            if not self.alias:
+                fill(v_cache, table, b, source.normal((self.Hk, length, Dv), self.dtype))
+        L = max(self.lengths, default=0) + 3
+        mask_rows = 1 if self.mask in ("bool", "float") else self.S_q
+        arguments = {
+            "q": source.normal((B, self.Hq, self.S_q, self.D), self.dtype),
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "block_table": table.to(self.index_dtype).to(self.device),
+            "seq_lens": torch.tensor(self.lengths, dtype=self.index_dtype, device=self.device),
+            "mask": make_mask(self.mask, self.lengths, self.Hq, mask_rows, L, source),
+            "softmax_scale": self.softmax_scale,
+            "q_descale": source.descale(self.descale, B, self.Hk),
+            "k_descale": source.descale(self.descale, B, self.Hk),
+            "v_descale": source.descale(self.descale, B, self.Hk),
+            "attn_sink": source.normal((self.Hq,), torch.float32) if self.sink else None,
+        }
+        return Call(arguments, arguments)
+
+
+@dataclass(frozen=True)
+class PrefillCase:
+    """A call of flash_mla_prefill. lengths: keys a request, NaN past them; None: P everywhere, no seq_lens given."""
+
+    name: str
+    P: int
+    B: int = 2
+    lengths: tuple[int, ...] | None = None
+    Hq: int = 4
+    Hk: int = 2
+    D: int = 64
+    Dv: int | None = None
+    """None: D."""
+    dtype: torch.dtype = torch.bfloat16
+    sliced: bool = False
+    """q, k and v are monotonic slices of larger tensors."""
+    causal: bool | None = None
+    mask: MaskShape | None = None
+    sparse: Sparse | None = None
+    sink: bool = False
+    descale: Descale | None = None
+    softmax_scale: float | None = None
+    device: str = "cpu"
+    backend: str | None = None
+    seed: int = 0
+
+    function = "flash_mla_prefill"
+
+    def rows(self, source: Source, heads: int, width: int) -> Tensor:
+        """[B, heads, P, width], dense or a slice."""
+        values = source.normal((self.B, heads, self.P, width), self.dtype)
+        if not self.sliced:
+            return values
+        view = nan_filled((self.B, heads + 1, self.P + 3, width + 8), self.dtype, self.device)
+        view = view[:, 1:, 2:-1, :width]
+        return view.copy_(values)
+
+    def call(self) -> Call:
+        """The tensors; the reference takes the blocks as a bool tensor and causal settled."""
+        source = Source(self.seed, self.device)
+        Dv = self.Dv or self.D
+        q, k, v = (self.rows(source, *x) for x in ((self.Hq, self.D), (self.Hk, self.D), (self.Hk, Dv)))
+        keys = (self.P,) * self.B if self.lengths is None else self.lengths
+        for b, length in enumerate(keys):
+            for rows in (k, v):
+                rows[b, :, length:].copy_(nan_filled((1,), self.dtype, self.device))
+        sparse, blocks = self.block_mask(source)
+        arguments = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "attn_mask": make_mask(self.mask, keys, self.Hq, self.P, self.P, source),
+            "softmax_scale": self.softmax_scale,
+            "seq_lens": None
+            if self.lengths is None
+            else torch.tensor(self.lengths, dtype=torch.int32, device=self.device),
+            "q_descale": source.descale(self.descale, self.B, self.Hk),
+            "k_descale": source.descale(self.descale, self.B, self.Hk),
+            "v_descale": source.descale(self.descale, self.B, self.Hk),
+            "attn_sink": source.normal((self.Hq,), torch.float32) if self.sink else None,
+        }
+        causal = self.mask is None if self.causal is None else self.causal
+        return Call(
+            {**arguments, "sparse_layout": sparse, "causal": self.causal},
+            {**arguments, "block_mask": blocks, "causal": causal},
+        )
+
+    def block_mask(self, source: Source) -> tuple[Any, Tensor | None]:
+        """(sparse_layout, the same as a bool tensor); its first block row is empty where it is random."""
+        n = -(-self.P // BLOCK)
+        if self.sparse is None:
+            return None, None
+        if self.sparse == "layout":
+            layout = BlockSparseLayout.local_global(self.P, BLOCK + 7, 5, device=self.device)
+            return layout, layout.blocks
+        if self.sparse == "block-mask":
+            # imported here: FlexAttention loads inductor's front, a second that nobody else should pay
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            window = create_block_mask(
+                lambda b, h, i, j: (i - j).abs() <= 100, None, None, self.P, self.P, self.device, 2 * BLOCK
+            )
+            coarse = window.to_dense().bool()
+            fine = coarse.repeat_interleave(2, -2).repeat_interleave(2, -1)
+            return window, fine[..., :n, :n]
+        blocks = source.chance((self.B, self.Hq, n, n) if self.sparse == "heads" else (1, 1, n, n), 0.5)
+        blocks[:, :, :1] = False
+        return blocks, blocks
+
+
+@dataclass(frozen=True)
+class MhaCase:
+    """A call of mha_fwd_kvcache. starts: start_pos, one a request; None: 0 everywhere, no start_pos given."""
+
+    name: str
+    P: int
+    B: int = 2
+    starts: tuple[int, ...] | None = None
+    H: int = 2
+    D: int = 64
+    Dv: int | None = None
+    """None: D."""
+    dtype: torch.dtype = torch.bfloat16
+    layout: CacheLayout = "slab"
+    order: Order = "shuffled"
+    alias: bool = False
+    write: bool = True
+    """Pass k and v; False: the cache already holds the prompt."""
+    causal: bool | None = None
+    mask: MaskShape | None = None
+    descale: Descale | None = None
+    spare: int = 1
+    softmax_scale: float | None = None
+    device: str = "cpu"
+    backend: str | None = None
+    seed: int = 0
+
+    function = "mha_fwd_kvcache"
+
+    def call(self) -> Call:
+        """The tensors; `reference` has caches that hold the whole prompt, and nothing else but NaN."""
+        source = Source(self.seed, self.device)
+        starts, Dv = self.starts or (0,) * self.B, self.Dv or self.D
+        ends = tuple(start + self.P for start in starts)
+        table, Nblk = block_table(ends, self.layout, self.order, self.spare, 0, source)
+        caches, full_caches, new_rows = [], [], []
+        for width in (self.D,) if self.alias else (self.D, Dv):
+            cache, full = (
+                nan_cache(self.layout, self.B, self.H, Nblk, width, self.dtype, self.device) for _ in range(2)
+            )
+            rows = source.normal((self.B, self.H, max(ends, default=0), width), self.dtype)
+            for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                fill(full, table, b, rows[b, :, :end])
+                fill(cache, table, b, rows[b, :, : start if self.write else end])
+            caches.append(cache)
+            full_caches.append(full)
+            chunks = nan_filled((self.B, self.H, self.P, width), self.dtype, self.device)
+            for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                chunks[b].copy_(rows[b, :, start:end])
+            new_rows.append(chunks)
+        if self.alias:
+            caches.append(caches[0][..., :Dv])
+            full_caches.append(full_caches[0][..., :Dv])
+        arguments = {
+            "q": source.normal((self.B, self.H, self.P, self.D), self.dtype),
+            "block_table": table.to(self.device),
+            "attn_mask": make_mask(self.mask, ends, self.H, self.P, max(ends, default=0), source),
+            "start_pos": None
+            if self.starts is None
+            else torch.tensor(self.starts, dtype=torch.int32, device=self.device),
+            "softmax_scale": self.softmax_scale,
+            "q_descale": source.descale(self.descale, self.B, self.H),
+            "k_descale": source.descale(self.descale, self.B, self.H),
+            "v_descale": source.descale(self.descale, self.B, self.H),
+        }
+        causal = self.mask is None if self.causal is None else self.causal
+        written = {"k": new_rows[0], "v": new_rows[1]} if self.write else {}
+        return Call(
+            {**arguments, **written, "k_cache": caches[0], "v_cache": caches[1], "causal": self.causal},
+            {**arguments, "k_cache": full_caches[0], "v_cache": full_caches[1], "causal": causal},
+        )
+
+
+Case = DecodeCase | PrefillCase | MhaCase
+
+
+# --- Run --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a case. `refused` is the reason of the backend that does not run it (nothing was checked)."""
+
+    case: Case
+    verdict: Verdict | None
+    failures: tuple[str, ...] = ()
+    refused: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict is not None and not self.failures
+
+    def __str__(self) -> str:
+        if self.refused is not None:
+            return f"{self.case.name}: refused: {self.refused}"
+        if self.passed and self.verdict is not None:
+            return (
+                f"{self.case.name}: passed, error {self.verdict.out_error:.1e} of m, lse {self.verdict.lse_error:.1e}"
+            )
+        return "\n  ".join([f"{self.case.name}: FAILED ({self.case})", *self.failures])
+
+
+def run(case: Case) -> Result:
+    """Call the case's function twice (once with out=, in decode once with metadata) and judge both.
+
+    An error that the call raises is a failure, except a DeviceError, which is a refusal.
+    """
+    begin = time.perf_counter()
+    call = case.call()
+    want_caches = [storage_bytes(call.reference[name]) for name in CACHES if name in call.reference]
+    before = {name: storage_bytes(x) for name, x in call.arguments.items() if isinstance(x, Tensor)}
+    try:
+        out, lse = invoke(case, call, poisoned_out(case, call))
+        again, lse_again = invoke(case, call, None)
+    except DeviceError as error:
+        return Result(case, None, refused=error.given, seconds=time.perf_counter() - begin)
+    except FlashMLAError as error:
+        return Result(case, None, (f"{type(error).__name__}: {error}",), seconds=time.perf_counter() - begin)
+    verdict = check(out, lse, *truth(case, call), case.dtype)
+    failures = list(verdict.failures)
+    if out.dtype != contract.out_dtype(case.dtype):
+        failures.append(f"out: {out.dtype}, not {contract.out_dtype(case.dtype)}")
+    if not (same_bits(out, again) and same_bits(lse, lse_again)):
+        failures.append("a second call differs in bits")
+    for name, content in before.items():
+        if name not in CACHES and not torch.equal(content, storage_bytes(call.arguments[name])):
+            failures.append(f"the call wrote to {name}")
+    for name, content in zip(CACHES, want_caches, strict=False):
+        if not torch.equal(content, storage_bytes(call.arguments[name])):
+            failures.append(f"{name} does not hold, bit for bit, what it should after the call")
+    return Result(case, verdict, tuple(failures), seconds=time.perf_counter() - begin)
+
+
+CACHES = ("k_cache", "v_cache")
+
+
+def truth(case: Case, call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the case in float64."""
+    if isinstance(case, DecodeCase):
+        return decode_reference(**call.reference)
+    if isinstance(case, PrefillCase):
+        return prefill_reference(**call.reference)
+    return mha_reference(**call.reference)
+
+
+def poisoned_out(case: Case, call: Call) -> Tensor:
+    """A NaN-filled output."""
+    v = call.arguments["v"] if isinstance(case, PrefillCase) else call.arguments["v_cache"]
+    shape = (*call.arguments["q"].shape[:3], v.shape[-1])
+    return nan_filled(shape, contract.out_dtype(case.dtype), case.device)
+
+
+def invoke(case: Case, call: Call, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the case's function; decode without `out` goes through metadata."""
+    if isinstance(case, DecodeCase):
+        if case.layout == "serving":
+            return launch_serving(case, call, out)
+        x = call.arguments
+        metadata = None
+        if out is None:
+            metadata = get_mla_metadata(x["q"].shape, x["k_cache"].shape, x["block_table"], x["seq_lens"])
+        result = flash_mla_with_kvcache(**x, metadata=metadata, return_lse=True, out=out, backend=case.backend)
+    elif isinstance(case, PrefillCase):
+        result = flash_mla_prefill(**call.arguments, return_lse=True, out=out, backend=case.backend)
+    else:
+        result = mha_fwd_kvcache(**call.arguments, return_lse=True, out=out, backend=case.backend)
+    assert isinstance(result, tuple)
+    return result
+
+
+def launch_serving(case: DecodeCase, call: Call, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run a page view that the public functions refuse (an engine's [num_blocks, 64, Hk, D] pool), as vLLM's seam
+    does: a problem made by hand, through the plan."""
+    x = call.arguments
+    q, k, v, mask = x["q"], x["k_cache"], x["v_cache"], x["mask"]
+    B, Hq, S_q, D = q.shape
+    descales = {name: broadcast(x[name], B, case.Hk, q.device) for name in ("q_descale", "k_descale", "v_descale")}
+    problem = DecodeProblem(
+        device=q.device,
+        dtype=q.dtype,
+        out_dtype=contract.out_dtype(q.dtype),
+        B=B,
+        Hq=Hq,
+        Hk=case.Hk,
+        S_q=S_q,
+        D=D,
+        Dv=v.shape[-1],
+        Nblk=k.shape[2],
+        table_blocks=x["block_table"].shape[1],
+        q_strides=q.stride(),
+        k_strides=k.stride(),
+        v_strides=v.stride(),
+        alias=case.alias,
+        mask="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
+        descale=case.descale is not None,
+        sink=case.sink,
+    )
+    out = q.new_empty((B, Hq, S_q, v.shape[-1]), dtype=problem.out_dtype) if out is None else out
+    lse = q.new_empty((B, Hq, S_q), dtype=torch.float32)
+    args = DecodeArgs(
+        q=q,
+        k=k,
+        v=v,
+        block_table=x["block_table"],
+        seq_lens=x["seq_lens"],
+        mask=None if mask is None else mask.expand(B, Hq, S_q, -1),
+        **descales,
+        attn_sink=x["attn_sink"],
+        softmax_scale=D**-0.5 if case.softmax_scale is None else case.softmax_scale,
+        out=out,
+        lse=lse,
+    )
+    plan(problem, case.backend).launch(args)
+    return out, lse
+
+
+def broadcast(value: float | Tensor | None, B: int, Hk: int, device: torch.device) -> Tensor | None:
+    return None if value is None else torch.as_tensor(value, dtype=torch.float32, device=device).expand(B, Hk)
+
+
+# --- The list ---------------------------------------------------------------------------------------------------------
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": FP8}
+RAGGED = (1, 0, 64, 65, 300)
+LONG = (700, 513, 1)
+"""Long enough for runs of eight consecutive blocks, which the CPU backend reads in place."""
+
+
+def decode_cases() -> list[DecodeCase]:
+    mla = DecodeCase("decode/mla", LONG, Hq=16, Hk=1, D=576, Dv=512, alias=True)
+    gqa = DecodeCase("decode/gqa", RAGGED, Hq=8, Hk=2, D=128)
+    cases = []
+    for name, dtype in DTYPES.items():
+        descale: Descale | None = "tensor" if dtype == FP8 else None
+        cases += [
+            replace(mla, name=f"decode/mla-{name}", dtype=dtype, descale=descale),
+            replace(gqa, name=f"decode/gqa-{name}", dtype=dtype, descale=descale),
+            replace(
+                gqa, name=f"decode/speculative-{name}", dtype=dtype, descale=descale, S_q=4, lengths=(7, 600, 0, 3)
+            ),
+        ]
+    for ratio in (1, 2, 8, 64, 128):
+        cases.append(DecodeCase(f"decode/ratio-{ratio}", (65, 3, 0), Hq=ratio * 2, Hk=2, D=64))
+    for D in (16, 40, 80, 96, 192, 256, 512, 576):
+        cases.append(DecodeCase(f"decode/head-dim-{D}", (130, 64), D=D))
+    for D, Dv in ((192, 128), (64, 128), (72, 8), (576, 512)):
+        cases.append(DecodeCase(f"decode/head-dim-{D}-{Dv}", (130, 64), D=D, Dv=Dv))
+    for S_q in range(2, 9):
+        # the second request is shorter than S_q: its first queries see no key
+        cases.append(replace(gqa, name=f"decode/queries-{S_q}", lengths=(600, S_q - 1, 64, 129, 0), S_q=S_q))
+    masks: tuple[MaskShape, ...] = ("bool", "float", "bool-rows", "float-rows", "bool-heads", "float-heads")
+    for mask in masks:
+        S_q = 1 if mask in ("bool", "float") else 3
+        cases.append(replace(gqa, name=f"decode/mask-{mask}", mask=mask, S_q=S_q))
+    cases += [
+        replace(
+            gqa, name="decode/mask-mla", lengths=LONG, mask="bool-rows", S_q=2, Hq=16, Hk=1, D=576, Dv=512, alias=True
+        ),
+        replace(gqa, name="decode/mask-fp8", mask="float", dtype=FP8, descale="float"),
+    ]
+    layouts: tuple[CacheLayout, ...] = ("sliced", "pool", "serving")
+    for layout in layouts:
+        cases += [
+            replace(gqa, name=f"decode/{layout}", layout=layout, lengths=LONG),
+            replace(gqa, name=f"decode/{layout}-ordered", layout=layout, lengths=LONG, order="ordered"),
+            replace(mla, name=f"decode/{layout}-mla", layout=layout),
+            replace(gqa, name=f"decode/{layout}-fp8", layout=layout, dtype=FP8, descale="tensor"),
+        ]
+    cases += [
+        replace(gqa, name="decode/shared-prefix", layout="pool", order="ordered", lengths=(640, 700, 650), shared=9),
+        replace(mla, name="decode/shared-prefix-mla", layout="pool", lengths=(640, 700, 650), shared=9, S_q=2),
+        replace(gqa, name="decode/pool-barely-used", layout="pool", lengths=(200, 65), spare=100),
+        replace(gqa, name="decode/ordered", order="ordered", lengths=LONG),
+        replace(gqa, name="decode/sink", sink=True),
+        replace(mla, name="decode/sink-mla", sink=True, S_q=2),
+        replace(gqa, name="decode/sink-mask", sink=True, mask="bool"),
+        replace(gqa, name="decode/scale", softmax_scale=0.31),
+        replace(gqa, name="decode/int64", index_dtype=torch.int64),
+        replace(gqa, name="decode/exact-blocks", lengths=(64, 128, 192), spare=0),
+        replace(gqa, name="decode/all-empty", lengths=(0, 0)),
+        replace(gqa, name="decode/one-token", lengths=(1,)),
+        replace(gqa, name="decode/fp8-no-descale", dtype=FP8),
+        replace(gqa, name="decode/fp8-float", dtype=FP8, descale="float"),
+        replace(mla, name="decode/fp8-mla-sink", dtype=FP8, descale="tensor", sink=True, S_q=2),
+    ]
+    return cases
+
+
+def prefill_cases() -> list[PrefillCase]:
+    cases = []
+    for name, dtype in DTYPES.items():
+        descale: Descale | None = "tensor" if dtype == FP8 else None
+        base = PrefillCase("", 150, dtype=dtype, descale=descale)
+        cases += [
+            replace(base, name=f"prefill/causal-{name}"),
+            replace(base, name=f"prefill/full-{name}", causal=False),
+            replace(base, name=f"prefill/mask-{name}", mask="float"),
+            replace(base, name=f"prefill/sparse-{name}", sparse="tensor", causal=False),
+            replace(base, name=f"prefill/mla-{name}", D=192, Dv=128),
+        ]
+    base = PrefillCase("", 200)
+    for ratio in (1, 8, 128):
+        cases.append(PrefillCase(f"prefill/ratio-{ratio}", 70, B=1, Hq=ratio, Hk=1))
+    for D, Dv in ((16, 16), (40, 40), (256, 256), (576, 512), (64, 128), (72, 8)):
+        cases.append(PrefillCase(f"prefill/head-dim-{D}-{Dv}", 100, D=D, Dv=Dv))
+    for P in (1, 63, 64, 65, 129):
+        cases.append(replace(base, name=f"prefill/tokens-{P}", P=P))
+    masks: tuple[MaskShape, ...] = ("bool", "float", "bool-heads", "float-heads")
+    for mask in masks:
+        cases += [
+            replace(base, name=f"prefill/mask-{mask}", mask=mask),
+            replace(base, name=f"prefill/mask-{mask}-causal", mask=mask, causal=True),
+        ]
+    patterns: tuple[Sparse, ...] = ("tensor", "heads", "layout", "block-mask")
+    for sparse in patterns:
+        cases += [
+            replace(base, name=f"prefill/sparse-{sparse}", sparse=sparse),
+            replace(base, name=f"prefill/sparse-{sparse}-mask", sparse=sparse, mask="bool", causal=True),
+        ]
+    cases += [
+        replace(base, name="prefill/ragged", lengths=(200, 77)),
+        replace(base, name="prefill/ragged-empty", lengths=(0, 64)),
+        replace(base, name="prefill/ragged-full", lengths=(130, 1), causal=False),
+        replace(base, name="prefill/ragged-mask", lengths=(130, 65), mask="float"),
+        replace(base, name="prefill/ragged-sparse", lengths=(130, 65), sparse="heads", mask="bool-heads", causal=True),
+        replace(base, name="prefill/sliced", sliced=True),
+        replace(base, name="prefill/sliced-sparse", sliced=True, sparse="heads"),
+        replace(base, name="prefill/sliced-ragged", sliced=True, lengths=(130, 65), D=192, Dv=128),
+        replace(base, name="prefill/sink", sink=True),
+        replace(base, name="prefill/sink-sparse", sink=True, sparse="tensor", mask="bool"),
+        replace(base, name="prefill/scale", softmax_scale=0.31),
+        replace(base, name="prefill/fp8-ragged", dtype=FP8, descale="float", lengths=(130, 65)),
+        replace(base, name="prefill/fp8-sparse-heads", dtype=FP8, sparse="heads", mask="float-heads"),
+    ]
+    return cases
+
+
+def mha_cases() -> list[MhaCase]:
+    cases = []
+    for name, dtype in DTYPES.items():
+        descale: Descale | None = "tensor" if dtype == FP8 else None
+        base = MhaCase("", 130, dtype=dtype, descale=descale)
+        cases += [
+            replace(base, name=f"mha/write-{name}"),
+            replace(base, name=f"mha/chunk-{name}", P=70, starts=(65, 0)),
+            replace(base, name=f"mha/read-{name}", write=False),
+        ]
+    base = MhaCase("", 130)
+    chunk = replace(base, P=70, starts=(100, 64))
+    masks: tuple[MaskShape, ...] = ("bool", "float", "bool-heads", "float-heads")
+    for mask in masks:
+        cases += [
+            replace(base, name=f"mha/mask-{mask}", mask=mask),
+            replace(chunk, name=f"mha/chunk-mask-{mask}", mask=mask, causal=True),
+        ]
+    layouts: tuple[CacheLayout, ...] = ("sliced", "pool")
+    for layout in layouts:
+        cases += [
+            replace(base, name=f"mha/{layout}", layout=layout),
+            replace(chunk, name=f"mha/{layout}-chunk", layout=layout),
+        ]
+    cases += [
+        replace(base, name="mha/one-token", P=1),
+        replace(base, name="mha/exact-blocks", P=128, spare=0),
+        replace(base, name="mha/full", causal=False),
+        replace(chunk, name="mha/chunk-full", causal=False),
+        replace(chunk, name="mha/chunk-one-token", P=1, starts=(63, 64)),
+        replace(base, name="mha/ordered", order="ordered", P=600, B=1),
+        replace(base, name="mha/head-dims", D=192, Dv=128),
+        replace(base, name="mha/scale", softmax_scale=0.31),
+        replace(base, name="mha/latent", D=576, Dv=512, alias=True, write=False),
+        replace(chunk, name="mha/latent-chunk", D=576, Dv=512, alias=True, write=False, layout="pool"),
+        replace(chunk, name="mha/fp8-pool", dtype=FP8, descale="float", layout="pool"),
+    ]
+    return cases
+
+
+CASES: tuple[Case, ...] = (*decode_cases(), *prefill_cases(), *mha_cases())
+"""Every function, dtype and edge of docs/contract.md, small enough for a CPU: `replace(case, device=..., backend=...)`
+moves one elsewhere."""

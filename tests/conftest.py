@@ -1,0 +1,21 @@
+"""One set-up for every test: two threads, and hypothesis without a clock or chance, so that CI sees what we saw."""
+
+from __future__ import annotations
+
+import os
+
+# NOTE: threads that spin at a barrier made the suite four times slower on cores shared with other work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(2)
+settings.register_profile(
+    "flash_mla",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("flash_mla")

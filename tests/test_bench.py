@@ -1,0 +1,186 @@
+"""The bench: its FLOP and byte model by hand, its gate, its clocks and its reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_mla.bench import measure as measure_module
+from flash_mla.bench import report
+from flash_mla.bench.cases import CASES, Case
+from flash_mla.bench.measure import measure, select
+from flash_mla.bench.peers import Peer, peers
+from flash_mla.bench.timing import Ceilings, alternate, extra_bytes, median_ratio
+from flash_mla.testing import DecodeCase, PrefillCase
+
+CEILINGS = Ceilings(gbps=10.0, tflops=0.2, how="made up")
+GQA = Case(DecodeCase("decode/gqa", (128, 128), 4, 2, 64, spare=0), ("cpu",))
+MLA = Case(DecodeCase("decode/mla", (128, 128), 4, 1, 96, 64, alias=True, spare=0), ("cpu",))
+POOL = Case(DecodeCase("decode/pool", (128, 128), 4, 2, 64, layout="pool", spare=36), ("cpu",))
+CAUSAL = Case(PrefillCase("prefill/causal", 192, 1, Hq=2, Hk=2, D=64, causal=True), ("cpu",))
+SPARSE = Case(PrefillCase("prefill/sparse", 256, 1, Hq=2, Hk=2, D=64, causal=False), ("cpu",), density=0.25)
+
+
+def named(name: str) -> Case:
+    return next(c for c in CASES if c.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "flops", "nbytes"),
+    [
+        # 2 GEMMs x 2 FLOPs x 32 heads x 1024 keys x 128; q and out 2 x 32 x 128, K and V 2 x 8 x 1024 x 128, 2 bytes
+        ("decode/gqa-32x8-d128-b1-s1024", 16_777_216, 4_210_688),
+        # 2 x 16 requests x 128 heads x 4096 keys x (576 + 512); rows of 576 read once, q 576 and out 512 a head
+        ("decode/mla-128x576-b16-s4096", 18_253_611_008, 79_953_920),
+        # query 0 sees 8191 keys, query 1 sees 8192
+        ("decode/mla-128x576-b128-s8192-q2", 2 * 128 * 128 * (8191 + 8192) * 1088, 128 * 2 * (256 * 1088 + 8192 * 576)),
+        # 2 x 8 heads x 2048 * 2049 / 2 pairs x 256; q, k, v and out of 8 x 2048 x 128
+        ("prefill/causal-d128-h8-b1-2048", 8_594_128_896, 16_777_216),
+        # 64 block rows x 16 blocks of 64 x 64
+        ("prefill/block-sparse-25-d128-h8-4096", 2 * 8 * 64 * 16 * 4096 * 256, 33_554_432),
+    ],
+)
+def test_flop_and_byte_model(name: str, flops: int, nbytes: int) -> None:
+    case = named(name)
+    assert case.flops == flops
+    assert case.bytes == nbytes
+
+
+def test_names_are_unique_and_say_the_phase() -> None:
+    names = [c.name for c in CASES]
+    assert len(set(names)) == len(names)
+    assert all(c.name.split("/")[0] == c.group.split(",")[0] for c in CASES)
+    assert {c.devices for c in CASES} == {("cpu",), ("cuda",)}
+
+
+def test_select_by_substring() -> None:
+    assert [c.name for c in select("cpu", ["b1-s1024"])] == ["decode/gqa-32x8-d128-b1-s1024"]
+    assert select("cpu", ["no such case"]) == []
+    assert all("cuda" in c.devices for c in select("cuda"))
+
+
+def test_pool_case_uses_a_twentieth_of_its_blocks() -> None:
+    case = named("decode/gqa-32x8-d128-b4-s4096-pool5-scattered")
+    small = replace(case.spec, lengths=(128,) * 4, spare=16 * 2, Hq=2, Hk=1, D=16)
+    arguments = replace(case, spec=small).arguments()
+    assert arguments["k_cache"].shape[2] == 20 * 2
+    assert arguments["k_cache"].stride(0) == 0
+
+
+def test_sparse_layout_keeps_the_same_number_in_every_block_row() -> None:
+    assert SPARSE.arguments()["sparse_layout"].sum(-1).flatten().tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("case", [GQA, MLA, POOL, CAUSAL, SPARSE], ids=lambda c: c.name)
+def test_measure_times_right_results_and_their_peers(case: Case) -> None:
+    record = measure(case, "cpu", CEILINGS, budget_s=0.0)
+    assert "error" not in record
+    assert record["ms"] > 0
+    assert record["gbps"] == pytest.approx(case.bytes / record["ms"] / 1e6)
+    assert record["share_of_bandwidth"] == pytest.approx(record["gbps"] / 10.0)
+    timed = {name for name, peer in record["peers"].items() if "ratio" in peer}
+    want = {
+        "decode/gqa": {"gather + SDPA", "gather + SDPA GQA"},
+        "decode/mla": {"gather + SDPA", "gather + flash V=K"},
+        "decode/pool": {"gather + SDPA", "gather + SDPA GQA", "ours in a slab"},
+        "prefill/causal": {"SDPA"},
+        "prefill/sparse": {"SDPA + mask", "ours, dense"},
+    }[case.name]
+    assert timed - {"vLLM CPU"} == want
+    json.dumps(record)
+
+
+def test_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Case.function
+
+    def wrong(self: Case, arguments: dict) -> Callable[[], Tensor]:
+        return lambda: right(self, arguments)() * 1.05
+
+    monkeypatch.setattr(Case, "function", wrong)
+    record = measure(GQA, "cpu", CEILINGS, budget_s=0.0)
+    assert "wrong result" in record["error"]
+    assert "ms" not in record
+    assert "not timed: wrong result" in report.notes([record])[0]
+
+
+def test_wrong_or_failing_peer_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Tensor:
+        raise RuntimeError("no kernel\nand a trace")
+
+    def others(case: Case, arguments: dict) -> dict[str, Peer]:
+        good = peers(case, arguments)["gather + SDPA"].run
+        assert good is not None
+        return {"zeros": Peer(lambda: torch.zeros_like(good())), "fails": Peer(fails), "good": Peer(good)}
+
+    monkeypatch.setattr(measure_module, "peers", others)
+    record = measure(GQA, "cpu", CEILINGS, budget_s=0.0)
+    assert "wrong result" in record["peers"]["zeros"]["error"]
+    assert record["peers"]["fails"] == {"error": "RuntimeError: no kernel"}
+    assert record["peers"]["good"]["ratio"] > 0
+
+
+def test_functions_run_in_turn() -> None:
+    order: list[str] = []
+
+    def function(name: str) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            order.append(name)
+            return torch.zeros(())
+
+        return run
+
+    times = alternate({"a": function("a"), "b": function("b")}, "cpu", budget_s=0.0)
+    assert order == ["a", "b"] * 4  # once to warm up, then MIN_ROUNDS rounds
+    assert [len(t) for t in times.values()] == [3, 3]
+
+
+def test_ratio_is_taken_within_rounds() -> None:
+    assert median_ratio([2.0, 40.0, 6.0], [1.0, 10.0, 2.0]) == 3.0
+
+
+def test_extra_bytes_sees_what_is_freed_within_the_call() -> None:
+    def function() -> Tensor:
+        return (torch.ones(1 << 20) + 1).sum()  # two tensors of 4 MiB at once
+
+    assert 8 << 20 <= extra_bytes(function, "cpu") < (8 << 20) + 4096
+
+
+@pytest.mark.parametrize("case", [named("decode/mla-128x576-b1-s16384"), named("decode/gqa-32x8-d128-b1-s16384")])
+def test_decode_needs_less_than_64_mib(case: Case) -> None:
+    assert extra_bytes(case.function(case.arguments()), "cpu") < 64 << 20
+
+
+def test_markdown_is_a_table_a_group() -> None:
+    machine = {"name": "box", "torch": "2", "date": "now", "gbps": 10.0, "tflops": 0.2, "how": "made up"}
+    records = [measure(case, "cpu", CEILINGS, budget_s=0.0) for case in (GQA, CAUSAL)]
+    lines = report.markdown(machine, records, "flash-mla bench").splitlines()
+    rows = [line for line in lines if line.startswith("| decode/gqa") or line.startswith("| prefill/causal")]
+    heads = [line for line in lines if line.startswith("| case")]
+    assert len(rows) == len(heads) == 2
+    assert all(row.count("|") == head.count("|") for row, head in zip(rows, heads, strict=True))
+    assert "rate GFLOP/s" in heads[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (1234.5, "1234"), (12.34, "12.3"), (0.01234, "0.0123"), (999.7, "1000")]
+)
+def test_three_significant_digits(value: float, text: str) -> None:
+    assert report.significant(value) == text
+
+
+def test_labels_are_spread() -> None:
+    heights = report.spread([0.0, 1.0, 2.0, 50.0], [(0, 10), (0, 10), (20, 30), (0, 10)], 8.0)
+    assert heights == [-7.0, 1.0, 2.0, 50.0]
+
+
+def test_labels_keep_off_other_points() -> None:
+    # three labels that start at x = 0 run over two points at x = 50, which stand 10 apart
+    starts, ys = [0, 0, 0, 50, 50], [4.0, 5.0, 6.0, 0.0, 10.0]
+    heights = report.spread(ys, [(x, x + 100) for x in starts], 8.0)
+    assert all(abs(heights[i] - ys[j]) > 7.9 for i in range(3) for j in (3, 4))
+    assert all(abs(a - b) > 7.9 for i, a in enumerate(heights) for b in heights[:i])

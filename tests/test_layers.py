@@ -1,0 +1,52 @@
+"""The order of design.md: a module imports only from layers above its own."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "flash_mla"
+LAYERS = (
+    "errors problem",
+    "blocks layout quant merge reference kernels",
+    "cache",
+    "contract backends",
+    "plan",
+    "api deepseek distributed",
+    "testing __init__",
+    "bench integrations",
+    "demo",
+    "cli",
+    "__main__",
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    """The modules of this package that a file imports, as dotted names below flash_mla; "" is flash_mla itself."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.partition(".")[2] for name in names if name.partition(".")[0] == "flash_mla")
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_imports(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    own = parts[0]
+    for module in imported(path):
+        other = module.split(".")[0] or "__init__"
+        other = other if other in LEVEL else "__init__"  # a name that flash_mla/__init__.py exports
+        if own == "kernels":
+            folder = ".".join(parts[:2]) if len(parts) > 2 else "kernels"
+            assert module.startswith(folder), f"kernels import {module}, outside of their own folder"
+        else:
+            assert other == own or LEVEL[other] < LEVEL[own], f"{own} (layer {LEVEL[own]}) imports {other}"

@@ -1,0 +1,127 @@
+"""The judge must be able to say no: a result that is off by more than the budget fails, in words."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flash_mla import backends
+from flash_mla.testing import (
+    BUDGETS,
+    CASES,
+    DTYPES,
+    UNUSED_ENTRY,
+    DecodeCase,
+    MhaCase,
+    check,
+    run,
+)
+
+
+def truth():
+    generator = torch.Generator().manual_seed(0)
+    out = torch.randn(2, 4, 3, 64, generator=generator, dtype=torch.float64)
+    lse = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64)
+    out[0, 0, 0], lse[0, 0, 0] = 0.0, -math.inf
+    return out, lse
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_the_budget_has_an_edge(dtype):
+    out, lse = truth()
+    m, budget = out.abs().max(), BUDGETS[dtype]
+    assert check(out, lse.float(), out, lse, dtype).passed
+    for factor, passes in ((0.9, True), (1.1, False)):
+        off = out.clone()
+        off[1, 2, 1, 5] += factor * budget.out * m
+        assert check(off, None, out, lse, dtype).passed is passes
+        off_lse = lse.clone()
+        off_lse[1, 2, 1] += factor * budget.lse
+        assert check(out, off_lse.float(), out, lse, dtype).passed is passes
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda out, lse: out.__setitem__((1, 1, 1, 1), math.nan), "1 of 1536 are NaN"),
+        (lambda out, lse: out.mul_(1.01), "cosine distance"),
+        (lambda out, lse: out.__setitem__((0, 0, 0, 0), 1e-9), "not exactly 0"),
+        (lambda out, lse: lse.__setitem__((0, 0, 0), -1e30), "not -inf"),
+        (lambda out, lse: lse.__setitem__((1, 0, 0), math.nan), "lse: error inf"),
+        (lambda out, lse: lse.__setitem__((1, 0, 0), -math.inf), "lse: error inf"),
+    ],
+    ids=["nan", "scale", "empty-row", "empty-lse", "nan-lse", "inf-lse"],
+)
+def test_the_judge_sees(spoil, words):
+    out, lse = truth()
+    bad_out, bad_lse = out.clone(), lse.clone()
+    spoil(bad_out, bad_lse)
+    verdict = check(bad_out, bad_lse.float(), out, lse, torch.bfloat16)
+    assert not verdict.passed
+    assert any(words in failure for failure in verdict.failures), verdict.failures
+
+
+def test_cases_are_hostile():
+    x = DecodeCase("", (70, 0), spare=2).call().arguments
+    assert (x["block_table"][0, 2:] == UNUSED_ENTRY).all()
+    assert (x["block_table"][1] == UNUSED_ENTRY).all()
+    used = x["k_cache"].isfinite().all(-1).sum()
+    assert used == 70 * 2, "70 tokens of 2 heads hold numbers, every other slot NaN"
+    fp8 = DecodeCase("", (70, 0), dtype=torch.float8_e4m3fn).call().arguments["k_cache"]
+    assert (~fp8.float().isnan()).all(-1).sum() == 70 * 2
+
+
+def test_a_seed_is_a_problem():
+    one, same, other = (DecodeCase("", (70, 3), seed=seed).call().arguments["q"] for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+@pytest.fixture
+def wrong_launch(monkeypatch):
+    """Let `spoil(args)` follow the CPU backend's launch."""
+    cpu = backends.backend("cpu")
+    launch = cpu.launch
+
+    def install(spoil):
+        def spoiled(problem, config, args):
+            launch(problem, config, args)
+            spoil(args)
+
+        monkeypatch.setattr(cpu, "launch", spoiled)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda args: args.out.mul_(1.05), "out: error"),
+        (lambda args: args.q.add_(1), "the call wrote to q"),
+        (lambda args: args.k[0, 0, 0].fill_(0), "k_cache does not hold"),
+        (lambda args: args.lse.add_(torch.rand(()) * 1e-5 + 1e-6), "differs in bits"),
+    ],
+    ids=["scale", "writes-q", "writes-cache", "not-reproducible"],
+)
+def test_run_sees(wrong_launch, spoil, words):
+    wrong_launch(spoil)
+    result = run(DecodeCase("spoiled", (70, 30)))
+    assert not result.passed
+    assert any(words in failure for failure in result.failures), result.failures
+    assert "spoiled: FAILED" in str(result)
+
+
+def test_run_sees_a_stray_write_beside_the_table(wrong_launch):
+    case = MhaCase("spoiled", 70, layout="sliced")
+    wrong_launch(lambda args: args.k[..., 63, 0].fill_(1.0))
+    assert any("k_cache does not hold" in failure for failure in run(case).failures)
+
+
+def test_names_are_unique_and_cover_every_dtype_and_function():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    kinds = {(case.function, case.dtype) for case in CASES}
+    functions = {"flash_mla_with_kvcache", "flash_mla_prefill", "mha_fwd_kvcache"}
+    assert kinds == {(function, dtype) for function in functions for dtype in DTYPES.values()}
