@@ -1,3 +1,4 @@
+# ruff: noqa: C408
 """The Triton backend against a float64 oracle, on hostile data.
 
 With TRITON_INTERPRET=1 the kernels run in Triton's interpreter on CPU tensors; without it this file needs a GPU.
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends import triton as backend
+from flash_mla.kernels.triton.target import Target
 from flash_mla.problem import AppendArgs, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem
 
 pytestmark = pytest.mark.skipif(backend.available() is not None, reason=str(backend.available()))
@@ -49,7 +51,9 @@ def close(out: Tensor, lse: Tensor | None, want: Tensor, want_lse: Tensor, dtype
     got = out.double()
     assert torch.isfinite(got).all()
     error = (got - want).abs().max().item()
-    assert error <= relative * want.abs().max().item() + 1e-30, f"max error {error}, max |out| {want.abs().max().item()}"
+    assert error <= relative * want.abs().max().item() + 1e-30, (
+        f"max error {error}, max |out| {want.abs().max().item()}"
+    )
     distance = 1 - 2 * (got * want).sum() / (got.square().sum() + want.square().sum()).clamp_min(1e-300)
     assert want.abs().max() == 0 or distance.item() <= cosine, f"cosine distance {distance.item()}"
     if lse is not None:
@@ -204,6 +208,15 @@ DECODE = {
 
 @pytest.mark.parametrize("case", DECODE)
 def test_decode(case: str) -> None:
+    run_decode(**DECODE[case])
+
+
+@pytest.mark.skipif(not INTERPRET, reason="a GPU has its own tiles")
+@pytest.mark.parametrize("case", ["gqa", "mla", "fp8_gqa", "mla_fp8"])
+@pytest.mark.parametrize("on", [Target("cuda", 80, 163 * 1024, 3), Target("hip", 0, 64 * 1024, 3)])
+def test_decode_with_the_tiles_of_other_gpus(case: str, on: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configs that other GPUs get, FP8 by integer arithmetic on sm_80 among them."""
+    monkeypatch.setattr(backend, "target", lambda device: on)
     run_decode(**DECODE[case])
 
 
@@ -406,9 +419,14 @@ def test_append(dtype: torch.dtype, latent: bool, layout: str) -> None:
     ints = lambda x: torch.tensor(x, dtype=torch.int32, device=DEVICE)  # noqa: E731
     backend.append(
         AppendArgs(
-            to_device(k), None if latent else to_device(v), k_cache, None if latent else v_cache, to_device(table),
-            ints(starts), ints(counts),
-        )  # fmt: skip
+            to_device(k),
+            None if latent else to_device(v),
+            k_cache,
+            None if latent else v_cache,
+            to_device(table),
+            ints(starts),
+            ints(counts),
+        )
     )
     raw = {FP8: torch.uint8}.get(dtype, torch.int16)
     assert torch.equal(k_cache.cpu().view(raw), want_k.view(raw))
@@ -430,7 +448,11 @@ def test_decode_addresses_above_2_31_elements(which: str) -> None:
     D, far = 16, 2**31 + 64 * 16
     storage = sparse_storage(2 * far + 4096, FP16)
     shape = (2, 2, 3, 64, D)
-    near = {"block": (128 * 16, 64 * 16, far), "head": (3 * 64 * 16, far, 64 * 16), "batch": (far, 3 * 64 * 16, 64 * 16)}
+    near = {
+        "block": (128 * 16, 64 * 16, far),
+        "head": (3 * 64 * 16, far, 64 * 16),
+        "batch": (far, 3 * 64 * 16, 64 * 16),
+    }
     strides = (*near[which], D, 1)
     view = storage.as_strided(shape, strides)
     gen = torch.Generator().manual_seed(0)

@@ -98,12 +98,9 @@ def refuse(problem: Problem) -> str | None:
     """Why the Triton kernels cannot run this problem, or None."""
     if reason := available():
         return reason
-    if interpreted() != (problem.device.type == "cpu"):
-        return f"tensors are on {problem.device}; " + (
-            "TRITON_INTERPRET=1 takes CPU tensors" if interpreted() else "Triton kernels take GPU tensors"
-        )
-    if problem.device.type not in ("cpu", "cuda", "xpu"):
-        return f"Triton has no kernels for {problem.device.type} tensors"
+    if problem.device.type not in (("cpu",) if interpreted() else ("cuda", "xpu")):
+        wanted = "CPU tensors under TRITON_INTERPRET=1" if interpreted() else "GPU tensors"
+        return f"tensors are on {problem.device}; Triton's kernels take {wanted}"
     if target(problem.device).backend == "cuda" and target(problem.device).arch < 80:
         return f"needs compute capability 8.0 or later; this GPU has {target(problem.device).arch / 10}"
     if isinstance(problem, SparseProblem):
@@ -144,13 +141,16 @@ def launch(
     """Fill args.out and args.lse. Allocates workspace only and reads no value."""
     with device_of(problem.device):
         if isinstance(args, SparseArgs):
-            assert isinstance(problem, SparseProblem) and isinstance(config, sparse.Config)
+            assert isinstance(problem, SparseProblem)
+            assert isinstance(config, sparse.Config)
             triton_sparse.launch(problem, config, args)
         elif isinstance(args, DecodeArgs):
-            assert isinstance(problem, DecodeProblem) and isinstance(config, DecodeConfig)
+            assert isinstance(problem, DecodeProblem)
+            assert isinstance(config, DecodeConfig)
             launch_decode(problem, config, args)
         else:
-            assert isinstance(problem, PrefillProblem) and isinstance(config, prefill.Config)
+            assert isinstance(problem, PrefillProblem)
+            assert isinstance(config, prefill.Config)
             launch_prefill(problem, config, args)
 
 
@@ -161,7 +161,12 @@ def stored(tensor: Tensor, widen: str) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def bound(
-    problem: DecodeProblem, config: DecodeConfig, lse: bool, flip: bool, table_dtype: torch.dtype, lens_dtype: torch.dtype
+    problem: DecodeProblem,
+    config: DecodeConfig,
+    lse: bool,
+    flip: bool,
+    table_dtype: torch.dtype,
+    lens_dtype: torch.dtype,
 ) -> list[tuple[Launcher, Launcher | None]]:
     """The slot for the launchers of one problem; empty until its first call fills it."""
     return []
@@ -175,7 +180,9 @@ def launch_decode(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs
         numel = decode.partial_numel(config.decode, rows)
         partial = torch.empty(numel, dtype=torch.float32, device=problem.device)
     if args.mask is None and args.q_descale is None and args.k_descale is None and args.v_descale is None:
-        slot = bound(problem, config, args.lse is not None, args.softmax_scale < 0, args.block_table.dtype, args.seq_lens.dtype)
+        slot = bound(
+            problem, config, args.lse is not None, args.softmax_scale < 0, args.block_table.dtype, args.seq_lens.dtype
+        )  # fmt: skip
         if not slot:
             slot.append(decode_launchers(problem, config, args))
         main, merge = slot[0]
@@ -185,8 +192,8 @@ def launch_decode(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs
     widen = config.decode.widen
     main(
         (
-            stored(args.q, widen), stored(args.k, widen), stored(args.v, widen), args.block_table, args.seq_lens, args.mask,
-            args.q_descale, args.k_descale, args.v_descale, args.attn_sink, args.out, args.lse, partial,
+            stored(args.q, widen), stored(args.k, widen), stored(args.v, widen), args.block_table, args.seq_lens,
+            args.mask, args.q_descale, args.k_descale, args.v_descale, args.attn_sink, args.out, args.lse, partial,
         ),
         (abs(args.softmax_scale),),
     )  # fmt: skip

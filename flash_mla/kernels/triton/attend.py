@@ -16,21 +16,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def widen(x, WIDEN: tl.constexpr):
     """A tile as the dots take it; exact. See tiles.widening for the choice."""
-    if WIDEN == "fp8" or WIDEN == "fp8_dot":
+    if WIDEN == "fp8":
         x = x.to(tl.float16)
     if WIDEN == "fp8_bits":
         # e4m3 (bias 7) moved into FP16's fields (bias 15) is the value times 2^-8, subnormals included
         bits = x.to(tl.int16)
         half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
         x = (half.to(tl.float16, bitcast=True) * 256.0).to(tl.float16)
-    return x
-
-
-@triton.jit
-def widen_k(x, WIDEN: tl.constexpr):
-    """A tile of q or K as their dot takes it: e4m3 itself where the GPU multiplies it, else widened."""
-    if WIDEN != "fp8_dot":
-        x = widen(x, WIDEN)
     return x
 
 
@@ -64,11 +56,12 @@ def attend(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One key tile, one online-softmax step. Without TEST every row sees every token of the tile, and no mask is read.
+    """One key tile, one online-softmax step.
 
+    Without TEST every row sees every token of the tile, and no mask is read.
     The dot with K goes over the D_MAIN columns and, where the head has them, over the rest; REUSE takes V from K's main
-    columns, which are then read once. FLIP negates the scores: scale is a magnitude, so that a row's maximum may be taken
-    before the product.
+    columns, which are then read once. FLIP negates the scores: scale is a magnitude, so that a row's maximum may be
+    taken before the product.
     """
     stored = tokens < end
     d_live = (offs_d < D)[None, :]
@@ -78,10 +71,10 @@ def attend(
         d_live = d_live & stored[:, None]
         r_live = r_live & stored[:, None]
         v_live = v_live & stored[:, None]
-    k = widen_k(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN)
+    k = widen(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
     if D_REST > 0:
-        k_rest = widen_k(tl.load(k_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
+        k_rest = widen(tl.load(k_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
         scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
 
     if FLIP:
@@ -112,9 +105,7 @@ def attend(
     acc = acc * rescale[:, None]
     v = k
     if not REUSE:
-        v = tl.load(v_rows[:, None] + offs_v[None, :], mask=v_live, other=0.0)
-    if not REUSE or WIDEN == "fp8_dot":
-        v = widen(v, WIDEN)
+        v = widen(tl.load(v_rows[:, None] + offs_v[None, :], mask=v_live, other=0.0), WIDEN)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max_new, row_sum
 
@@ -132,4 +123,5 @@ def normalise(acc, row_max, row_sum):
 def sink_factor(lse2, sink):
     """exp(lse) / (exp(lse) + exp(sink)): what is left of a row's weight beside one logit that gives no value."""
     # exp2 overflows to inf for a sink far above lse, and 1 / inf is the right limit
-    return 1.0 / (1.0 + tl.exp2(sink * LOG2E - lse2))
+    # a row without a key is 0 already; a sink of -inf would make it NaN
+    return tl.where(lse2 == float("-inf"), 0.0, 1.0 / (1.0 + tl.exp2(sink * LOG2E - lse2)))

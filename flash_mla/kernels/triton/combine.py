@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from flash_mla.kernels.triton.share import locate, request_length, units
 from flash_mla.kernels.triton.attend import LN2, sink_factor
+from flash_mla.kernels.triton.share import locate, request_length, units
 from flash_mla.kernels.triton.tiles import power_of_2
 
 # --- Config ---

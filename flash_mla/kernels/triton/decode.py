@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
 from flash_mla.kernels.triton.share import BLOCK, block_id, locate, request_length, slot, units
-from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen_k
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, smem_bytes, widening
 
@@ -36,9 +36,9 @@ from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, sm
 class Config:
     """Tiles of one decode problem on one target.
 
-    tile_m query rows by tile_n tokens (a divisor of 64); d_main + d_rest columns of K, dv_tile of V; reuse says that V
-    is taken from the K tile; programs is 0 where every item is one program; pdl lets the combine start before decode has
-    ended (programmatic dependent launch, NVIDIA from sm_90).
+    tile_m query rows by tile_n tokens (a divisor of 64); d_main + d_rest columns of K, dv_tile of V; reuse says V
+    is taken from the K tile; programs is 0 where every item is one program; pdl lets the combine start before decode
+    has ended (programmatic dependent launch, NVIDIA from sm_90).
     """
 
     tile_m: int
@@ -101,9 +101,13 @@ def config(
     programs = max(1, target.multiprocessors * per_sm // -(-rows // tile_m))
     if table_blocks == 1 or B * Hk >= programs * table_blocks:
         programs = 0
+    # an early combine saves 7 us of 23 where decode leaves SMs idle (H200, one request of 1024 tokens), and costs 37 us
+    # of 73 where it does not (32768 tokens): the combine's programs then take decode's place
+    idle = B * Hk * table_blocks <= target.multiprocessors
+    pdl = target.backend == "cuda" and target.arch >= 90 and idle
     return Config(
         tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), precision(itemsize, target),
-        programs, target.backend == "cuda" and target.arch >= 90, warps, stages,
+        programs, pdl, warps, stages,
     )  # fmt: skip
 
 
@@ -124,7 +128,7 @@ def decode_kernel(
     sink_ptr,  # [Hq]
     out_ptr,  # [B, Hq, S_q, Dv] contiguous
     lse_ptr,  # [B, Hq, S_q] contiguous
-    partial_ptr,  # out_partial [2 * programs, m_tiles * TILE_M, DV_TILE], then lse_partial [2 * programs, m_tiles * TILE_M]
+    partial_ptr,  # out_partial [2 * programs, rows, DV_TILE], lse_partial [2 * programs, rows]; rows m_tiles * TILE_M
     softmax_scale,  # its magnitude; FLIP has its sign
     B,
     Hk,
@@ -208,10 +212,10 @@ def decode_kernel(
         # load q
         q_rows = b64 * stride_qb + head.to(tl.int64) * stride_qh + query * stride_qs
         q_tile = q_ptr + q_rows[:, None]
-        q = widen_k(tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0), WIDEN)
+        q = widen(tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0), WIDEN)
         if D_REST > 0:
             r_live = row_live[:, None] & (offs_r < D)[None, :]
-            q_rest = widen_k(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
+            q_rest = widen(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
         else:
             q_rest = q
 

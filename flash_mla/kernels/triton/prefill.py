@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
 from flash_mla.kernels.triton.share import BLOCK, block_id, slot
-from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen_k
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, smem_bytes, widening
 
@@ -45,7 +45,9 @@ class Config:
     stages: int
 
 
-def config(*, P: int, D: int, Dv: int, paged: bool, alias: bool, block_mask: bool, itemsize: int, target: Target) -> Config:
+def config(
+    *, P: int, D: int, Dv: int, paged: bool, alias: bool, block_mask: bool, itemsize: int, target: Target
+) -> Config:
     """The tiles for these dims: pure arithmetic, no device."""
     d_main, d_rest = head_tiles(D)
     reuse = alias and d_main >= Dv
@@ -61,13 +63,17 @@ def config(*, P: int, D: int, Dv: int, paged: bool, alias: bool, block_mask: boo
     tile_m = min(tile_m, max(16, power_of_2(P)))
 
     warps = 8 if tile_m * dv_tile > 64 * 128 or (target.wgmma and tile_m == 128) else 4
-    wgmma = target.wgmma and tile_m >= 64 and itemsize < 4
+    in_place = target.in_place and tile_m >= 64 and itemsize < 4
 
     stages, tile_n = 2, 16
     # 128 keys a tile on Hopper at D 128: 435 TFLOP/s causal on the H200 against 386 at 64; a page has 64
-    wide = ((3, 128),) if wgmma and d_main == dv_tile == 128 and d_rest == 0 and not paged and not block_mask else ()
+    wide = (
+        ((3, 128),)
+        if target.wgmma and in_place and d_main == dv_tile == 128 and d_rest == 0 and not paged and not block_mask
+        else ()
+    )
     for candidate in (*wide, (3, 64), (2, 64), (3, 32), (2, 32)):
-        if smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], wgmma) <= target.smem:
+        if smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], in_place) <= target.smem:
             stages, tile_n = candidate
             break
     return Config(
@@ -219,10 +225,10 @@ def prefill_kernel(
 
     # load q
     q_tile = q_ptr + (b64 * stride_qb + head.to(tl.int64) * stride_qh) + (rows.to(tl.int64) * stride_qs)[:, None]
-    q = widen_k(tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0), WIDEN)
+    q = widen(tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0), WIDEN)
     if D_REST > 0:
         r_live = row_live[:, None] & (offs_r < D)[None, :]
-        q_rest = widen_k(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
+        q_rest = widen(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
     else:
         q_rest = q
 
@@ -233,7 +239,7 @@ def prefill_kernel(
         table_row = table_ptr + b64 * stride_tb
     mask_rows = mask_ptr
     if MASK != "none":
-        mask_rows = mask_ptr + (b64 * stride_mb + head.to(tl.int64) * stride_mh) + (rows.to(tl.int64) * stride_ms)  # [TILE_M]
+        mask_rows = mask_ptr + (b64 * stride_mb + head.to(tl.int64) * stride_mh) + rows.to(tl.int64) * stride_ms
 
     # the keys that some row sees, [0, end), and that every row sees, [0, whole)
     end = key_end(seq_lens_ptr, b, S_kv)
@@ -364,9 +370,9 @@ def arguments(
     # (batch, head, block); contiguous K has no block
     strides = [x.stride()[:3] if paged else (x.stride(0), x.stride(1), 0) for x in (k, v)]
     kind = "none" if mask is None else "float" if mask.is_floating_point() else "bool"
-    lists = (0, 0)
+    lists = [0, 0]
     if num_kept is not None:
-        lists = tuple(num_kept.stride(i) if num_kept.shape[i] > 1 else 0 for i in (0, 1))
+        lists = [num_kept.stride(i) if num_kept.shape[i] > 1 else 0 for i in (0, 1)]
     return (
         q, k, v, block_table, seq_lens, start_pos, mask, kept, num_kept, q_descale, k_descale, v_descale, attn_sink,
         out, lse, abs(softmax_scale),

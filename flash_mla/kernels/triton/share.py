@@ -50,7 +50,7 @@ def slot(t):
 
 @triton.jit
 def locate(seq_lens_ptr, B, table_blocks, Hk, programs, index):
-    """Where share `index` of `programs` begins: (units of the call, units a share, request, the request's first unit)."""
+    """Where share `index` of `programs` begins: (units in all, units a share, request, the request's first unit)."""
     if B == 1:  # known when the kernel is compiled: a single request skips the sums
         total = units(request_length(seq_lens_ptr, 0, table_blocks)) * Hk
         share = (total + programs - 1) // programs

@@ -25,3 +25,8 @@ class Target:
     def wgmma(self) -> bool:
         """Hopper's warpgroup matrix instructions, which read both operands from shared memory."""
         return self.backend == "cuda" and self.arch // 10 == 9
+
+    @property
+    def in_place(self) -> bool:
+        """Whether matrix instructions of 64 rows and more read K and V where the copies put them (wgmma, tcgen05)."""
+        return self.backend == "cuda" and self.arch // 10 in (9, 10)
