@@ -64,7 +64,9 @@ def test_sparse_decode(format_name, d, h_q, page, extra, lengths):
 def test_sparse_decode_without_a_key():
     cache, _, indices, _ = sparse_scope(2, 1, 16, 64, 576, "fp8_ds_mla", False, 0)
     q = randn(2, 1, 8, 576, g=generator(1))
-    out, lse = decode(q, cache, None, None, 512, None, is_fp8_kvcache=True, indices=indices.fill_(-1))
+    sink = torch.tensor([0.0, -math.inf] * 4)
+    indices.fill_(-1)
+    out, lse = decode(q, cache, None, None, 512, None, is_fp8_kvcache=True, indices=indices, attn_sink=sink)
     assert not out.any()
     assert (lse == math.inf).all()
 
