@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from flash_mla.backends import ORDER, Backend, backend
 from flash_mla.errors import DeviceError
-from flash_mla.problem import DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem
+from flash_mla.problem import Args, Problem
 
 
 class Plan(NamedTuple):
@@ -16,16 +16,16 @@ class Plan(NamedTuple):
 
     name: str
     backend: Backend
-    problem: DecodeProblem | PrefillProblem
+    problem: Problem
     config: Hashable
 
-    def launch(self, args: DecodeArgs | PrefillArgs) -> None:
+    def launch(self, args: Args) -> None:
         """Fill args.out and args.lse."""
         self.backend.launch(self.problem, self.config, args)
 
 
 @lru_cache(maxsize=4096)
-def plan(problem: DecodeProblem | PrefillProblem, name: str | None = None) -> Plan:
+def plan(problem: Problem, name: str | None = None) -> Plan:
     """The first backend that does not refuse; an explicit name never falls back."""
     if name is not None and name not in ORDER:
         raise DeviceError(

@@ -146,6 +146,71 @@ class PrefillArgs(NamedTuple):
     lse: Tensor | None
 
 
+class SparseSet(NamedTuple):
+    """The keys of a sparse call that lie in one cache: what selects a kernel.
+
+    `pages` pages of `page` rows; cache_strides (page, row) in elements of the cache; index_strides (request, query).
+    """
+
+    topk: int
+    pages: int
+    page: int
+    cache_strides: tuple[int, int]
+    index_strides: tuple[int, int]
+    lengths: bool
+
+
+class SparseProblem(NamedTuple):
+    """Token-sparse attention with one KV head: each query names the rows it attends to, in one cache or in two.
+
+    `format` names the row format (`quant.FORMATS`) of the caches; None: rows of D in q's dtype. V is the first Dv
+    columns of a row. Prefill is the case S_q = 1 with one page, B the number of query tokens.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    B: int
+    S_q: int
+    Hq: int
+    D: int
+    Dv: int
+    format: str | None
+    sets: tuple[SparseSet, ...]
+    q_strides: tuple[int, ...]
+    sink: bool
+    max_logits: bool
+
+
+class SparseKeys(NamedTuple):
+    """One cache of a sparse call and what is read of it.
+
+    cache [pages, page, D] in q's dtype, or [pages, page, row_bytes] uint8 of a row format; indices [B, S_q, topk]
+    int32 or int64, page * page_size + row, where a negative one or one past the last row names no key; lengths [B]
+    int32 or int64: only the leftmost so many indices count (None: all).
+    """
+
+    cache: Tensor
+    indices: Tensor
+    lengths: Tensor | None
+
+
+class SparseArgs(NamedTuple):
+    """The tensors of one sparse call, normalised.
+
+    q [B, S_q, Hq, D], last dim contiguous; keys of one cache or two; attn_sink [Hq] FP32; out [B, S_q, Hq, Dv] in q's
+    dtype; lse [B, S_q, Hq] FP32, natural log, -inf on a row without keys; max_logits [B, S_q, Hq] FP32, the greatest
+    scaled score of the row. All outputs contiguous.
+    """
+
+    q: Tensor
+    keys: tuple[SparseKeys, ...]
+    attn_sink: Tensor | None
+    softmax_scale: float
+    out: Tensor
+    lse: Tensor
+    max_logits: Tensor | None
+
+
 class AppendArgs(NamedTuple):
     """New rows for a paged cache: token i of request b goes to position `start_pos[b] + i`.
 
@@ -161,3 +226,7 @@ class AppendArgs(NamedTuple):
     block_table: Tensor
     start_pos: Tensor | None
     num_tokens: Tensor | None
+
+
+Problem = DecodeProblem | PrefillProblem | SparseProblem
+Args = DecodeArgs | PrefillArgs | SparseArgs

@@ -13,13 +13,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_mla.problem import FP8, AppendArgs, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem
+from flash_mla.problem import (
+    FP8,
+    AppendArgs,
+    Args,
+    DecodeArgs,
+    DecodeProblem,
+    PrefillArgs,
+    PrefillProblem,
+    Problem,
+    SparseArgs,
+    SparseProblem,
+)
 
 try:
     import triton
 
+    from flash_mla.backends import triton_sparse
     from flash_mla.kernels.triton import append as append_rows
-    from flash_mla.kernels.triton import combine, decode, prefill
+    from flash_mla.kernels.triton import combine, decode, prefill, sparse
     from flash_mla.kernels.triton.launcher import Launcher
     from flash_mla.kernels.triton.target import Target
 except ImportError as error:
@@ -82,7 +94,7 @@ def device_of(device: torch.device) -> torch.cuda.device | torch.xpu.device | nu
     return nullcontext()
 
 
-def refuse(problem: DecodeProblem | PrefillProblem) -> str | None:
+def refuse(problem: Problem) -> str | None:
     """Why the Triton kernels cannot run this problem, or None."""
     if reason := available():
         return reason
@@ -91,6 +103,8 @@ def refuse(problem: DecodeProblem | PrefillProblem) -> str | None:
         return f"tensors are on {problem.device}; Triton's kernels take {wanted}"
     if target(problem.device).backend == "cuda" and target(problem.device).arch < 80:
         return f"needs compute capability 8.0 or later; this GPU has {target(problem.device).arch / 10}"
+    if isinstance(problem, SparseProblem):
+        return triton_sparse.refuse(problem)
     if isinstance(problem, DecodeProblem) and not (problem.Nblk and problem.table_blocks):
         return "the cache or the block table has no block"
     for name, columns in (("D", problem.D), ("Dv", problem.Dv)):
@@ -102,9 +116,11 @@ def refuse(problem: DecodeProblem | PrefillProblem) -> str | None:
     return None
 
 
-def config(problem: DecodeProblem | PrefillProblem, on: Target | None = None) -> DecodeConfig | prefill.Config:
+def config(problem: Problem, on: Target | None = None) -> DecodeConfig | prefill.Config | sparse.Config:
     """The kernels' tiles for a problem, on its device or on the target given."""
     on = on or target(problem.device)
+    if isinstance(problem, SparseProblem):
+        return triton_sparse.config(problem, on)
     if isinstance(problem, PrefillProblem):
         return prefill.config(
             P=problem.P, D=problem.D, Dv=problem.Dv, paged=problem.paged, alias=problem.alias,
@@ -120,13 +136,17 @@ def config(problem: DecodeProblem | PrefillProblem, on: Target | None = None) ->
 
 
 def launch(
-    problem: DecodeProblem | PrefillProblem,
-    config: DecodeConfig | prefill.Config,
-    args: DecodeArgs | PrefillArgs,
+    problem: Problem,
+    config: DecodeConfig | prefill.Config | sparse.Config,
+    args: Args,
 ) -> None:
     """Fill args.out and args.lse. Allocates workspace only and reads no value."""
     with device_of(problem.device):
-        if isinstance(args, DecodeArgs):
+        if isinstance(args, SparseArgs):
+            assert isinstance(problem, SparseProblem)
+            assert isinstance(config, sparse.Config)
+            triton_sparse.launch(problem, config, args)
+        elif isinstance(args, DecodeArgs):
             assert isinstance(problem, DecodeProblem)
             assert isinstance(config, DecodeConfig)
             launch_decode(problem, config, args)

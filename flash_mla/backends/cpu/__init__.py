@@ -10,6 +10,8 @@ Partial results meet in `merge`.
 Prefill runs one request at a time through the same op; masks and block layouts go through tiles of query rows, so that
 no bias of [P, P] exists.
 
+Sparse attention gathers the named rows in slices, and multiplies.
+
 It runs everything that the contract admits, forward only.
 """
 
@@ -20,7 +22,8 @@ import torch
 from flash_mla.backends.cpu.append import append
 from flash_mla.backends.cpu.decode import decode
 from flash_mla.backends.cpu.prefill import prefill
-from flash_mla.problem import DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem
+from flash_mla.backends.cpu.sparse import sparse
+from flash_mla.problem import Args, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem, Problem, SparseArgs
 
 __all__ = ["append", "available", "config", "launch", "refuse"]
 
@@ -30,22 +33,25 @@ def available() -> str | None:
     return None
 
 
-def refuse(problem: DecodeProblem | PrefillProblem) -> str | None:
+def refuse(problem: Problem) -> str | None:
     """Only tensors elsewhere are refused."""
     return None if problem.device.type == "cpu" else f"the tensors are on {problem.device}, not on the CPU"
 
 
-def config(problem: DecodeProblem | PrefillProblem) -> None:
+def config(problem: Problem) -> None:
     """Nothing is chosen ahead: the runs of blocks decide."""
     return
 
 
 @torch.no_grad()
-def launch(problem: DecodeProblem | PrefillProblem, config: None, args: DecodeArgs | PrefillArgs) -> None:
+def launch(problem: Problem, config: None, args: Args) -> None:
     """Fill args.out and args.lse."""
     if isinstance(problem, DecodeProblem):
         assert isinstance(args, DecodeArgs)
         decode(problem, args)
-    else:
+    elif isinstance(problem, PrefillProblem):
         assert isinstance(args, PrefillArgs)
         prefill(problem, args)
+    else:
+        assert isinstance(args, SparseArgs)
+        sparse(problem, args)

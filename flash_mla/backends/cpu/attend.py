@@ -9,10 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_mla.merge import apply_sink, merge
-from flash_mla.problem import FP8, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem
+from flash_mla.problem import BLOCK, FP8, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem
 
 BIAS_BYTES = 16 << 20
 """Most bytes of FP32 bias at a time."""
+
+EXACT_KEYS = BLOCK
+"""Rows of so few keys are attended in FP32: in BF16 the op's exponential errs by 5e-5, and where a row sees one key its
+lse is the score itself, which may be near 0."""
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -37,6 +41,9 @@ def attend(
     Returns:
         out [N, H, M, Dv] and the natural-log lse [N, H, M] FP32; rows whose bias is -inf throughout give 0 and -inf.
     """
+    if q.dtype != torch.float32 and few_keys(k.shape[2], bias):
+        wide = attend(q.float(), k.float(), None if v is None else v.float(), Dv, scale, bias, causal)
+        return wide[0].to(q.dtype), wide[1]
     D = q.shape[-1]
     if v is None:
         v = k
@@ -51,6 +58,14 @@ def attend(
     return out[..., :Dv], lse
 
 
+def few_keys(keys: int, bias: Tensor | None) -> bool:
+    """Whether a row sees at most EXACT_KEYS keys, and one at least."""
+    if keys <= EXACT_KEYS or bias is None:
+        return keys <= EXACT_KEYS
+    seen = (bias > -math.inf).sum(-1)
+    return bool(((seen > 0) & (seen <= EXACT_KEYS)).any())
+
+
 def merge_two(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Merge (out, lse) pairs over disjoint keys, in FP32."""
     return merge(torch.stack([one[0].float(), other[0].float()]), torch.stack([one[1], other[1]]))
@@ -59,7 +74,7 @@ def merge_two(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple
 def to_bias(mask: Tensor) -> Tensor:
     """Bool (True = attend) or floating -> FP32 addend."""
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+        return torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, -math.inf)
     return mask.float()
 
 
@@ -69,7 +84,7 @@ def grouped_rows(problem: DecodeProblem | PrefillProblem, args: DecodeArgs | Pre
     dtype = compute_dtype(problem.dtype)
     if args.q_descale is None and args.k_descale is None:
         return q.to(dtype)
-    factor = torch.ones(problem.B, problem.Hk)
+    factor = torch.ones(problem.B, problem.Hk, dtype=torch.float32)
     for descale in (args.q_descale, args.k_descale):
         if descale is not None:
             factor = factor * descale

@@ -239,8 +239,8 @@ def merge_parts(problem: DecodeProblem, parts: list[Part]) -> tuple[Tensor, Tens
     if len(parts) == 1 and parts[0][0] == slice(0, problem.B):
         return parts[0][1:]
     rows = problem.ratio * problem.S_q
-    out = torch.zeros(problem.B, problem.Hk, rows, problem.Dv)
-    lse = torch.full((problem.B, problem.Hk, rows), -math.inf)
+    out = torch.zeros(problem.B, problem.Hk, rows, problem.Dv, dtype=torch.float32)
+    lse = torch.full((problem.B, problem.Hk, rows), -math.inf, dtype=torch.float32)
     for requests, *part in parts:
         out[requests], lse[requests] = merge_two((out[requests], lse[requests]), (part[0], part[1]))
     return out, lse

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flash_mla.backends.cpu.attend import (
     BIAS_BYTES,
+    EXACT_KEYS,
     attend,
     compute_dtype,
     grouped_rows,
@@ -33,7 +34,7 @@ def prefill(problem: PrefillProblem, args: PrefillArgs) -> None:
         k = request_rows(args.k, args.block_table, b, keys).to(dtype)
         v = None if problem.alias else request_rows(args.v, args.block_table, b, keys).to(dtype)
         if not keys:
-            out, lse = q.new_zeros(*q.shape[1:4], problem.Dv), torch.full(q.shape[1:4], -math.inf)
+            out, lse = q.new_zeros(*q.shape[1:4], problem.Dv), torch.full(q.shape[1:4], -math.inf, dtype=torch.float32)
         elif plain:
             out, lse = attend_plain(problem, args.softmax_scale, q[b], k, v, start)
         else:
@@ -81,6 +82,9 @@ def attend_plain(
     if not inside:
         return part(q, slice(0, keys))
     out, lse = part(q[:, :, :inside], slice(start, start + inside), causal=True)
+    if not start:  # rows with few keys again, see EXACT_KEYS
+        few = slice(0, min(EXACT_KEYS, inside))
+        out[:, :, few], lse[:, :, few] = part(q[:, :, few], few, causal=True)
     if start:
         out, lse = merge_two((out, lse), part(q[:, :, :inside], slice(0, start)))
     if inside == problem.P:
@@ -100,7 +104,7 @@ def attend_tiles(
     With a block mask a tile is one row of blocks, and blocks that the mask drops are neither read nor computed.
     """
     out = q.new_zeros(*q.shape[:3], problem.Dv)
-    lse = torch.full(q.shape[:3], -math.inf)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32)
     mask = None if args.mask is None else args.mask[b].unflatten(0, (problem.Hk, problem.ratio))
     blocks = None if args.block_mask is None else args.block_mask[b].unflatten(0, (problem.Hk, problem.ratio))
     tile = BLOCK if blocks is not None else max(BLOCK, BIAS_BYTES // (torch.float32.itemsize * k.shape[1]))

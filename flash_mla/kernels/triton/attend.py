@@ -123,4 +123,5 @@ def normalise(acc, row_max, row_sum):
 def sink_factor(lse2, sink):
     """exp(lse) / (exp(lse) + exp(sink)): what is left of a row's weight beside one logit that gives no value."""
     # exp2 overflows to inf for a sink far above lse, and 1 / inf is the right limit
-    return 1.0 / (1.0 + tl.exp2(sink * LOG2E - lse2))
+    # a row without a key is 0 already; a sink of -inf would make it NaN
+    return tl.where(lse2 == float("-inf"), 0.0, 1.0 / (1.0 + tl.exp2(sink * LOG2E - lse2)))

@@ -1,0 +1,103 @@
+"""Sparse problems to the Triton kernels' arguments: a cache in q's dtype or in a row format, as strided parts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_mla.kernels.triton import sparse
+from flash_mla.kernels.triton.target import Target
+from flash_mla.kernels.triton.tiles import power_of_2
+from flash_mla.problem import SparseArgs, SparseProblem
+from flash_mla.quant import FORMATS, RowFormat
+
+
+class Parts(NamedTuple):
+    """[pages, page, n] views: all columns in q's dtype, or a row format's e4m3 codes, BF16 rope and scales."""
+
+    codes: Tensor
+    rope: Tensor | None
+    scales: Tensor | None
+
+
+def refuse(problem: SparseProblem) -> str | None:
+    """Why the kernel cannot run this problem, or None."""
+    if problem.D > 576 or problem.D % 8:
+        return f"D must be a multiple of 8, at most 576; it is {problem.D}"
+    if problem.Dv > 512 or problem.Dv > sparse.head_tiles(problem.D)[0]:
+        return f"V must lie in K's first {sparse.head_tiles(problem.D)[0]} columns, one tile; Dv is {problem.Dv}"
+    return None
+
+
+def config(problem: SparseProblem, target: Target) -> sparse.Config:
+    """The kernel's tiles; max_logits is not kept through a merge, and its callers have tokens enough."""
+    return sparse.config(
+        tokens=problem.B * problem.S_q,
+        Hq=problem.Hq,
+        D=problem.D,
+        topk=sum(keys.topk for keys in problem.sets),
+        itemsize=problem.dtype.itemsize,
+        quantised=problem.format is not None,
+        split=not problem.max_logits,
+        target=target,
+    )
+
+
+def parts(cache: Tensor, fmt: RowFormat | None) -> Parts:
+    """The parts of a cache [pages, page, D or row_bytes], as views."""
+    if fmt is None:
+        return Parts(cache, None, None)
+    pages, page, size = cache.shape
+    rope_bytes = 2 * fmt.rope
+    if fmt.page_split:
+        first, pitch, row = cache.storage_offset(), cache.stride(0), size - fmt.scale_bytes
+        rows = cache.as_strided((pages, page, row), (pitch, row, 1), first)
+        scales = cache.as_strided((pages, page, fmt.scale_bytes), (pitch, fmt.scale_bytes, 1), first + page * row)
+        codes, rope = rows.split([fmt.quantised, rope_bytes], dim=2)
+    else:
+        codes, scales, rope = cache.split([fmt.quantised, fmt.scale_bytes, rope_bytes], dim=2)
+    # e8m0 scales stay bytes
+    scales = scales.view(torch.float32) if fmt.scale_dtype == torch.float32 and fmt.scale_bytes else scales
+    return Parts(codes, rope.view(torch.bfloat16) if fmt.rope else codes, scales if fmt.scale_bytes else codes)
+
+
+def arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None) -> tuple:
+    """sparse_kernel's arguments, in its order."""
+    fmt = None if problem.format is None else FORMATS[problem.format]
+    tensors: list[Tensor | None] = []
+    numbers: list[int] = []
+    for keys in args.keys:
+        cache = parts(keys.cache, fmt)
+        tensors += [keys.indices, keys.lengths, *cache]
+        numbers += [keys.indices.shape[2], *keys.cache.shape[:2], *keys.indices.stride()[:2], *sparse.strides(*cache)]
+    if len(args.keys) == 1:
+        tensors += [None] * 5
+        numbers += [0] * 11
+    quantised, group, e8m0 = 0, 0, False
+    if fmt is not None:
+        quantised, group, e8m0 = fmt.quantised, fmt.tile or 0, fmt.scale_dtype != torch.float32
+    return (
+        args.q, *tensors, args.attn_sink, args.out, args.lse, args.max_logits, partial, args.softmax_scale,
+        problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], *numbers, problem.S_q, problem.D, problem.Dv,
+        quantised, group, e8m0, config.native, config.splits, config.tile_m, config.tile_n, config.d_main,
+        config.d_rest, config.precision,
+    )  # fmt: skip
+
+
+def launch(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> None:
+    """One kernel, and a merge where the keys of a token are split."""
+    tokens = problem.B * problem.S_q
+    rows = tokens * problem.Hq
+    partial = None
+    if config.splits > 1:
+        partial = args.q.new_empty(config.splits * rows * (problem.Dv + 1), dtype=torch.float32)
+    sparse.sparse_kernel[sparse.grid(config, tokens, problem.Hq)](
+        *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
+    )
+    if partial is not None:
+        sparse.merge_kernel[(rows,)](
+            partial, args.attn_sink, args.out, args.lse, rows, problem.Hq, problem.Dv, power_of_2(problem.Dv),
+            config.splits, num_warps=4,
+        )  # fmt: skip

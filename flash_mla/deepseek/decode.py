@@ -1,0 +1,280 @@
+"""Decode over a pool: dense through our own decode, sparse through the sparse launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_mla.contract import (
+    check_grouping,
+    check_head_dims,
+    check_index,
+    check_last_dim,
+    check_on,
+    check_rank,
+    check_sink,
+    check_tensor,
+    named,
+    out_dtype,
+)
+from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
+from flash_mla.deepseek.sparse import row_format, sparse, sparse_keys
+from flash_mla.errors import BlockCountError, DTypeError, ShapeError
+from flash_mla.plan import plan
+from flash_mla.problem import BLOCK, FP8, DecodeArgs, DecodeProblem
+
+
+@dataclass
+class FlashMLASchedMeta:
+    """What DeepSeek's get_mla_metadata returns. Empty: our kernels find their work on the device, at every call.
+
+    The attributes are theirs, for code that reads or resets them; nothing here does, so one object serves calls of any
+    shape and of any lengths.
+    """
+
+    have_initialized: bool = False
+    config: Any = None
+    tile_scheduler_metadata: Tensor | None = None
+    num_splits: Tensor | None = None
+
+
+def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None]:
+    """(an empty FlashMLASchedMeta, None), for any arguments, old interface or new."""
+    return FlashMLASchedMeta(), None
+
+
+def flash_mla_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    head_dim_v: int,
+    tile_scheduler_metadata: Any = None,
+    num_splits: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    extra_k_cache: Tensor | None = None,
+    extra_indices_in_kvcache: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """MLA or GQA decode over a pool: dense, or over the tokens that `indices` names.
+
+    Args:
+        q: [b, s_q, h_q, d], BF16, FP16 or (CPU, Triton) FP32; last dim contiguous.
+        k_cache: [num_blocks, page, h_kv, d] in q's dtype, whose first head_dim_v columns are V; or, with
+            is_fp8_kvcache, the bytes of a row format (fp8_ds_mla 656, model1 584, v4.1 528, flat 576 with factor 1) as
+            [num_blocks, page, 1, bytes], told apart by their size.
+        block_table: [b, max_blocks] int32, pages of the pool; dense only, else None or anything.
+        cache_seqlens: [b] int32, tokens of each request; dense only.
+        head_dim_v: columns of a row that are V.
+        tile_scheduler_metadata, num_splits: not used.
+        softmax_scale: 1/sqrt(d) if None.
+        causal: query i of s_q sees keys t <= cache_seqlens[b] - s_q + i; otherwise every key. Dense only.
+        is_fp8_kvcache: the caches hold a row format; sparse only.
+        indices: [b, s_q, topk] int32, block * page + offset in the pool; a negative one or one past the pool names no
+            token. Given: sparse attention, with h_kv = 1 and pages of any length.
+        attn_sink: [h_q] FP32: out is scaled by exp(lse) / (exp(lse) + exp(attn_sink)); lse is not.
+        extra_k_cache, extra_indices_in_kvcache: a second cache of the same format, [.., page2, 1, ..], and its indices
+            [b, s_q, topk2]: attended together with the first.
+        topk_length, extra_topk_length: [b] int32, only the leftmost so many indices of each row count.
+        backend: run this backend or raise; None takes the first that can.
+
+    Returns:
+        out [b, s_q, h_q, head_dim_v] in q's dtype, contiguous; lse [b, h_q, s_q] FP32. A query without keys: 0, +inf.
+
+    Raises:
+        FlashMLAError: a subclass that names what does not fit. Values are not checked.
+    """
+    check_query(q, "[b, s_q, h_q, d]", 4)
+    check_tensor("k_cache", k_cache)
+    check_rank("k_cache", k_cache.shape, 4, "[num_blocks, page, h_kv, d]")
+    if indices is None:
+        sparse_only = (extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
+        if is_fp8_kvcache or any(x is not None for x in sparse_only):
+            raise ShapeError(
+                f"indices None, is_fp8_kvcache = {is_fp8_kvcache}",
+                "indices with is_fp8_kvcache, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length",
+                "These arguments belong to sparse attention",
+                "Pass indices; for a dense FP8 cache call flash_mla_with_kvcache_fp8",
+            )
+        return dense(
+            q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, (None, None), attn_sink, backend
+        )
+    if causal:
+        raise ShapeError(
+            "causal = True and indices",
+            "causal = False with indices",
+            "Indices alone say what a query sees",
+            "Leave later tokens out of indices",
+        )
+    if (extra_k_cache is None) != (extra_indices_in_kvcache is None) or (
+        extra_k_cache is None and extra_topk_length is not None
+    ):
+        raise ShapeError(
+            f"extra_k_cache {'omitted' if extra_k_cache is None else 'given'}, extra_indices_in_kvcache "
+            f"{'omitted' if extra_indices_in_kvcache is None else 'given'}",
+            "both or neither, and extra_topk_length only with them",
+            "A cache is read through its indices",
+        )
+    fmt = row_format(q, k_cache) if is_fp8_kvcache else None
+    keys = [sparse_keys(q, fmt, "", k_cache, indices, topk_length)]
+    if extra_k_cache is not None and extra_indices_in_kvcache is not None:
+        keys.append(sparse_keys(q, fmt, "extra_", extra_k_cache, extra_indices_in_kvcache, extra_topk_length))
+    out, lse, _ = sparse(q, fmt, keys, head_dim_v, softmax_scale, attn_sink, False, backend)
+    return out, lse.transpose(1, 2)
+
+
+def flash_mla_with_kvcache_fp8(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: Any = None,
+    num_splits: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    descale_q: Tensor | None = None,
+    descale_k: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dense decode of e4m3 q over an e4m3 pool, as in vLLM's copy.
+
+    Args:
+        q: [b, s_q, h_q, d] e4m3; k_cache: [num_blocks, page, h_kv, d] e4m3.
+        descale_q, descale_k: [1] or [b] FP32, the factor from the stored to the real value; 1 if None.
+
+    The others, and what is returned (out in BF16), are as in flash_mla_with_kvcache.
+    """
+    check_query(q, "[b, s_q, h_q, d]", 4)
+    check_tensor("k_cache", k_cache)
+    check_rank("k_cache", k_cache.shape, 4, "[num_blocks, page, h_kv, d]")
+    if q.dtype != FP8:
+        raise DTypeError(f"q {q.dtype}", f"q {FP8}", "The function is for FP8", "Call flash_mla_with_kvcache")
+    descales = (descale_q, descale_k)
+    return dense(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, descales, None, backend)
+
+
+# --- Dense ------------------------------------------------------------------------------------------------------------
+def dense(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    Dv: int,
+    softmax_scale: float | None,
+    causal: bool,
+    descales: tuple[Tensor | None, Tensor | None],
+    attn_sink: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Our own decode over the pool as a page view.
+
+    Our decode is causal. Without causality all s_q queries see the same keys, which is what heads of one group do, so
+    they go in as heads.
+    """
+    if block_table is None or cache_seqlens is None:
+        raise ShapeError(
+            "indices None, block_table or cache_seqlens None",
+            "block_table and cache_seqlens, or indices",
+            "Dense attention finds its tokens through them",
+            "Pass block_table [b, max_blocks] and cache_seqlens [b], or indices for sparse attention",
+        )
+    B, S_q, Hq, D = q.shape
+    check_same_dtype(q, "k_cache", k_cache)
+    check_on(q.device, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens)
+    check_last_dim("k_cache", k_cache)
+    Hk = k_cache.shape[2]
+    check_grouping(Hq, Hk)
+    check_head_dims(D, Dv)
+    if k_cache.shape[3] != D or Dv > D:
+        raise ShapeError(
+            f"{named(q=q, k_cache=k_cache)}, head_dim_v = {Dv}",
+            "k_cache [num_blocks, page, h_kv, d] with q's d, and head_dim_v <= d",
+            "V is the first head_dim_v columns of K",
+        )
+    check_index("block_table", block_table, (B, -1), "[b, max_blocks]")
+    check_index("cache_seqlens", cache_seqlens, (B,), "[b]")
+    check_sink(attn_sink, Hq, q.device)
+    k, table = as_blocks(k_cache, block_table)
+    k = k.permute(2, 0, 1, 3).expand(B, -1, -1, -1, -1)  # [B, Hk, Nblk, 64, D]
+    ratio = Hq // Hk
+    fold = S_q > 1 and not causal
+    if fold:
+        q = q.unflatten(2, (Hk, ratio)).transpose(1, 2).reshape(B, Hk * S_q * ratio, 1, D)
+        if attn_sink is not None:
+            attn_sink = attn_sink.view(Hk, 1, ratio).expand(-1, S_q, -1).flatten()
+    else:
+        q = q.transpose(1, 2).contiguous()
+    factors = [None if x is None else x.to(torch.float32).view(-1, 1).expand(B, Hk) for x in descales]
+    rows = q.shape[:3]
+    problem = DecodeProblem(
+        device=q.device,
+        dtype=q.dtype,
+        out_dtype=out_dtype(q.dtype),
+        B=B,
+        Hq=rows[1],
+        Hk=Hk,
+        S_q=rows[2],
+        D=D,
+        Dv=Dv,
+        Nblk=k.shape[2],
+        table_blocks=table.shape[1],
+        q_strides=q.stride(),
+        k_strides=k.stride(),
+        v_strides=k.stride(),
+        alias=True,
+        mask="none",
+        descale=factors != [None, None],
+        sink=attn_sink is not None,
+    )
+    args = DecodeArgs(
+        q=q,
+        k=k,
+        v=k[..., :Dv],
+        block_table=table,
+        seq_lens=cache_seqlens.contiguous(),
+        mask=None,
+        q_descale=factors[0],
+        k_descale=factors[1],
+        v_descale=factors[1],
+        attn_sink=attn_sink,
+        softmax_scale=D**-0.5 if softmax_scale is None else softmax_scale,
+        out=q.new_empty((*rows, Dv), dtype=problem.out_dtype),
+        lse=q.new_empty(rows, dtype=torch.float32),
+    )
+    plan(problem, backend).launch(args)
+    assert args.lse is not None
+    out, lse = args.out, empty_is_inf(args.lse)
+    if fold:
+        out = out.view(B, Hk, S_q, ratio, Dv).transpose(1, 2).reshape(B, S_q, Hq, Dv)
+        return out, lse.view(B, Hk, S_q, ratio).transpose(2, 3).reshape(B, Hq, S_q)
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def as_blocks(pool: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """A pool and table of pages of 64m tokens as one of 64-token blocks, without copying the pool."""
+    page = pool.shape[1]
+    parts = page // BLOCK
+    if page % BLOCK or (parts > 1 and pool.stride(0) != page * pool.stride(1)):
+        raise BlockCountError(
+            f"{named(k_cache=pool)} with strides {pool.stride()}: pages of {page} tokens",
+            f"pages of a multiple of {BLOCK} tokens, and those of more than {BLOCK} one after another in memory",
+            f"Dense attention reads blocks of {BLOCK} tokens where they lie",
+            f"Use pages of {BLOCK} tokens, or sparse attention, whose indices take pages of any length",
+        )
+    if parts == 1:
+        return pool, table.contiguous()
+    # int64: an unused entry may be 2^31-1
+    table = (table.long().unsqueeze(2) * parts + torch.arange(parts, device=table.device)).flatten(1)
+    return pool.unflatten(1, (parts, BLOCK)).flatten(0, 1), table

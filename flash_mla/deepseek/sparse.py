@@ -1,0 +1,161 @@
+"""Token-sparse attention: the prefill function, and the checks and launch that sparse decode shares with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_mla.contract import (
+    check_head_dims,
+    check_index,
+    check_last_dim,
+    check_on,
+    check_rank,
+    check_sink,
+    check_tensor,
+    named,
+)
+from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
+from flash_mla.errors import HeadGroupingError, ShapeError
+from flash_mla.plan import plan
+from flash_mla.problem import FP8, SparseArgs, SparseKeys, SparseProblem, SparseSet
+from flash_mla.quant import FORMATS, RowFormat
+
+
+def flash_mla_sparse_fwd(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    d_v: int = 512,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sparse prefill: each query token attends to the rows of kv that it names.
+
+    Args:
+        q: [s_q, h_q, d], BF16, FP16 or (CPU, Triton) FP32; kv: [s_kv, 1, d] in the same dtype; last dims contiguous.
+        indices: [s_q, 1, topk] int32; a negative one or one >= s_kv names no token.
+        sm_scale: of the scores. d_v: columns of kv that are V.
+        attn_sink: [h_q] FP32, as in flash_mla_with_kvcache; no effect on max_logits and lse.
+        topk_length: [s_q] int32, only the leftmost so many indices of each token count.
+        backend: run this backend or raise; None takes the first that can.
+
+    Returns:
+        out [s_q, h_q, d_v] in q's dtype; max_logits [s_q, h_q] FP32, the greatest scaled score; lse [s_q, h_q] FP32,
+        natural log. A query without keys: 0, -inf, +inf.
+    """
+    check_query(q, "[s_q, h_q, d]", 3)
+    check_tensor("kv", kv)
+    check_rank("kv", kv.shape, 3, "[s_kv, h_kv, d]")
+    q = q.unsqueeze(1)
+    keys = [sparse_keys(q, None, "", kv.unsqueeze(0), indices, topk_length)]
+    out, lse, max_logits = sparse(q, None, keys, d_v, sm_scale, attn_sink, True, backend)
+    assert max_logits is not None
+    return out.squeeze(1), max_logits.squeeze(1), lse.squeeze(1)
+
+
+def row_format(q: Tensor, cache: Tensor) -> RowFormat:
+    """The format whose rows are as long as the cache's."""
+    size, D = cache.shape[3], q.shape[3]
+    found = next((fmt for fmt in FORMATS.values() if fmt.row_bytes == size), None)
+    if found is None or found.head_dim != D or q.dtype != torch.bfloat16:
+        known = ", ".join(f"{fmt.name} {fmt.row_bytes} bytes for d = {fmt.head_dim}" for fmt in FORMATS.values())
+        raise ShapeError(
+            f"{named(q=q, k_cache=cache)} {q.dtype}, is_fp8_kvcache = True",
+            f"BF16 q, and rows of one of: {known}",
+            "No row format has rows of that size for this q",
+            "Quantise the cache with flash_mla.quant.FORMATS[name].quantise",
+        )
+    return found
+
+
+def sparse_keys(
+    q: Tensor, fmt: RowFormat | None, prefix: str, cache: Tensor, indices: Tensor, lengths: Tensor | None
+) -> SparseKeys:
+    """One cache of a sparse call, checked: [pages, page, 1, D or bytes] and indices of its rows."""
+    names = (f"{prefix}k_cache", f"{prefix}indices", f"{prefix}topk_length")
+    check_tensor(names[0], cache)
+    check_tensor(names[1], indices)
+    check_on(q.device, **{names[0]: cache, names[1]: indices, names[2]: lengths})
+    check_rank(names[0], cache.shape, 4, "[num_blocks, page, 1, d]")
+    if cache.shape[2] != 1:
+        raise HeadGroupingError(
+            f"{names[0]} {list(cache.shape)}",
+            "h_kv = 1",
+            "Sparse attention is multi-query",
+            "Call once for each KV head",
+        )
+    if fmt is not None:
+        fmt.check(cache)
+        cache = cache.view(torch.uint8)
+    else:
+        check_same_dtype(q, names[0], cache)
+        check_last_dim(names[0], cache)
+        if cache.shape[3] != q.shape[3]:
+            raise ShapeError(named(q=q, **{names[0]: cache}), "the same d", f"`{names[0]}` and q differ in d")
+    check_index(names[1], indices, (*q.shape[:2], -1), "[b, s_q, topk] ([s_q, 1, topk] in prefill)")
+    check_last_dim(names[1], indices)
+    if lengths is not None:
+        check_index(names[2], lengths, q.shape[:1], "[b] ([s_q] in prefill)")
+        lengths = lengths.contiguous()
+    return SparseKeys(cache.squeeze(2), indices, lengths)
+
+
+def sparse(
+    q: Tensor,
+    fmt: RowFormat | None,
+    keys: list[SparseKeys],
+    Dv: int,
+    softmax_scale: float | None,
+    attn_sink: Tensor | None,
+    max_logits: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Plan and launch: (out [B, S_q, Hq, Dv], lse [B, S_q, Hq], max_logits)."""
+    B, S_q, Hq, D = q.shape
+    check_head_dims(D, Dv)
+    check_sink(attn_sink, Hq, q.device)
+    if q.dtype == FP8 or Dv > D:
+        raise ShapeError(
+            f"q {list(q.shape)} {q.dtype}, head_dim_v = {Dv}",
+            "BF16, FP16 or FP32 q, head_dim_v <= d",
+            "V lies inside K",
+        )
+    problem = SparseProblem(
+        device=q.device,
+        dtype=q.dtype,
+        B=B,
+        S_q=S_q,
+        Hq=Hq,
+        D=D,
+        Dv=Dv,
+        format=None if fmt is None else fmt.name,
+        sets=tuple(
+            SparseSet(
+                topk=indices.shape[2],
+                pages=cache.shape[0],
+                page=cache.shape[1],
+                cache_strides=(cache.stride(0), cache.stride(1)),
+                index_strides=(indices.stride(0), indices.stride(1)),
+                lengths=lengths is not None,
+            )
+            for cache, indices, lengths in keys
+        ),
+        q_strides=q.stride(),
+        sink=attn_sink is not None,
+        max_logits=max_logits,
+    )
+    args = SparseArgs(
+        q=q,
+        keys=tuple(keys),
+        attn_sink=attn_sink,
+        softmax_scale=D**-0.5 if softmax_scale is None else softmax_scale,
+        out=q.new_empty(B, S_q, Hq, Dv),
+        lse=q.new_empty(B, S_q, Hq, dtype=torch.float32),
+        max_logits=q.new_empty(B, S_q, Hq, dtype=torch.float32) if max_logits else None,
+    )
+    plan(problem, backend).launch(args)
+    return args.out, empty_is_inf(args.lse), args.max_logits

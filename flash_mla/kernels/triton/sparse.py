@@ -1,0 +1,368 @@
+"""Sparse attention: each query token attends to the rows that it names, out = softmax(q k^T * scale) v, V inside K.
+
+Grid: (head tiles, tokens, splits). The head tiles of a token run side by side, so that the rows they gather meet in L2.
+A split is a share of the token's key tiles; with more than one, programs write partials in FP32 and combine_kernel
+merges them.
+
+Bound: 128 heads make about 240 FLOP of a BF16 byte of K: the tensor cores, once the gather keeps up. A row is gathered
+as it is stored and dequantised in registers, tile by tile.
+
+A cache is two or three strided parts of its rows: `codes` (the first QUANT columns in e4m3, or all columns in q's dtype
+where QUANT is 0), `rope` (the columns from QUANT on, BF16) and `scales` (one for GROUP columns, FP32 or e8m0). Of K's
+columns, D_MAIN are one tile, which is also V, and D_REST, where D is 576, a second. A row is read only if its index is
+inside the cache, at 64-bit offsets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flash_mla.kernels.triton.attend import LN2, LOG2E, normalise, sink_factor
+from flash_mla.kernels.triton.target import Target
+from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision
+
+# --- Config ---
+
+
+@dataclass(frozen=True)
+class Config:
+    """tile_m heads by tile_n keys; d_main + d_rest columns of K; splits of a token's keys; native: e4m3 by the GPU."""
+
+    tile_m: int
+    tile_n: int
+    d_main: int
+    d_rest: int
+    splits: int
+    native: bool
+    precision: str
+    warps: int
+    stages: int
+
+
+TILES = ((64, 64, 2), (64, 32, 2), (32, 32, 2), (32, 16, 2), (16, 16, 2), (16, 16, 1))
+"""(tile_m, tile_n, stages), best first where they fit. H200, prefill of 128 heads: 152 TFLOP/s at (64, 64, 2), 127 with
+one stage, 117 at (64, 32, 2), 98 at (64, 128, 1), 80 at (32, 64, 2), 50 at (128, 32, 1)."""
+
+
+def config(
+    *, tokens: int, Hq: int, D: int, topk: int, itemsize: int, quantised: bool, split: bool, target: Target
+) -> Config:
+    """The first tiles that fit; splits while the programs do not fill the GPU twice, 4 key tiles each at least."""
+    d_main, d_rest = head_tiles(D)
+    row = (d_main + d_rest) * itemsize
+    # but for Hopper, Triton keeps a dequantised tile beside the stored one
+    copies = 2 if quantised and not target.wgmma else 1
+    fits = (tiles for tiles in TILES if (tiles[0] + copies * tiles[1] * tiles[2]) * row <= target.smem)
+    tile_m, tile_n, stages = next(fits, TILES[-1])
+    tile_m = min(tile_m, max(16, power_of_2(Hq)))
+    tiles = -(-topk // tile_n)
+    programs = tokens * -(-Hq // tile_m)
+    splits = max(1, min(tiles // 4, 2 * target.multiprocessors // programs, 32)) if split else 1
+    if target.backend == "interpreter" and split:
+        splits = max(1, min(3, tiles))
+    native = target.backend == "cuda" and target.arch >= 89
+    warps = 8 if tile_m >= 32 else 4
+    return Config(tile_m, tile_n, d_main, d_rest, splits, native, precision(itemsize, target), warps, stages)
+
+
+# --- Steps ---
+
+
+@triton.jit
+def from_e4m3(codes, NATIVE: tl.constexpr):
+    """e4m3 bytes to FP32."""
+    if NATIVE:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    # moved into FP16's fields the value is 2^-8 of itself, see attend.widen
+    bits = codes.to(tl.int16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
+@triton.jit
+def load_columns(
+    codes_rows,
+    rope_rows,
+    scale_rows,
+    live,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    QUANT: tl.constexpr,
+    GROUP: tl.constexpr,
+    E8M0: tl.constexpr,
+    NATIVE: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    """Columns FIRST .. FIRST + WIDTH of K, [TILE_N, WIDTH] in the dtype of the dots; 0 in rows that are not live."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    rope_mask = live[:, None] & ((cols >= QUANT) & (cols < D))[None, :]
+    if QUANT == 0:
+        k = tl.load(codes_rows[:, None] + cols[None, :], mask=live[:, None] & (cols < D)[None, :], other=0.0)
+    elif FIRST >= QUANT:
+        k = tl.load(rope_rows[:, None] + (cols - QUANT)[None, :], mask=rope_mask, other=0.0)
+    else:
+        codes = tl.load(codes_rows[:, None] + cols[None, :], mask=live[:, None] & (cols < QUANT)[None, :], other=0)
+        values = from_e4m3(codes, NATIVE)
+        if GROUP > 0:
+            groups = FIRST // GROUP + tl.arange(0, WIDTH // GROUP)
+            scale_mask = live[:, None] & (groups < QUANT // GROUP)[None, :]
+            scales = tl.load(scale_rows[:, None] + groups[None, :], mask=scale_mask, other=0)
+            if E8M0:
+                scales = (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+            values = tl.reshape(values, [TILE_N, WIDTH // GROUP, GROUP]) * scales[:, :, None]
+            values = tl.reshape(values, [TILE_N, WIDTH])
+        k = values.to(tl.bfloat16)
+        if FIRST + WIDTH > QUANT and D > QUANT:
+            rope = tl.load(rope_rows[:, None] + (cols - QUANT)[None, :], mask=rope_mask, other=0.0)
+            k = tl.where((cols < QUANT)[None, :], k, rope)
+    return k
+
+
+@triton.jit
+def attend_keys(
+    acc,  # [TILE_M, D_MAIN] FP32
+    row_max,
+    row_sum,
+    q,
+    q_rest,
+    scale,
+    index_row,  # to the token's indices
+    first,  # key tiles first .. last
+    last,
+    count,  # indices that count
+    codes_ptr,
+    rope_ptr,
+    scale_ptr,
+    pages,
+    page,
+    codes_page,
+    codes_row,
+    rope_page,
+    rope_row,
+    scale_page,
+    scale_row,
+    D: tl.constexpr,
+    QUANT: tl.constexpr,
+    GROUP: tl.constexpr,
+    E8M0: tl.constexpr,
+    NATIVE: tl.constexpr,
+    TILE_N: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax over the key tiles of one cache."""
+    for tile in tl.range(first, last):
+        offs_n = tile * TILE_N + tl.arange(0, TILE_N)
+        index = tl.load(index_row + offs_n, mask=offs_n < count, other=-1).to(tl.int64)
+        live = (index >= 0) & (index < pages * page)
+        index = tl.where(live, index, 0)
+        block, slot = index // page, index % page
+        codes_rows = codes_ptr + block * codes_page + slot * codes_row
+        rope_rows = codes_rows
+        scale_rows = codes_rows
+        if QUANT > 0:
+            rope_rows = rope_ptr + block * rope_page + slot * rope_row
+            scale_rows = scale_ptr + block * scale_page + slot * scale_row
+        k = load_columns(
+            codes_rows, rope_rows, scale_rows, live, 0, D_MAIN, D, QUANT, GROUP, E8M0, NATIVE, TILE_N
+        )  # fmt: skip
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
+        if D_REST > 0:
+            k_rest = load_columns(
+                codes_rows, rope_rows, scale_rows, live, D_MAIN, D_REST, D, QUANT, GROUP, E8M0, NATIVE, TILE_N
+            )  # fmt: skip
+            scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
+        scores = tl.where(live[None, :], scores * scale, float("-inf"))
+
+        row_max_new = tl.maximum(row_max, tl.max(scores, 1))
+        # a row without a key yet: subtract 0, so that exp2(-inf) is 0 and not exp2(-inf + inf)
+        shift = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
+        p = tl.exp2(scores - shift[:, None])
+        rescale = tl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = tl.dot(p.to(k.dtype), k, acc * rescale[:, None], input_precision=PRECISION)
+        row_max = row_max_new
+    return acc, row_max, row_sum
+
+
+# --- Kernels ---
+
+
+@triton.jit
+def sparse_kernel(
+    q_ptr,  # [B, S_q, Hq, D]
+    index_ptr,
+    length_ptr,  # [B]
+    codes_ptr,
+    rope_ptr,
+    scale_ptr,
+    index2_ptr,  # the second cache, likewise
+    length2_ptr,
+    codes2_ptr,
+    rope2_ptr,
+    scale2_ptr,
+    sink_ptr,  # [Hq]
+    out_ptr,  # [B, S_q, Hq, DV] contiguous
+    lse_ptr,  # [B, S_q, Hq] contiguous
+    max_ptr,  # [B, S_q, Hq] contiguous
+    partial_ptr,  # with SPLITS > 1: out [SPLITS, B, S_q, Hq, DV], then base-2 lse [SPLITS, B, S_q, Hq]
+    softmax_scale,
+    tokens,
+    Hq,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    topk,
+    pages,
+    page,
+    stride_ib,
+    stride_is,
+    codes_page,
+    codes_row,
+    rope_page,
+    rope_row,
+    scale_page,
+    scale_row,
+    topk2,
+    pages2,
+    page2,
+    stride_ib2,
+    stride_is2,
+    codes_page2,
+    codes_row2,
+    rope_page2,
+    rope_row2,
+    scale_page2,
+    scale_row2,
+    S_Q: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    QUANT: tl.constexpr,
+    GROUP: tl.constexpr,
+    E8M0: tl.constexpr,
+    NATIVE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # tokens and head tiles share grid dim 0, the only one that reaches beyond 65535
+    head_tiles = (Hq + TILE_M - 1) // TILE_M
+    token = tl.program_id(0) // head_tiles
+    split = tl.program_id(1)
+    b = (token // S_Q).to(tl.int64)
+    i = token % S_Q
+    heads = tl.program_id(0) % head_tiles * TILE_M + tl.arange(0, TILE_M)
+    head_live = heads < Hq
+    offs_d = tl.arange(0, D_MAIN)
+
+    # load q
+    q_rows = q_ptr + b * stride_qb + i * stride_qs + heads * stride_qh
+    q = tl.load(q_rows[:, None] + offs_d[None, :], mask=head_live[:, None] & (offs_d < D)[None, :], other=0.0)
+    q_rest = q
+    if D_REST > 0:
+        offs_r = D_MAIN + tl.arange(0, D_REST)
+        q_rest = tl.load(q_rows[:, None] + offs_r[None, :], mask=head_live[:, None] & (offs_r < D)[None, :], other=0.0)
+
+    acc = tl.zeros([TILE_M, D_MAIN], tl.float32)
+    row_max = tl.full([TILE_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([TILE_M], tl.float32)
+    scale = softmax_scale * LOG2E
+
+    # this split's share of the key tiles of both caches, laid end to end
+    count = topk
+    if length_ptr is not None:
+        count = tl.minimum(tl.load(length_ptr + b).to(tl.int32), topk)
+    tiles = (tl.maximum(count, 0) + TILE_N - 1) // TILE_N
+    total = tiles
+    count2 = topk2
+    if index2_ptr is not None:
+        if length2_ptr is not None:
+            count2 = tl.minimum(tl.load(length2_ptr + b).to(tl.int32), topk2)
+        total += (tl.maximum(count2, 0) + TILE_N - 1) // TILE_N
+    each = (total + SPLITS - 1) // SPLITS
+    first = split * each
+    last = tl.minimum(first + each, total)
+
+    acc, row_max, row_sum = attend_keys(
+        acc, row_max, row_sum, q, q_rest, scale, index_ptr + b * stride_ib + i * stride_is, first,
+        tl.minimum(last, tiles), count, codes_ptr, rope_ptr, scale_ptr, pages, page, codes_page, codes_row, rope_page,
+        rope_row, scale_page, scale_row, D, QUANT, GROUP, E8M0, NATIVE, TILE_N, D_MAIN, D_REST, PRECISION,
+    )  # fmt: skip
+    if index2_ptr is not None:
+        acc, row_max, row_sum = attend_keys(
+            acc, row_max, row_sum, q, q_rest, scale, index2_ptr + b * stride_ib2 + i * stride_is2,
+            tl.maximum(first, tiles) - tiles, last - tiles, count2, codes2_ptr, rope2_ptr, scale2_ptr, pages2, page2,
+            codes_page2, codes_row2, rope_page2, rope_row2, scale_page2, scale_row2, D, QUANT, GROUP, E8M0, NATIVE,
+            TILE_N, D_MAIN, D_REST, PRECISION,
+        )  # fmt: skip
+
+    out, lse2 = normalise(acc, row_max, row_sum)
+    row = tl.cast(token, tl.int64) * Hq + heads
+    live = head_live[:, None] & (offs_d < DV)[None, :]
+    if SPLITS > 1:
+        row += tl.cast(tokens, tl.int64) * split * Hq
+        tl.store(partial_ptr + row[:, None] * DV + offs_d[None, :], out, mask=live)
+        tl.store(partial_ptr + tl.cast(tokens, tl.int64) * (SPLITS * Hq * DV) + row, lse2, mask=head_live)
+    else:
+        if sink_ptr is not None:
+            out *= sink_factor(lse2, tl.load(sink_ptr + heads, mask=head_live, other=0.0))[:, None]
+        tl.store(out_ptr + row[:, None] * DV + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(lse_ptr + row, lse2 * LN2, mask=head_live)
+        if max_ptr is not None:
+            tl.store(max_ptr + row, row_max * LN2, mask=head_live)
+
+
+@triton.jit
+def merge_kernel(
+    partial_ptr,
+    sink_ptr,
+    out_ptr,
+    lse_ptr,
+    rows,  # B * S_q * Hq
+    Hq,
+    DV: tl.constexpr,
+    DV_TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One row (token, head): the splits' partials, merged in their order (merge.py is the spec)."""
+    row = tl.program_id(0).to(tl.int64)
+    rows64 = tl.cast(rows, tl.int64)
+    splits = tl.arange(0, 32)  # the most that config makes
+    lses = partial_ptr + SPLITS * rows64 * DV
+    lse2 = tl.load(lses + splits * rows64 + row, mask=splits < SPLITS, other=float("-inf"))
+    row_max = tl.max(lse2, 0)
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    row_sum = tl.sum(tl.exp2(lse2 - shift), 0)
+    total = tl.where(row_sum == 0.0, float("-inf"), shift + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum)))
+    cols = tl.arange(0, DV_TILE)
+    out = tl.zeros([DV_TILE], tl.float32)
+    for split in range(SPLITS):
+        part_lse = tl.load(lses + split * rows64 + row)
+        part = tl.load(partial_ptr + (split * rows64 + row) * DV + cols, mask=cols < DV, other=0.0)
+        out += part * tl.exp2(part_lse - tl.where(row_sum == 0.0, 0.0, total))
+    if sink_ptr is not None:
+        out *= sink_factor(total, tl.load(sink_ptr + row % Hq))
+    tl.store(out_ptr + row * DV + cols, out.to(out_ptr.dtype.element_ty), mask=cols < DV)
+    tl.store(lse_ptr + row, total * LN2)
+
+
+# --- Launch ---
+
+
+def grid(config: Config, tokens: int, Hq: int) -> tuple[int, int, int]:
+    """(tokens * head tiles, splits, 1)."""
+    return tokens * -(-Hq // config.tile_m), config.splits, 1
+
+
+def strides(*parts: Tensor | None) -> list[int]:
+    """(page, row) strides of the parts of a cache."""
+    return [n for part in parts for n in ((0, 0) if part is None else part.stride()[:2])]
