@@ -1,0 +1,63 @@
+"""Which CTA computes what: the work split of a persistent decode, as plain index arithmetic.
+
+The work of a call is a line of integers. Request b contributes `groups` items, one for each group of query rows that a
+cluster holds, and an item is `weight` steps long: one step a pair of 64-token blocks, and one step for an empty request,
+so that somebody writes its zeros. Cluster c of N owns steps `[c * chunk, (c + 1) * chunk)` with chunk = ceil(total / N):
+it may start inside one item, run through whole ones, and end inside another. An item that several clusters share is
+split: each leaves a partial result in one of its two slots, 0 for the item that its range starts inside, 1 for
+the one that its range ends inside. All of it follows from the lengths, so nothing is planned on the host.
+
+Every function takes Python ints (tests) or the DSL's Int32 (the kernels) alike, with `least` and `most` for min and max.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+PAIR = 128
+"""Tokens in a step: two blocks."""
+SLOTS = 2
+"""Partial results that one cluster may leave."""
+
+
+def pairs(length: Any) -> Any:
+    """Pairs of blocks that hold `length` tokens."""
+    return (length + (PAIR - 1)) >> 7
+
+
+def weight(num_pairs: Any, most: Callable[..., Any] = max) -> Any:
+    """Steps of one item."""
+    return most(num_pairs, 1)
+
+
+def chunk(total: Any, clusters: Any) -> Any:
+    """Steps that one cluster owns."""
+    return (total + clusters - 1) // clusters
+
+
+class Segment(NamedTuple):
+    """The part of an item that one cluster computes.
+
+    Pairs `[first, last)` of the item's `num_pairs`; `steps` of the line that it takes up; `whole`: nobody else shares
+    the item, so the result is final; otherwise it goes to slot `slot`.
+    """
+
+    first: Any
+    last: Any
+    num_pairs: Any
+    steps: Any
+    whole: Any
+    slot: Any
+
+
+def segment(num_pairs: Any, offset: Any, left: Any, least: Callable[..., Any] = min, most: Callable[..., Any] = max) -> Segment:
+    """The segment that starts `offset` steps into an item, in a cluster with `left` steps of its range to go."""
+    steps = least(weight(num_pairs, most) - offset, left)
+    last = least(offset + steps, num_pairs)
+    return Segment(offset, last, num_pairs, steps, steps == weight(num_pairs, most), 1 - least(offset, 1))
+
+
+def last_cluster(item_start: Any, item_weight: Any, chunk_steps: Any) -> Any:
+    """The cluster that computes the last step of an item."""
+    return (item_start + item_weight - 1) // chunk_steps
