@@ -442,7 +442,8 @@ class Consumer:
                 cute.recast_ptr(self.shared.chunks(block, 4 * self.side), dtype=Int32),
                 cute.make_layout((32, BLOCK, 4), stride=(1, 32, BLOCK * 32)),
             )
-            for row in cutlass.range(valid + self.tid // 32, BLOCK, 4, unroll=1):
+            # NOTE: a pair's odd block may lie wholly past the end: valid is negative then
+            for row in cutlass.range(cutlass.max(valid, 0) + self.tid // 32, BLOCK, 4, unroll=1):
                 for c in cutlass.range_constexpr(4):
                     chunks[self.tid % 32, row, c] = Int32(0)
             cute.arch.fence_view_async_shared()
