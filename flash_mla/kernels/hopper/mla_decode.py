@@ -39,6 +39,9 @@ THREADS = 384
 CONSUMERS = 256
 WARPS = THREADS // 32
 
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+"""A thread; (2 * 232 + 40) * 128 = 64512 of the 65536 of an SM. At 240 and 24 the producer spills."""
+
 STAGES = 4
 """Half blocks of a pair: stage 0, 1 = left, right half of the even block, 2, 3 = of the odd block."""
 BAR_P0, BAR_P1, BAR_WG, BAR_SUM = 1, 2, 3, 5
@@ -80,11 +83,15 @@ class Config:
         return 4 + (stage in (1, 2) and self.chunks == K_CHUNKS)
 
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA: Q, two K buffers, row max of each block, row sums, work search, barriers."""
+        """Shared memory of a CTA: Q, two K buffers, row max of each block, row sums, work search, barriers.
+
+        Rounded up to the 1024 bytes on which swizzled buffers are aligned.
+        """
         q = 2 * TILE_M * self.D
         k = 2 * 2 * K_CHUNKS * CHUNK_ELEMENTS
         rows = 4 * (2 * TILE_M + 2 * TILE_M)
-        return q + k + rows + 4 * 32 + 8 * (Channel.words(STAGES) + Channel.words(1))
+        used = q + k + rows + 4 * 32 + 8 * (Channel.words(STAGES) + Channel.words(1))
+        return -(-used // 1024) * 1024
 
 
 # ----------------------------------------------------------------------------------------------------------- Tiles
@@ -118,12 +125,14 @@ class Scalars(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A cluster's range of the line of steps: it starts `offset` steps into item (request, group)."""
+    """A cluster's range of the line of steps: `steps` from `offset` steps into item (request, group) on; and the plan."""
 
     request: Int32
     group: Int32
     offset: Int32
     steps: Int32
+    chunk: Int32
+    floor: Int32
 
 
 @cute.jit
@@ -141,11 +150,19 @@ def warp_sum(value):
 
 
 @cute.jit
-def find_work(tensors: Tensors, groups, cluster_id, clusters, sScan: cute.Tensor):
-    """This cluster's range of the line of steps, found by all warps from the lengths; and the steps of a range.
+def warp_max(value):
+    """Maximum over the warp, in every lane."""
+    for i in cutlass.range_constexpr(5):
+        value = cutlass.max(value, cute.arch.shuffle_sync_bfly(value, offset=1 << i))
+    return value
 
-    Warp w sums the weights of its run of requests; the warp in whose run the range starts then scans that run 32
-    requests at a time. sScan [32] int32: the warps' sums, then the request and its first step.
+
+@cute.jit
+def find_work(tensors: Tensors, groups, cluster_id, clusters, sScan: cute.Tensor):
+    """This cluster's range of the line of steps, found by all warps from the lengths.
+
+    Warp w sums the weights of its run of requests; where the plan splits, the warp in whose run the range starts then
+    scans that run 32 requests at a time. sScan [32] int32: the warps' sums, their maxima, then the request and its start.
     """
     warp_id, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
     B = tensors.seq_lens.shape[0]
@@ -153,47 +170,58 @@ def find_work(tensors: Tensors, groups, cluster_id, clusters, sScan: cute.Tensor
     first = warp_id * rounds * 32 + lane
 
     # sum this warp's run
-    run = Int32(0)
+    run, heaviest = Int32(0), Int32(1)
     for i in cutlass.range(rounds, unroll=1):
         request = first + 32 * i
         if request < B:
-            run = run + groups * split.weight(split.pairs(length_of(tensors, request)), cutlass.max)
-    run = warp_sum(run)
+            own = split.weight(split.pairs(length_of(tensors, request)), 1, cutlass.max)
+            run, heaviest = run + groups * own, cutlass.max(heaviest, own)
+    run, heaviest = warp_sum(run), warp_max(heaviest)
     if lane == 0:
         sScan[warp_id] = run
+        sScan[WARPS + warp_id] = heaviest
     cute.arch.sync_threads()
     base, total = Int32(0), Int32(0)
     for w in cutlass.range_constexpr(WARPS):
         if w < warp_id:
             base = base + sScan[w]
-        total = total + sScan[w]
-    steps = split.chunk(total, clusters)
-    start = cluster_id * steps
+        total, heaviest = total + sScan[w], cutlass.max(heaviest, sScan[WARPS + w])
+
+    # choose the plan
+    even, whole = split.even(total, clusters), split.unsplit(heaviest, B * groups, clusters)
+    chunk, floor = whole.chunk, whole.floor
+    if split.pays(even, whole):
+        chunk, floor = even.chunk, Int32(1)
+    else:
+        total = whole.total
+    start = cluster_id * chunk
 
     # the warp that holds the start looks for its request
-    if base <= start and start < base + run:
+    if floor == 1 and base <= start and start < base + run:
         for i in cutlass.range(rounds, unroll=1):
             request = first + 32 * i
             own = Int32(0)
             if request < B:
-                own = groups * split.weight(split.pairs(length_of(tensors, request)), cutlass.max)
+                own = groups * split.weight(split.pairs(length_of(tensors, request)), 1, cutlass.max)
             upto = own
             for d in cutlass.range_constexpr(5):
                 below = cute.arch.shuffle_sync_up(upto, offset=1 << d, mask_and_clamp=0)
                 if lane >= (1 << d):
                     upto = upto + below
             if start >= base + upto - own and start < base + upto:
-                sScan[16] = request
-                sScan[17] = base + upto - own
+                sScan[30] = request
+                sScan[31] = base + upto - own
             base = base + cute.arch.shuffle_sync(upto, offset=31)
     cute.arch.sync_threads()
-    request, item_start = Int32(0), start
-    if start < total:
-        request, item_start = sScan[16], sScan[17]
-    item = split.weight(split.pairs(length_of(tensors, request)), cutlass.max)
-    group = (start - item_start) // item
-    left = cutlass.max(0, cutlass.min(steps, total - start))
-    return Work(request, group, start - item_start - group * item, left), steps
+    request, begin = start // (floor * groups), start // (floor * groups) * (floor * groups)
+    if floor == 1:
+        request, begin = sScan[30], sScan[31]
+    left = cutlass.max(0, cutlass.min(chunk, total - start))
+    if left == 0:
+        request, begin = Int32(0), start
+    item = split.weight(split.pairs(length_of(tensors, request)), floor, cutlass.max)
+    group = (start - begin) // item
+    return Work(request, group, start - begin - group * item, left, chunk, floor)
 
 
 # ----------------------------------------------------------------------------------------------------------- Steps
@@ -457,7 +485,8 @@ class Consumer:
 class Producer:
     """One warp that fills the K stages and Q by TMA; in a cluster it loads its share of every stage for all CTAs.
 
-    sQ [chunk], gQ [row tile, chunk, request] and sK [buffer chunk], gK [chunk, block, request], each of 64 x 64 boxes.
+    sQ [chunk], gQ [row tile, chunk, request] and sK [buffer chunk], gK [chunk, block, request], each of 64 x 64 boxes;
+    pages [64, D, blocks, requests] is the cache itself.
     """
 
     config: Config
@@ -469,11 +498,10 @@ class Producer:
     gQ: cute.Tensor
     sK: cute.Tensor
     gK: cute.Tensor
-    blocks: Int32
-    requests: Int32
+    pages: cute.Tensor
 
     @staticmethod
-    def over(config: Config, shared: Shared, rank, tma_q, tQ, tma_k, tK) -> Producer:
+    def over(config: Config, shared: Shared, rank, tma_q, tQ, tma_k, tK, pages) -> Producer:
         def boxes(tma, pointer, tensor, tiler, coordinate):
             chunks = cute.make_layout(2 * K_CHUNKS, stride=CHUNK_ELEMENTS)
             smem = cute.make_tensor(pointer, cute.append(shared.row_layout(1).outer, chunks))
@@ -483,7 +511,7 @@ class Producer:
 
         sQ, gQ = boxes(tma_q, shared.sQ.iterator, tQ, (TILE_M, CHUNK), (None, None, None))
         sK, gK = boxes(tma_k, shared.k_buffers, tK, (BLOCK, CHUNK), (0, None, None, None))
-        return Producer(config, shared, rank, tma_q, tma_k, sQ, gQ, sK, gK, tK.shape[2], tK.shape[3])
+        return Producer(config, shared, rank, tma_q, tma_k, sQ, gQ, sK, gK, pages)
 
     @cute.jit
     def load_q(self, row_tile, request, count) -> None:
@@ -530,7 +558,7 @@ class Producer:
     def load_segment(self, table: cute.Tensor, request, first, last, length, count) -> None:
         """Every pair of a segment, half block by half block in the order in which the consumers free them."""
         last_block = (length + BLOCK - 1) // BLOCK - 1
-        pool_request = cutlass.min(request, self.requests - 1)
+        pool_request = cutlass.min(request, self.pages.shape[3] - 1)
         even = self.block_id(table, request, 2 * first)
         odd = self.block_id(table, request, cutlass.min(2 * first + 1, last_block))
         for pair in cutlass.range(first, last, unroll=1):
@@ -538,6 +566,7 @@ class Producer:
             next_even = self.block_id(table, request, cutlass.min(2 * pair + 2, last_block))
             next_odd = self.block_id(table, request, cutlass.min(2 * pair + 3, last_block))
             turn = count + pair - first
+            self.prefetch(next_even, next_odd, pool_request)
             self.load_half(0, even, pool_request, turn)
             self.load_half(1, even, pool_request, turn)
             self.load_half(2, odd, pool_request, turn)
@@ -545,49 +574,81 @@ class Producer:
             even, odd = next_even, next_odd
 
     @cute.jit
+    def prefetch(self, even, odd, request) -> None:
+        """Ask L2 for a pair of blocks, each in one piece; in a cluster each CTA asks for one."""
+        # NOTE: the TMA boxes of a block are 128-byte pieces of its rows; whole blocks keep DRAM pages open
+        if const_expr(self.config.cluster > 1):
+            if self.pages.stride[0] == self.config.D:
+                self.prefetch_block(even if self.rank == 0 else odd, request)
+
+    @cute.jit
+    def prefetch_block(self, block, request) -> None:
+        address = self.pages[None, None, block, request].iterator.toint()
+        with cute.arch.elect_one():
+            cute.arch.inline_ptx(
+                "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
+                read_only_args=[address, Int32(2 * BLOCK * self.config.D)],
+            )
+
+    @cute.jit
     def block_id(self, table: cute.Tensor, request, logical):
         """The physical block, forced inside the cache."""
-        return cutlass.max(0, cutlass.min(table[request, logical], self.blocks - 1))
+        return cutlass.max(0, cutlass.min(table[request, logical], self.pages.shape[2] - 1))
 
 
 @cute.jit
 def consume_left(consumer: Consumer, first, last, length, S_q, count) -> None:
     """Warpgroup 0: scores of the even blocks, left half of the output."""
     k = consumer.shared.k
-    for pair in cutlass.range(first, last, unroll=1):
-        turn, key0 = count + pair - first, pair * split.PAIR
-        # scores of the even block; P V of the last pair's odd block ends under them
-        k.wait(0, turn)
+    k.wait(0, count)
+    consumer.scores(range(4), True)
+    k.wait(1, count)
+    consumer.scores(range(4, consumer.config.chunks), False)
+    warpgroup.wait_group(0)
+    for pair in cutlass.range(first, last - 1, unroll=1):
+        step_left(consumer, pair, length, S_q, count + pair - first, True)
+    consumer.shared.q.release(0)
+    step_left(consumer, last - 1, length, S_q, count + last - 1 - first, False)
+
+
+@cute.jit
+def step_left(consumer: Consumer, pair, length, S_q, turn, follow: cutlass.Constexpr) -> None:
+    """One pair, whose even block's scores are there; `follow`: computes the scores of the next pair's even block too."""
+    k, key0 = consumer.shared.k, pair * split.PAIR
+    # softmax of the even block
+    if key0 + BLOCK > length - S_q + 1:
+        consumer.mask(key0)
+    for r in cutlass.range_constexpr(2):
+        consumer.find_peak(r)
+        consumer.raise_max(r)
+    consumer.exponentials()
+    if const_expr(consumer.config.chunks < K_CHUNKS):
+        k.acquire(1, turn)
+    consumer.publish(BAR_P0)
+
+    # P V of the even block
+    consumer.rescale()
+    if const_expr(not follow):
+        consumer.clear_values(0, length - key0, turn)
+    consumer.values(0)
+    warpgroup.wait_group(0)
+    k.release(0)
+
+    # P V of the odd block, and the next scores right behind it
+    consumer.receive(BAR_P1)
+    consumer.rescale()
+    if const_expr(not follow):
+        consumer.clear_values(1, length - key0 - BLOCK, turn)
+    consumer.values(1)
+    if const_expr(follow):
+        k.wait(0, turn + 1)
         consumer.scores(range(4), True)
-        k.wait(1, turn)
+        warpgroup.wait_group(1)
+        k.release(2)
+        k.wait(1, turn + 1)
         consumer.scores(range(4, consumer.config.chunks), False)
         warpgroup.wait_group(0)
-        if pair == last - 1:
-            consumer.shared.q.release(0)
-
-        # softmax of the even block
-        if key0 + BLOCK > length - S_q + 1:
-            consumer.mask(key0)
-        for r in cutlass.range_constexpr(2):
-            consumer.find_peak(r)
-            consumer.raise_max(r)
-        consumer.exponentials()
-        if const_expr(consumer.config.chunks < K_CHUNKS):
-            k.acquire(1, turn)
-        consumer.publish(BAR_P0)
-
-        # P V of the even block
-        consumer.rescale()
-        consumer.clear_values(0, length - key0, turn)
-        consumer.values(0)
-        warpgroup.wait_group(0)
-        k.release(0)
-
-        # P V of the odd block
-        consumer.receive(BAR_P1)
-        consumer.rescale()
-        consumer.clear_values(1, length - key0 - BLOCK, turn)
-        consumer.values(1)
+    else:
         warpgroup.wait_group(0)
         k.release(2)
 
@@ -733,7 +794,7 @@ class MlaDecode:
             load = cpasync.CopyBulkTensorTileG2SMulticastOp()
         tma_k, tK = cpasync.make_tiled_tma_atom(load, gK, chunk, (BLOCK, CHUNK))
         groups = (q.shape[1] + (config.rows - 1)) // config.rows
-        self.kernel(tma_q, tQ, tma_k, tK, tensors, Scalars(scale_log2, S_q, has_sink, groups)).launch(
+        self.kernel(tma_q, tQ, tma_k, tK, gK, tensors, Scalars(scale_log2, S_q, has_sink, groups)).launch(
             grid=(clusters * config.cluster, 1, 1),
             block=(THREADS, 1, 1),
             cluster=(config.cluster, 1, 1) if const_expr(config.cluster > 1) else None,
@@ -760,6 +821,7 @@ class MlaDecode:
         tQ: cute.Tensor,
         tma_k: cute.CopyAtom,
         tK: cute.Tensor,
+        pages: cute.Tensor,
         tensors: Tensors,
         scalars: Scalars,
     ):
@@ -793,25 +855,28 @@ class MlaDecode:
             cute.arch.mbarrier_init_fence()
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
-        work, chunk_steps = find_work(tensors, scalars.groups, cluster_id, clusters, shared.sScan)
+        work = find_work(tensors, scalars.groups, cluster_id, clusters, shared.sScan)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp_id >= CONSUMERS // 32:
-            cute.arch.setmaxregister_decrease(24)
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMERS // 32:
-                producer = Producer.over(config, shared, rank, tma_q, tQ, tma_k, tK)
+                producer = Producer.over(config, shared, rank, tma_q, tQ, tma_k, tK, pages)
                 self.produce(producer, tensors, scalars, work, rank)
+            elif warp_id == CONSUMERS // 32 + 1:
+                if rank == 0:
+                    self.announce(tensors, scalars, work, cluster_id)
         else:
-            cute.arch.setmaxregister_increase(240)
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             tidx, _, _ = cute.arch.thread_idx()
             if warp_id < 4:
                 consumer = Consumer.over(config, shared, 0, tidx, scalars.scale_log2)
-                self.consume(consumer, tensors, scalars, work, rank, cluster_id, chunk_steps)
+                self.consume(consumer, tensors, scalars, work, rank, cluster_id)
             else:
                 consumer = Consumer.over(config, shared, 1, tidx - 128, scalars.scale_log2)
-                self.consume(consumer, tensors, scalars, work, rank, cluster_id, chunk_steps)
+                self.consume(consumer, tensors, scalars, work, rank, cluster_id)
 
         # a CTA must outlive its peer's multicasts and arrivals
         if const_expr(config.cluster > 1):
@@ -825,7 +890,7 @@ class MlaDecode:
         pairs_done, segments_done = Int32(0), Int32(0)
         while left > 0:
             length = length_of(tensors, request)
-            part = split.segment(split.pairs(length), offset, left, cutlass.min, cutlass.max)
+            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max)
             if part.last > part.first:
                 producer.load_q(group * self.config.cluster + rank, request, segments_done)
                 producer.load_segment(tensors.table, request, part.first, part.last, length, pairs_done)
@@ -844,15 +909,13 @@ class MlaDecode:
         work: Work,
         rank,
         cluster_id,
-        chunk_steps,
     ) -> None:
-        """Walk the cluster's segments, compute and write them, and note the item that the next cluster goes on with."""
+        """Walk the cluster's segments, compute and write them."""
         request, group, offset, left = work.request, work.group, work.offset, work.steps
         pairs_done, segments_done = Int32(0), Int32(0)
-        split_request, split_group, split_last = Int32(-1), Int32(0), Int32(0)
         while left > 0:
             length = length_of(tensors, request)
-            part = split.segment(split.pairs(length), offset, left, cutlass.min, cutlass.max)
+            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max)
             row0 = (group * self.config.cluster + rank) * TILE_M
             if part.last > part.first:
                 consumer.start(row0, length, scalars.S_q)
@@ -867,19 +930,30 @@ class MlaDecode:
                 pairs_done = pairs_done + part.last - part.first
             elif const_expr(consumer.side == 0):
                 write_nothing(consumer, tensors, request, row0)
-            if part.slot == 1 and not part.whole:
-                begin = (cluster_id + 1) * chunk_steps - part.steps
-                split_request, split_group = request, group
-                split_last = split.last_cluster(begin, part.num_pairs, chunk_steps)
             left, offset, group = left - part.steps, Int32(0), group + 1
             if group == scalars.groups:
                 request, group = request + 1, Int32(0)
-        if const_expr(consumer.side == 0):
-            split_of = tensors.split_of
-            if consumer.tid == 0 and rank == 0:
-                split_of[cluster_id, 0] = split_request
-                split_of[cluster_id, 1] = split_group
-                split_of[cluster_id, 2] = split_last
+
+    @cute.jit
+    def announce(self, tensors: Tensors, scalars: Scalars, work: Work, cluster_id) -> None:
+        """Walk the cluster's segments for the item that the next cluster goes on with, and note it for the combine kernel."""
+        request, group, offset, left = work.request, work.group, work.offset, work.steps
+        split_request, split_group, split_last = Int32(-1), Int32(0), Int32(0)
+        while left > 0:
+            num_pairs = split.pairs(length_of(tensors, request))
+            part = split.segment(num_pairs, offset, left, work.floor, cutlass.min, cutlass.max)
+            if part.slot == 1 and not part.whole:
+                begin = (cluster_id + 1) * work.chunk - part.steps
+                split_request, split_group = request, group
+                split_last = split.last_cluster(begin, num_pairs, work.chunk)
+            left, offset, group = left - part.steps, Int32(0), group + 1
+            if group == scalars.groups:
+                request, group = request + 1, Int32(0)
+        split_of = tensors.split_of
+        with cute.arch.elect_one():
+            split_of[cluster_id, 0] = split_request
+            split_of[cluster_id, 1] = split_group
+            split_of[cluster_id, 2] = split_last
 
 
 # ---------------------------------------------------------------------------------------------------------- Launch

@@ -7,6 +7,10 @@ it may start inside one item, run through whole ones, and end inside another. An
 split: each leaves a partial result in one of its two slots, 0 for the item that its range starts inside, 1 for
 the one that its range ends inside. All of it follows from the lengths, so nothing is planned on the host.
 
+Splitting costs partial results, a second start, and the combine kernel's work. Where handing out whole items takes
+little longer than the even split (a uniform batch that fills the machine), every item weighs as much as the heaviest, so
+that all ranges end where items end.
+
 Every function takes Python ints (tests) or the DSL's Int32 (the kernels) alike, with `least` and `most` for min and max.
 """
 
@@ -17,6 +21,8 @@ from typing import Any, NamedTuple
 
 PAIR = 128
 """Tokens in a step: two blocks."""
+SPLIT_COST = 4
+"""Steps that a split costs: measured as 13 us, at 3.4 us a step (see docs/kernels.md)."""
 SLOTS = 2
 """Partial results that one cluster may leave."""
 
@@ -26,14 +32,32 @@ def pairs(length: Any) -> Any:
     return (length + (PAIR - 1)) >> 7
 
 
-def weight(num_pairs: Any, most: Callable[..., Any] = max) -> Any:
-    """Steps of one item."""
-    return most(num_pairs, 1)
+def weight(num_pairs: Any, floor: Any, most: Callable[..., Any] = max) -> Any:
+    """Steps of one item; `floor` is the plan's smallest weight."""
+    return most(num_pairs, floor)
 
 
-def chunk(total: Any, clusters: Any) -> Any:
-    """Steps that one cluster owns."""
-    return (total + clusters - 1) // clusters
+class Plan(NamedTuple):
+    """Steps that one cluster owns, steps in all, and the smallest weight of an item."""
+
+    chunk: Any
+    total: Any
+    floor: Any
+
+
+def even(total: Any, clusters: Any) -> Plan:
+    """Split items wherever a range ends; `total` counts each item with floor 1."""
+    return Plan((total + clusters - 1) // clusters, total, 1)
+
+
+def unsplit(heaviest: Any, items: Any, clusters: Any) -> Plan:
+    """Hand out whole items, the same number to each cluster."""
+    return Plan((items + clusters - 1) // clusters * heaviest, items * heaviest, heaviest)
+
+
+def pays(split: Plan, whole: Plan) -> Any:
+    """Whether splitting beats whole items."""
+    return split.chunk + SPLIT_COST < whole.chunk
 
 
 class Segment(NamedTuple):
@@ -51,11 +75,19 @@ class Segment(NamedTuple):
     slot: Any
 
 
-def segment(num_pairs: Any, offset: Any, left: Any, least: Callable[..., Any] = min, most: Callable[..., Any] = max) -> Segment:
+def segment(
+    num_pairs: Any,
+    offset: Any,
+    left: Any,
+    floor: Any,
+    least: Callable[..., Any] = min,
+    most: Callable[..., Any] = max,
+) -> Segment:
     """The segment that starts `offset` steps into an item, in a cluster with `left` steps of its range to go."""
-    steps = least(weight(num_pairs, most) - offset, left)
+    length = weight(num_pairs, floor, most)
+    steps = least(length - offset, left)
     last = least(offset + steps, num_pairs)
-    return Segment(offset, last, num_pairs, steps, steps == weight(num_pairs, most), 1 - least(offset, 1))
+    return Segment(offset, last, num_pairs, steps, steps == length, 1 - least(offset, 1))
 
 
 def last_cluster(item_start: Any, item_weight: Any, chunk_steps: Any) -> Any:
