@@ -46,10 +46,7 @@ class FlashMLAError(ValueError):
 
     def __str__(self) -> str:
         return (
-            f"\n  given:    {self.given}\n"
-            f"  required: {self.required}\n"
-            f"  cause:    {self.cause}\n"
-            f"  fix:      {self.fix}"
+            f"\n  given:    {self.given}\n  required: {self.required}\n  cause:    {self.cause}\n  fix:      {self.fix}"
         )
 
 

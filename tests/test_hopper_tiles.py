@@ -1,4 +1,4 @@
-"""The work split of the Hopper decode against a brute-force model: every step once, balanced, and split as combine reads it."""
+"""The work split of the Hopper decode against brute force: every step once, balanced, split as combine reads it."""
 
 from __future__ import annotations
 

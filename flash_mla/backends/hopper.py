@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -20,7 +20,7 @@ from flash_mla.problem import BLOCK, AppendArgs, DecodeArgs, DecodeProblem, Pref
 if TYPE_CHECKING:
     from flash_mla.kernels.hopper.mla_decode import Config
 
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 WIDTHS = ((576, 512), (512, 512))
 """(D, Dv) that the MLA decode kernel is written for."""
 MAX_S_Q = 8
@@ -102,9 +102,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(
-    problem: DecodeProblem | PrefillProblem, config: Hashable, args: DecodeArgs | PrefillArgs
-) -> None:
+def launch(problem: DecodeProblem | PrefillProblem, config: Hashable, args: DecodeArgs | PrefillArgs) -> None:
     """Fill args.out and args.lse. Allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on 132 SMs).
 
     An int64 table or lengths are converted first, on the device. The first launch of a config loads its kernel, and the
@@ -128,20 +126,20 @@ def launch(
     fp32 = functools.partial(torch.empty, dtype=torch.float32, device=problem.device)
     out_partial = fp32((2 * clusters, config.rows, problem.Dv))
     k_request, _, k_block, k_row, _ = problem.k_strides
-    tensors = mla_decode.Tensors(
-        table=args.block_table.to(torch.int32),
-        seq_lens=args.seq_lens.to(torch.int32),
-        sink=out_partial.view(-1) if args.attn_sink is None else args.attn_sink,
-        out=args.out.view(problem.B, rows, problem.Dv),
-        lse=(fp32((problem.B, rows)) if args.lse is None else args.lse).view(problem.B, rows),
-        out_partial=out_partial,
-        lse_partial=fp32((2 * clusters, config.rows)),
-        split_of=torch.empty((clusters, 4), dtype=torch.int32, device=problem.device),
-    )
+    tensors: dict[str, Any] = {
+        "table": args.block_table.to(torch.int32),
+        "seq_lens": args.seq_lens.to(torch.int32),
+        "sink": out_partial.view(-1) if args.attn_sink is None else args.attn_sink,
+        "out": args.out.view(problem.B, rows, problem.Dv),
+        "lse": (fp32((problem.B, rows)) if args.lse is None else args.lse).view(problem.B, rows),
+        "out_partial": out_partial,
+        "lse_partial": fp32((2 * clusters, config.rows)),
+        "split_of": torch.empty((clusters, 4), dtype=torch.int32, device=problem.device),
+    }
     kernel(
         args.q.as_strided((problem.B, rows, problem.D), (problem.q_strides[0], query_row_stride(problem), 1)),
         args.k.as_strided((requests, problem.Nblk, BLOCK, problem.D), (k_request, k_block, k_row, 1)),
-        tensors,
+        mla_decode.Tensors(**tensors),
         args.softmax_scale * math.log2(math.e),
         problem.S_q,
         int(args.attn_sink is not None),

@@ -1,7 +1,7 @@
 """Combine the partial results of split items: out = sum_i 2^(lse_i - lse) out_i, lse = log2 sum_i 2^lse_i.
 
-Grid [clusters, rows / ROWS_CTA]: CTA x finishes the item that begins in cluster x and goes on in clusters x + 1 .. last,
-as `split_of` says; most find none and leave. A row belongs to 128 threads, four columns each.
+Grid [clusters, rows / ROWS_CTA]: CTA x finishes the item that begins in cluster x and goes on in later ones, up to the
+last that `split_of` names; most find none and leave. A row belongs to 128 threads, four columns each.
 Bound: it reads 4 * 512 * rows bytes a partial result, once, from L2.
 Launched with programmatic dependent launch, so its CTAs are resident when the last CTA of the decode kernel ends.
 The partial results are added in the order of the clusters: deterministic.

@@ -1,4 +1,42 @@
-"""MLA decode on Hopper: out = softmax(scale * Q K^T) V with V = K[:, :512], over a paged cache.
+"""MLA decode on Hopper: out = softmax(scale * Q K^T) V with V = K[:, :512], over a paged cache of one KV head.
+
+Grid: one CTA an SM, persistent, in clusters of 1 or 2. The S_q * Hq query rows of a request are packed (row = head *
+S_q + token) and cut into tiles of 64; a CTA computes one row tile against a range of the request's keys. A cluster of
+two takes two row tiles of one request against the same keys and loads each block of K once for both (TMA multicast).
+Every CTA finds its range from `seq_lens` on the device (`split.py`); `combine.py` adds the pieces of requests that
+were split.
+
+Bound. A block of 64 keys costs a CTA 2 * 64 * 64 * (576 + 512) = 8.9 MFLOP, 2176 cycles of an SM's tensor cores, and
+64 * 576 * 2 = 73.7 KB of K. One row tile: 121 FLOP a byte, so bytes bound it (the chip's balance is 165 to 200). Two
+tiles: 242, tensor cores. Beside them shared memory: Q K^T reads 147 KB, P V 74 KB and TMA writes 74 KB a block, 2300
+cycles at 128 bytes a cycle, so the tensor cores are never far ahead of it.
+
+Roles (384 threads; entry 168 registers):
+    warpgroup 0   232 registers   S0 = Q K_even^T, softmax, O[:, 0:256]
+    warpgroup 1   232 registers   S1 = Q K_odd^T, softmax, O[:, 256:512]
+    warp 8         40 registers   TMA of Q and K; L2 prefetch one pair ahead
+    warp 9         40 registers   notes the split item for combine
+Both consumers need both P: each keeps its own in registers and finds the other's in shared memory, in the rope chunk
+of the K buffer that the scores came from, which is dead by then. So Q and two K buffers fill shared memory.
+
+Channels, producer -> consumer (full arrivals / empty arrivals):
+    K   warp 8 -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block   1 + bytes / 4 warps a CTA
+        Stages 0 and 2 are freed by warpgroup 0, stages 1 and 3 by warpgroup 1, each after its P V; the rope chunk of
+        the even block travels with stage 1, of the odd block with stage 2: with the half whose reader reads that P.
+    Q   warp 8 -> warpgroups 0, 1   1 stage                                                  1 + bytes / 8 warps
+    P0  warpgroup 0 -> 1, P1  warpgroup 1 -> 0   named barriers, with the running max beside P
+
+Steady state, a pair of blocks:
+    warpgroup 0   softmax S0 | P0 -> smem | P0 V0 left  | wait P1 | P1 V1 left | S0 of the next pair
+    warpgroup 1   S1         | wait P0    | P0 V0 right, softmax S1 under it | P1 -> smem | P1 V1 right
+The running max is shared by the two and moves only when a block exceeds it by 2^8 (`LAZY`): P0 is then final when it is
+written, and rescaling O is rare. Exact after normalisation.
+
+Supports BF16 and FP16; D 576 or 512; any row count; any strides that TMA takes (multiples of 16 bytes), a shared pool
+too; ragged lengths, 0 included; causal among the S_q tokens. Unused slots may hold NaN: the scores past the end are
+masked and the V rows zeroed. Block ids are forced inside the cache, lengths inside the table.
+
+Measured: docs/kernels.md, "Hopper MLA decode".
 """
 
 from __future__ import annotations
@@ -125,7 +163,7 @@ class Scalars(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A cluster's range of the line of steps: `steps` from `offset` steps into item (request, group) on; and the plan."""
+    """A cluster's range: `steps` steps, from `offset` steps into item (request, group) on; and the plan."""
 
     request: Int32
     group: Int32
@@ -162,7 +200,7 @@ def find_work(tensors: Tensors, groups, cluster_id, clusters, sScan: cute.Tensor
     """This cluster's range of the line of steps, found by all warps from the lengths.
 
     Warp w sums the weights of its run of requests; where the plan splits, the warp in whose run the range starts then
-    scans that run 32 requests at a time. sScan [32] int32: the warps' sums, their maxima, then the request and its start.
+    scans that run 32 requests at a time. sScan [32] int32: the warps' sums, their maxima, the request and its start.
     """
     warp_id, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
     B = tensors.seq_lens.shape[0]
@@ -229,7 +267,7 @@ def find_work(tensors: Tensors, groups, cluster_id, clusters, sScan: cute.Tensor
 
 @dataclass(frozen=True)
 class Shared:
-    """Views of a CTA's shared memory (frozen, as every group of trace-time objects: the DSL then lets branches use it)."""
+    """Views of a CTA's shared memory (frozen, like every group of trace-time objects: branches may then use it)."""
 
     sQ: cute.Tensor
     k_buffers: cute.Pointer
@@ -264,9 +302,7 @@ class Shared:
 
     def sV(self, block: int, half: int) -> cute.Tensor:
         """[256, 64] half of V of a block, transposed."""
-        layout = cute.composition(
-            self.row_layout(K_CHUNKS).outer, cute.make_layout((HALF, BLOCK), stride=(BLOCK, 1))
-        )
+        layout = cute.composition(self.row_layout(K_CHUNKS).outer, cute.make_layout((HALF, BLOCK), stride=(BLOCK, 1)))
         return cute.make_tensor(self.chunks(block, 4 * half), layout)
 
     def sP(self, block: int) -> cute.Tensor:
@@ -276,7 +312,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A consumer warpgroup's view: scores of the even (0) or odd (1) blocks, and left (0) or right (1) half of the output.
+    """A consumer warpgroup: scores of the even (0) or odd (1) blocks, and left (0) or right (1) half of the output.
 
     Registers of a thread: O [64, 256] / 128 threads = 128, S [64, 64] = 32, P = 16, and for each of its two rows the
     running max (base 2), its share of the running sum, the factor of the last move of the max, the max of the block at
@@ -539,7 +575,7 @@ class Producer:
         else:
             for i in cutlass.range_constexpr(0, 4, config.cluster):
                 self.load_chunk(stage, first + i + self.rank, block, request)
-            if const_expr(config.stage_chunks(stage) == 5):
+            if const_expr(config.stage_chunks(stage) == 5):  # noqa: SIM102
                 if self.rank == buffer:
                     self.load_chunk(stage, P_CHUNK, block, request)
 
@@ -577,7 +613,7 @@ class Producer:
     def prefetch(self, even, odd, request) -> None:
         """Ask L2 for a pair of blocks, each in one piece; in a cluster each CTA asks for one."""
         # NOTE: the TMA boxes of a block are 128-byte pieces of its rows; whole blocks keep DRAM pages open
-        if const_expr(self.config.cluster > 1):
+        if const_expr(self.config.cluster > 1):  # noqa: SIM102
             if self.pages.stride[0] == self.config.D:
                 self.prefetch_block(even if self.rank == 0 else odd, request)
 
@@ -613,7 +649,7 @@ def consume_left(consumer: Consumer, first, last, length, S_q, count) -> None:
 
 @cute.jit
 def step_left(consumer: Consumer, pair, length, S_q, turn, follow: cutlass.Constexpr) -> None:
-    """One pair, whose even block's scores are there; `follow`: computes the scores of the next pair's even block too."""
+    """One pair, whose even block's scores are there; `follow`: then the scores of the next pair's even block."""
     k, key0 = consumer.shared.k, pair * split.PAIR
     # softmax of the even block
     if key0 + BLOCK > length - S_q + 1:
@@ -838,6 +874,10 @@ class MlaDecode:
             k_barriers: cute.struct.MemRange[Int64, Channel.words(STAGES)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(1)]
 
+        allocated = -(-Storage.size_in_bytes() // 1024) * 1024
+        assert allocated == config.smem_bytes(), (
+            f"{config} allocates {allocated} bytes, its ledger says {config.smem_bytes()}"
+        )
         storage = utils.SmemAllocator().allocate(Storage)
         shared = Shared.over(config, storage, self.row_layout)
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -865,7 +905,7 @@ class MlaDecode:
             if warp_id == CONSUMERS // 32:
                 producer = Producer.over(config, shared, rank, tma_q, tQ, tma_k, tK, pages)
                 self.produce(producer, tensors, scalars, work, rank)
-            elif warp_id == CONSUMERS // 32 + 1:
+            elif warp_id == CONSUMERS // 32 + 1:  # noqa: SIM102
                 if rank == 0:
                     self.announce(tensors, scalars, work, cluster_id)
         else:
@@ -936,7 +976,7 @@ class MlaDecode:
 
     @cute.jit
     def announce(self, tensors: Tensors, scalars: Scalars, work: Work, cluster_id) -> None:
-        """Walk the cluster's segments for the item that the next cluster goes on with, and note it for the combine kernel."""
+        """Note, for the combine kernel, the item that the next cluster goes on with."""
         request, group, offset, left = work.request, work.group, work.offset, work.steps
         split_request, split_group, split_last = Int32(-1), Int32(0), Int32(0)
         while left > 0:

@@ -1,17 +1,18 @@
 """Which CTA computes what: the work split of a persistent decode, as plain index arithmetic.
 
-The work of a call is a line of integers. Request b contributes `groups` items, one for each group of query rows that a
-cluster holds, and an item is `weight` steps long: one step a pair of 64-token blocks, and one step for an empty request,
-so that somebody writes its zeros. Cluster c of N owns steps `[c * chunk, (c + 1) * chunk)` with chunk = ceil(total / N):
-it may start inside one item, run through whole ones, and end inside another. An item that several clusters share is
-split: each leaves a partial result in one of its two slots, 0 for the item that its range starts inside, 1 for
-the one that its range ends inside. All of it follows from the lengths, so nothing is planned on the host.
+The work of a call is a line of integers. Request b contributes `groups` items, one for each group of query rows that
+a cluster holds, and an item is `weight` steps long: one step a pair of 64-token blocks, and one step for an empty
+request, so that somebody writes its zeros. Cluster c of N owns steps `[c * chunk, (c + 1) * chunk)` with chunk =
+ceil(total / N): it may start inside one item, run through whole ones, and end inside another. An item that several
+clusters share is split: each leaves a partial result in one of its two slots, 0 for the item that its range starts
+inside, 1 for the one that its range ends inside. All of it follows from the lengths, so nothing is planned on the
+host.
 
 Splitting costs partial results, a second start, and the combine kernel's work. Where handing out whole items takes
-little longer than the even split (a uniform batch that fills the machine), every item weighs as much as the heaviest, so
-that all ranges end where items end.
+little longer than the even split (a uniform batch that fills the machine), every item weighs as much as the heaviest,
+so that all ranges end where items end.
 
-Every function takes Python ints (tests) or the DSL's Int32 (the kernels) alike, with `least` and `most` for min and max.
+Every function takes Python ints (tests) or the DSL's Int32 (the kernels), with `least` and `most` for min and max.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The on-disk store of compiled kernels: `cute.compile` takes seconds and keeps nothing, so a process would pay each time.
+"""Where compiled kernels are kept: `cute.compile` takes seconds and keeps nothing, so every process would pay again.
 
-A kernel is compiled once for each (kernel, config, architecture, version of the DSL, sources of this folder), exported to
-an object file under `$XDG_CACHE_HOME/flash_mla` (default `~/.cache/flash_mla`), and loaded from there by every later
+A kernel is compiled once for each (kernel, config, architecture, version of the DSL, sources of this folder), written
+to an object file under `$XDG_CACHE_HOME/flash_mla` (default `~/.cache/flash_mla`), and loaded from there by every later
 process in tens of milliseconds. A changed source is a new key; old files are left alone.
 """
 
