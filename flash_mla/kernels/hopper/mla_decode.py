@@ -670,17 +670,18 @@ def step_left(consumer: Consumer, pair, length, S_q, turn, follow: cutlass.Const
     warpgroup.wait_group(0)
     k.release(0)
 
-    # P V of the odd block, and the next scores right behind it
+    # P V of the odd block, and the next scores
     consumer.receive(BAR_P1)
     consumer.rescale()
     if const_expr(not follow):
         consumer.clear_values(1, length - key0 - BLOCK, turn)
     consumer.values(1)
     if const_expr(follow):
+        # NOTE: freed before the next scores are issued: their wait for K would hold the odd block back (5 % at S 8192)
+        warpgroup.wait_group(0)
+        k.release(2)
         k.wait(0, turn + 1)
         consumer.scores(range(4), True)
-        warpgroup.wait_group(1)
-        k.release(2)
         k.wait(1, turn + 1)
         consumer.scores(range(4, consumer.config.chunks), False)
         warpgroup.wait_group(0)
