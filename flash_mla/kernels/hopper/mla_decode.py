@@ -29,6 +29,7 @@ Channels, producer -> consumer (full arrivals / empty arrivals):
 Steady state, a pair of blocks:
     warpgroup 0   softmax S0 | P0 -> smem | P0 V0 left  | wait P1 | P1 V1 left | S0 of the next pair
     warpgroup 1   S1         | wait P0    | P0 V0 right, softmax S1 under it | P1 -> smem | P1 V1 right
+    (cluster 1: P0 V0 right goes before S1)
 The running max is shared by the two and moves only when a block exceeds it by 2^8 (`LAZY`): P0 is then final when it is
 written, and rescaling O is rare. Exact after normalisation.
 
@@ -693,10 +694,19 @@ def step_left(consumer: Consumer, pair, length, S_q, turn, follow: cutlass.Const
 
 @cute.jit
 def consume_right(consumer: Consumer, first, last, length, S_q, count) -> None:
-    """Warpgroup 1: scores of the odd blocks, right half of the output."""
-    k = consumer.shared.k
+    """Warpgroup 1: scores of the odd blocks, right half of the output.
+
+    The P V of the even block hides the softmax of the odd one where the tensor cores bound (clusters). Where memory
+    does, it goes first and frees the even block one load earlier.
+    """
+    k, early = consumer.shared.k, const_expr(consumer.config.cluster == 1)
     for pair in cutlass.range(first, last, unroll=1):
         turn, key0 = count + pair - first, pair * split.PAIR + BLOCK
+        if const_expr(early):
+            multiply_even(consumer, length - key0 + BLOCK, turn)
+            warpgroup.wait_group(0)
+            k.release(1)
+
         # scores of the odd block
         k.wait(2, turn)
         consumer.scores((0, 1, 2, 3, *range(8, consumer.config.chunks)), True)
@@ -709,22 +719,19 @@ def consume_right(consumer: Consumer, first, last, length, S_q, count) -> None:
             consumer.mask(key0)
         for r in cutlass.range_constexpr(2):
             consumer.find_peak(r)
+        if const_expr(not early):
+            multiply_even(consumer, length - key0 + BLOCK, turn)
 
-        # P V of the even block
-        consumer.receive(BAR_P0)
-        consumer.rescale()
-        consumer.clear_values(0, length - key0 + BLOCK, turn)
-        consumer.values(0)
-
-        # softmax of the odd block, under it
+        # softmax of the odd block
         for r in cutlass.range_constexpr(2):
             consumer.raise_max(r)
         consumer.exponentials()
         if const_expr(consumer.config.chunks < K_CHUNKS):
             k.acquire(2, turn)
         consumer.publish(BAR_P1)
-        warpgroup.wait_group(0)
-        k.release(1)
+        if const_expr(not early):
+            warpgroup.wait_group(0)
+            k.release(1)
 
         # P V of the odd block
         consumer.rescale()
@@ -732,6 +739,15 @@ def consume_right(consumer: Consumer, first, last, length, S_q, count) -> None:
         consumer.values(1)
         warpgroup.wait_group(0)
         k.release(3)
+
+
+@cute.jit
+def multiply_even(consumer: Consumer, valid, turn) -> None:
+    """Warpgroup 1 takes over P and the running max of the even block and starts its P V."""
+    consumer.receive(BAR_P0)
+    consumer.rescale()
+    consumer.clear_values(0, valid, turn)
+    consumer.values(0)
 
 
 @cute.jit
