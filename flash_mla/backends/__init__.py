@@ -19,7 +19,7 @@ from typing import Protocol, cast
 
 from flash_mla.problem import AppendArgs, Args, Problem
 
-ORDER = ("triton", "cpu")
+ORDER = ("hopper", "triton", "cpu")
 
 
 class Backend(Protocol):

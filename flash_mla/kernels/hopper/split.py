@@ -1,0 +1,96 @@
+"""Which CTA computes what: the work split of a persistent decode, as plain index arithmetic.
+
+The work of a call is a line of integers. Request b contributes `groups` items, one for each group of query rows that
+a cluster holds, and an item is `weight` steps long: one step a pair of 64-token blocks, and one step for an empty
+request, so that somebody writes its zeros. Cluster c of N owns steps `[c * chunk, (c + 1) * chunk)` with chunk =
+ceil(total / N): it may start inside one item, run through whole ones, and end inside another. An item that several
+clusters share is split: each leaves a partial result in one of its two slots, 0 for the item that its range starts
+inside, 1 for the one that its range ends inside. All of it follows from the lengths, so nothing is planned on the
+host.
+
+Splitting costs partial results, a second start, and the combine kernel's work. Where handing out whole items takes
+little longer than the even split (a uniform batch that fills the machine), every item weighs as much as the heaviest,
+so that all ranges end where items end.
+
+Every function takes Python ints (tests) or the DSL's Int32 (the kernels), with `least` and `most` for min and max.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+PAIR = 128
+"""Tokens in a step: two blocks."""
+SPLIT_COST = 4
+"""Steps that splitting costs a call: about 13 us (combine 11, one more start 2), at 3.4 us a step of 128 heads."""
+SLOTS = 2
+"""Partial results that one cluster may leave."""
+
+
+def pairs(length: Any) -> Any:
+    """Pairs of blocks that hold `length` tokens."""
+    return (length + (PAIR - 1)) >> 7
+
+
+def weight(num_pairs: Any, floor: Any, most: Callable[..., Any] = max) -> Any:
+    """Steps of one item; `floor` is the plan's smallest weight."""
+    return most(num_pairs, floor)
+
+
+class Plan(NamedTuple):
+    """Steps that one cluster owns, steps in all, and the smallest weight of an item."""
+
+    chunk: Any
+    total: Any
+    floor: Any
+
+
+def even(total: Any, clusters: Any) -> Plan:
+    """Split items wherever a range ends; `total` counts each item with floor 1."""
+    return Plan((total + clusters - 1) // clusters, total, 1)
+
+
+def unsplit(heaviest: Any, items: Any, clusters: Any) -> Plan:
+    """Hand out whole items, the same number to each cluster."""
+    return Plan((items + clusters - 1) // clusters * heaviest, items * heaviest, heaviest)
+
+
+def pays(split: Plan, whole: Plan) -> Any:
+    """Whether splitting beats whole items."""
+    return split.chunk + SPLIT_COST < whole.chunk
+
+
+class Segment(NamedTuple):
+    """The part of an item that one cluster computes.
+
+    Pairs `[first, last)` of the item's `num_pairs`; `steps` of the line that it takes up; `whole`: nobody else shares
+    the item, so the result is final; otherwise it goes to slot `slot`.
+    """
+
+    first: Any
+    last: Any
+    num_pairs: Any
+    steps: Any
+    whole: Any
+    slot: Any
+
+
+def segment(
+    num_pairs: Any,
+    offset: Any,
+    left: Any,
+    floor: Any,
+    least: Callable[..., Any] = min,
+    most: Callable[..., Any] = max,
+) -> Segment:
+    """The segment that starts `offset` steps into an item, in a cluster with `left` steps of its range to go."""
+    length = weight(num_pairs, floor, most)
+    steps = least(length - offset, left)
+    last = least(offset + steps, num_pairs)
+    return Segment(offset, last, num_pairs, steps, steps == length, 1 - least(offset, 1))
+
+
+def last_cluster(item_start: Any, item_weight: Any, chunk_steps: Any) -> Any:
+    """The cluster that computes the last step of an item."""
+    return (item_start + item_weight - 1) // chunk_steps
