@@ -244,8 +244,9 @@ def launch_prefill(problem: PrefillProblem, config: prefill.Config, args: Prefil
     arguments = prefill.arguments(
         config, S_kv=problem.S_kv, q=stored(args.q, config.widen), k=stored(args.k, config.widen),
         v=stored(args.v, config.widen), block_table=args.block_table, seq_lens=args.seq_lens, start_pos=args.start_pos,
-        mask=args.mask, kept=kept, num_kept=num_kept, q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale,
-        attn_sink=args.attn_sink, softmax_scale=args.softmax_scale, out=args.out, lse=args.lse, causal=problem.causal,
+        mask=args.mask, kept=kept, num_kept=num_kept, q_descale=args.q_descale, k_descale=args.k_descale,
+        v_descale=args.v_descale, attn_sink=args.attn_sink, softmax_scale=args.softmax_scale, out=args.out,
+        lse=args.lse, causal=problem.causal,
     )  # fmt: skip
     grid = prefill.grid(config, problem.B, problem.Hq, problem.P)
     prefill.prefill_kernel[grid](*arguments, num_warps=config.warps, num_stages=config.stages)
