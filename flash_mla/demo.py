@@ -6,7 +6,9 @@ are 512 + 64 wide. Nothing is downloaded. Needs the extras `flash-mla[cli,transf
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -66,9 +68,9 @@ def demo(text: Path, device: str = "cpu", tokens: int = 32, batch: int = 4, cons
     cache = paged_cache(model, batch, max(lengths) + tokens)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        paged = generate(model, inputs, tokens, cache, progress, "paged latent cache")
+        paged = generate(model, inputs, tokens, partial(emptied, cache), progress, "paged latent cache")
         model.set_attn_implementation("eager")
-        eager = generate(model, inputs, tokens, DynamicCache(), progress, "eager attention   ")
+        eager = generate(model, inputs, tokens, DynamicCache, progress, "eager attention   ")
     console.print(figures(model, cache, lengths, paged, eager))
 
     differing = (paged.tokens != eager.tokens).nonzero().tolist()
@@ -76,6 +78,12 @@ def demo(text: Path, device: str = "cpu", tokens: int = 32, batch: int = 4, cons
         request, step = min(differing, key=lambda place: place[1])
         raise SystemExit(f"{len(differing)} tokens differ; the first is token {step} of request {request}")
     console.print(f"All {paged.tokens.numel()} tokens are those of eager attention.")
+
+
+def emptied(cache: PagedCache) -> PagedCache:
+    """The same cache without tokens."""
+    cache.reset()
+    return cache
 
 
 def cut_prompts(data: bytes, batch: int, device: str) -> dict[str, Tensor]:
@@ -129,18 +137,18 @@ def generate(
     model: Any,
     inputs: dict[str, Tensor],
     tokens: int,
-    cache: PagedCache | DynamicCache,
+    empty_cache: Callable[[], PagedCache | DynamicCache],
     progress: Progress,
     title: str,
 ) -> Run:
     """Greedy tokens; a first, short run keeps one-time costs out of the times."""
     task = progress.add_task(title, total=tokens)
-    options: dict[str, Any] = {**inputs, "past_key_values": cache, "do_sample": False}
-    model.generate(**options, max_new_tokens=2)
-    cache.reset()
+    options: dict[str, Any] = {**inputs, "do_sample": False}
+    model.generate(**options, past_key_values=empty_cache(), max_new_tokens=2)
+    cache = empty_cache()
     ticks = Ticks(progress, task)
     start = perf_counter()
-    sequences = model.generate(**options, max_new_tokens=tokens, streamer=ticks)
+    sequences = model.generate(**options, past_key_values=cache, max_new_tokens=tokens, streamer=ticks)
     new = sequences[:, inputs["input_ids"].shape[1] :]
     return Run(new, ticks.times[1] - start, ticks.times[-1] - ticks.times[1])
 
