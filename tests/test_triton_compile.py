@@ -108,7 +108,7 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def decode_case(
     *, B: int = 64, Hq: int, Hk: int, D: int, Dv: int, S_q: int = 1, dtype: torch.dtype = torch.bfloat16,
-    alias: bool = False, table_blocks: int = 128, mask: bool = False,
+    alias: bool = False, table_blocks: int = 128, mask: torch.dtype | None = None,
 ) -> tuple[DecodeProblem, DecodeArgs]:  # fmt: skip
     out_dtype = torch.bfloat16 if dtype == FP8 else dtype
     k = meta(4096, 64, Hk, D, dtype=dtype).permute(2, 0, 1, 3)[None].expand(B, -1, -1, -1, -1)
@@ -121,7 +121,7 @@ def decode_case(
     args = DecodeArgs(
         q=meta(B, Hq, S_q, D, dtype=dtype), k=k, v=v, block_table=meta(B, table_blocks, dtype=torch.int32),
         seq_lens=meta(B, dtype=torch.int32),
-        mask=meta(B, Hq, S_q, table_blocks * 64, dtype=torch.bool) if mask else None,
+        mask=meta(B, Hq, S_q, table_blocks * 64, dtype=mask) if mask else None,
         q_descale=scale, k_descale=scale, v_descale=scale, attn_sink=None, softmax_scale=0.1,
         out=meta(B, Hq, S_q, Dv, dtype=out_dtype), lse=meta(B, Hq, S_q, dtype=torch.float32),
     )  # fmt: skip
@@ -129,14 +129,14 @@ def decode_case(
         device=torch.device("meta"), dtype=dtype, out_dtype=out_dtype, B=B, Hq=Hq, Hk=Hk, S_q=S_q, D=D, Dv=Dv,
         Nblk=4096, table_blocks=table_blocks, q_strides=args.q.stride(), k_strides=k.stride(),
         v_strides=v.stride(), alias=alias,
-        mask="bool" if mask else "none", descale=dtype == FP8, sink=False,
+        mask=MASK_KINDS[mask], descale=dtype == FP8, sink=False,
     )  # fmt: skip
     return problem, args
 
 
 def prefill_case(
     *, Hq: int = 32, Hk: int = 8, P: int = 4096, D: int, Dv: int, dtype: torch.dtype = torch.bfloat16,
-    alias: bool = False, is_paged: bool = False, mask: bool = False, block_mask: bool = False,
+    alias: bool = False, is_paged: bool = False, mask: torch.dtype | None = None, block_mask: torch.dtype | None = None,
 ) -> tuple[PrefillProblem, PrefillArgs]:  # fmt: skip
     B = 2
     out_dtype = torch.bfloat16 if dtype == FP8 else dtype
@@ -151,7 +151,7 @@ def prefill_case(
     args = PrefillArgs(
         q=meta(B, P, Hq, D, dtype=dtype).transpose(1, 2), k=k, v=v,
         block_table=meta(B, P // 64, dtype=torch.int32) if is_paged else None, seq_lens=ints if is_paged else None,
-        start_pos=ints if is_paged else None, mask=meta(B, Hq, P, P, dtype=torch.bool) if mask else None,
+        start_pos=ints if is_paged else None, mask=meta(B, Hq, P, P, dtype=mask) if mask else None,
         block_mask=meta(B, Hq, P // 64, P // 64, dtype=torch.bool) if block_mask else None,
         q_descale=scale, k_descale=scale, v_descale=scale, attn_sink=None, softmax_scale=0.1,
         out=meta(B, Hq, P, Dv, dtype=out_dtype), lse=meta(B, Hq, P, dtype=torch.float32),
@@ -159,7 +159,7 @@ def prefill_case(
     problem = PrefillProblem(
         device=torch.device("meta"), dtype=dtype, out_dtype=out_dtype, B=B, Hq=Hq, Hk=Hk, P=P, S_kv=P, D=D, Dv=Dv,
         q_strides=args.q.stride(), k_strides=k.stride(), v_strides=v.stride(), paged=is_paged, alias=alias, causal=True,
-        mask="bool" if mask else "none", block_mask=block_mask, seq_lens=is_paged, start_pos=is_paged,
+        mask=MASK_KINDS[mask], block_mask=block_mask, seq_lens=is_paged, start_pos=is_paged,
         descale=dtype == FP8, sink=False,
     )  # fmt: skip
     return problem, args
@@ -174,8 +174,10 @@ DECODE = {
     "fp8_gqa_d128": dict(Hq=32, Hk=8, D=128, Dv=128, dtype=FP8),
     "fp8_mla_128": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True, dtype=FP8),
     "fp32_d128": dict(Hq=32, Hk=8, D=128, Dv=128, dtype=torch.float32),
-    "mask_d128": dict(Hq=32, Hk=8, D=128, Dv=128, mask=True),
+    "mask_d128": dict(Hq=32, Hk=8, D=128, Dv=128, mask=torch.bool),
+    "mask_float_d128": dict(Hq=32, Hk=8, D=128, Dv=128, mask=torch.float32),
 }
+MASK_KINDS = {None: "none", torch.bool: "bool", torch.float32: "float"}
 PREFILL = {
     "d64": dict(D=64, Dv=64),
     "d128": dict(D=128, Dv=128),
@@ -185,7 +187,9 @@ PREFILL = {
     "fp8_d128": dict(D=128, Dv=128, dtype=FP8),
     "paged_d128": dict(D=128, Dv=128, is_paged=True),
     "block_sparse_d128": dict(D=128, Dv=128, block_mask=True),
-    "mask_d128": dict(D=128, Dv=128, mask=True),
+    "mask_d128": dict(D=128, Dv=128, mask=torch.bool),
+    "mask_float_d128": dict(D=128, Dv=128, mask=torch.float32),
+    "mask_float_d192_d128": dict(D=192, Dv=128, mask=torch.float32),
 }
 
 

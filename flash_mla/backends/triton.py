@@ -6,6 +6,7 @@ it is tested without a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -124,12 +125,15 @@ def config(problem: Problem, on: Target | None = None) -> DecodeConfig | prefill
     if isinstance(problem, PrefillProblem):
         return prefill.config(
             P=problem.P, D=problem.D, Dv=problem.Dv, paged=problem.paged, alias=problem.alias,
-            block_mask=problem.block_mask, itemsize=problem.dtype.itemsize, target=on,
+            mask=problem.mask != "none", block_mask=problem.block_mask, itemsize=problem.dtype.itemsize, target=on,
         )  # fmt: skip
     chosen = decode.config(
         B=problem.B, Hq=problem.Hq, Hk=problem.Hk, S_q=problem.S_q, D=problem.D, Dv=problem.Dv,
         table_blocks=problem.table_blocks, alias=problem.alias, itemsize=problem.dtype.itemsize, target=on,
     )  # fmt: skip
+    if on.backend == "hip" and problem.mask == "float":
+        # NOTE: Triton 3.6's AMD pipeliner destroys the mask's load ("operation destroyed but still has uses")
+        chosen = dataclasses.replace(chosen, stages=1)
     if chosen.programs < 2:
         return DecodeConfig(chosen, None)
     return DecodeConfig(chosen, combine.config(items=problem.B * problem.Hk, programs=chosen.programs, Dv=problem.Dv))

@@ -46,7 +46,7 @@ class Config:
 
 
 def config(
-    *, P: int, D: int, Dv: int, paged: bool, alias: bool, block_mask: bool, itemsize: int, target: Target
+    *, P: int, D: int, Dv: int, paged: bool, alias: bool, mask: bool, block_mask: bool, itemsize: int, target: Target
 ) -> Config:
     """The tiles for these dims: pure arithmetic, no device."""
     d_main, d_rest = head_tiles(D)
@@ -69,11 +69,14 @@ def config(
     # 128 keys a tile on Hopper at D 128: 435 TFLOP/s causal on the H200 against 386 at 64; a page has 64
     wide = (
         ((3, 128),)
-        if target.wgmma and in_place and d_main == dv_tile == 128 and d_rest == 0 and not paged and not block_mask
+        if target.wgmma and in_place and d_main == dv_tile == 128 and d_rest == 0 and not (paged or mask or block_mask)
         else ()
     )
     for candidate in (*wide, (3, 64), (2, 64), (3, 32), (2, 32)):
-        if smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], in_place) <= target.smem:
+        # a mask's tiles, up to FP32, wait in shared memory like those of K and V
+        mask_bytes = 4 * candidate[0] * tile_m * candidate[1] if mask else 0
+        tiles = smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], in_place)
+        if tiles + mask_bytes <= target.smem:
             stages, tile_n = candidate
             break
     return Config(
