@@ -22,9 +22,9 @@ unit: .venv/dev.stamp
 
 # The GPU kernels without a GPU: Triton's interpreter, then ahead-of-time compiles and their register gates.
 kernels: .venv/dev.stamp
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton.py tests/test_triton_sparse.py \
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/test_triton.py tests/test_triton_sparse.py \
 		tests/test_decode.py tests/test_prefill.py tests/test_mha.py
-	$(BIN)/pytest tests/test_*_compile.py
+	$(BIN)/pytest -n 2 tests/test_*_compile.py
 
 bench: .venv/demo.stamp
 	$(BIN)/flash-mla bench --device cpu --jsonl docs/bench/cpu.jsonl --markdown docs/bench/cpu.md

@@ -23,10 +23,7 @@ from test_deepseek import (
 
 from flash_mla import deepseek
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
-]
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
 decode = functools.partial(deepseek.flash_mla_with_kvcache, backend="triton")
 

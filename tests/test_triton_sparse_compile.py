@@ -59,7 +59,6 @@ def build(name, target):
 SPILLS = 1152
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("name", CASES)
 def test_sparse_kernel_fits(name, gpu):
