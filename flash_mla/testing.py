@@ -723,6 +723,8 @@ def prefill_cases() -> list[PrefillCase]:
             replace(base, name=f"prefill/sparse-{sparse}-mask", sparse=sparse, mask="bool", causal=True),
         ]
     cases += [
+        replace(base, name="prefill/mask-float-128", mask="float", D=128),
+        replace(base, name="prefill/mask-bool-192-128", mask="bool", causal=True, D=192, Dv=128),
         replace(base, name="prefill/ragged", lengths=(200, 77)),
         replace(base, name="prefill/ragged-empty", lengths=(0, 64)),
         replace(base, name="prefill/ragged-full", lengths=(130, 1), causal=False),
