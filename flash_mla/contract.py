@@ -513,7 +513,42 @@ def decode(
     descales: Descales,
     attn_sink: Tensor | None,
 ) -> DecodeProblem:
-    """The problem of a `flash_mla_with_kvcache` call; reads no value."""
+    """The problem of a `flash_mla_with_kvcache` call; reads no value.
+
+    A plain call (no mask, descale, sink) whose shapes, strides, dtypes and devices passed before is not checked again.
+    """
+    if mask is not None or attn_sink is not None or descales != (None, None, None):
+        return checked_decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink)
+    try:
+        tensors = (q, k_cache, v_cache, block_table, seq_lens)
+        key = (*[(x.shape, x.stride(), x.dtype, x.device) for x in tensors], k_cache.data_ptr() == v_cache.data_ptr())
+    except AttributeError:  # not a tensor: the checks say which
+        return checked_decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink)
+    problem = PASSED.get(key)
+    if problem is None:
+        problem = checked_decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink)
+        if len(PASSED) >= MOST_PASSED:
+            PASSED.clear()
+        PASSED[key] = problem
+    return problem
+
+
+# NOTE: 4 us against 16 for the checks; a whole call without its launch then takes 13 us (Zen 4).
+PASSED: dict[tuple[object, ...], DecodeProblem] = {}
+MOST_PASSED = 4096
+
+
+def checked_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    mask: Tensor | None,
+    descales: Descales,
+    attn_sink: Tensor | None,
+) -> DecodeProblem:
+    """As `decode`, every check made."""
     check_tensor("q", q)
     check_tensor("k_cache", k_cache)
     check_tensor("v_cache", v_cache)
