@@ -1,21 +1,16 @@
-"""The Hopper backend: kernels in CuTe DSL for sm_90a. MLA decode, BF16 and FP16.
-
-The DSL is the optional extra `hopper` and is imported at the first launch.
-"""
+"""MLA decode on Hopper: what `kernels/hopper/mla_decode.py` takes, and its launch."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import math
-from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from flash_mla.backends.hopper.device import multiprocessors
 from flash_mla.errors import ShapeError
-from flash_mla.problem import BLOCK, AppendArgs, Args, DecodeArgs, DecodeProblem, PrefillProblem, Problem
+from flash_mla.problem import BLOCK, DecodeArgs, DecodeProblem
 
 if TYPE_CHECKING:
     from flash_mla.kernels.hopper.mla_decode import Config
@@ -28,35 +23,12 @@ ALIGNMENT = 8
 """Strides that TMA reads must be multiples of 16 bytes: 8 elements."""
 
 
-@functools.cache
-def available() -> str | None:
-    """Why no Hopper kernel can run on this machine, or None."""
-    if importlib.util.find_spec("cutlass") is None:
-        return "nvidia-cutlass-dsl is not installed (pip install 'flash-mla[hopper]')"
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    if (9, 0) not in capabilities:
-        return f"no device of compute capability 9.0, only {', '.join(f'{a}.{b}' for a, b in sorted(capabilities))}"
-    return None
-
-
-def refuse(problem: Problem) -> str | None:
-    """Why the Hopper kernels cannot run this problem, or None."""
-    if not isinstance(problem, DecodeProblem):
-        return f"there is no Hopper {'prefill' if isinstance(problem, PrefillProblem) else 'sparse'} kernel"
-    if problem.device.type != "cuda":
-        return f"it runs on CUDA devices, not on {problem.device.type}"
-    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability(problem.device)) != (9, 0):
-        return f"{problem.device} has compute capability {'.'.join(map(str, capability))}, not 9.0"
+def refuse(problem: DecodeProblem) -> str | None:
+    """Why the kernel cannot run this problem, or None."""
     if problem.dtype not in DTYPES or problem.out_dtype != problem.dtype:
         return f"dtype {problem.dtype} -> {problem.out_dtype}: the kernel takes and gives BF16 or FP16"
-    if problem.Hk != 1:
-        return f"Hk = {problem.Hk}: the kernel is MLA, one KV head"
     if (problem.D, problem.Dv) not in WIDTHS:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
-    if not problem.alias:
-        return "v_cache is not the first 512 columns of k_cache's memory"
     if problem.S_q > MAX_S_Q:
         return f"S_q = {problem.S_q}: at most {MAX_S_Q} query tokens a request"
     if problem.mask != "none":
@@ -89,22 +61,15 @@ def query_row_stride(problem: DecodeProblem) -> int:
     return problem.q_strides[2] if problem.S_q > 1 else problem.q_strides[1] if problem.Hq > 1 else problem.D
 
 
-def config(problem: Problem) -> Hashable:
+def config(problem: DecodeProblem) -> Config:
     """The kernel variant: two CTAs share K when there are two row tiles to share it."""
     from flash_mla.kernels.hopper.mla_decode import TILE_M, Config
 
-    problem = cast(DecodeProblem, problem)
     tiles = -(-problem.Hq * problem.S_q // TILE_M)
     return Config(dtype=DTYPES[problem.dtype], D=problem.D, cluster=2 if tiles % 2 == 0 else 1)
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """SMs of a device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def launch(problem: Problem, config: Hashable, args: Args) -> None:
+def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
     """Fill args.out and args.lse. Allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on 132 SMs).
 
     An int64 table or lengths are converted first, on the device. The first launch of a config loads its kernel, and the
@@ -112,7 +77,6 @@ def launch(problem: Problem, config: Hashable, args: Args) -> None:
     """
     from flash_mla.kernels.hopper import mla_decode, store
 
-    problem, args, config = cast(DecodeProblem, problem), cast(DecodeArgs, args), cast("Config", config)
     if not args.softmax_scale > 0:
         raise ShapeError(
             given=f"softmax_scale={args.softmax_scale}",
@@ -148,8 +112,3 @@ def launch(problem: Problem, config: Hashable, args: Args) -> None:
             int(args.attn_sink is not None),
             clusters,
         )
-
-
-def append(args: AppendArgs) -> None:
-    """Write the rows with the portable kernel: it is bound by memory on every GPU alike."""
-    importlib.import_module("flash_mla.backends.triton").append(args)
