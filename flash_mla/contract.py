@@ -241,7 +241,8 @@ def check_head_dims(D: int, Dv: int) -> None:
             )
 
 
-def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, **inputs: Tensor) -> None:
+    """`out` has the output's shape, dtype, device and layout, and shares no memory with the inputs (q first)."""
     if out is None:
         return
     check_tensor("out", out)
@@ -253,7 +254,25 @@ def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, de
         raise LayoutError(
             f"out with strides {out.stride()}", "out contiguous", "`out` is not contiguous", "Pass a contiguous out"
         )
-    check_on(device, out=out)
+    check_on(inputs["q"].device, out=out)
+    first, last = reach(out)
+    for name, tensor in inputs.items():
+        start, end = reach(tensor)
+        if first < end and start < last:
+            raise LayoutError(
+                f"out at bytes {first:#x} to {last:#x}, {name} at {start:#x} to {end:#x}",
+                "out in memory of its own",
+                f"`out` overlaps `{name}`, which is read while out is written",
+                "Pass another tensor, or none",
+            )
+
+
+def reach(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first byte to past its last."""
+    if not tensor.numel():
+        return 0, 0
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
 
 
 def check_seq_lens_shape(seq_lens: Tensor, B: int, name: str = "seq_lens") -> None:
