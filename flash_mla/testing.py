@@ -722,6 +722,16 @@ def prefill_cases() -> list[PrefillCase]:
             replace(base, name=f"prefill/sparse-{sparse}", sparse=sparse),
             replace(base, name=f"prefill/sparse-{sparse}-mask", sparse=sparse, mask="bool", causal=True),
         ]
+    for D, Dv in ((64, 64), (128, 128), (192, 128), (256, 256)):
+        # several tiles of every kernel
+        long = PrefillCase("", 700, Hq=4, Hk=2, D=D, Dv=Dv)
+        cases += [
+            replace(long, name=f"prefill/long-{D}-{Dv}"),
+            replace(long, name=f"prefill/long-{D}-{Dv}-ragged", lengths=(700, 333), causal=False),
+            replace(long, name=f"prefill/long-{D}-{Dv}-sparse", sparse="heads", causal=False),
+            replace(long, name=f"prefill/long-{D}-{Dv}-sparse-causal", sparse="heads", causal=True),
+            replace(long, name=f"prefill/long-{D}-{Dv}-mask", mask="bool"),
+        ]
     cases += [
         replace(base, name="prefill/mask-float-128", mask="float", D=128),
         replace(base, name="prefill/mask-bool-192-128", mask="bool", causal=True, D=192, Dv=128),
@@ -774,6 +784,8 @@ def mha_cases() -> list[MhaCase]:
         replace(chunk, name="mha/chunk-one-token", P=1, starts=(63, 64)),
         replace(base, name="mha/ordered", order="ordered", P=600, B=1),
         replace(base, name="mha/head-dims", D=192, Dv=128),
+        replace(base, name="mha/long", P=700, D=128),
+        replace(base, name="mha/long-chunk", P=300, starts=(450, 64), D=128, layout="pool"),
         replace(base, name="mha/scale", softmax_scale=0.31),
         replace(base, name="mha/latent", D=576, Dv=512, alias=True, write=False),
         replace(chunk, name="mha/latent-chunk", D=576, Dv=512, alias=True, write=False, layout="pool"),
