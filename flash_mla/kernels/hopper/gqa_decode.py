@@ -1,16 +1,16 @@
 """GQA, MQA and MHA decode on Hopper: out = softmax(scale * Q K^T) V over paged caches of K and V.
 
-Grid: one CTA an SM, persistent. The query rows of one KV head (row = head of the group * S_q + token) are cut into tiles
-of `tile_n`; a CTA computes one tile of one KV head against a range of the request's keys, which it finds from
+Grid: one CTA an SM, persistent. The query rows of one KV head (row = head of the group * S_q + token) are cut into
+tiles of `tile_n`; a CTA computes one tile of one KV head against a range of the request's keys, which it finds from
 `seq_lens` on the device (`split.py`); `combine.py` adds the pieces of items that were split.
 
 Bound: bytes. A block of 64 keys of one head is 64 * (D + Dv) * 2 = 32.8 KB at D 128 in BF16; at 4.5 TB/s an SM gets 34
-bytes a ns, so a block every 960 ns = 1600 cycles (FP8: 800). Its products are 64 * tile_n * (D + Dv) * 2 FLOP, a few per
-cent of that. So keys and output columns are the M of the products, and the few query rows their N:
+bytes a ns, so a block every 960 ns = 1600 cycles (FP8: 800). Its products are 64 * tile_n * (D + Dv) * 2 FLOP, a few
+per cent of that. So keys and output columns are the M of the products, and the few query rows their N:
     S^T [64, tile_n] = K Q^T        O^T [Dv, tile_n] += V^T P^T
 Softmax is then 64 * tile_n / 128 elements a thread and a block: 4 at tile_n 8.
 
-Roles (288 threads, up to 224 registers):
+Roles (384 threads; up to 168 registers; at tile_n 64 the consumers take 232 and leave 40):
     warpgroups 0, 1   alternate blocks of the range, each with its own max, sum and O; merged at the end of the segment
     warp 8            TMA of Q, K and V; then notes the split item for combine
 
@@ -27,9 +27,9 @@ ldmatrix of 16-bit pairs gives a thread two neighbouring columns of V for two ne
 separates them. So row r of 16 rows of O^T is column 2 r, or 2 (r - 8) + 1, undone where O is stored.
 
 Supports BF16, FP16, FP8 (e4m3); D and Dv up to 256; any Hq / Hk and S_q; any strides that TMA takes (multiples of 16
-bytes), a shared pool too; ragged lengths, 0 included; causal among the S_q tokens; descales and sinks. Unused slots may
-hold NaN: the scores past the end are masked and the V rows zeroed. Block ids are forced inside the cache, lengths inside
-the table.
+bytes), a shared pool too; ragged lengths, 0 included; causal among the S_q tokens; descales and sinks. Unused slots
+may hold NaN: the scores past the end are masked and the V rows zeroed. Block ids are forced inside the cache, lengths
+inside the table.
 
 Measured: docs/kernels.md, "Hopper GQA decode".
 """
@@ -66,9 +66,10 @@ ROW_BYTES = 128
 CHUNK_BYTES = BLOCK * ROW_BYTES
 TILE_M = 64
 """Output columns of an O^T tile."""
-WARPS = 9
+WARPS = 12
 CONSUMER_WARPS = 8
 CONSUMERS = 32 * CONSUMER_WARPS
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 SMEM_LIMIT = 227 * 1024
 MAX_STAGES = 12
 
@@ -132,6 +133,11 @@ class Config:
         return min(4, 64 // self.tile_n)
 
     @property
+    def wide(self) -> bool:
+        """Whether the consumers need registers of the producer's warpgroup."""
+        return self.tile_n == TILES_N[-1]
+
+    @property
     def fixed_bytes(self) -> int:
         """Shared memory of a CTA without the stages: Q, P, row sums and maxima, work search, barriers."""
         q = self.q_stages * self.k_chunks * self.tile_n * ROW_BYTES
@@ -157,8 +163,8 @@ class Config:
 class Tensors(NamedTuple):
     """Global memory, all but q, k and v, which only TMA reads.
 
-    table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; descales [B, Hk] FP32; out [B, Hq * S_q, Dv]; lse [B,
-    Hq * S_q] FP32, natural log; out_partial [2 * CTAs, tile_n, Dv] and lse_partial [2 * CTAs, tile_n] FP32, base 2;
+    table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; descales [B, Hk] FP32; out [B, Hq * S_q, Dv]; lse
+    [B, Hq * S_q] FP32, natural log; out_partial [2 * CTAs, tile_n, Dv] and lse_partial [2 * CTAs, tile_n] FP32, base 2;
     split_of [CTAs, 4] int32: the split item that begins in a CTA (request, group, last CTA; -1: none).
     """
 
@@ -550,8 +556,14 @@ class Producer:
         channel.acquire(stage, turn)
         with cute.arch.elect_one():
             channel.expect(stage, chunks * CHUNK_BYTES)
+        head, block, request = page
         for c in cutlass.range_constexpr(chunks):
-            cute.copy(atom, gmem[None, c, *page], smem[None, stage * chunks + c], tma_bar_ptr=channel.full + stage)
+            cute.copy(
+                atom,
+                gmem[None, c, head, block, request],
+                smem[None, stage * chunks + c],
+                tma_bar_ptr=channel.full + stage,
+            )
 
     @cute.jit
     def load_segment(self, table: cute.Tensor, item: Item, first, last, count) -> None:
@@ -790,12 +802,8 @@ class GqaDecode:
             sQ: cute.struct.Align[
                 cute.struct.MemRange[dtype, config.q_stages * config.k_chunks * config.tile_n * config.chunk], 1024
             ]
-            sK: cute.struct.Align[
-                cute.struct.MemRange[dtype, config.stages * config.k_chunks * chunk_elements], 1024
-            ]
-            sV: cute.struct.Align[
-                cute.struct.MemRange[dtype, config.stages * config.v_chunks * chunk_elements], 1024
-            ]
+            sK: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.k_chunks * chunk_elements], 1024]
+            sV: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.v_chunks * chunk_elements], 1024]
             sP: cute.struct.Align[cute.struct.MemRange[product_dtype(config), 4 * config.tile_n * BLOCK], 1024]
             sSum: cute.struct.MemRange[Float32, CONSUMER_WARPS * config.tile_n]
             sMax: cute.struct.MemRange[Float32, 2 * config.tile_n]
@@ -828,17 +836,22 @@ class GqaDecode:
         work = find_work(tensors.table, tensors.seq_lens, groups, cta, ctas, WARPS, shared.sScan)
         cute.arch.griddepcontrol_launch_dependents()
 
-        if warp_id == CONSUMER_WARPS:
-            producer = Producer.over(config, shared, self.layout, (tma_q, tma_k, tma_v), tQ, tK, tV)
-            self.produce(producer, tensors, scalars, work, cta)
+        if warp_id >= CONSUMER_WARPS:
+            if const_expr(config.wide):
+                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp_id == CONSUMER_WARPS:
+                producer = Producer.over(config, shared, self.layout, (tma_q, tma_k, tma_v), tQ, tK, tV)
+                self.produce(producer, tensors, scalars, work, cta)
         else:
+            if const_expr(config.wide):
+                cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             tidx, _, _ = cute.arch.thread_idx()
             consumer = Consumer.over(config, shared, warp_id // 4, tidx % 128)
             self.consume(consumer, tensors, scalars, work, cta)
 
     @cute.jit
     def produce(self, producer: Producer, tensors: Tensors, scalars: Scalars, work: Work, cta) -> None:
-        """Walk the CTA's segments and load them; note, for the combine kernel, the item that the next CTA goes on with."""
+        """Walk the CTA's segments and load them; note, for combine, the item that the next CTA goes on with."""
         request, group, offset, left = work.request, work.group, work.offset, work.steps
         blocks_done, segments_done = Int32(0), Int32(0)
         split_request, split_group, split_last = Int32(-1), Int32(0), Int32(0)
@@ -923,9 +936,13 @@ def arguments(config: Config) -> tuple:
         q_descale=descale(),
         k_descale=descale(),
         v_descale=descale(),
-        out=make_fake_tensor(out_dtype, (B, all_rows, config.Dv), (cute.sym_int64(divisibility=8), config.Dv, 1), assumed_align=16),
+        out=make_fake_tensor(
+            out_dtype, (B, all_rows, config.Dv), (cute.sym_int64(divisibility=8), config.Dv, 1), assumed_align=16
+        ),
         lse=make_fake_tensor(Float32, (B, all_rows), (cute.sym_int64(), 1), assumed_align=4),
-        out_partial=make_fake_tensor(Float32, (*parts, config.Dv), (config.tile_n * config.Dv, config.Dv, 1), assumed_align=16),
+        out_partial=make_fake_tensor(
+            Float32, (*parts, config.Dv), (config.tile_n * config.Dv, config.Dv, 1), assumed_align=16
+        ),
         lse_partial=make_fake_tensor(Float32, parts, (config.tile_n, 1), assumed_align=16),
         split_of=make_fake_tensor(Int32, (cute.sym_int32(), 4), (4, 1), assumed_align=16),
     )
