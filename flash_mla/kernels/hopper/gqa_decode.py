@@ -10,7 +10,7 @@ per cent of that. So keys and output columns are the M of the products, and the 
     S^T [64, tile_n] = K Q^T        O^T [Dv, tile_n] += V^T P^T
 Softmax is then 64 * tile_n / 128 elements a thread and a block: 4 at tile_n 8.
 
-Roles (384 threads; up to 168 registers; at tile_n 64 the consumers take 232 and leave 40):
+Roles (384 threads; up to 168 registers; where O is large the consumers take 232 and leave 40):
     warpgroups 0, 1   alternate blocks of the range, each with its own max, sum and O; merged at the end of the segment
     warp 8            TMA of Q, K and V; then notes the split item for combine
 
@@ -135,7 +135,7 @@ class Config:
     @property
     def wide(self) -> bool:
         """Whether the consumers need registers of the producer's warpgroup."""
-        return self.tile_n == TILES_N[-1]
+        return self.tile_n * self.tiles_m >= 128
 
     @property
     def fixed_bytes(self) -> int:
