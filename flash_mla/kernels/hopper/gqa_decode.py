@@ -245,6 +245,15 @@ def convert_pairs(pairs):
     )
 
 
+@cute.jit
+def prefetch_table(table: cute.Tensor, thread) -> None:
+    """Ask L2 for a 128-byte line of the table, one a thread of the grid: which entries to read is known 1 us later."""
+    first = thread * (128 // 4)
+    if first < (table.shape[0] - 1) * table.stride[0] + table.shape[1]:
+        address = table.iterator.toint() + 4 * Int64(first)
+        cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address])
+
+
 @dataclass(frozen=True)
 class Shared:
     """Views of a CTA's shared memory (frozen, like every group of trace-time objects: branches may then use it).
@@ -841,7 +850,10 @@ class GqaDecode:
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
 
+        tidx, _, _ = cute.arch.thread_idx()
+
         # barriers, and the work of this CTA
+        prefetch_table(tensors.table, cta * 32 * WARPS + tidx)
         if warp_id == 0:
             cpasync.prefetch_descriptor(tma_q)
             cpasync.prefetch_descriptor(tma_k)
@@ -864,7 +876,6 @@ class GqaDecode:
         else:
             if const_expr(config.wide):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            tidx, _, _ = cute.arch.thread_idx()
             consumer = Consumer.over(config, shared, warp_id // 4, tidx % 128)
             self.consume(consumer, tensors, scalars, work, cta)
 
