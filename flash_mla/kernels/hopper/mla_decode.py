@@ -58,6 +58,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.combine import combine
+from flash_mla.kernels.hopper.work import Work, find_work, length_of, scan_words
 
 # ---------------------------------------------------------------------------------------------------------- Config
 
@@ -129,7 +130,7 @@ class Config:
         q = 2 * TILE_M * self.D
         k = 2 * 2 * K_CHUNKS * CHUNK_ELEMENTS
         rows = 4 * (2 * TILE_M + 2 * TILE_M)
-        used = q + k + rows + 4 * 32 + 8 * (Channel.words(STAGES) + Channel.words(1))
+        used = q + k + rows + 4 * scan_words(WARPS) + 8 * (Channel.words(STAGES) + Channel.words(1))
         return -(-used // 1024) * 1024
 
 
@@ -163,106 +164,6 @@ class Scalars(NamedTuple):
     groups: Int32
 
 
-class Work(NamedTuple):
-    """A cluster's range: `steps` steps, from `offset` steps into item (request, group) on; and the plan."""
-
-    request: Int32
-    group: Int32
-    offset: Int32
-    steps: Int32
-    chunk: Int32
-    floor: Int32
-
-
-@cute.jit
-def length_of(tensors: Tensors, request):
-    """The request's length, kept inside what its row of the table covers."""
-    return cutlass.max(0, cutlass.min(tensors.seq_lens[request], tensors.table.shape[1] * BLOCK))
-
-
-@cute.jit
-def warp_sum(value):
-    """Sum over the warp, in every lane."""
-    for i in cutlass.range_constexpr(5):
-        value = value + cute.arch.shuffle_sync_bfly(value, offset=1 << i)
-    return value
-
-
-@cute.jit
-def warp_max(value):
-    """Maximum over the warp, in every lane."""
-    for i in cutlass.range_constexpr(5):
-        value = cutlass.max(value, cute.arch.shuffle_sync_bfly(value, offset=1 << i))
-    return value
-
-
-@cute.jit
-def find_work(tensors: Tensors, groups, cluster_id, clusters, sScan: cute.Tensor):
-    """This cluster's range of the line of steps, found by all warps from the lengths.
-
-    Warp w sums the weights of its run of requests; where the plan splits, the warp in whose run the range starts then
-    scans that run 32 requests at a time. sScan [32] int32: the warps' sums, their maxima, the request and its start.
-    """
-    warp_id, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-    B = tensors.seq_lens.shape[0]
-    rounds = (B + 32 * WARPS - 1) // (32 * WARPS)
-    first = warp_id * rounds * 32 + lane
-
-    # sum this warp's run
-    run, heaviest = Int32(0), Int32(1)
-    for i in cutlass.range(rounds, unroll=1):
-        request = first + 32 * i
-        if request < B:
-            own = split.weight(split.pairs(length_of(tensors, request)), 1, cutlass.max)
-            run, heaviest = run + groups * own, cutlass.max(heaviest, own)
-    run, heaviest = warp_sum(run), warp_max(heaviest)
-    if lane == 0:
-        sScan[warp_id] = run
-        sScan[WARPS + warp_id] = heaviest
-    cute.arch.sync_threads()
-    base, total = Int32(0), Int32(0)
-    for w in cutlass.range_constexpr(WARPS):
-        if w < warp_id:
-            base = base + sScan[w]
-        total, heaviest = total + sScan[w], cutlass.max(heaviest, sScan[WARPS + w])
-
-    # choose the plan
-    even, whole = split.even(total, clusters), split.unsplit(heaviest, B * groups, clusters)
-    chunk, floor = whole.chunk, whole.floor
-    if split.pays(even, whole):
-        chunk, floor = even.chunk, Int32(1)
-    else:
-        total = whole.total
-    start = cluster_id * chunk
-
-    # the warp that holds the start looks for its request
-    if floor == 1 and base <= start and start < base + run:
-        for i in cutlass.range(rounds, unroll=1):
-            request = first + 32 * i
-            own = Int32(0)
-            if request < B:
-                own = groups * split.weight(split.pairs(length_of(tensors, request)), 1, cutlass.max)
-            upto = own
-            for d in cutlass.range_constexpr(5):
-                below = cute.arch.shuffle_sync_up(upto, offset=1 << d, mask_and_clamp=0)
-                if lane >= (1 << d):
-                    upto = upto + below
-            if start >= base + upto - own and start < base + upto:
-                sScan[30] = request
-                sScan[31] = base + upto - own
-            base = base + cute.arch.shuffle_sync(upto, offset=31)
-    cute.arch.sync_threads()
-    request, begin = start // (floor * groups), start // (floor * groups) * (floor * groups)
-    if floor == 1:
-        request, begin = sScan[30], sScan[31]
-    left = cutlass.max(0, cutlass.min(chunk, total - start))
-    if left == 0:
-        request, begin = Int32(0), start
-    item = split.weight(split.pairs(length_of(tensors, request)), floor, cutlass.max)
-    group = (start - begin) // item
-    return Work(request, group, start - begin - group * item, left, chunk, floor)
-
-
 # ----------------------------------------------------------------------------------------------------------- Steps
 
 
@@ -287,7 +188,7 @@ class Shared:
             k_buffers=storage.sK.get_tensor(buffers.outer, swizzle=buffers.inner).iterator,
             sMax=storage.sMax.get_tensor(cute.make_layout((TILE_M, 2))),
             sSum=storage.sSum.get_tensor(cute.make_layout((TILE_M, 2))),
-            sScan=storage.sScan.get_tensor(cute.make_layout(32)),
+            sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(WARPS))),
             k=Channel.over(storage.k_barriers.data_ptr(), STAGES, 4 * config.cluster, config.cluster),
             q=Channel.over(storage.q_barriers.data_ptr(), 1, CONSUMERS // 32),
             row_layout=row_layout,
@@ -865,6 +766,7 @@ class MlaDecode:
             tensors.sink,
             has_sink,
             S_q,
+            Int32(1),
             stream,
         )
 
@@ -888,7 +790,7 @@ class MlaDecode:
             sK: cute.struct.Align[cute.struct.MemRange[dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
             sMax: cute.struct.MemRange[Float32, 2 * TILE_M]
             sSum: cute.struct.MemRange[Float32, 2 * TILE_M]
-            sScan: cute.struct.MemRange[Int32, 32]
+            sScan: cute.struct.MemRange[Int32, scan_words(WARPS)]
             k_barriers: cute.struct.MemRange[Int64, Channel.words(STAGES)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(1)]
 
@@ -913,7 +815,7 @@ class MlaDecode:
             cute.arch.mbarrier_init_fence()
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
-        work = find_work(tensors, scalars.groups, cluster_id, clusters, shared.sScan)
+        work = find_work(tensors.table, tensors.seq_lens, scalars.groups, cluster_id, clusters, WARPS, shared.sScan)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -942,7 +844,7 @@ class MlaDecode:
         request, group, offset, left = work.request, work.group, work.offset, work.steps
         pairs_done, segments_done = Int32(0), Int32(0)
         while left > 0:
-            length = length_of(tensors, request)
+            length = length_of(tensors.table, tensors.seq_lens, request)
             part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max)
             if part.last > part.first:
                 producer.load_q(group * self.config.cluster + rank, request, segments_done)
@@ -971,7 +873,7 @@ class MlaDecode:
         request, group, offset, left = work.request, work.group, work.offset, work.steps
         pairs_done, segments_done = Int32(0), Int32(0)
         while left > 0:
-            length = length_of(tensors, request)
+            length = length_of(tensors.table, tensors.seq_lens, request)
             part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max)
             row0 = (group * self.config.cluster + rank) * TILE_M
             if part.last > part.first:
@@ -997,7 +899,7 @@ class MlaDecode:
         request, group, offset, left = work.request, work.group, work.offset, work.steps
         split_request, split_group, split_last = Int32(-1), Int32(0), Int32(0)
         while left > 0:
-            num_pairs = split.pairs(length_of(tensors, request))
+            num_pairs = split.pairs(length_of(tensors.table, tensors.seq_lens, request))
             part = split.segment(num_pairs, offset, left, work.floor, cutlass.min, cutlass.max)
             if part.slot == 1 and not part.whole:
                 begin = (cluster_id + 1) * work.chunk - part.steps
