@@ -40,9 +40,16 @@ def config(problem: SparseProblem, target: Target) -> sparse.Config:
         topk=sum(keys.topk for keys in problem.sets),
         itemsize=problem.dtype.itemsize,
         quantised=problem.format is not None,
+        flat=flat(problem),
         split=not problem.max_logits,
         target=target,
     )
+
+
+def flat(problem: SparseProblem) -> bool:
+    """Whether row i of a cache lies i rows after the first, whatever its page."""
+    together = all(s.pages == 1 or s.cache_strides[0] == s.page * s.cache_strides[1] for s in problem.sets)
+    return together and not (problem.format is not None and FORMATS[problem.format].page_split)
 
 
 def parts(cache: Tensor, fmt: RowFormat | None) -> Parts:
@@ -82,7 +89,7 @@ def arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, p
         args.q, *tensors, args.attn_sink, args.out, args.lse, args.max_logits, partial, args.softmax_scale,
         problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], *numbers, problem.S_q, problem.D, problem.Dv,
         quantised, group, e8m0, config.native, config.splits, config.tile_m, config.tile_n, config.d_main,
-        config.d_rest, config.precision,
+        config.d_rest, config.precision, config.flat,
     )  # fmt: skip
 
 
