@@ -32,7 +32,7 @@ from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision
 class Config:
     """tile_m heads by tile_n keys; d_main + d_rest columns of K; splits of a token's keys.
 
-    native: e4m3 is converted by the GPU's own instruction. flat: rows of neighbouring pages lie one row apart, so that an
+    native: e4m3 is converted by the GPU's own instruction. flat: row i of a cache lies i rows after its first, so that an
     index alone is an address.
     """
 
