@@ -25,7 +25,6 @@ from flash_mla.testing import (
     run,
 )
 
-
 CALLS = itertools.count(1)
 
 

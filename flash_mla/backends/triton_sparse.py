@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ def refuse(problem: SparseProblem) -> str | None:
 
 def config(problem: SparseProblem, target: Target) -> sparse.Config:
     """The kernel's tiles; max_logits is not kept through a merge, and its callers have tokens enough."""
-    return sparse.config(
+    chosen = sparse.config(
         tokens=problem.B * problem.S_q,
         Hq=problem.Hq,
         D=problem.D,
@@ -43,6 +44,21 @@ def config(problem: SparseProblem, target: Target) -> sparse.Config:
         flat=flat(problem),
         split=not problem.max_logits,
         target=target,
+    )
+    return replace(chosen, tile_m=64, tile_n=64, warps=8, wgmma=True) if wgmma(problem, target) else chosen
+
+
+def wgmma(problem: SparseProblem, target: Target) -> bool:
+    """Whether sparse_wgmma.py takes the problem, and with more heads than half of its 64 rows."""
+    shape = (problem.D, problem.Dv, len(problem.sets), problem.dtype) == (576, 512, 1, torch.bfloat16)
+    strides = (*problem.q_strides[:3], *problem.sets[0].cache_strides)
+    return (
+        target.wgmma
+        and shape
+        and problem.Hq > 32
+        and problem.format in (None, "fp8_ds_mla")
+        and flat(problem)
+        and all(n % 8 == 0 for n in strides)
     )
 
 
@@ -100,11 +116,36 @@ def launch(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> N
     partial = None
     if config.splits > 1:
         partial = args.q.new_empty(config.splits * rows * (problem.Dv + 1), dtype=torch.float32)
-    sparse.sparse_kernel[sparse.grid(config, tokens, problem.Hq)](
-        *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
-    )
+    if config.wgmma and aligned(args):
+        launch_wgmma(problem, config, args, partial)
+    else:
+        sparse.sparse_kernel[sparse.grid(config, tokens, problem.Hq)](
+            *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
+        )
     if partial is not None:
         sparse.merge_kernel[(rows,)](
             partial, args.attn_sink, args.out, args.lse, rows, problem.Hq, problem.Dv, power_of_2(problem.Dv),
             config.splits, num_warps=4,
         )  # fmt: skip
+
+
+def aligned(args: SparseArgs) -> bool:
+    """Whether rows can be copied 16 bytes at a time, as sparse_wgmma.py does."""
+    return all(x.data_ptr() % 16 == 0 for x in (args.q, args.keys[0].cache))
+
+
+def launch_wgmma(problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None) -> None:
+    """sparse_wgmma.py's kernel, imported here: only Hopper needs Gluon."""
+    from flash_mla.kernels.triton import sparse_wgmma
+
+    fmt = None if problem.format is None else FORMATS[problem.format]
+    (keys,) = args.keys
+    codes, rope, scales = parts(keys.cache, fmt)
+    rope = codes if rope is None else rope
+    pages, page = keys.cache.shape[:2]
+    sparse_wgmma.sparse_wgmma_kernel[sparse.grid(config, problem.B * problem.S_q, problem.Hq)](
+        args.q, keys.indices, keys.lengths, codes, rope, scales, args.attn_sink, args.out, args.lse, args.max_logits,
+        partial, args.softmax_scale, problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], keys.indices.shape[2],
+        pages * page, *keys.indices.stride()[:2], codes.stride(1), rope.stride(1), 0 if scales is None else scales.stride(1),
+        problem.S_q, 0 if fmt is None else fmt.tile, config.splits, num_warps=8,
+    )  # fmt: skip

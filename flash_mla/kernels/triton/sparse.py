@@ -32,8 +32,9 @@ from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision
 class Config:
     """tile_m heads by tile_n keys; d_main + d_rest columns of K; splits of a token's keys.
 
-    native: e4m3 is converted by the GPU's own instruction. flat: row i of a cache lies i rows after its first, so that an
-    index alone is an address.
+    native: e4m3 is converted by the GPU's own instruction.
+    flat: row i of a cache lies i rows after its first, so that an index alone is an address.
+    wgmma: sparse_wgmma.py's kernel, whose tiles these are, instead of this file's.
     """
 
     tile_m: int
@@ -46,6 +47,7 @@ class Config:
     warps: int
     stages: int
     flat: bool
+    wgmma: bool = False
 
 
 TILES = ((64, 64, 2), (64, 32, 2), (32, 32, 2), (32, 16, 2), (16, 16, 2), (16, 16, 1))
