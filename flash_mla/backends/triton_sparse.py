@@ -72,15 +72,7 @@ def parts(cache: Tensor, fmt: RowFormat | None) -> Parts:
     """The parts of a cache [pages, page, D or row_bytes], as views."""
     if fmt is None:
         return Parts(cache, None, None)
-    pages, page, size = cache.shape
-    rope_bytes = 2 * fmt.rope
-    if fmt.page_split:
-        first, pitch, row = cache.storage_offset(), cache.stride(0), size - fmt.scale_bytes
-        rows = cache.as_strided((pages, page, row), (pitch, row, 1), first)
-        scales = cache.as_strided((pages, page, fmt.scale_bytes), (pitch, fmt.scale_bytes, 1), first + page * row)
-        codes, rope = rows.split([fmt.quantised, rope_bytes], dim=2)
-    else:
-        codes, scales, rope = cache.split([fmt.quantised, fmt.scale_bytes, rope_bytes], dim=2)
+    codes, scales, rope = fmt.parts(cache)
     # e8m0 scales stay bytes
     scales = scales.view(torch.float32) if fmt.scale_dtype == torch.float32 and fmt.scale_bytes else scales
     return Parts(codes, rope.view(torch.bfloat16) if fmt.rope else codes, scales if fmt.scale_bytes else codes)
@@ -143,9 +135,10 @@ def launch_wgmma(problem: SparseProblem, config: sparse.Config, args: SparseArgs
     codes, rope, scales = parts(keys.cache, fmt)
     rope = codes if rope is None else rope
     pages, page = keys.cache.shape[:2]
+    scale_row = 0 if scales is None else scales.stride(1)
     sparse_wgmma.sparse_wgmma_kernel[sparse.grid(config, problem.B * problem.S_q, problem.Hq)](
         args.q, keys.indices, keys.lengths, codes, rope, scales, args.attn_sink, args.out, args.lse, args.max_logits,
         partial, args.softmax_scale, problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], keys.indices.shape[2],
-        pages * page, *keys.indices.stride()[:2], codes.stride(1), rope.stride(1), 0 if scales is None else scales.stride(1),
+        pages * page, *keys.indices.stride()[:2], codes.stride(1), rope.stride(1), scale_row,
         problem.S_q, 0 if fmt is None else fmt.tile, config.splits, num_warps=8,
     )  # fmt: skip
