@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton
 from test_triton_compile import TARGETS, compile_for
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from flash_mla.backends import triton_sparse
-from flash_mla.kernels.triton import sparse
+from flash_mla.kernels.triton import sparse, sparse_wgmma
 from flash_mla.problem import SparseArgs, SparseKeys, SparseProblem, SparseSet
 from flash_mla.quant import FORMATS
 
@@ -49,6 +56,10 @@ def build(name, target):
     config = triton_sparse.config(problem, target)
     with torch.device("meta"):
         partial = torch.empty(1, dtype=torch.float32) if config.splits > 1 else None
+    if config.wgmma:
+        arguments = triton_sparse.wgmma_arguments(problem, config, args, partial)
+        options = {"num_warps": config.warps}
+        return compile_for(sparse_wgmma.sparse_wgmma_kernel, arguments, options, target, GluonASTSource)
     arguments = triton_sparse.arguments(problem, config, args, partial)
     return compile_for(
         sparse.sparse_kernel, arguments, {"num_warps": config.warps, "num_stages": config.stages}, target
@@ -66,3 +77,19 @@ def test_sparse_kernel_fits(name, gpu):
     print(name, gpu, built)
     assert built.shared <= TARGETS[gpu].smem
     assert built.stack <= SPILLS
+
+
+@pytest.mark.parametrize("name", ["prefill/v3.2", "decode/v3.2"])
+def test_warpgroups_share_the_scores(name):
+    """Each takes half of a tile's columns in 576 / 16 products, and half of V's in four; nothing else multiplies."""
+    built = build(name, TARGETS["sm_90"])
+    assert built.stack <= 32
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.kernel.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    products = Counter(word.partition(".F32")[0] for word in sass.split() if word.startswith("HGMMA"))
+    assert products == {"HGMMA.64x32x16": 36, "HGMMA.64x256x16": 4}
+    # the products of one tile are waited for twice: the scores, then O
+    assert sass.count("WARPGROUP.DEPBAR") == 2

@@ -108,10 +108,14 @@ def launch(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> N
     partial = None
     if config.splits > 1:
         partial = args.q.new_empty(config.splits * rows * (problem.Dv + 1), dtype=torch.float32)
+    grid = sparse.grid(config, tokens, problem.Hq)
     if config.wgmma and aligned(args):
-        launch_wgmma(problem, config, args, partial)
+        # imported here: only Hopper needs Gluon
+        from flash_mla.kernels.triton.sparse_wgmma import sparse_wgmma_kernel
+
+        sparse_wgmma_kernel[grid](*wgmma_arguments(problem, config, args, partial), num_warps=config.warps)
     else:
-        sparse.sparse_kernel[sparse.grid(config, tokens, problem.Hq)](
+        sparse.sparse_kernel[grid](
             *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
         )
     if partial is not None:
@@ -126,19 +130,16 @@ def aligned(args: SparseArgs) -> bool:
     return all(x.data_ptr() % 16 == 0 for x in (args.q, args.keys[0].cache))
 
 
-def launch_wgmma(problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None) -> None:
-    """sparse_wgmma.py's kernel, imported here: only Hopper needs Gluon."""
-    from flash_mla.kernels.triton import sparse_wgmma
-
+def wgmma_arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None) -> tuple:
+    """sparse_wgmma_kernel's arguments, in its order."""
     fmt = None if problem.format is None else FORMATS[problem.format]
     (keys,) = args.keys
     codes, rope, scales = parts(keys.cache, fmt)
     rope = codes if rope is None else rope
     pages, page = keys.cache.shape[:2]
-    scale_row = 0 if scales is None else scales.stride(1)
-    sparse_wgmma.sparse_wgmma_kernel[sparse.grid(config, problem.B * problem.S_q, problem.Hq)](
+    return (
         args.q, keys.indices, keys.lengths, codes, rope, scales, args.attn_sink, args.out, args.lse, args.max_logits,
         partial, args.softmax_scale, problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], keys.indices.shape[2],
-        pages * page, *keys.indices.stride()[:2], codes.stride(1), rope.stride(1), scale_row,
-        problem.S_q, 0 if fmt is None else fmt.tile, config.splits, num_warps=8,
+        pages * page, *keys.indices.stride()[:2], codes.stride(1), rope.stride(1),
+        0 if scales is None else scales.stride(1), problem.S_q, 0 if fmt is None else fmt.tile, config.splits,
     )  # fmt: skip
