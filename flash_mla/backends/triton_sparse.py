@@ -40,7 +40,7 @@ def config(problem: SparseProblem, target: Target) -> sparse.Config:
         D=problem.D,
         topk=sum(keys.topk for keys in problem.sets),
         itemsize=problem.dtype.itemsize,
-        quantised=problem.format is not None,
+        quantised=0 if problem.format is None else FORMATS[problem.format].quantised,
         flat=flat(problem),
         split=not problem.max_logits,
         target=target,

@@ -56,18 +56,27 @@ one stage, 117 at (64, 32, 2), 98 at (64, 128, 1), 80 at (32, 64, 2), 50 at (128
 
 
 def config(
-    *, tokens: int, Hq: int, D: int, topk: int, itemsize: int, quantised: bool, flat: bool, split: bool, target: Target
+    *, tokens: int, Hq: int, D: int, topk: int, itemsize: int, quantised: int, flat: bool, split: bool, target: Target
 ) -> Config:
-    """The first tiles that fit; splits while the programs do not fill the GPU twice, 4 key tiles each at least."""
+    """The first tiles that fit; splits while the programs do not fill the GPU twice, 4 key tiles each at least.
+
+    quantised: columns in e4m3, 0 in a cache of q's dtype.
+    """
     d_main, d_rest = head_tiles(D)
     row = (d_main + d_rest) * itemsize
-    # but for Hopper, Triton keeps a dequantised tile beside the stored one
-    copies = 2 if quantised and not target.wgmma else 1
-    # NOTE: (32, 16, 2) of a dequantised tile spills 1.6 KB a thread on sm_80 (seen in its SASS, not run); 16 heads none
-    tiles_here = TILES if copies == 1 else tuple(tiles for tiles in TILES if tiles != (32, 16, 2))
-    fits = (tiles for tiles in tiles_here if (tiles[0] + copies * tiles[1] * tiles[2]) * row <= target.smem)
-    tile_m, tile_n, stages = next(fits, TILES[-1])
-    tile_m = min(tile_m, max(16, power_of_2(Hq)))
+    rows = max(16, power_of_2(Hq))
+
+    def fits(tile_m: int, tile_n: int, stages: int) -> bool:
+        # but for Hopper, Triton keeps a dequantised tile beside the stored one; there too where rope lies in the main
+        # tile and mma.sync, for few heads, takes its operands from registers
+        in_place = target.wgmma and (min(tile_m, rows) == 64 or quantised >= d_main)
+        copies = 1 if in_place or not quantised else 2
+        # NOTE: (32, 16, 2) of a dequantised tile spills 1.6 KB a thread on sm_80 (seen in its SASS, not run)
+        spills = copies == 2 and not target.wgmma and (tile_m, tile_n, stages) == (32, 16, 2)
+        return not spills and (min(tile_m, rows) + copies * tile_n * stages) * row <= target.smem
+
+    tile_m, tile_n, stages = next((tiles for tiles in TILES if fits(*tiles)), TILES[-1])
+    tile_m = min(tile_m, rows)
     tiles = -(-topk // tile_n)
     programs = tokens * -(-Hq // tile_m)
     splits = max(1, min(tiles // 4, 2 * target.multiprocessors // programs, 32)) if split else 1
