@@ -80,9 +80,9 @@ def test_sparse_kernel_fits(name, gpu):
     assert built.stack <= SPILLS
 
 
-@pytest.mark.parametrize("name", ["prefill/v3.2", "decode/v3.2"])
-def test_warpgroups_share_the_scores(name):
-    """Each takes half of a tile's columns in 576 / 16 products, and half of V's in four; nothing else multiplies."""
+@pytest.mark.parametrize(("name", "columns"), [("prefill/v3.2", 576), ("prefill/model1", 512), ("decode/v3.2", 576)])
+def test_warpgroups_share_the_scores(name, columns):
+    """Each takes half of a tile's columns in D / 16 products, and half of V's in four; nothing else multiplies."""
     built = build(name, TARGETS["sm_90"])
     assert built.stack <= 32
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -91,6 +91,34 @@ def test_warpgroups_share_the_scores(name):
         file.flush()
         sass = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     products = Counter(word.partition(".F32")[0] for word in sass.split() if word.startswith("HGMMA"))
-    assert products == {"HGMMA.64x32x16": 36, "HGMMA.64x256x16": 4}
+    assert products == {"HGMMA.64x32x16": columns // 16, "HGMMA.64x256x16": 4}
     # the products of one tile are waited for twice: the scores, then O
     assert sass.count("WARPGROUP.DEPBAR") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "takes"),
+    [
+        ({}, True),
+        ({"Hq": 32}, False),
+        ({"D": 512, "q_strides": (128 * 512, 128 * 512, 512, 1)}, True),
+        ({"D": 512, "format": "v4.1"}, False),
+        ({"D": 560}, False),
+        ({"Dv": 256}, False),
+        ({"dtype": torch.float16}, False),
+        ({"format": "flat"}, False),
+        ({"format": "fp8_ds_mla"}, True),
+        ({"q_strides": (577 * 128, 577 * 128, 577, 1)}, False),
+        ({"sets": (SparseSet(64, 9, 64, (65 * 576, 576), (1, 1), False),)}, False),
+        ({"sets": (SparseSet(64, 1, 64, (65 * 576, 576), (1, 1), False),)}, True),
+        ({"sets": (SparseSet(64, 9, 64, (64 * 576, 576), (1, 1), False),) * 2}, False),
+    ],
+)
+def test_what_the_wgmma_kernel_takes(change, takes):
+    problem = SparseProblem(
+        device=torch.device("meta"), dtype=torch.bfloat16, B=4, S_q=1, Hq=128, D=576, Dv=512, format=None,
+        sets=(SparseSet(64, 9, 64, (64 * 576, 576), (1, 1), False),), q_strides=(576 * 128, 576 * 128, 576, 1),
+        sink=False, max_logits=True,
+    )._replace(**change)  # fmt: skip
+    assert triton_sparse.config(problem, TARGETS["sm_90"]).wgmma is takes
+    assert not triton_sparse.config(problem, TARGETS["sm_100"]).wgmma

@@ -50,7 +50,7 @@ def config(problem: SparseProblem, target: Target) -> sparse.Config:
 
 def wgmma(problem: SparseProblem, target: Target) -> bool:
     """Whether sparse_wgmma.py takes the problem, and with more heads than half of its 64 rows."""
-    shape = (problem.D, problem.Dv, len(problem.sets), problem.dtype) == (576, 512, 1, torch.bfloat16)
+    shape = (problem.Dv, len(problem.sets), problem.dtype) == (512, 1, torch.bfloat16) and problem.D in (576, 512)
     strides = (*problem.q_strides[:3], *problem.sets[0].cache_strides)
     return (
         target.wgmma
@@ -141,5 +141,6 @@ def wgmma_arguments(problem: SparseProblem, config: sparse.Config, args: SparseA
         args.q, keys.indices, keys.lengths, codes, rope, scales, args.attn_sink, args.out, args.lse, args.max_logits,
         partial, args.softmax_scale, problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], keys.indices.shape[2],
         pages * page, *keys.indices.stride()[:2], codes.stride(1), rope.stride(1),
-        0 if scales is None else scales.stride(1), problem.S_q, 0 if fmt is None else fmt.tile, config.splits,
+        0 if scales is None else scales.stride(1), problem.S_q, problem.D, 0 if fmt is None else fmt.tile,
+        config.splits,
     )  # fmt: skip

@@ -15,8 +15,8 @@ Grid: (head tiles, tokens, splits), as there. Eight warps without roles, for eac
 Bound: 64 heads by 64 keys are 8.9 MFLOP, 2176 cycles of an SM's tensor cores; an instruction of q k^T takes 16 cycles
 and reads 24 cycles' worth of shared memory, so 2750 at best. The rows, 72 KiB a tile, come from L2.
 
-Shared memory: q 72 KiB, two tiles of 72 KiB, p 8 KiB. Takes D 576, Dv 512 and one cache of evenly spaced rows, in BF16
-or fp8_ds_mla.
+Shared memory: q 72 KiB, two tiles of 72 KiB, p 8 KiB. Takes D 576 (BF16: or 512), Dv 512 and one cache of evenly spaced
+rows, in BF16 or fp8_ds_mla.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def sparse_wgmma_kernel(
     rope_row,
     scale_row,
     S_Q: gl.constexpr,
+    D: gl.constexpr,
     GROUP: gl.constexpr,
     SPLITS: gl.constexpr,
 ):
@@ -126,11 +127,12 @@ def sparse_wgmma_kernel(
     # load q
     q_base = q_ptr + b * stride_qb + i * stride_qs
     sQ = gl.allocate_shared_memory(gl.bfloat16, [TILE_M, MAIN], SHARED)
-    sQ_rest = gl.allocate_shared_memory(gl.bfloat16, [TILE_M, REST], SHARED)
     heads = first_head + gl.arange(0, TILE_M, layout=gl.SliceLayout(1, MAIN_ROWS))
     copy_rows(sQ, q_base, stride_qh, gl.where(heads < Hq, heads, -1), 0, MAIN, MAIN_ROWS)
-    heads = first_head + gl.arange(0, TILE_M, layout=gl.SliceLayout(1, REST_ROWS))
-    copy_rows(sQ_rest, q_base, stride_qh, gl.where(heads < Hq, heads, -1), MAIN, REST, REST_ROWS)
+    if D > MAIN:
+        sQ_rest = gl.allocate_shared_memory(gl.bfloat16, [TILE_M, REST], SHARED)
+        heads = first_head + gl.arange(0, TILE_M, layout=gl.SliceLayout(1, REST_ROWS))
+        copy_rows(sQ_rest, q_base, stride_qh, gl.where(heads < Hq, heads, -1), MAIN, REST, REST_ROWS)
 
     # this split's share of the key tiles
     count = topk
@@ -143,7 +145,6 @@ def sparse_wgmma_kernel(
     index_row = index_ptr + b * stride_ib + i * stride_is
 
     sK = gl.allocate_shared_memory(gl.bfloat16, [2, TILE_N, MAIN], SHARED)
-    sK_rest = gl.allocate_shared_memory(gl.bfloat16, [2, TILE_N, REST], SHARED)
     sP = gl.allocate_shared_memory(gl.bfloat16, [TILE_M, TILE_N], SHARED)
     MAIN_INDEX: gl.constexpr = gl.SliceLayout(1, MAIN_ROWS if GROUP == 0 else gl.SliceLayout(2, CODE_ROWS))
     REST_INDEX: gl.constexpr = gl.SliceLayout(1, REST_ROWS)
@@ -151,7 +152,9 @@ def sparse_wgmma_kernel(
     # the first tile's rows
     index = load_index(index_row, first, count, rows, MAIN_INDEX)
     index_rest = load_index(index_row, first, count, rows, REST_INDEX)
-    copy_rows(sK_rest.index(0), rope_ptr, rope_row, index_rest, MAIN if GROUP == 0 else 0, REST, REST_ROWS)
+    if D > MAIN:
+        sK_rest = gl.allocate_shared_memory(gl.bfloat16, [2, TILE_N, REST], SHARED)
+        copy_rows(sK_rest.index(0), rope_ptr, rope_row, index_rest, MAIN if GROUP == 0 else 0, REST, REST_ROWS)
     if GROUP == 0:
         copy_rows(sK.index(0), codes_ptr, codes_row, index, 0, MAIN, MAIN_ROWS)
     else:
@@ -173,7 +176,9 @@ def sparse_wgmma_kernel(
         gl.thread_barrier()
 
         # issue the next tile's, and read the indices of the one after it
-        copy_rows(sK_rest.index(1 - now), rope_ptr, rope_row, index_rest, MAIN if GROUP == 0 else 0, REST, REST_ROWS)
+        if D > MAIN:
+            rest = sK_rest.index(1 - now)
+            copy_rows(rest, rope_ptr, rope_row, index_rest, MAIN if GROUP == 0 else 0, REST, REST_ROWS)
         if GROUP == 0:
             copy_rows(sK.index(1 - now), codes_ptr, codes_row, index, 0, MAIN, MAIN_ROWS)
         else:
@@ -186,7 +191,8 @@ def sparse_wgmma_kernel(
         # scores = q k^T
         scores = gl.zeros([TILE_M, TILE_N], gl.float32, layout=SCORES)
         scores = warpgroup_mma(sQ, sK.index(now).permute((1, 0)), scores, use_acc=False, is_async=True)
-        scores = warpgroup_mma(sQ_rest, sK_rest.index(now).permute((1, 0)), scores, is_async=True)
+        if D > MAIN:
+            scores = warpgroup_mma(sQ_rest, sK_rest.index(now).permute((1, 0)), scores, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         scores = gl.where(gl.expand_dims(live, 0), scores * scale, float("-inf"))
 
