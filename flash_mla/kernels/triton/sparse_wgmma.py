@@ -40,7 +40,14 @@ CODE_ROWS = gl.constexpr(gl.BlockedLayout([1, 1, 16], [1, 32, 1], [8, 1, 1], [2,
 """[row, 16 codes, code]: 16 bytes a thread, which share one scale."""
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
+HALVES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [8, 0]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0], [0, 0]], [], [64, 2]
+    )
+)
+"""[TILE_M, 2], one number of a row from each warpgroup: a thread holds both for each of SCORES's rows that it holds."""
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
@@ -81,6 +88,20 @@ def store_codes(tile, codes, scales):
     """Dequantise to BF16 into shared memory."""
     values = codes.to(gl.float8e4nv, bitcast=True).to(gl.float32) * gl.expand_dims(scales, 2)
     tile.store(gl.reshape(values.to(gl.bfloat16), [TILE_N, MAIN]))
+
+
+@gluon.jit
+def by_half(scores):
+    """[TILE_M, TILE_N] of SCORES as [TILE_M, 2, TILE_N / 2]: reductions of the last axis stay inside a warp."""
+    return gl.reshape(scores, [TILE_M, 2, TILE_N // 2])
+
+
+@gluon.jit
+def across_halves(part, shared):
+    """[TILE_M, 2] in registers of the warpgroup that made it -> HALVES, through shared memory."""
+    shared.store(part)
+    gl.thread_barrier()
+    return shared.load(HALVES)
 
 
 @gluon.jit
@@ -146,6 +167,7 @@ def sparse_wgmma_kernel(
 
     sK = gl.allocate_shared_memory(gl.bfloat16, [2, TILE_N, MAIN], SHARED)
     sP = gl.allocate_shared_memory(gl.bfloat16, [TILE_M, TILE_N], SHARED)
+    s_half = gl.allocate_shared_memory(gl.float32, [TILE_M, 2], FLAT)
     MAIN_INDEX: gl.constexpr = gl.SliceLayout(1, MAIN_ROWS if GROUP == 0 else gl.SliceLayout(2, CODE_ROWS))
     REST_INDEX: gl.constexpr = gl.SliceLayout(1, REST_ROWS)
 
@@ -166,7 +188,7 @@ def sparse_wgmma_kernel(
 
     acc = gl.zeros([TILE_M, MAIN], gl.float32, layout=ACC)
     row_max = gl.full([TILE_M], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
-    row_sum = gl.zeros([TILE_M], gl.float32, layout=gl.SliceLayout(1, SCORES))
+    half_sum = gl.sum(by_half(gl.zeros([TILE_M, TILE_N], gl.float32, layout=SCORES)), 2)  # [TILE_M, 2]
     scale = softmax_scale * LOG2E
     for tile in range(first, last):
         now = (tile - first) % 2
@@ -175,6 +197,11 @@ def sparse_wgmma_kernel(
         fence_async_shared()
         gl.thread_barrier()
 
+        # scores = q k^T
+        scores = gl.zeros([TILE_M, TILE_N], gl.float32, layout=SCORES)
+        scores = warpgroup_mma(sQ, sK.index(now).permute((1, 0)), scores, use_acc=False, is_async=True)
+        if D > MAIN:
+            scores = warpgroup_mma(sQ_rest, sK_rest.index(now).permute((1, 0)), scores, is_async=True)
         # issue the next tile's, and read the indices of the one after it
         if D > MAIN:
             rest = sK_rest.index(1 - now)
@@ -188,21 +215,19 @@ def sparse_wgmma_kernel(
         index_rest = load_index(index_row, tile + 2, count, rows, REST_INDEX)
         live = load_index(index_row, tile, count, rows, gl.SliceLayout(0, SCORES)) >= 0
 
-        # scores = q k^T
-        scores = gl.zeros([TILE_M, TILE_N], gl.float32, layout=SCORES)
-        scores = warpgroup_mma(sQ, sK.index(now).permute((1, 0)), scores, use_acc=False, is_async=True)
-        if D > MAIN:
-            scores = warpgroup_mma(sQ_rest, sK_rest.index(now).permute((1, 0)), scores, is_async=True)
+        # wait for the scores
         scores = warpgroup_mma_wait(0, deps=(scores,))
         scores = gl.where(gl.expand_dims(live, 0), scores * scale, float("-inf"))
 
         # online softmax
-        row_max_new = gl.maximum(row_max, gl.max(scores, 1))
+        tile_max = gl.max(across_halves(gl.max(by_half(scores), 2), s_half), 1)
+        row_max_new = gl.maximum(row_max, gl.convert_layout(tile_max, gl.SliceLayout(1, SCORES)))
         # a row without a key yet: subtract 0, so that exp2(-inf) is 0 and not exp2(-inf + inf)
         shift = gl.where(row_max_new == float("-inf"), 0.0, row_max_new)
         p = gl.exp2(scores - gl.expand_dims(shift, 1))
         rescale = gl.exp2(row_max - shift)
-        row_sum = row_sum * rescale + gl.sum(p, 1)
+        half_rescale = gl.convert_layout(rescale, gl.SliceLayout(1, half_sum.type.layout))
+        half_sum = half_sum * gl.expand_dims(half_rescale, 1) + gl.sum(by_half(p), 2)
         row_max = row_max_new
         sP.store(p.to(gl.bfloat16))
         acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, ACC)), 1)
@@ -217,6 +242,8 @@ def sparse_wgmma_kernel(
 
     async_copy.wait_group(0)
     # the end of the online softmax
+    gl.thread_barrier()
+    row_sum = gl.convert_layout(gl.sum(across_halves(half_sum, s_half), 1), gl.SliceLayout(1, SCORES))
     empty = row_sum == 0.0
     inverse = 1.0 / gl.where(empty, 1.0, row_sum)
     lse2 = gl.where(empty, float("-inf"), row_max + gl.log2(gl.where(empty, 1.0, row_sum)))
