@@ -36,8 +36,17 @@ LOG2E = gl.constexpr(1.4426950408889634)
 MAIN_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0]))
 """A warp takes a row of 512 columns in two instructions: one index, one address a row."""
 REST_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
-CODE_ROWS = gl.constexpr(gl.BlockedLayout([1, 1, 16], [1, 32, 1], [8, 1, 1], [2, 1, 0]))
-"""[row, 16 codes, code]: 16 bytes a thread, which share one scale."""
+CODE_ROWS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 16, 0], [16, 0, 0], [32, 0, 0]],
+        [[0, 1, 0], [0, 2, 0], [1, 0, 0], [0, 4, 0], [0, 8, 0]],
+        [[2, 0, 0], [4, 0, 0], [8, 0, 0]],
+        [],
+        [64, 32, 16],
+    )
+)
+"""[row, 16 codes, code]: 16 bytes a thread, which share one scale. Eight neighbouring lanes hold four such of two rows
+next to each other, whose BF16 stores the swizzle spreads over all banks; of one row they would meet in half of them."""
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
 HALVES = gl.constexpr(
@@ -52,10 +61,11 @@ FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 @gluon.jit
 def load_index(index_row, tile, count, rows, LAYOUT: gl.constexpr):
-    """The tile's indices, -1 where none names a row."""
+    """The tile's indices, int32, -1 where none names a row."""
     offs = tile * TILE_N + gl.arange(0, TILE_N, layout=LAYOUT)
-    index = gl.load(index_row + offs, mask=offs < count, other=-1).to(gl.int64)
-    return gl.where((index >= 0) & (index < rows), index, -1)
+    index = gl.load(index_row + offs, mask=offs < count, other=-1)
+    # 2^31 rows would be 1.4 TB
+    return gl.where((index >= 0) & (index < rows), index, -1).to(gl.int32)
 
 
 @gluon.jit
@@ -63,7 +73,7 @@ def copy_rows(tile, rows_ptr, row_stride, index, FIRST: gl.constexpr, WIDTH: gl.
     """Start to copy columns FIRST .. FIRST + WIDTH of the rows to shared memory; zeros for rows that no index names."""
     cols = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     live = gl.expand_dims(index >= 0, 1)
-    pointers = gl.expand_dims(rows_ptr + gl.maximum(index, 0) * row_stride, 1) + gl.expand_dims(cols, 0)
+    pointers = gl.expand_dims(rows_ptr + gl.maximum(index, 0).to(gl.int64) * row_stride, 1) + gl.expand_dims(cols, 0)
     pointers, live = gl.broadcast(pointers, live)
     async_copy.async_copy_global_to_shared(tile, pointers, mask=live)
 
@@ -73,7 +83,7 @@ def load_codes(codes_ptr, codes_row, scale_ptr, scale_row, index, GROUP: gl.cons
     """(codes [TILE_N, MAIN / 16, 16], scales [TILE_N, MAIN / 16]) of the rows, in registers."""
     blocks = gl.arange(0, MAIN // 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, CODE_ROWS)))
     code = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, CODE_ROWS)))
-    safe = gl.expand_dims(gl.maximum(index, 0), 1)
+    safe = gl.expand_dims(gl.maximum(index, 0).to(gl.int64), 1)
     live = gl.expand_dims(index >= 0, 1)
     groups = gl.expand_dims(blocks * 16 // GROUP, 0)
     scales = gl.load(scale_ptr + safe * scale_row + groups, mask=live & (groups >= 0), other=0.0)
