@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from flash_mla.kernels.triton import sparse
@@ -13,6 +14,10 @@ from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import power_of_2
 from flash_mla.problem import SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS, RowFormat
+
+
+GLUON = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
+"""Whether this Triton has the Gluon that sparse_wgmma.py is written in; earlier ones were not tried."""
 
 
 class Parts(NamedTuple):
@@ -53,7 +58,8 @@ def wgmma(problem: SparseProblem, target: Target) -> bool:
     shape = (problem.Dv, len(problem.sets), problem.dtype) == (512, 1, torch.bfloat16) and problem.D in (576, 512)
     strides = (*problem.q_strides[:3], *problem.sets[0].cache_strides)
     return (
-        target.wgmma
+        GLUON
+        and target.wgmma
         and shape
         and problem.Hq > 32
         and problem.format in (None, "fp8_ds_mla")
