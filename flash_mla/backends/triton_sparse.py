@@ -15,7 +15,6 @@ from flash_mla.kernels.triton.tiles import power_of_2
 from flash_mla.problem import SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS, RowFormat
 
-
 GLUON = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
 """Whether this Triton has the Gluon that sparse_wgmma.py is written in; earlier ones were not tried."""
 
