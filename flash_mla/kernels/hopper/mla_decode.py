@@ -164,6 +164,17 @@ class Scalars(NamedTuple):
     groups: Int32
 
 
+@cute.jit
+def prefetch_table(table: cute.Tensor, cluster_id, clusters) -> None:
+    """Ask L2 for the row of the table that this cluster starts with if all requests are equally long."""
+    # NOTE: a short call is a chain of DRAM latencies: lengths, block ids, K; this takes the second out
+    request = cluster_id * table.shape[0] // clusters
+    first = 32 * cute.arch.lane_idx()
+    if first < table.shape[1]:
+        address = (table[request, None].iterator + first).toint()
+        cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address])
+
+
 # ----------------------------------------------------------------------------------------------------------- Steps
 
 
@@ -767,6 +778,7 @@ class MlaDecode:
             has_sink,
             S_q,
             Int32(1),
+            clusters * config.cluster,
             stream,
         )
 
@@ -815,6 +827,8 @@ class MlaDecode:
             cute.arch.mbarrier_init_fence()
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
+        if warp_id == CONSUMERS // 32:
+            prefetch_table(tensors.table, cluster_id, clusters)
         work = find_work(tensors.table, tensors.seq_lens, scalars.groups, cluster_id, clusters, WARPS, shared.sScan)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
