@@ -23,6 +23,7 @@ class Work(NamedTuple):
     steps: Int32
     chunk: Int32
     floor: Int32
+    start: Int32
 
 
 def scan_words(warps: int) -> int:
@@ -60,15 +61,14 @@ def warp_scan(value):
 
 
 @cute.jit
-def choose(total, heaviest, items, clusters):
+def choose(total, heaviest, items, clusters, start):
     """The plan for `items` items of `total` steps, the heaviest of `heaviest`."""
-    even, whole = split.even(total, clusters), split.unsplit(heaviest, items, clusters)
-    chunk, floor = whole.chunk, whole.floor
-    if split.pays(even, whole):
-        chunk, floor = even.chunk, Int32(1)
-    else:
-        total = whole.total
-    return split.Plan(chunk, total, floor)
+    even = split.even(total, items, clusters, start, cutlass.min)
+    whole = split.unsplit(heaviest, items, clusters)
+    chunk, total, floor, start = even.chunk, even.total, Int32(1), even.start
+    if not split.pays(even, whole):
+        chunk, total, floor, start = whole.chunk, whole.total, whole.floor, Int32(0)
+    return split.Plan(chunk, total, floor, start)
 
 
 @cute.jit
@@ -80,6 +80,7 @@ def find_work(
     clusters,
     warps: cutlass.Constexpr,
     sScan: cute.Tensor,  # [scan_words(warps)] int32
+    start: cutlass.Constexpr = 0,  # steps that beginning an item costs
 ):
     """This cluster's range of the line of steps, found by all `warps` warps of a CTA.
 
@@ -98,7 +99,7 @@ def find_work(
     for i in cutlass.range(rounds, unroll=1):
         request = first + 32 * i
         if request < B:
-            own = split.weight(split.pairs(length_of(table, seq_lens, request)), 1, cutlass.max)
+            own = split.weight(split.pairs(length_of(table, seq_lens, request)), 1, 0, cutlass.max)
             run, heaviest = run + groups * own, cutlass.max(heaviest, own)
     upto, own = run, run
     run, heaviest = warp_sum(run), warp_max(heaviest)
@@ -113,31 +114,37 @@ def find_work(
             sums, heaviest = sScan[lane], sScan[warps + lane]
         base, total, heaviest = warp_sum(sums if lane < warp_id else 0), warp_sum(sums), warp_max(heaviest)
 
-    chunk, total, floor = choose(total, heaviest, B * groups, clusters)
-    start = cluster_id * chunk
-    request, begin = start // (floor * groups), start // (floor * groups) * (floor * groups)
+    chunk, total, floor, start = choose(total, heaviest, B * groups, clusters, Int32(start))
+    # where the range starts, and the request there
+    here = cluster_id * chunk
+    request, begin = here // (floor * groups), here // (floor * groups) * (floor * groups)
+    base = base + groups * start * cutlass.min(warp_id * rounds * 32, B)
+    run = run + groups * start * cutlass.max(0, cutlass.min(rounds * 32, B - warp_id * rounds * 32))
     if alone and floor == 1:
+        if lane < B:
+            own = own + groups * start
         upto = warp_scan(own)
-        request = warp_max(lane if start >= upto - own and start < upto else 0)
+        request = warp_max(lane if here >= upto - own and here < upto else 0)
         begin = cute.arch.shuffle_sync(upto - own, offset=request)
     # the warp that holds the start looks for its request
-    if not alone and floor == 1 and base <= start and start < base + run:
+    if not alone and floor == 1 and base <= here and here < base + run:
         for i in cutlass.range(rounds, unroll=1):
             candidate = first + 32 * i
             own = Int32(0)
             if candidate < B:
-                own = groups * split.weight(split.pairs(length_of(table, seq_lens, candidate)), 1, cutlass.max)
+                pairs = split.pairs(length_of(table, seq_lens, candidate))
+                own = groups * split.weight(pairs, 1, start, cutlass.max)
             upto = base + warp_scan(own)
-            if start >= upto - own and start < upto:
+            if here >= upto - own and here < upto:
                 sScan[2 * warps] = candidate
                 sScan[2 * warps + 1] = upto - own
             base = cute.arch.shuffle_sync(upto, offset=31)
     cute.arch.sync_threads()
     if not alone and floor == 1:
         request, begin = sScan[2 * warps], sScan[2 * warps + 1]
-    left = cutlass.max(0, cutlass.min(chunk, total - start))
+    left = cutlass.max(0, cutlass.min(chunk, total - here))
     if left == 0:
-        request, begin = Int32(0), start
-    item = split.weight(split.pairs(length_of(table, seq_lens, request)), floor, cutlass.max)
-    group = (start - begin) // item
-    return Work(request, group, start - begin - group * item, left, chunk, floor)
+        request, begin = Int32(0), here
+    item = split.weight(split.pairs(length_of(table, seq_lens, request)), floor, start, cutlass.max)
+    group = (here - begin) // item
+    return Work(request, group, here - begin - group * item, left, chunk, floor, start)
