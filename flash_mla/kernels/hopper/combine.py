@@ -1,7 +1,8 @@
 """Combine the partial results of split items: out = sum_i 2^(lse_i - lse) out_i, lse = log2 sum_i 2^lse_i.
 
-Grid [clusters, rows / ROWS_CTA]: CTA x finishes the item that begins in cluster x and goes on in later ones, up to the
-last that `split_of` names; most find none and leave. A row belongs to Dv / 4 threads, four columns each.
+The item that begins in a cluster and goes on in later ones, up to the last that `split_of` names, is cut into units: a
+row or 128 columns of it, a warp each. Every warp counts the items and takes each W-th unit, so that the work spreads
+over the machine whether one item has 32 pieces or 65 items have two; without split items it leaves at once.
 Bound: it reads 4 * Dv * rows bytes a partial result, once, from L2.
 Launched with programmatic dependent launch, so its CTAs are resident when the last CTA of the decode kernel ends.
 The partial results are added in the order of the clusters: deterministic.
@@ -13,12 +14,18 @@ import math
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Boolean, Float32, Int32
 
 from flash_mla.kernels.hopper import split
 
-ROWS_CTA = 4
-"""Rows of a CTA; a cluster's rows are a multiple of it."""
+WARPS = 8
+"""Of a CTA."""
+CTAS_SM = 4
+"""CTAs an SM of the grid: enough loads in flight for L2, few enough to start quickly."""
+ROUNDS = 5
+"""32 clusters each: a Hopper chip has at most 144 SMs."""
+UNROLL = 8
+"""Pieces whose loads are in flight together."""
 
 
 @cute.kernel
@@ -32,66 +39,103 @@ def combine_kernel(
     has_sink: Int32,
     S_q: Int32,
     heads: Int32,
-    threads_row: cutlass.Constexpr,
 ):
-    cluster_id, tile, _ = cute.arch.block_idx()
-    tidx, _, _ = cute.arch.thread_idx()
-    cute.arch.griddepcontrol_wait()
-    request, group, last = split_of[cluster_id, 0], split_of[cluster_id, 1], split_of[cluster_id, 2]
+    cta, _, _ = cute.arch.block_idx()
+    ctas, _, _ = cute.arch.grid_dim()
+    lane = cute.arch.lane_idx()
+    # a lane takes `width` columns, a warp `units_row`-th of a row
+    width = min(4, out.shape[2] // 32)
+    units_row = out.shape[2] // (32 * width)
     # the groups of a request are the row tiles of its first KV head, of its second, ...
-    cluster_rows, rows = lse_partial.shape[1], lse.shape[1] // heads
+    clusters, cluster_rows, rows = split_of.shape[0], lse_partial.shape[1], lse.shape[1] // heads
     tiles = (rows + cluster_rows - 1) // cluster_rows
-    part_row = tile * ROWS_CTA + tidx // threads_row
-    head_row = group % tiles * cluster_rows + part_row
-    row = group // tiles * rows + head_row
-    if request >= 0 and head_row < rows:
-        # NOTE: the first cluster ends inside the item (slot 1), the others start inside it (slot 0)
-        begin = split.SLOTS * cluster_id + 1
-        largest = lse_partial[begin, part_row]
-        for cluster in cutlass.range(cluster_id + 1, last + 1, unroll=4):
-            largest = cute.arch.fmax(largest, lse_partial[split.SLOTS * cluster, part_row])
-        # a row without keys: keep 2^(-inf - largest) at 0
-        largest = cute.arch.fmax(largest, Float32(-1.0e30))
+    units_item = cluster_rows * units_row
+    unit = cta * WARPS + cute.arch.warp_idx()
+    cute.arch.griddepcontrol_wait()
 
-        column = tidx % threads_row
-        total = cute.math.exp2(lse_partial[begin, part_row] - largest, fastmath=True)
-        result = cute.make_rmem_tensor(4, Float32)
-        part = cute.make_rmem_tensor(4, Float32)
-        cute.autovec_copy(cute.local_tile(out_partial[begin, part_row, None], (4,), (column,)), part)
-        for i in cutlass.range_constexpr(4):
-            result[i] = part[i] * total
-        for cluster in cutlass.range(cluster_id + 1, last + 1, unroll=4):
-            weight = cute.math.exp2(lse_partial[split.SLOTS * cluster, part_row] - largest, fastmath=True)
-            cute.autovec_copy(
-                cute.local_tile(out_partial[split.SLOTS * cluster, part_row, None], (4,), (column,)), part
-            )
-            for i in cutlass.range_constexpr(4):
-                result[i] = result[i] + part[i] * weight
-            total = total + weight
+    # number the split items: lane l looks after clusters l, l + 32, ...
+    number = cute.make_rmem_tensor(ROUNDS, Int32)
+    items = Int32(0)
+    for i in cutlass.range_constexpr(ROUNDS):
+        number[i] = -1
+        begins = Boolean(False)
+        if 32 * i + lane < clusters:
+            begins = split_of[32 * i + lane, 0] >= 0
+        vote = cute.arch.vote_ballot_sync(begins)
+        if begins:
+            number[i] = items + cute.arch.popc(vote & cute.arch.lanemask_lt())
+        items = items + cute.arch.popc(vote)
 
-        if column == 0:
-            lse[request, row] = (
-                (largest + cute.math.log2(total, fastmath=True)) * math.log(2.0) if total > 0.0 else -Float32.inf
-            )
-        denominator = total
-        if has_sink != 0:
-            sink_log2 = sink[row // S_q] * math.log2(math.e)
-            denominator = denominator + cute.math.exp2(sink_log2 - largest, fastmath=True)
-        scale = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
-        rounded = cute.make_rmem_tensor(4, out.element_type)
-        for i in cutlass.range_constexpr(4):
-            rounded[i] = (result[i] * scale).to(out.element_type)
-        cute.autovec_copy(rounded, cute.local_tile(out[request, row, None], (4,), (column,)))
+    while unit < items * units_item:
+        cluster = Int32(0)
+        for i in cutlass.range_constexpr(ROUNDS):
+            if number[i] == unit // units_item:
+                cluster = 32 * i + lane
+        cluster = cute.arch.warp_redux_sync(cluster, "max")
+        request, group, pieces = split_of[cluster, 0], split_of[cluster, 1], split_of[cluster, 2] - cluster + 1
+        part_row, part = unit % units_item // units_row, unit % units_row
+        head_row = group % tiles * cluster_rows + part_row
+        row = group // tiles * rows + head_row
+        if head_row < rows:
+            # a row without keys: keep 2^(-inf - largest) at 0
+            largest = Float32(-1.0e30)
+            for first in cutlass.range(0, pieces, 32, unroll=1):
+                largest = cute.arch.fmax(largest, lse_of(lse_partial, cluster, first + lane, pieces, part_row))
+            for i in cutlass.range_constexpr(5):
+                largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << i))
+
+            total = Float32(0.0)
+            result = cute.make_rmem_tensor(width, Float32)
+            result.fill(0.0)
+            piece = cute.make_rmem_tensor(width, Float32)
+            column = 32 * part + lane
+            for first in cutlass.range(0, pieces, 32, unroll=1):
+                own = cute.math.exp2(
+                    lse_of(lse_partial, cluster, first + lane, pieces, part_row) - largest, fastmath=True
+                )
+                for i in cutlass.range(0, cutlass.min(32, pieces - first), unroll=UNROLL):
+                    weight = cute.arch.shuffle_sync(own, offset=i)
+                    values = out_partial[slot_of(cluster, first + i), part_row, None]
+                    cute.autovec_copy(cute.local_tile(values, (width,), (column,)), piece)
+                    for e in cutlass.range_constexpr(width):
+                        result[e] = result[e] + piece[e] * weight
+                    total = total + weight
+
+            if column == 0:
+                lse[request, row] = (
+                    (largest + cute.math.log2(total, fastmath=True)) * math.log(2.0) if total > 0.0 else -Float32.inf
+                )
+            denominator = total
+            if has_sink != 0:
+                sink_log2 = sink[row // S_q] * math.log2(math.e)
+                denominator = denominator + cute.math.exp2(sink_log2 - largest, fastmath=True)
+            scale = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
+            rounded = cute.make_rmem_tensor(width, out.element_type)
+            for e in cutlass.range_constexpr(width):
+                rounded[e] = (result[e] * scale).to(out.element_type)
+            cute.autovec_copy(rounded, cute.local_tile(out[request, row, None], (width,), (column,)))
+        unit = unit + ctas * WARPS
 
 
 @cute.jit
-def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink: Int32, S_q: Int32, heads: Int32, stream):
-    """Launch the kernel behind the decode kernel of the same stream; `heads`: KV heads."""
-    clusters, cluster_rows = split_of.shape[0], lse_partial.shape[1]
-    threads_row = out_partial.shape[2] // 4
-    combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads, threads_row).launch(
-        grid=(clusters, cluster_rows // ROWS_CTA, 1),
-        block=(ROWS_CTA * threads_row, 1, 1),
-        use_pdl=True,
-        stream=stream,
+def slot_of(cluster, piece):
+    """Where a piece of the item that begins in a cluster lies."""
+    # NOTE: the first cluster ends inside the item (slot 1), the others start inside it (slot 0)
+    return split.SLOTS * (cluster + piece) + 1 - cutlass.min(piece, 1)
+
+
+@cute.jit
+def lse_of(lse_partial: cute.Tensor, cluster, piece, pieces, part_row):
+    """The lse of a row of a piece; -inf past the last."""
+    value = -Float32.inf
+    if piece < pieces:
+        value = lse_partial[slot_of(cluster, piece), part_row]
+    return value
+
+
+@cute.jit
+def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads, sms, stream):
+    """Launch the kernel behind the decode kernel of the same stream; `heads`: KV heads, `sms`: of the device."""
+    combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads).launch(
+        grid=(CTAS_SM * sms, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream
     )

@@ -42,6 +42,7 @@ Measured: docs/kernels.md, "Hopper MLA decode".
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,6 +95,11 @@ LOW = -1.0e30
 LAZY = 8.0
 """The running max moves only when it grows by more than 2^8: exact after normalisation, and P stays below 2^8."""
 
+START = 1
+"""Steps of 128 tokens that beginning an item costs: 3 us."""
+NOTE = 4
+"""Words of a cluster's note of its split item."""
+
 DTYPES = {"bf16": BFloat16, "fp16": Float16}
 
 
@@ -121,6 +127,10 @@ class Config:
     def stage_chunks(self, stage: int) -> int:
         """Chunks that travel through a stage: four of V, and the rope chunk with stages 1 and 2."""
         return 4 + (stage in (1, 2) and self.chunks == K_CHUNKS)
+
+    def workspace_words(self, clusters: int) -> int:
+        """32-bit words of workspace: partial results, their lse, notes of split items."""
+        return clusters * (split.SLOTS * self.rows * (DV + 1) + NOTE)
 
     def smem_bytes(self) -> int:
         """Shared memory of a CTA: Q, two K buffers, row max of each block, row sums, work search, barriers.
@@ -162,6 +172,17 @@ class Scalars(NamedTuple):
     S_q: Int32
     has_sink: Int32
     groups: Int32
+
+
+@cute.jit
+def prefetch_table(table: cute.Tensor, cluster_id, clusters) -> None:
+    """Ask L2 for the row of the table that this cluster starts with if all requests are equally long."""
+    # NOTE: a short call is a chain of DRAM latencies: lengths, block ids, K; this takes the second out
+    request = cluster_id * table.shape[0] // clusters
+    first = 32 * cute.arch.lane_idx()
+    if first < table.shape[1]:
+        address = (table[request, None].iterator + first).toint()
+        cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address])
 
 
 # ----------------------------------------------------------------------------------------------------------- Steps
@@ -730,25 +751,36 @@ class MlaDecode:
     @cute.jit
     def __call__(
         self,
-        q: cute.Tensor,  # [B, rows, D]
-        k: cute.Tensor,  # [B or 1, Nblk, 64, D]
-        tensors: Tensors,
+        q: cute.Tensor,  # [B, Hq, S_q, D]
+        k: cute.Tensor,  # [B, 1, Nblk, 64, D]
+        table: cute.Tensor,  # [B, table_blocks] int32
+        seq_lens: cute.Tensor,  # [B] int32
+        sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
+        out: cute.Tensor,  # [B, Hq, S_q, 512], contiguous
+        lse: cute.Tensor,  # [B, Hq, S_q] FP32, contiguous
+        workspace: cute.Tensor,  # [workspace_words(clusters)] FP32
         scale_log2: Float32,
-        S_q: Int32,
         has_sink: Int32,
+        q_row: Int64,  # elements between packed query rows
+        requests: Int32,  # with a cache of their own: B, or 1 where they share it
         clusters: Int32,
         stream,
     ):
         config = self.config
-        gQ = cute.make_tensor(q.iterator, cute.select(q.layout, mode=[1, 2, 0]))  # [rows, D, B]
-        gK = cute.make_tensor(k.iterator, cute.select(k.layout, mode=[2, 3, 1, 0]))  # [64, D, Nblk, B or 1]
+        B, Hq, S_q = q.shape[0], q.shape[1], q.shape[2]
+        rows, D, q_row = Hq * S_q, config.D, cute.assume(q_row, divby=8)
+        # [rows, D, B] and [64, D, Nblk, requests]
+        gQ = cute.make_tensor(q.iterator, cute.make_layout((rows, D, B), stride=(q_row, 1, q.stride[0])))
+        k_strides = (k.stride[3], 1, k.stride[2], k.stride[0])
+        gK = cute.make_tensor(k.iterator, cute.make_layout((BLOCK, D, k.shape[2], requests), stride=k_strides))
+        tensors = self.tensors(table, seq_lens, sink, out, lse, workspace, B, rows, clusters)
         chunk = self.row_layout(1)
         load = cpasync.CopyBulkTensorTileG2SOp()
         tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, chunk, (TILE_M, CHUNK))
         if const_expr(config.cluster > 1):
             load = cpasync.CopyBulkTensorTileG2SMulticastOp()
         tma_k, tK = cpasync.make_tiled_tma_atom(load, gK, chunk, (BLOCK, CHUNK))
-        groups = (q.shape[1] + (config.rows - 1)) // config.rows
+        groups = (rows + (config.rows - 1)) // config.rows
         self.kernel(tma_q, tQ, tma_k, tK, gK, tensors, Scalars(scale_log2, S_q, has_sink, groups)).launch(
             grid=(clusters * config.cluster, 1, 1),
             block=(THREADS, 1, 1),
@@ -767,7 +799,27 @@ class MlaDecode:
             has_sink,
             S_q,
             Int32(1),
+            clusters * config.cluster,
             stream,
+        )
+
+    def tensors(self, table, seq_lens, sink, out, lse, workspace, B, rows, clusters) -> Tensors:
+        """The views that the kernels take; the workspace holds the partial results, their lse, and `split_of`."""
+        slots, part_rows = split.SLOTS * clusters, self.config.rows
+        parts = workspace.iterator
+        lse_parts = parts + slots * (part_rows * DV)
+        notes = cute.recast_ptr(lse_parts + slots * part_rows, dtype=Int32)
+        return Tensors(
+            table=table,
+            seq_lens=seq_lens,
+            sink=sink,
+            out=cute.make_tensor(out.iterator, cute.make_layout((B, rows, DV), stride=(rows * DV, DV, 1))),
+            lse=cute.make_tensor(lse.iterator, cute.make_layout((B, rows), stride=(rows, 1))),
+            out_partial=cute.make_tensor(
+                parts, cute.make_layout((slots, part_rows, DV), stride=(part_rows * DV, DV, 1))
+            ),
+            lse_partial=cute.make_tensor(lse_parts, cute.make_layout((slots, part_rows), stride=(part_rows, 1))),
+            split_of=cute.make_tensor(notes, cute.make_layout((clusters, NOTE), stride=(NOTE, 1))),
         )
 
     @cute.kernel
@@ -815,7 +867,9 @@ class MlaDecode:
             cute.arch.mbarrier_init_fence()
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
-        work = find_work(tensors.table, tensors.seq_lens, scalars.groups, cluster_id, clusters, WARPS, shared.sScan)
+        if warp_id == CONSUMERS // 32:
+            prefetch_table(tensors.table, cluster_id, clusters)
+        work = find_work(tensors.table, tensors.seq_lens, scalars.groups, cluster_id, clusters, WARPS, shared.sScan, START)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -845,7 +899,7 @@ class MlaDecode:
         pairs_done, segments_done = Int32(0), Int32(0)
         while left > 0:
             length = length_of(tensors.table, tensors.seq_lens, request)
-            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max)
+            part = split.segment(split.pairs(length), offset, left, work.floor, work.start, cutlass.min, cutlass.max)
             if part.last > part.first:
                 producer.load_q(group * self.config.cluster + rank, request, segments_done)
                 producer.load_segment(tensors.table, request, part.first, part.last, length, pairs_done)
@@ -874,7 +928,7 @@ class MlaDecode:
         pairs_done, segments_done = Int32(0), Int32(0)
         while left > 0:
             length = length_of(tensors.table, tensors.seq_lens, request)
-            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max)
+            part = split.segment(split.pairs(length), offset, left, work.floor, work.start, cutlass.min, cutlass.max)
             row0 = (group * self.config.cluster + rank) * TILE_M
             if part.last > part.first:
                 consumer.start(row0, length, scalars.S_q)
@@ -887,8 +941,9 @@ class MlaDecode:
                 write_result(consumer, tensors, scalars, request, row0, rank, part.whole, slot)
                 segments_done = segments_done + 1
                 pairs_done = pairs_done + part.last - part.first
-            elif const_expr(consumer.side == 0):
-                write_nothing(consumer, tensors, request, row0)
+            elif const_expr(consumer.side == 0):  # noqa: SIM102
+                if part.whole:
+                    write_nothing(consumer, tensors, request, row0)
             left, offset, group = left - part.steps, Int32(0), group + 1
             if group == scalars.groups:
                 request, group = request + 1, Int32(0)
@@ -900,11 +955,11 @@ class MlaDecode:
         split_request, split_group, split_last = Int32(-1), Int32(0), Int32(0)
         while left > 0:
             num_pairs = split.pairs(length_of(tensors.table, tensors.seq_lens, request))
-            part = split.segment(num_pairs, offset, left, work.floor, cutlass.min, cutlass.max)
-            if part.slot == 1 and not part.whole:
-                begin = (cluster_id + 1) * work.chunk - part.steps
+            part = split.segment(num_pairs, offset, left, work.floor, work.start, cutlass.min, cutlass.max)
+            if part.slot == 1 and not part.whole and part.last > part.first:
+                begin = (cluster_id + 1) * work.chunk - part.steps - offset
                 split_request, split_group = request, group
-                split_last = split.last_cluster(begin, num_pairs, work.chunk)
+                split_last = split.last_cluster(begin, num_pairs + work.start, work.chunk)
             left, offset, group = left - part.steps, Int32(0), group + 1
             if group == scalars.groups:
                 request, group = request + 1, Int32(0)
@@ -921,26 +976,31 @@ class MlaDecode:
 def arguments(config: Config) -> tuple:
     """Symbolic arguments of `MlaDecode.__call__`, for compiling without a GPU."""
     dtype = DTYPES[config.dtype]
-    B, rows = cute.sym_int32(), cute.sym_int32()
 
     def wide():
         return cute.sym_int64(divisibility=8)  # a stride in elements, of 16 bytes
 
-    q = make_fake_tensor(dtype, (B, rows, config.D), (wide(), wide(), 1), assumed_align=16)
-    requests, blocks = cute.sym_int32(), cute.sym_int32()
-    k = make_fake_tensor(dtype, (requests, blocks, BLOCK, config.D), (wide(), wide(), wide(), 1), assumed_align=16)
-    parts = (cute.sym_int32(), config.rows)
-    tensors = Tensors(
-        table=make_fake_tensor(Int32, (B, cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4),
-        seq_lens=make_fake_tensor(Int32, (B,), (1,), assumed_align=4),
-        sink=make_fake_tensor(Float32, (cute.sym_int32(),), (1,), assumed_align=4),
-        out=make_fake_tensor(dtype, (B, rows, DV), (wide(), DV, 1), assumed_align=16),
-        lse=make_fake_tensor(Float32, (B, rows), (cute.sym_int64(), 1), assumed_align=4),
-        out_partial=make_fake_tensor(Float32, (*parts, DV), (config.rows * DV, DV, 1), assumed_align=16),
-        lse_partial=make_fake_tensor(Float32, parts, (config.rows, 1), assumed_align=16),
-        split_of=make_fake_tensor(Int32, (cute.sym_int32(), 4), (4, 1), assumed_align=16),
+    def some():
+        return cute.sym_int64()
+
+    B, Hq, S_q = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
+    blocks = cute.sym_int32()
+    fp32 = functools.partial(make_fake_tensor, Float32)
+    return (
+        make_fake_tensor(dtype, (B, Hq, S_q, config.D), (wide(), some(), some(), 1), assumed_align=16),
+        make_fake_tensor(dtype, (B, 1, blocks, BLOCK, config.D), (wide(), some(), wide(), wide(), 1), assumed_align=16),
+        make_fake_tensor(Int32, (B, cute.sym_int32()), (some(), 1), assumed_align=4),
+        make_fake_tensor(Int32, (B,), (1,), assumed_align=4),
+        fp32((cute.sym_int32(),), (1,), assumed_align=4),
+        make_fake_tensor(dtype, (B, Hq, S_q, DV), (some(), some(), some(), 1), assumed_align=16),
+        fp32((B, Hq, S_q), (some(), some(), some()), assumed_align=4),
+        fp32((cute.sym_int32(),), (1,), assumed_align=16),
+        Float32(1.0),
+        Int32(0),
+        Int64(8),
+        Int32(1),
+        Int32(1),
     )
-    return q, k, tensors, Float32(1.0), Int32(1), Int32(0), Int32(1)
 
 
 def build(config: Config, options: str = ""):
