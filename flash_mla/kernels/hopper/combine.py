@@ -24,8 +24,10 @@ CTAS_SM = 4
 """CTAs an SM of the grid: enough loads in flight for L2, few enough to start quickly."""
 ROUNDS = 5
 """32 clusters each: a Hopper chip has at most 144 SMs."""
+WIDTH = 4
+"""Columns of a lane; Dv is a multiple of it."""
 UNROLL = 8
-"""Pieces whose loads are in flight together."""
+"""Pieces whose loads are in flight together; divides 32."""
 
 
 @cute.kernel
@@ -43,9 +45,9 @@ def combine_kernel(
     cta, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
     lane = cute.arch.lane_idx()
-    # a lane takes `width` columns, a warp `units_row`-th of a row
-    width = min(4, out.shape[2] // 32)
-    units_row = out.shape[2] // (32 * width)
+    # a lane takes WIDTH columns, a warp one of `units_row` parts of a row
+    columns = out.shape[2] // WIDTH
+    units_row = (columns + 31) // 32
     # the groups of a request are the row tiles of its first KV head, of its second, ...
     clusters, cluster_rows, rows = split_of.shape[0], lse_partial.shape[1], lse.shape[1] // heads
     tiles = (rows + cluster_rows - 1) // cluster_rows
@@ -85,23 +87,27 @@ def combine_kernel(
                 largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << i))
 
             total = Float32(0.0)
-            result = cute.make_rmem_tensor(width, Float32)
+            result = cute.make_rmem_tensor(WIDTH, Float32)
             result.fill(0.0)
-            piece = cute.make_rmem_tensor(width, Float32)
-            column = 32 * part + lane
+            piece = cute.make_rmem_tensor(WIDTH, Float32)
+            # NOTE: lanes past the last column load it too, since they hold weights
+            column = cutlass.min(32 * part + lane, columns - 1)
             for first in cutlass.range(0, pieces, 32, unroll=1):
                 own = cute.math.exp2(
                     lse_of(lse_partial, cluster, first + lane, pieces, part_row) - largest, fastmath=True
                 )
-                for i in cutlass.range(0, cutlass.min(32, pieces - first), unroll=UNROLL):
-                    weight = cute.arch.shuffle_sync(own, offset=i)
-                    values = out_partial[slot_of(cluster, first + i), part_row, None]
-                    cute.autovec_copy(cute.local_tile(values, (width,), (column,)), piece)
-                    for e in cutlass.range_constexpr(width):
-                        result[e] = result[e] + piece[e] * weight
-                    total = total + weight
+                for i in cutlass.range(0, cutlass.min(32, pieces - first), UNROLL, unroll=1):
+                    for u in cutlass.range_constexpr(UNROLL):
+                        # NOTE: past the last piece the weight is 0, and the last piece is read again
+                        weight = cute.arch.shuffle_sync(own, offset=i + u)
+                        slot = slot_of(cluster, cutlass.min(first + i + u, pieces - 1))
+                        values = out_partial[slot, part_row, None]
+                        cute.autovec_copy(cute.local_tile(values, (WIDTH,), (column,)), piece)
+                        for e in cutlass.range_constexpr(WIDTH):
+                            result[e] = result[e] + piece[e] * weight
+                        total = total + weight
 
-            if column == 0:
+            if 32 * part + lane == 0:
                 lse[request, row] = (
                     (largest + cute.math.log2(total, fastmath=True)) * math.log(2.0) if total > 0.0 else -Float32.inf
                 )
@@ -110,10 +116,11 @@ def combine_kernel(
                 sink_log2 = sink[row // S_q] * math.log2(math.e)
                 denominator = denominator + cute.math.exp2(sink_log2 - largest, fastmath=True)
             scale = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
-            rounded = cute.make_rmem_tensor(width, out.element_type)
-            for e in cutlass.range_constexpr(width):
+            rounded = cute.make_rmem_tensor(WIDTH, out.element_type)
+            for e in cutlass.range_constexpr(WIDTH):
                 rounded[e] = (result[e] * scale).to(out.element_type)
-            cute.autovec_copy(rounded, cute.local_tile(out[request, row, None], (width,), (column,)))
+            if 32 * part + lane < columns:
+                cute.autovec_copy(rounded, cute.local_tile(out[request, row, None], (WIDTH,), (column,)))
         unit = unit + ctas * WARPS
 
 
@@ -137,5 +144,8 @@ def lse_of(lse_partial: cute.Tensor, cluster, piece, pieces, part_row):
 def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads, sms, stream):
     """Launch the kernel behind the decode kernel of the same stream; `heads`: KV heads, `sms`: of the device."""
     combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads).launch(
-        grid=(CTAS_SM * sms, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream
+        grid=(CTAS_SM * sms, 1, 1),
+        block=(32 * WARPS, 1, 1),
+        use_pdl=True,
+        stream=stream,
     )

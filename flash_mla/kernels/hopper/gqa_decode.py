@@ -806,6 +806,7 @@ class GqaDecode:
             has_sink,
             S_q,
             heads,
+            ctas,
             stream,
         )
 
@@ -888,7 +889,7 @@ class GqaDecode:
         while left > 0:
             length = length_of(tensors.table, tensors.seq_lens, request)
             num_pairs = split.pairs(length)
-            part = split.segment(num_pairs, offset, left, work.floor, cutlass.min, cutlass.max)
+            part = split.segment(num_pairs, offset, left, work.floor, work.start, cutlass.min, cutlass.max)
             if part.last > part.first:
                 item = Item(request, group // scalars.tiles, group % scalars.tiles)
                 first, last = 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
@@ -896,10 +897,10 @@ class GqaDecode:
                 producer.load_segment(tensors.table, item, first, last, blocks_done)
                 segments_done = segments_done + 1
                 blocks_done = blocks_done + last - first
-            if part.slot == 1 and not part.whole:
-                begin = (cta + 1) * work.chunk - part.steps
+            if part.slot == 1 and not part.whole and part.last > part.first:
+                begin = (cta + 1) * work.chunk - part.steps - offset
                 split_request, split_group = request, group
-                split_last = split.last_cluster(begin, num_pairs, work.chunk)
+                split_last = split.last_cluster(begin, num_pairs + work.start, work.chunk)
             left, offset, group = left - part.steps, Int32(0), group + 1
             if group == scalars.heads * scalars.tiles:
                 request, group = request + 1, Int32(0)
@@ -920,7 +921,7 @@ class GqaDecode:
         blocks_done, segments_done, real = Int32(0), Int32(0), Int32(0)
         while left > 0:
             length = length_of(tensors.table, tensors.seq_lens, request)
-            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max)
+            part = split.segment(split.pairs(length), offset, left, work.floor, work.start, cutlass.min, cutlass.max)
             item = Item(request, group // scalars.tiles, group % scalars.tiles)
             first, last = 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
             rows = scalars.rows
@@ -938,7 +939,7 @@ class GqaDecode:
                 write_result(consumer, tensors, scalars, item, rows, v_scale, part.whole, slot)
                 segments_done = segments_done + real
                 blocks_done = blocks_done + real * (last - first)
-            else:
+            elif part.whole:
                 write_nothing(consumer, tensors, scalars, item)
             if real == 0:
                 real = Int32(1)

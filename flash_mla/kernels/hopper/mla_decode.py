@@ -869,7 +869,9 @@ class MlaDecode:
             cute.arch.cluster_arrive_relaxed()
         if warp_id == CONSUMERS // 32:
             prefetch_table(tensors.table, cluster_id, clusters)
-        work = find_work(tensors.table, tensors.seq_lens, scalars.groups, cluster_id, clusters, WARPS, shared.sScan, START)
+        work = find_work(
+            tensors.table, tensors.seq_lens, scalars.groups, cluster_id, clusters, WARPS, shared.sScan, START
+        )
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
