@@ -602,22 +602,19 @@ class Producer:
 
 
 @cute.jit
-def consume_segment(consumer: Consumer, scalars: Scalars, item: Item, scale, part: Range, real) -> None:
-    """This warpgroup's blocks of the range: every second one. Where not `real`, nothing is waited for or released."""
+def consume_segment(consumer: Consumer, scalars: Scalars, item: Item, scale, part: Range) -> None:
+    """This warpgroup's blocks of the range: every second one."""
     config, shared, side = consumer.config, consumer.shared, consumer.side
     first, last, length, count = part.first, part.last, part.length, part.blocks_before
     q_stage = part.segments_before % config.q_stages
-    if real:
-        shared.q.wait(q_stage, part.segments_before // config.q_stages)
+    shared.q.wait(q_stage, part.segments_before // config.q_stages)
     for block in cutlass.range(first + side, last, 2, unroll=1):
         number = count + block - first
         stage, turn, buffer = number % config.stages, number // config.stages, 2 * side + block // 2 % 2
         # scores
-        if real:
-            shared.k.wait(stage, turn)
+        shared.k.wait(stage, turn)
         consumer.scores(stage, q_stage, scale)
-        if real:
-            shared.k.release(stage)
+        shared.k.release(stage)
         key0 = block * BLOCK
         if key0 + BLOCK > length - scalars.S_q + 1:
             consumer.mask(key0, length, item.tile * config.tile_n, scalars.S_q)
@@ -633,24 +630,19 @@ def consume_segment(consumer: Consumer, scalars: Scalars, item: Item, scale, par
         consumer.add_sums()
 
         # output
-        if real:
-            shared.v.wait(stage, turn)
+        shared.v.wait(stage, turn)
         if length - key0 < BLOCK:
             consumer.clear_values(stage, length - key0)
         consumer.values(stage, buffer)
-        if real:
-            shared.v.release(stage)
-    if real:
-        shared.q.release(q_stage)
+        shared.v.release(stage)
+    shared.q.release(q_stage)
 
 
 @cute.jit
-def write_result(
-    consumer: Consumer, tensors: Tensors, scalars: Scalars, item: Item, rows, v_scale, whole, slot
-) -> None:
+def write_result(consumer: Consumer, tensors: Tensors, scalars: Scalars, item: Item, v_scale, whole, slot) -> None:
     """Merge the two warpgroups, normalise, and write: to out and lse if the segment is a whole item, else to its slot.
 
-    `rows`: of the KV head. Each warpgroup gives every second O^T tile to the other and finishes the rest.
+    Each warpgroup gives every second O^T tile to the other and finishes the rest.
     """
     config, shared, side, tid = consumer.config, consumer.shared, consumer.side, consumer.tid
     tiles, N = config.tiles_m, config.tile_n
@@ -680,7 +672,7 @@ def write_result(
         consumer.factor[c] = cute.math.exp2(consumer.row_max[c] - row_max, fastmath=True)
         lse = row_max + cute.math.log2(total, fastmath=True) if total > 0.0 else -Float32.inf
         denominator = total
-        if head_row < rows:
+        if head_row < scalars.rows:
             if side == 0 and warp_id == 0 and lane < 4:
                 if whole:
                     global_lse[item.request, item.head * scalars.rows + head_row] = lse * math.log(2.0)
@@ -709,15 +701,15 @@ def write_result(
             for i in cutlass.range_constexpr(N // 2):
                 kept[i] = (kept[i] + exchange[tid, i, 1 - side]) * inverse[2 * (i // 4) + i % 2]
             if whole:
-                store_tile(consumer, tensors.out, item.request, item.head * scalars.rows, item, rows, tile, kept)
+                store_tile(consumer, tensors.out, item.request, item.head * scalars.rows, item, scalars, tile, kept)
             else:
-                store_tile(consumer, tensors.out_partial, slot, -item.tile * N, item, rows, tile, kept)
+                store_tile(consumer, tensors.out_partial, slot, -item.tile * N, item, scalars, tile, kept)
     # NOTE: the exchange is P's memory: the next segment may write P only when both warpgroups have read it
     cute.arch.barrier(barrier_id=BAR_MERGE, number_of_threads=CONSUMERS)
 
 
 @cute.jit
-def store_tile(consumer: Consumer, target, index, row0, item: Item, rows, tile, kept) -> None:
+def store_tile(consumer: Consumer, target, index, row0, item: Item, scalars: Scalars, tile, kept) -> None:
     """One O^T tile to target[index, row0 + row of the KV head, column]."""
     config, lane, warp_id = consumer.config, consumer.tid % 32, consumer.tid // 32
     group = tile * TILE_M + warp_id * 16
@@ -725,7 +717,7 @@ def store_tile(consumer: Consumer, target, index, row0, item: Item, rows, tile, 
     for c in cutlass.range_constexpr(config.tile_n // 4):
         head_row = item.tile * config.tile_n + consumer.row(c)
         i = 4 * (c // 2) + c % 2
-        if head_row < rows:
+        if head_row < scalars.rows:
             if const_expr(config.fp8):
                 if group + lane // 4 * 2 < config.Dv:
                     two[0], two[1] = kept[i].to(target.element_type), kept[i + 2].to(target.element_type)
@@ -912,41 +904,29 @@ class GqaDecode:
 
     @cute.jit
     def consume(self, consumer: Consumer, tensors: Tensors, scalars: Scalars, work: Work, cta) -> None:
-        """Walk the CTA's segments, compute and write them.
-
-        First a rehearsal: one block for each warpgroup, of whatever shared memory holds, with no row to write. It costs
-        nothing, as the first block is on its way meanwhile, and brings the code in: L2 is cold at a decode's start.
-        """
+        """Walk the CTA's segments, compute and write them."""
         request, group, offset, left = work.request, work.group, work.offset, work.steps
-        blocks_done, segments_done, real = Int32(0), Int32(0), Int32(0)
+        blocks_done, segments_done = Int32(0), Int32(0)
         while left > 0:
             length = length_of(tensors.table, tensors.seq_lens, request)
             part = split.segment(split.pairs(length), offset, left, work.floor, work.start, cutlass.min, cutlass.max)
             item = Item(request, group // scalars.tiles, group % scalars.tiles)
-            first, last = 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
-            rows = scalars.rows
-            if real == 0:
-                first, last, length, rows = Int32(0), Int32(2), Int32(3 * BLOCK), Int32(0)
-            if last > first:
+            if part.last > part.first:
+                first, last = 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
                 scale, v_scale = scalars.scale_log2, Float32(1.0)
                 if const_expr(self.config.descale):
                     scale = scale * tensors.q_descale[request, item.head] * tensors.k_descale[request, item.head]
                     v_scale = tensors.v_descale[request, item.head]
                 consumer.start()
-                blocks = Range(first, last, length, blocks_done, segments_done)
-                consume_segment(consumer, scalars, item, scale, blocks, real)
-                slot = split.SLOTS * cta + part.slot
-                write_result(consumer, tensors, scalars, item, rows, v_scale, part.whole, slot)
-                segments_done = segments_done + real
-                blocks_done = blocks_done + real * (last - first)
+                consume_segment(consumer, scalars, item, scale, Range(first, last, length, blocks_done, segments_done))
+                write_result(consumer, tensors, scalars, item, v_scale, part.whole, split.SLOTS * cta + part.slot)
+                segments_done = segments_done + 1
+                blocks_done = blocks_done + last - first
             elif part.whole:
                 write_nothing(consumer, tensors, scalars, item)
-            if real == 0:
-                real = Int32(1)
-            else:
-                left, offset, group = left - part.steps, Int32(0), group + 1
-                if group == scalars.heads * scalars.tiles:
-                    request, group = request + 1, Int32(0)
+            left, offset, group = left - part.steps, Int32(0), group + 1
+            if group == scalars.heads * scalars.tiles:
+                request, group = request + 1, Int32(0)
 
 
 # ---------------------------------------------------------------------------------------------------------- Launch
