@@ -35,7 +35,7 @@ def plan(lengths: list[int], groups: int, clusters: int, start: int) -> Any:
     """The plan that the kernel chooses."""
     pairs = [split.weight(split.pairs(length), 1) for length in lengths]
     even = split.even(groups * sum(pairs), groups * len(pairs), clusters, start)
-    whole = split.unsplit(max(pairs), groups * len(pairs), clusters)
+    whole = split.unsplit(max(pairs), groups * len(pairs), -(-groups * len(pairs) // clusters))
     return even if split.pays(even, whole) else whole
 
 

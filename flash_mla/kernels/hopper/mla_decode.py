@@ -515,12 +515,13 @@ class Producer:
             cute.copy(self.tma_k, gK, sK, tma_bar_ptr=bar, mcast_mask=everyone, cache_policy=hint)
 
     @cute.jit
-    def load_segment(self, table: cute.Tensor, request, first, last, length, count) -> None:
-        """Every pair of a segment, half block by half block in the order in which the consumers free them."""
+    def load_segment(self, table: cute.Tensor, row_tile, request, first, last, length, segments, count) -> None:
+        """Q, and every pair of a segment, half block by half block in the order in which the consumers free them."""
         last_block = (length + BLOCK - 1) // BLOCK - 1
         pool_request = cutlass.min(request, self.pages.shape[3] - 1)
         even = self.block_id(table, request, 2 * first)
         odd = self.block_id(table, request, cutlass.min(2 * first + 1, last_block))
+        self.load_q(row_tile, request, segments)
         for pair in cutlass.range(first, last, unroll=1):
             # read the next ids while this pair is loaded
             next_even = self.block_id(table, request, cutlass.min(2 * pair + 2, last_block))
@@ -867,7 +868,7 @@ class MlaDecode:
             cute.arch.mbarrier_init_fence()
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
-        if warp_id == CONSUMERS // 32:
+        if warp_id == CONSUMERS // 32 + 1:
             prefetch_table(tensors.table, cluster_id, clusters)
         work = find_work(tensors.table, tensors.seq_lens, scalars.groups, cluster_id, clusters, WARPS, shared.sScan, START)
         if const_expr(config.cluster > 1):
@@ -901,8 +902,10 @@ class MlaDecode:
             length = length_of(tensors.table, tensors.seq_lens, request)
             part = split.segment(split.pairs(length), offset, left, work.floor, work.start, cutlass.min, cutlass.max)
             if part.last > part.first:
-                producer.load_q(group * self.config.cluster + rank, request, segments_done)
-                producer.load_segment(tensors.table, request, part.first, part.last, length, pairs_done)
+                row_tile = group * self.config.cluster + rank
+                producer.load_segment(
+                    tensors.table, row_tile, request, part.first, part.last, length, segments_done, pairs_done
+                )
                 segments_done = segments_done + 1
                 pairs_done = pairs_done + part.last - part.first
             left, offset, group = left - part.steps, Int32(0), group + 1

@@ -26,7 +26,7 @@ PAIR = 128
 SPLIT_COST = 4
 """Steps that splitting costs a call: about 13 us (combine 11, one more start 2), at 3.4 us a step of 128 heads."""
 LONG = 8
-"""Steps of a range for each step of `start` that its items may have."""
+"""Steps of a range from which on its items have `start` steps in front."""
 SLOTS = 2
 """Partial results that one cluster may leave."""
 
@@ -50,17 +50,24 @@ class Plan(NamedTuple):
     start: Any
 
 
-def even(total: Any, items: Any, clusters: Any, start: Any = 0, least: Callable[..., Any] = min) -> Plan:
+def even(
+    total: Any,
+    items: Any,
+    clusters: Any,
+    start: Any = 0,
+    least: Callable[..., Any] = min,
+    most: Callable[..., Any] = max,
+) -> Plan:
     """Split items wherever a range ends; `total` counts each item with floor 1, and `start` 0."""
     # in short ranges a step is too coarse a unit for it
-    start = least(start, total // (LONG * clusters))
+    start = least(start, most(total - LONG * clusters + 1, 0))
     total = total + items * start
     return Plan((total + clusters - 1) // clusters, total, 1, start)
 
 
-def unsplit(heaviest: Any, items: Any, clusters: Any) -> Plan:
-    """Hand out whole items, the same number to each cluster."""
-    return Plan((items + clusters - 1) // clusters * heaviest, items * heaviest, heaviest, 0)
+def unsplit(heaviest: Any, items: Any, most_items: Any) -> Plan:
+    """Hand out whole items, `most_items` to each cluster until there are no more."""
+    return Plan(most_items * heaviest, items * heaviest, heaviest, 0)
 
 
 def pays(split: Plan, whole: Plan) -> Any:
