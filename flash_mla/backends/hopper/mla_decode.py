@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash_mla.backends.hopper.device import multiprocessors
 from flash_mla.errors import ShapeError
-from flash_mla.problem import BLOCK, DecodeArgs, DecodeProblem
+from flash_mla.problem import DecodeArgs, DecodeProblem
 
 if TYPE_CHECKING:
     from flash_mla.kernels.hopper.mla_decode import Config

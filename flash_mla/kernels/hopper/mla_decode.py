@@ -143,7 +143,8 @@ class Config:
         q = 2 * TILE_M * self.D
         k = 2 * 2 * K_CHUNKS * CHUNK_ELEMENTS
         rows = 4 * (2 * TILE_M + 2 * TILE_M)
-        used = q + k + rows + 2 * (CONSUMERS // 32) * STAGED + 4 * scan_words(WARPS) + 8 * (Channel.words(STAGES) + Channel.words(1))
+        out, work = 2 * CONSUMERS // 32 * STAGED, 4 * scan_words(WARPS)
+        used = q + k + rows + out + work + 8 * (Channel.words(STAGES) + Channel.words(1))
         return -(-used // 1024) * 1024
 
 
@@ -733,7 +734,7 @@ def store_partial(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, sc
 
 @cute.jit
 def store_out(consumer: Consumer, out: cute.Tensor, request, row0, scales: cute.Tensor) -> None:
-    """O, scaled, to out, 32 columns at a time: staged by the warp, so that a row's 64 bytes leave in one instruction."""
+    """O, scaled, to out, 32 columns at a time: staged by the warp, so that 64 bytes of a row leave together."""
     # NOTE: straight from registers they would be 16 bytes of 8 rows an instruction, four times the instructions
     lane, warp_row = consumer.tid % 32, consumer.tid // 32 * 16
     staged = consumer.shared.staged + (4 * consumer.side + consumer.tid // 32) * STAGED
@@ -844,7 +845,6 @@ class MlaDecode:
             has_sink,
             S_q,
             Int32(1),
-            clusters * config.cluster,
             stream,
         )
 
@@ -915,7 +915,8 @@ class MlaDecode:
             cute.arch.cluster_arrive_relaxed()
         if warp_id == CONSUMERS // 32 + 1:
             prefetch_table(tensors.table, cluster_id, clusters)
-        work = find_work(tensors.table, tensors.seq_lens, scalars.groups, cluster_id, clusters, WARPS, shared.sScan, START)
+        table, seq_lens, sScan = tensors.table, tensors.seq_lens, shared.sScan
+        work = find_work(table, seq_lens, scalars.groups, cluster_id, clusters, WARPS, sScan, START)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -945,7 +946,7 @@ class MlaDecode:
         pairs_done, segments_done = Int32(0), Int32(0)
         while left > 0:
             length = length_of(tensors.table, tensors.seq_lens, request)
-            part = split.segment(split.pairs(length), offset, left, work.floor, work.start, cutlass.min, cutlass.max)
+            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max, work.start)
             if part.last > part.first:
                 row_tile = group * self.config.cluster + rank
                 producer.load_segment(
@@ -976,7 +977,7 @@ class MlaDecode:
         pairs_done, segments_done = Int32(0), Int32(0)
         while left > 0:
             length = length_of(tensors.table, tensors.seq_lens, request)
-            part = split.segment(split.pairs(length), offset, left, work.floor, work.start, cutlass.min, cutlass.max)
+            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max, work.start)
             row0 = (group * self.config.cluster + rank) * TILE_M
             if part.last > part.first:
                 consumer.start(row0, length, scalars.S_q)
@@ -1003,7 +1004,7 @@ class MlaDecode:
         split_request, split_group, split_last = Int32(-1), Int32(0), Int32(0)
         while left > 0:
             num_pairs = split.pairs(length_of(tensors.table, tensors.seq_lens, request))
-            part = split.segment(num_pairs, offset, left, work.floor, work.start, cutlass.min, cutlass.max)
+            part = split.segment(num_pairs, offset, left, work.floor, cutlass.min, cutlass.max, work.start)
             if part.slot == 1 and not part.whole and part.last > part.first:
                 begin = (cluster_id + 1) * work.chunk - part.steps - offset
                 split_request, split_group = request, group

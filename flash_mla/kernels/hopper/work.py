@@ -101,7 +101,7 @@ def find_work(
     for i in cutlass.range(rounds, unroll=1):
         request = first + 32 * i
         if request < B:
-            own = split.weight(split.pairs(length_of(table, seq_lens, request)), 1, 0, cutlass.max)
+            own = split.weight(split.pairs(length_of(table, seq_lens, request)), 1, cutlass.max)
             run, heaviest = run + groups * own, cutlass.max(heaviest, own)
     upto, own = run, run
     run, heaviest = warp_sum(run), warp_max(heaviest)
@@ -138,7 +138,7 @@ def find_work(
             own = Int32(0)
             if candidate < B:
                 pairs = split.pairs(length_of(table, seq_lens, candidate))
-                own = groups * split.weight(pairs, 1, start, cutlass.max)
+                own = groups * split.weight(pairs, 1, cutlass.max, start)
             upto = base + warp_scan(own)
             if here >= upto - own and here < upto:
                 sScan[2 * warps] = candidate
@@ -150,7 +150,7 @@ def find_work(
     left = cutlass.max(0, cutlass.min(chunk, total - here))
     if left == 0:
         request, begin = Int32(0), here
-    item = split.weight(split.pairs(length_of(table, seq_lens, request)), floor, start, cutlass.max)
+    item = split.weight(split.pairs(length_of(table, seq_lens, request)), floor, cutlass.max, start)
     group = Int32(0)
     if groups > 1:
         group = (here - begin) // item
