@@ -35,17 +35,17 @@ def plan(lengths: list[int], groups: int, clusters: int, start: int) -> Any:
     """The plan that the kernel chooses."""
     pairs = [split.weight(split.pairs(length), 1) for length in lengths]
     even = split.even(groups * sum(pairs), groups * len(pairs), clusters, start)
-    whole = split.unsplit(max(pairs), groups * len(pairs), clusters)
+    whole = split.unsplit(max(pairs), groups * len(pairs), -(-groups * len(pairs) // clusters))
     return even if split.pays(even, whole) else whole
 
 
-def walk(lengths: list[int], groups: int, clusters: int, start: int) -> list[list[tuple[tuple[int, int, int], Any, int]]]:
-    """What each cluster does, as its roles find it: (item, segment) in order."""
+def walk(lengths: list[int], groups: int, clusters: int, start: int) -> list[list[tuple[Any, Any, int]]]:
+    """What each cluster does, as its roles find it: (item, segment, offset in the item) in order."""
     items = line(lengths, groups)
     steps, total, floor, front = plan(lengths, groups, clusters, start)
     starts = [0]
     for _, _, pairs in items:
-        starts.append(starts[-1] + split.weight(pairs, floor, front))
+        starts.append(starts[-1] + split.weight(pairs, floor, start=front))
     assert starts[-1] == total
     result = []
     for cluster in range(clusters):
@@ -53,7 +53,7 @@ def walk(lengths: list[int], groups: int, clusters: int, start: int) -> list[lis
         i = next((i for i in range(len(items)) if starts[i] <= here < starts[i + 1]), len(items))
         offset = here - starts[i] if i < len(items) else 0
         while left > 0:
-            part = split.segment(items[i][2], offset, left, floor, front)
+            part = split.segment(items[i][2], offset, left, floor, start=front)
             assert part.steps > 0
             if part.last > part.first or part.whole:
                 segments.append((items[i], part, offset))
@@ -74,9 +74,14 @@ def test_every_pair_once_and_balanced(case: tuple[list[int], int, int, int]) -> 
     seen: dict[tuple[int, int, int], list[int]] = {item: [] for item in line(lengths, groups)}
     visits = dict.fromkeys(seen, 0)
     total = sum(split.weight(pairs, 1) for _, _, pairs in seen)
+    chunk, _, _, front = plan(lengths, groups, clusters, start)
     for segments in walk(lengths, groups, clusters, start):
-        if start == 0:
-            assert sum(part.last - part.first for _, part, _ in segments) <= -(-total // clusters) + split.SPLIT_COST
+        computed = sum(part.last - part.first for _, part, _ in segments)
+        if front == 0:
+            assert computed <= -(-(total + start * len(seen)) // clusters) + split.SPLIT_COST
+        else:
+            # a range pays for each item that it begins; of the item that it starts inside, somebody else paid
+            assert computed + front * (len(segments) - 1) <= chunk
         for item, part, _ in segments:
             seen[item] += range(part.first, part.last)
             visits[item] += 1

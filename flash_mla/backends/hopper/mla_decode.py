@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
-from flash_mla.backends.hopper.device import multiprocessors
+from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
 from flash_mla.errors import ShapeError
-from flash_mla.problem import BLOCK, DecodeArgs, DecodeProblem
+from flash_mla.problem import DecodeArgs, DecodeProblem
 
 if TYPE_CHECKING:
     from flash_mla.kernels.hopper.mla_decode import Config
@@ -109,13 +107,3 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
             problem.B if problem.k_strides[0] else 1,
             clusters,
         )
-
-
-def int32(values: Tensor) -> Tensor:
-    """The same integers in 32 bits."""
-    return values if values.dtype == torch.int32 else values.to(torch.int32)
-
-
-def device_of(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a device the current one, which it nearly always is: then the switch would cost the host 2 us."""
-    return contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)

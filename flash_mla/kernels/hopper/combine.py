@@ -20,8 +20,8 @@ from flash_mla.kernels.hopper import split
 
 WARPS = 8
 """Of a CTA."""
-CTAS_SM = 4
-"""CTAs an SM of the grid: enough loads in flight for L2, few enough to start quickly."""
+CTAS = 528
+"""Of the grid: four for each SM of an H200, enough loads in flight for L2 and few enough to start quickly."""
 ROUNDS = 5
 """32 clusters each: a Hopper chip has at most 144 SMs."""
 WIDTH = 4
@@ -141,11 +141,8 @@ def lse_of(lse_partial: cute.Tensor, cluster, piece, pieces, part_row):
 
 
 @cute.jit
-def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads, sms, stream):
-    """Launch the kernel behind the decode kernel of the same stream; `heads`: KV heads, `sms`: of the device."""
+def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink: Int32, S_q: Int32, heads: Int32, stream):
+    """Launch the kernel behind the decode kernel of the same stream; `heads`: KV heads."""
     combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads).launch(
-        grid=(CTAS_SM * sms, 1, 1),
-        block=(32 * WARPS, 1, 1),
-        use_pdl=True,
-        stream=stream,
+        grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream
     )

@@ -88,6 +88,9 @@ STAGES = 4
 BAR_P0, BAR_P1, BAR_WG, BAR_SUM = 1, 2, 3, 5
 """Named barriers (0 is the CTA's): P of the even block, of the odd block, one per consumer warpgroup, the row sums."""
 
+STAGED = 16 * 32
+"""Elements of out that a warp stages: 32 columns of its 16 rows."""
+
 EVICT_FIRST = 0x12F0000000000000
 """TMA cache hint of a cluster's loads: nobody else reads that K."""
 LOW = -1.0e30
@@ -133,14 +136,15 @@ class Config:
         return clusters * (split.SLOTS * self.rows * (DV + 1) + NOTE)
 
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA: Q, two K buffers, row max of each block, row sums, work search, barriers.
+        """Shared memory of a CTA: Q, two K buffers, row max of each block, row sums, staged out, work search, barriers.
 
         Rounded up to the 1024 bytes on which swizzled buffers are aligned.
         """
         q = 2 * TILE_M * self.D
         k = 2 * 2 * K_CHUNKS * CHUNK_ELEMENTS
         rows = 4 * (2 * TILE_M + 2 * TILE_M)
-        used = q + k + rows + 4 * scan_words(WARPS) + 8 * (Channel.words(STAGES) + Channel.words(1))
+        out, work = 2 * CONSUMERS // 32 * STAGED, 4 * scan_words(WARPS)
+        used = q + k + rows + out + work + 8 * (Channel.words(STAGES) + Channel.words(1))
         return -(-used // 1024) * 1024
 
 
@@ -197,6 +201,7 @@ class Shared:
     sMax: cute.Tensor
     sSum: cute.Tensor
     sScan: cute.Tensor
+    staged: cute.Pointer
     k: Channel
     q: Channel
     row_layout: Callable[[int], cute.ComposedLayout]
@@ -210,6 +215,7 @@ class Shared:
             sMax=storage.sMax.get_tensor(cute.make_layout((TILE_M, 2))),
             sSum=storage.sSum.get_tensor(cute.make_layout((TILE_M, 2))),
             sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(WARPS))),
+            staged=storage.staged.data_ptr(),
             k=Channel.over(storage.k_barriers.data_ptr(), STAGES, 4 * config.cluster, config.cluster),
             q=Channel.over(storage.q_barriers.data_ptr(), 1, CONSUMERS // 32),
             row_layout=row_layout,
@@ -515,12 +521,13 @@ class Producer:
             cute.copy(self.tma_k, gK, sK, tma_bar_ptr=bar, mcast_mask=everyone, cache_policy=hint)
 
     @cute.jit
-    def load_segment(self, table: cute.Tensor, request, first, last, length, count) -> None:
-        """Every pair of a segment, half block by half block in the order in which the consumers free them."""
+    def load_segment(self, table: cute.Tensor, row_tile, request, first, last, length, segments, count) -> None:
+        """Q, and every pair of a segment, half block by half block in the order in which the consumers free them."""
         last_block = (length + BLOCK - 1) // BLOCK - 1
         pool_request = cutlass.min(request, self.pages.shape[3] - 1)
         even = self.block_id(table, request, 2 * first)
         odd = self.block_id(table, request, cutlass.min(2 * first + 1, last_block))
+        self.load_q(row_tile, request, segments)
         for pair in cutlass.range(first, last, unroll=1):
             # read the next ids while this pair is loaded
             next_even = self.block_id(table, request, cutlass.min(2 * pair + 2, last_block))
@@ -685,38 +692,77 @@ def write_result(consumer: Consumer, tensors: Tensors, scalars: Scalars, request
         if tid % 4 == 0:
             sSum[consumer.row + 8 * r, side] = total
     cute.arch.barrier(barrier_id=BAR_SUM, number_of_threads=CONSUMERS)
+    scales = cute.make_rmem_tensor(2, Float32)
     for r in cutlass.range_constexpr(2):
         tile_row = consumer.row + 8 * r
         row = row0 + tile_row
         total = sSum[tile_row, 0] + sSum[tile_row, 1]
         lse = consumer.row_max[r] + cute.math.log2(total, fastmath=True)
+        lse = lse if total > 0.0 else -Float32.inf
+        writes = side == 0 and tid % 4 == 0
         if whole:
             if row < tensors.out.shape[1]:
-                if side == 0 and tid % 4 == 0:
-                    global_lse[request, row] = lse * math.log(2.0) if total > 0.0 else -Float32.inf
+                if writes:
+                    global_lse[request, row] = lse * math.log(2.0)
                 if scalars.has_sink != 0:
                     sink = tensors.sink[row // scalars.S_q] * math.log2(math.e)
                     total = total + cute.math.exp2(sink - consumer.row_max[r], fastmath=True)
-                store_row(consumer, r, tensors.out[request, row, None], total)
-        else:
-            cluster_row = rank * TILE_M + tile_row
-            if side == 0 and tid % 4 == 0:
-                lse_partial[slot, cluster_row] = lse if total > 0.0 else -Float32.inf
-            store_row(consumer, r, tensors.out_partial[slot, cluster_row, None], total)
+        elif writes:
+            lse_partial[slot, rank * TILE_M + tile_row] = lse
+        # NOTE: a row without keys has O = 0 and, with a sink, a total above 0; without, 0 * inf would be NaN
+        scales[r] = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
+    if whole:
+        store_out(consumer, tensors.out, request, row0, scales)
+    else:
+        for r in cutlass.range_constexpr(2):
+            part = tensors.out_partial[slot, rank * TILE_M + consumer.row + 8 * r, None]
+            store_partial(consumer, r, part, scales[r])
     # NOTE: the sums may be overwritten by the next segment only when both warpgroups have read them
     cute.arch.barrier(barrier_id=BAR_SUM, number_of_threads=CONSUMERS)
 
 
 @cute.jit
-def store_row(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, total) -> None:
-    """One row's part of this thread, divided by its sum, two columns at a time."""
-    scale = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
+def store_partial(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, scale) -> None:
+    """One row's part of this thread, scaled, two columns (8 bytes) at a time: 32 bytes a row and instruction."""
     half = cute.local_tile(row, (HALF,), (consumer.side,))
-    two = cute.make_rmem_tensor(2, row.element_type)
+    two = cute.make_rmem_tensor(2, Float32)
     for j in cutlass.range_constexpr(HALF // 8):
         for e in cutlass.range_constexpr(2):
-            two[e] = (consumer.O[4 * j + 2 * r + e] * scale).to(row.element_type)
+            two[e] = consumer.O[4 * j + 2 * r + e] * scale
         cute.autovec_copy(two, cute.local_tile(half, (2,), (4 * j + consumer.tid % 4,)))
+
+
+@cute.jit
+def store_out(consumer: Consumer, out: cute.Tensor, request, row0, scales: cute.Tensor) -> None:
+    """O, scaled, to out, 32 columns at a time: staged by the warp, so that 64 bytes of a row leave together."""
+    # NOTE: straight from registers they would be 16 bytes of 8 rows an instruction, four times the instructions
+    lane, warp_row = consumer.tid % 32, consumer.tid // 32 * 16
+    staged = consumer.shared.staged + (4 * consumer.side + consumer.tid // 32) * STAGED
+    dtype = out.element_type
+    # 16 rows of four 16-byte pieces, piece c of row i at place c ^ (i / 2) % 4: neither side then has bank conflicts
+    written, read = (lane // 8) % 2 * 8 + lane % 8, lane // 4
+    packed = cute.make_rmem_tensor(8, dtype)
+    words = cute.recast_tensor(packed, Int32)
+    piece = cute.make_rmem_tensor(8, dtype)
+    for group in cutlass.range_constexpr(HALF // 32):
+        for side in cutlass.range_constexpr(2):
+            for i in cutlass.range_constexpr(8):
+                packed[i] = (consumer.O[16 * group + 8 * side + i] * scales[(i // 2) % 2]).to(dtype)
+            place = (2 * side + lane // 16) ^ ((written // 2) % 4)
+            address = (staged + 32 * written + 8 * place).toint()
+            cute.arch.inline_ptx(
+                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+                read_only_args=[address, words[0], words[1], words[2], words[3]],
+            )
+        cute.arch.sync_warp()
+        for r in cutlass.range_constexpr(2):
+            i, row = read + 8 * r, row0 + warp_row + read + 8 * r
+            place = (lane % 4) ^ ((i // 2) % 4)
+            cute.autovec_copy(cute.make_tensor((staged + 32 * i + 8 * place).align(16), cute.make_layout(8)), piece)
+            if row < out.shape[1]:
+                columns = HALF // 8 * consumer.side + 4 * group + lane % 4
+                cute.autovec_copy(piece, cute.local_tile(out[request, row, None], (8,), (columns,)))
+        cute.arch.sync_warp()
 
 
 @cute.jit
@@ -799,7 +845,6 @@ class MlaDecode:
             has_sink,
             S_q,
             Int32(1),
-            clusters * config.cluster,
             stream,
         )
 
@@ -840,6 +885,7 @@ class MlaDecode:
         class Storage:
             sQ: cute.struct.Align[cute.struct.MemRange[dtype, TILE_M * config.D], 1024]
             sK: cute.struct.Align[cute.struct.MemRange[dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
+            staged: cute.struct.Align[cute.struct.MemRange[dtype, CONSUMERS // 32 * STAGED], 128]
             sMax: cute.struct.MemRange[Float32, 2 * TILE_M]
             sSum: cute.struct.MemRange[Float32, 2 * TILE_M]
             sScan: cute.struct.MemRange[Int32, scan_words(WARPS)]
@@ -867,11 +913,10 @@ class MlaDecode:
             cute.arch.mbarrier_init_fence()
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
-        if warp_id == CONSUMERS // 32:
+        if warp_id == CONSUMERS // 32 + 1:
             prefetch_table(tensors.table, cluster_id, clusters)
-        work = find_work(
-            tensors.table, tensors.seq_lens, scalars.groups, cluster_id, clusters, WARPS, shared.sScan, START
-        )
+        table, seq_lens, sScan = tensors.table, tensors.seq_lens, shared.sScan
+        work = find_work(table, seq_lens, scalars.groups, cluster_id, clusters, WARPS, sScan, START)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -901,10 +946,12 @@ class MlaDecode:
         pairs_done, segments_done = Int32(0), Int32(0)
         while left > 0:
             length = length_of(tensors.table, tensors.seq_lens, request)
-            part = split.segment(split.pairs(length), offset, left, work.floor, work.start, cutlass.min, cutlass.max)
+            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max, work.start)
             if part.last > part.first:
-                producer.load_q(group * self.config.cluster + rank, request, segments_done)
-                producer.load_segment(tensors.table, request, part.first, part.last, length, pairs_done)
+                row_tile = group * self.config.cluster + rank
+                producer.load_segment(
+                    tensors.table, row_tile, request, part.first, part.last, length, segments_done, pairs_done
+                )
                 segments_done = segments_done + 1
                 pairs_done = pairs_done + part.last - part.first
             left, offset, group = left - part.steps, Int32(0), group + 1
@@ -930,7 +977,7 @@ class MlaDecode:
         pairs_done, segments_done = Int32(0), Int32(0)
         while left > 0:
             length = length_of(tensors.table, tensors.seq_lens, request)
-            part = split.segment(split.pairs(length), offset, left, work.floor, work.start, cutlass.min, cutlass.max)
+            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max, work.start)
             row0 = (group * self.config.cluster + rank) * TILE_M
             if part.last > part.first:
                 consumer.start(row0, length, scalars.S_q)
@@ -957,7 +1004,7 @@ class MlaDecode:
         split_request, split_group, split_last = Int32(-1), Int32(0), Int32(0)
         while left > 0:
             num_pairs = split.pairs(length_of(tensors.table, tensors.seq_lens, request))
-            part = split.segment(num_pairs, offset, left, work.floor, work.start, cutlass.min, cutlass.max)
+            part = split.segment(num_pairs, offset, left, work.floor, cutlass.min, cutlass.max, work.start)
             if part.slot == 1 and not part.whole and part.last > part.first:
                 begin = (cluster_id + 1) * work.chunk - part.steps - offset
                 split_request, split_group = request, group

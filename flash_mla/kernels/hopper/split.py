@@ -3,11 +3,11 @@
 The work of a call is a line of integers. Request b contributes `groups` items, one for each group of query rows that
 a cluster holds, and an item is `weight` steps long: one step a pair of 64-token blocks, and one step for an empty
 request, so that somebody writes its zeros. Where ranges are long, each item has `start` steps more in front, for what
-beginning one costs; there is nothing to compute in them. Cluster c of N owns steps `[c * chunk, (c + 1) * chunk)` with chunk =
-ceil(total / N): it may start inside one item, run through whole ones, and end inside another. An item that several
-clusters share is split: each leaves a partial result in one of its two slots, 0 for the item that its range starts
-inside, 1 for the one that its range ends inside. All of it follows from the lengths, so nothing is planned on the
-host.
+beginning one costs; there is nothing to compute in them. Cluster c of N owns steps `[c * chunk, (c + 1) * chunk)` with
+chunk = ceil(total / N): it may start inside one item, run through whole ones, and end inside another. An item that
+several clusters share is split: each leaves a partial result in one of its two slots, 0 for the item that its range
+starts inside, 1 for the one that its range ends inside. All of it follows from the lengths, so nothing is planned on
+the host.
 
 Splitting costs partial results, a second start, and the combine kernel's work. Where handing out whole items takes
 little longer than the even split (a uniform batch that fills the machine), every item weighs as much as the heaviest,
@@ -26,7 +26,7 @@ PAIR = 128
 SPLIT_COST = 4
 """Steps that splitting costs a call: about 13 us (combine 11, one more start 2), at 3.4 us a step of 128 heads."""
 LONG = 8
-"""Steps of a range for each step of `start` that its items may have."""
+"""Steps of a range from which on its items have `start` steps in front."""
 SLOTS = 2
 """Partial results that one cluster may leave."""
 
@@ -36,7 +36,7 @@ def pairs(length: Any) -> Any:
     return (length + (PAIR - 1)) >> 7
 
 
-def weight(num_pairs: Any, floor: Any, start: Any = 0, most: Callable[..., Any] = max) -> Any:
+def weight(num_pairs: Any, floor: Any, most: Callable[..., Any] = max, start: Any = 0) -> Any:
     """Steps of one item; `floor` is the plan's smallest weight without the `start` steps in front."""
     return most(num_pairs, floor) + start
 
@@ -50,17 +50,24 @@ class Plan(NamedTuple):
     start: Any
 
 
-def even(total: Any, items: Any, clusters: Any, start: Any = 0, least: Callable[..., Any] = min) -> Plan:
+def even(
+    total: Any,
+    items: Any,
+    clusters: Any,
+    start: Any = 0,
+    least: Callable[..., Any] = min,
+    most: Callable[..., Any] = max,
+) -> Plan:
     """Split items wherever a range ends; `total` counts each item with floor 1, and `start` 0."""
     # in short ranges a step is too coarse a unit for it
-    start = least(start, total // (LONG * clusters))
+    start = least(start, most(total - LONG * clusters + 1, 0))
     total = total + items * start
     return Plan((total + clusters - 1) // clusters, total, 1, start)
 
 
-def unsplit(heaviest: Any, items: Any, clusters: Any) -> Plan:
-    """Hand out whole items, the same number to each cluster."""
-    return Plan((items + clusters - 1) // clusters * heaviest, items * heaviest, heaviest, 0)
+def unsplit(heaviest: Any, items: Any, most_items: Any) -> Plan:
+    """Hand out whole items, `most_items` to each cluster until there are no more."""
+    return Plan(most_items * heaviest, items * heaviest, heaviest, 0)
 
 
 def pays(split: Plan, whole: Plan) -> Any:
@@ -88,12 +95,12 @@ def segment(
     offset: Any,
     left: Any,
     floor: Any,
-    start: Any = 0,
     least: Callable[..., Any] = min,
     most: Callable[..., Any] = max,
+    start: Any = 0,
 ) -> Segment:
     """The segment that starts `offset` steps into an item, in a cluster with `left` steps of its range to go."""
-    length = weight(num_pairs, floor, start, most)
+    length = weight(num_pairs, floor, most, start)
     steps = least(length - offset, left)
     first = most(offset - start, 0)
     last = least(most(offset + steps - start, 0), num_pairs)

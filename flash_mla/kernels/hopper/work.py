@@ -61,10 +61,10 @@ def warp_scan(value):
 
 
 @cute.jit
-def choose(total, heaviest, items, clusters, start):
-    """The plan for `items` items of `total` steps, the heaviest of `heaviest`."""
-    even = split.even(total, items, clusters, start, cutlass.min)
-    whole = split.unsplit(heaviest, items, clusters)
+def choose(total, heaviest, items, most_items, clusters, start):
+    """The plan for `items` items of `total` steps, the heaviest of `heaviest`; `most_items`: a cluster's share."""
+    even = split.even(total, items, clusters, start, cutlass.min, cutlass.max)
+    whole = split.unsplit(heaviest, items, most_items)
     chunk, total, floor, start = even.chunk, even.total, Int32(1), even.start
     if not split.pays(even, whole):
         chunk, total, floor, start = whole.chunk, whole.total, whole.floor, Int32(0)
@@ -94,12 +94,14 @@ def find_work(
     rounds = (B + 32 * warps - 1) // (32 * warps)
     first = lane if alone else warp_id * rounds * 32 + lane
 
+    # NOTE: before the lengths are waited for: a division is 100 cycles
+    most_items = (B * groups + clusters - 1) // clusters
     # sum this warp's run
     run, heaviest = Int32(0), Int32(1)
     for i in cutlass.range(rounds, unroll=1):
         request = first + 32 * i
         if request < B:
-            own = split.weight(split.pairs(length_of(table, seq_lens, request)), 1, 0, cutlass.max)
+            own = split.weight(split.pairs(length_of(table, seq_lens, request)), 1, cutlass.max)
             run, heaviest = run + groups * own, cutlass.max(heaviest, own)
     upto, own = run, run
     run, heaviest = warp_sum(run), warp_max(heaviest)
@@ -114,10 +116,13 @@ def find_work(
             sums, heaviest = sScan[lane], sScan[warps + lane]
         base, total, heaviest = warp_sum(sums if lane < warp_id else 0), warp_sum(sums), warp_max(heaviest)
 
-    chunk, total, floor, start = choose(total, heaviest, B * groups, clusters, Int32(start))
+    chunk, total, floor, start = choose(total, heaviest, B * groups, most_items, clusters, Int32(start))
     # where the range starts, and the request there
     here = cluster_id * chunk
-    request, begin = here // (floor * groups), here // (floor * groups) * (floor * groups)
+    request, begin = Int32(0), Int32(0)
+    if floor > 1:
+        request = here // (floor * groups)
+        begin = request * (floor * groups)
     base = base + groups * start * cutlass.min(warp_id * rounds * 32, B)
     run = run + groups * start * cutlass.max(0, cutlass.min(rounds * 32, B - warp_id * rounds * 32))
     if alone and floor == 1:
@@ -133,7 +138,7 @@ def find_work(
             own = Int32(0)
             if candidate < B:
                 pairs = split.pairs(length_of(table, seq_lens, candidate))
-                own = groups * split.weight(pairs, 1, start, cutlass.max)
+                own = groups * split.weight(pairs, 1, cutlass.max, start)
             upto = base + warp_scan(own)
             if here >= upto - own and here < upto:
                 sScan[2 * warps] = candidate
@@ -145,6 +150,8 @@ def find_work(
     left = cutlass.max(0, cutlass.min(chunk, total - here))
     if left == 0:
         request, begin = Int32(0), here
-    item = split.weight(split.pairs(length_of(table, seq_lens, request)), floor, start, cutlass.max)
-    group = (here - begin) // item
+    item = split.weight(split.pairs(length_of(table, seq_lens, request)), floor, cutlass.max, start)
+    group = Int32(0)
+    if groups > 1:
+        group = (here - begin) // item
     return Work(request, group, here - begin - group * item, left, chunk, floor, start)
