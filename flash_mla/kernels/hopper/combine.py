@@ -46,11 +46,9 @@ def combine_kernel(
     cta, _, _ = cute.arch.block_idx()
     warp_id, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
     clusters, cluster_rows = split_of.shape[0], lse_partial.shape[1]
-    # a lane takes `width` columns of a part of a row
-    width = min(4, out.shape[2] // 32)
-    parts = out.shape[2] // (32 * width)
+    parts = (out.shape[2] + 127) // 128
     smem = utils.SmemAllocator()
-    sResult = smem.allocate_tensor(Float32, cute.make_layout((width, 32, WARPS)), 16)
+    sResult = smem.allocate_tensor(Float32, cute.make_layout((4, 32, WARPS)), 16)
     sBegins = smem.allocate_tensor(Int32, cute.make_layout(32 * ROUNDS), 4)
     cute.arch.griddepcontrol_wait()
 
@@ -74,17 +72,17 @@ def combine_kernel(
             cluster, part_row = sBegins[unit // (cluster_rows * parts)], unit // parts % cluster_rows
             part = unit % parts
             pieces = split_of[cluster, 2] - cluster + 1
-            result = cute.make_rmem_tensor(cute.make_layout((width, 1)), Float32)
+            result = cute.make_rmem_tensor(cute.make_layout((4, 1)), Float32)
             largest, total = add_pieces(
                 out_partial, lse_partial, cluster, pieces, part_row, part, warp_id, WARPS, result
             )
             cute.autovec_copy(result[None, 0], sResult[None, lane, warp_id])
             cute.arch.sync_threads()
             if warp_id == 0:
-                other = cute.make_rmem_tensor(width, Float32)
+                other = cute.make_rmem_tensor(4, Float32)
                 for w in cutlass.range_constexpr(1, WARPS):
                     cute.autovec_copy(sResult[None, lane, w], other)
-                    for e in cutlass.range_constexpr(width):
+                    for e in cutlass.range_constexpr(4):
                         result[e, 0] = result[e, 0] + other[e]
                 write_row(target, cluster, part_row, part, largest, total, result)
             cute.arch.sync_threads()
@@ -95,7 +93,7 @@ def combine_kernel(
         while unit < items * cluster_rows:
             cluster, part_row = sBegins[unit // cluster_rows], unit % cluster_rows
             pieces = split_of[cluster, 2] - cluster + 1
-            result = cute.make_rmem_tensor(cute.make_layout((width, parts)), Float32)
+            result = cute.make_rmem_tensor(cute.make_layout((4, parts)), Float32)
             largest, total = add_pieces(out_partial, lse_partial, cluster, pieces, part_row, 0, 0, 1, result)
             write_row(target, cluster, part_row, 0, largest, total, result)
             unit = unit + CTAS * WARPS
@@ -124,11 +122,11 @@ def add_pieces(
     part,
     start,
     step: cutlass.Constexpr,
-    result: cute.Tensor,  # [columns of a lane, parts]: parts `part`, `part` + 1, ... of the row
+    result: cute.Tensor,  # [four columns, parts]: parts `part`, `part` + 1, ... of the row, 128 columns each
 ):
     """Sum pieces start, start + step, ... of a row, by a warp; return the largest lse and the weights of all pieces."""
     lane = cute.arch.lane_idx()
-    width, parts = result.shape
+    parts = result.shape[1]
     together = min(IN_FLIGHT // parts, 32 // step)
     # a row without keys: keep 2^(-inf - largest) at 0
     largest = Float32(-1.0e30)
@@ -139,7 +137,7 @@ def add_pieces(
 
     total = Float32(0.0)
     result.fill(0.0)
-    values = cute.make_rmem_tensor(cute.make_layout((width, parts, together)), Float32)
+    values = cute.make_rmem_tensor(cute.make_layout((4, parts, together)), Float32)
     for chunk in cutlass.range(0, pieces, 32, unroll=1):
         lse = lse_of(lse_partial, cluster, chunk + lane, pieces, part_row)
         own = cute.math.exp2(lse - largest, fastmath=True)
@@ -150,13 +148,12 @@ def add_pieces(
                 if piece < pieces:
                     row = out_partial[slot_of(cluster, piece), part_row, None]
                     for p in cutlass.range_constexpr(parts):
-                        columns = cute.local_tile(row, (width,), (32 * (part + p) + lane,))
-                        cute.autovec_copy(columns, values[None, p, i])
+                        cute.autovec_copy(four_columns(row, part + p), values[None, p, i])
             for i in cutlass.range_constexpr(together):
                 weight = cute.arch.shuffle_sync(own, offset=first + step * i)
                 if chunk + first + step * i < pieces:
                     for p in cutlass.range_constexpr(parts):
-                        for e in cutlass.range_constexpr(width):
+                        for e in cutlass.range_constexpr(4):
                             result[e, p] = result[e, p] + values[e, p, i] * weight
     for i in cutlass.range_constexpr(5):
         total = total + cute.arch.shuffle_sync_bfly(total, offset=1 << i)
@@ -164,10 +161,15 @@ def add_pieces(
 
 
 @cute.jit
+def four_columns(row: cute.Tensor, part) -> cute.Tensor:
+    """The columns of a part of a row that a lane takes; lanes past the end repeat the last."""
+    return cute.local_tile(row, (4,), (cutlass.min(32 * part + cute.arch.lane_idx(), row.shape[0] // 4 - 1),))
+
+
+@cute.jit
 def write_row(target: Target, cluster, part_row, part, largest, total, result: cute.Tensor) -> None:
     """Normalise a row, or parts of it, and write it; the warp with its first part writes its lse."""
     out, lse, rows = target.out, target.lse, target.lse.shape[1] // target.heads
-    width, parts = result.shape
     request, group = target.split_of[cluster, 0], target.split_of[cluster, 1]
     # the groups of a request are the row tiles of its first KV head, of its second, ...
     tiles = (rows + target.cluster_rows - 1) // target.cluster_rows
@@ -183,12 +185,11 @@ def write_row(target: Target, cluster, part_row, part, largest, total, result: c
             sink_log2 = target.sink[row // target.S_q] * math.log2(math.e)
             denominator = denominator + cute.math.exp2(sink_log2 - largest, fastmath=True)
         scale = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
-        rounded = cute.make_rmem_tensor(width, out.element_type)
-        for p in cutlass.range_constexpr(parts):
-            for e in cutlass.range_constexpr(width):
+        rounded = cute.make_rmem_tensor(4, out.element_type)
+        for p in cutlass.range_constexpr(result.shape[1]):
+            for e in cutlass.range_constexpr(4):
                 rounded[e] = (result[e, p] * scale).to(out.element_type)
-            columns = (32 * (part + p) + cute.arch.lane_idx(),)
-            cute.autovec_copy(rounded, cute.local_tile(out[request, row, None], (width,), columns))
+            cute.autovec_copy(rounded, four_columns(out[request, row, None], part + p))
 
 
 @cute.jit
