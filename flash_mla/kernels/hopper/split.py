@@ -59,8 +59,8 @@ def even(
     most: Callable[..., Any] = max,
 ) -> Plan:
     """Split items wherever a range ends; `total` counts each item with floor 1, and `start` 0."""
-    # in short ranges a step is too coarse a unit for it
-    start = least(start, most(total - LONG * clusters + 1, 0))
+    # not in short ranges, where a step is too coarse, nor where ranges begin one item at most, or as many
+    start = least(start, least(most(total - LONG * clusters + 1, 0), most(items - clusters, 0)))
     total = total + items * start
     return Plan((total + clusters - 1) // clusters, total, 1, start)
 
