@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import multiprocessors
+from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
 
 if TYPE_CHECKING:
@@ -86,43 +85,39 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
     from flash_mla.kernels.hopper import gqa_decode, store
 
     kernel = store.load("gqa_decode", config, gqa_decode.build)
-    B, Hk, rows = problem.B, problem.Hk, problem.ratio * problem.S_q
     ctas = multiprocessors(problem.device)
-    fp32 = functools.partial(torch.empty, dtype=torch.float32, device=problem.device)
-    out_partial, lse_partial = fp32((2 * ctas, config.tile_n, problem.Dv)), fp32((2 * ctas, config.tile_n))
+    workspace = torch.empty(config.workspace_words(ctas), dtype=torch.float32, device=problem.device)
+    lse = args.lse
+    if lse is None:
+        lse = torch.empty((problem.B, problem.Hq, problem.S_q), dtype=torch.float32, device=problem.device)
 
     def factor(descale: Tensor | None) -> Tensor:
         if not problem.descale:
-            return lse_partial  # not read
-        return descale if descale is not None else torch.ones((1, 1), device=problem.device).expand(B, Hk)
+            return workspace  # not read
+        if descale is None:
+            return torch.ones((1, 1), device=problem.device).expand(problem.B, problem.Hk)
+        return descale
 
-    def pages(cache: Tensor) -> Tensor:
-        # a cache that all requests share has one request, whatever its batch stride says
-        return cache if cache.stride(0) else cache[:1]
-
-    q_request, q_head, _, _ = problem.q_strides
-    row = query_row_stride(problem)
-    tensors: dict[str, Any] = {
-        "table": args.block_table.to(torch.int32),
-        "seq_lens": args.seq_lens.to(torch.int32),
-        "sink": lse_partial.view(-1) if args.attn_sink is None else args.attn_sink,
-        "q_descale": factor(args.q_descale),
-        "k_descale": factor(args.k_descale),
-        "v_descale": factor(args.v_descale),
-        "out": args.out.view(B, Hk * rows, problem.Dv),
-        "lse": (fp32((B, Hk * rows)) if args.lse is None else args.lse).view(B, Hk * rows),
-        "out_partial": out_partial,
-        "lse_partial": lse_partial,
-        "split_of": torch.empty((ctas, 4), dtype=torch.int32, device=problem.device),
-    }
-    with torch.cuda.device(problem.device):
+    # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own
+    with device_of(problem.device):
         kernel(
-            args.q.as_strided((B, Hk, rows, problem.D), (q_request, q_head * problem.ratio, row, 1)),
-            pages(args.k),
-            pages(args.v),
-            gqa_decode.Tensors(**tensors),
+            args.q,
+            args.k,
+            args.v,
+            int32(args.block_table),
+            int32(args.seq_lens),
+            workspace if args.attn_sink is None else args.attn_sink,
+            factor(args.q_descale),
+            factor(args.k_descale),
+            factor(args.v_descale),
+            args.out,
+            lse,
+            workspace,
             args.softmax_scale * math.log2(math.e),
-            problem.S_q,
             int(args.attn_sink is not None),
+            query_row_stride(problem),
+            # a cache that all requests share has one request, whatever its batch stride says
+            problem.B if problem.k_strides[0] else 1,
+            problem.B if problem.v_strides[0] else 1,
             ctas,
         )

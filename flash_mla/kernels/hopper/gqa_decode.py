@@ -36,6 +36,7 @@ Measured: docs/kernels.md, "Hopper GQA decode".
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ MAX_STAGES = 12
 BAR_WG, BAR_MERGE = 1, 3
 """Named barriers (0 is the CTA's): one for each consumer warpgroup; both."""
 
+NOTE = 4
+"""Words of a CTA's note of its split item."""
 LOW = -1.0e30
 """A running max below every score, finite so that LOW - LOW is 0."""
 LAZY = 8.0
@@ -150,6 +153,15 @@ class Config:
         """Blocks of K and V in flight: what fits."""
         free = SMEM_LIMIT - 1024 - self.fixed_bytes
         return min(MAX_STAGES, free // (CHUNK_BYTES * (self.k_chunks + self.v_chunks)))
+
+    @property
+    def stride_unit(self) -> int:
+        """Elements of the 16 bytes of which TMA's strides are multiples."""
+        return 16 if self.fp8 else 8
+
+    def workspace_words(self, ctas: int) -> int:
+        """32-bit words of workspace: partial results, their lse, notes of split items."""
+        return ctas * (split.SLOTS * self.tile_n * (self.Dv + 1) + NOTE)
 
     def smem_bytes(self) -> int:
         """Shared memory of a CTA, rounded up to the 1024 bytes on which swizzled buffers are aligned."""
@@ -602,22 +614,19 @@ class Producer:
 
 
 @cute.jit
-def consume_segment(consumer: Consumer, scalars: Scalars, item: Item, scale, part: Range, real) -> None:
-    """This warpgroup's blocks of the range: every second one. Where not `real`, nothing is waited for or released."""
+def consume_segment(consumer: Consumer, scalars: Scalars, item: Item, scale, part: Range) -> None:
+    """This warpgroup's blocks of the range: every second one."""
     config, shared, side = consumer.config, consumer.shared, consumer.side
     first, last, length, count = part.first, part.last, part.length, part.blocks_before
     q_stage = part.segments_before % config.q_stages
-    if real:
-        shared.q.wait(q_stage, part.segments_before // config.q_stages)
+    shared.q.wait(q_stage, part.segments_before // config.q_stages)
     for block in cutlass.range(first + side, last, 2, unroll=1):
         number = count + block - first
         stage, turn, buffer = number % config.stages, number // config.stages, 2 * side + block // 2 % 2
         # scores
-        if real:
-            shared.k.wait(stage, turn)
+        shared.k.wait(stage, turn)
         consumer.scores(stage, q_stage, scale)
-        if real:
-            shared.k.release(stage)
+        shared.k.release(stage)
         key0 = block * BLOCK
         if key0 + BLOCK > length - scalars.S_q + 1:
             consumer.mask(key0, length, item.tile * config.tile_n, scalars.S_q)
@@ -633,24 +642,19 @@ def consume_segment(consumer: Consumer, scalars: Scalars, item: Item, scale, par
         consumer.add_sums()
 
         # output
-        if real:
-            shared.v.wait(stage, turn)
+        shared.v.wait(stage, turn)
         if length - key0 < BLOCK:
             consumer.clear_values(stage, length - key0)
         consumer.values(stage, buffer)
-        if real:
-            shared.v.release(stage)
-    if real:
-        shared.q.release(q_stage)
+        shared.v.release(stage)
+    shared.q.release(q_stage)
 
 
 @cute.jit
-def write_result(
-    consumer: Consumer, tensors: Tensors, scalars: Scalars, item: Item, rows, v_scale, whole, slot
-) -> None:
+def write_result(consumer: Consumer, tensors: Tensors, scalars: Scalars, item: Item, v_scale, whole, slot) -> None:
     """Merge the two warpgroups, normalise, and write: to out and lse if the segment is a whole item, else to its slot.
 
-    `rows`: of the KV head. Each warpgroup gives every second O^T tile to the other and finishes the rest.
+    Each warpgroup gives every second O^T tile to the other and finishes the rest.
     """
     config, shared, side, tid = consumer.config, consumer.shared, consumer.side, consumer.tid
     tiles, N = config.tiles_m, config.tile_n
@@ -680,7 +684,7 @@ def write_result(
         consumer.factor[c] = cute.math.exp2(consumer.row_max[c] - row_max, fastmath=True)
         lse = row_max + cute.math.log2(total, fastmath=True) if total > 0.0 else -Float32.inf
         denominator = total
-        if head_row < rows:
+        if head_row < scalars.rows:
             if side == 0 and warp_id == 0 and lane < 4:
                 if whole:
                     global_lse[item.request, item.head * scalars.rows + head_row] = lse * math.log(2.0)
@@ -709,15 +713,15 @@ def write_result(
             for i in cutlass.range_constexpr(N // 2):
                 kept[i] = (kept[i] + exchange[tid, i, 1 - side]) * inverse[2 * (i // 4) + i % 2]
             if whole:
-                store_tile(consumer, tensors.out, item.request, item.head * scalars.rows, item, rows, tile, kept)
+                store_tile(consumer, tensors.out, item.request, item.head * scalars.rows, item, scalars, tile, kept)
             else:
-                store_tile(consumer, tensors.out_partial, slot, -item.tile * N, item, rows, tile, kept)
+                store_tile(consumer, tensors.out_partial, slot, -item.tile * N, item, scalars, tile, kept)
     # NOTE: the exchange is P's memory: the next segment may write P only when both warpgroups have read it
     cute.arch.barrier(barrier_id=BAR_MERGE, number_of_threads=CONSUMERS)
 
 
 @cute.jit
-def store_tile(consumer: Consumer, target, index, row0, item: Item, rows, tile, kept) -> None:
+def store_tile(consumer: Consumer, target, index, row0, item: Item, scalars: Scalars, tile, kept) -> None:
     """One O^T tile to target[index, row0 + row of the KV head, column]."""
     config, lane, warp_id = consumer.config, consumer.tid % 32, consumer.tid // 32
     group = tile * TILE_M + warp_id * 16
@@ -725,7 +729,7 @@ def store_tile(consumer: Consumer, target, index, row0, item: Item, rows, tile, 
     for c in cutlass.range_constexpr(config.tile_n // 4):
         head_row = item.tile * config.tile_n + consumer.row(c)
         i = 4 * (c // 2) + c % 2
-        if head_row < rows:
+        if head_row < scalars.rows:
             if const_expr(config.fp8):
                 if group + lane // 4 * 2 < config.Dv:
                     two[0], two[1] = kept[i].to(target.element_type), kept[i + 2].to(target.element_type)
@@ -768,26 +772,50 @@ class GqaDecode:
     @cute.jit
     def __call__(
         self,
-        q: cute.Tensor,  # [B, Hk, rows, D]
-        k: cute.Tensor,  # [B or 1, Hk, Nblk, 64, D]
-        v: cute.Tensor,  # [B or 1, Hk, Nblk, 64, Dv]
-        tensors: Tensors,
+        q: cute.Tensor,  # [B, Hq, S_q, D]
+        k: cute.Tensor,  # [B, Hk, Nblk, 64, D]
+        v: cute.Tensor,  # [B, Hk, Nblk, 64, Dv]
+        table: cute.Tensor,  # [B, table_blocks] int32
+        seq_lens: cute.Tensor,  # [B] int32
+        sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
+        q_descale: cute.Tensor,  # [B, Hk] FP32; anything if not config.descale
+        k_descale: cute.Tensor,
+        v_descale: cute.Tensor,
+        out: cute.Tensor,  # [B, Hq, S_q, Dv], contiguous
+        lse: cute.Tensor,  # [B, Hq, S_q] FP32, contiguous
+        workspace: cute.Tensor,  # [workspace_words(ctas)] FP32
         scale_log2: Float32,
-        S_q: Int32,
         has_sink: Int32,
+        q_row: Int64,  # elements between the packed query rows of a KV head
+        k_requests: Int32,  # with pages of their own: B, or 1 where they share them
+        v_requests: Int32,
         ctas: Int32,
         stream,
     ):
         config = self.config
         dtype = DTYPES[config.dtype]
-        gQ = cute.make_tensor(q.iterator, cute.select(q.layout, mode=[2, 3, 1, 0]))  # [rows, D, Hk, B]
-        gK = cute.make_tensor(k.iterator, cute.select(k.layout, mode=[3, 4, 1, 2, 0]))  # [64, D, Hk, Nblk, B or 1]
-        gV = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[3, 4, 1, 2, 0]))
+        B, heads, S_q = q.shape[0], k.shape[1], q.shape[2]
+        ratio = q.shape[1] // heads
+        rows, q_row = ratio * S_q, cute.assume(q_row, divby=config.stride_unit)
+        q_head = cute.assume(ratio * q.stride[1], divby=config.stride_unit)
+        # [rows, D, Hk, B] and [64, D, Hk, Nblk, requests]
+        gQ = cute.make_tensor(
+            q.iterator, cute.make_layout((rows, config.D, heads, B), stride=(q_row, 1, q_head, q.stride[0]))
+        )
+        gK, gV = self.pages(k, k_requests), self.pages(v, v_requests)
+        tensors = Tensors(
+            table,
+            seq_lens,
+            sink,
+            q_descale,
+            k_descale,
+            v_descale,
+            *self.results(out, lse, workspace, heads * rows, ctas),
+        )
         load, N, chunk = cpasync.CopyBulkTensorTileG2SOp(), config.tile_n, config.chunk
         tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, self.layout(N, chunk, dtype), (N, chunk))
         tma_k, tK = cpasync.make_tiled_tma_atom(load, gK, self.layout(BLOCK, chunk, dtype), (BLOCK, chunk))
         tma_v, tV = cpasync.make_tiled_tma_atom(load, gV, self.layout(BLOCK, chunk, dtype), (BLOCK, chunk))
-        heads, rows = q.shape[1], q.shape[2]
         scalars = Scalars(scale_log2, S_q, has_sink, rows, (rows + (N - 1)) // N, heads)
         self.kernel(tma_q, tQ, tma_k, tK, tma_v, tV, tensors, scalars).launch(
             grid=(ctas, 1, 1),
@@ -807,6 +835,26 @@ class GqaDecode:
             S_q,
             heads,
             stream,
+        )
+
+    def pages(self, cache: cute.Tensor, requests) -> cute.Tensor:
+        """A cache as [64, width, Hk, Nblk, requests]."""
+        request, head, block, row, _ = cache.stride
+        shape = (BLOCK, cache.shape[4], cache.shape[1], cache.shape[2], requests)
+        return cute.make_tensor(cache.iterator, cute.make_layout(shape, stride=(row, 1, head, block, request)))
+
+    def results(self, out, lse, workspace, rows, ctas) -> tuple:
+        """The last five of `Tensors`: out and lse with a request's rows in one dim, and what the workspace holds."""
+        B, slots, tile_n, Dv = out.shape[0], split.SLOTS * ctas, self.config.tile_n, self.config.Dv
+        parts = workspace.iterator
+        lse_parts = parts + slots * (tile_n * Dv)
+        notes = cute.recast_ptr(lse_parts + slots * tile_n, dtype=Int32)
+        return (
+            cute.make_tensor(out.iterator, cute.make_layout((B, rows, Dv), stride=(rows * Dv, Dv, 1))),
+            cute.make_tensor(lse.iterator, cute.make_layout((B, rows), stride=(rows, 1))),
+            cute.make_tensor(parts, cute.make_layout((slots, tile_n, Dv), stride=(tile_n * Dv, Dv, 1))),
+            cute.make_tensor(lse_parts, cute.make_layout((slots, tile_n), stride=(tile_n, 1))),
+            cute.make_tensor(notes, cute.make_layout((ctas, NOTE), stride=(NOTE, 1))),
         )
 
     @cute.kernel
@@ -911,41 +959,29 @@ class GqaDecode:
 
     @cute.jit
     def consume(self, consumer: Consumer, tensors: Tensors, scalars: Scalars, work: Work, cta) -> None:
-        """Walk the CTA's segments, compute and write them.
-
-        First a rehearsal: one block for each warpgroup, of whatever shared memory holds, with no row to write. It costs
-        nothing, as the first block is on its way meanwhile, and brings the code in: L2 is cold at a decode's start.
-        """
+        """Walk the CTA's segments, compute and write them."""
         request, group, offset, left = work.request, work.group, work.offset, work.steps
-        blocks_done, segments_done, real = Int32(0), Int32(0), Int32(0)
+        blocks_done, segments_done = Int32(0), Int32(0)
         while left > 0:
             length = length_of(tensors.table, tensors.seq_lens, request)
             part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max)
             item = Item(request, group // scalars.tiles, group % scalars.tiles)
-            first, last = 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
-            rows = scalars.rows
-            if real == 0:
-                first, last, length, rows = Int32(0), Int32(2), Int32(3 * BLOCK), Int32(0)
-            if last > first:
+            if part.last > part.first:
+                first, last = 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
                 scale, v_scale = scalars.scale_log2, Float32(1.0)
                 if const_expr(self.config.descale):
                     scale = scale * tensors.q_descale[request, item.head] * tensors.k_descale[request, item.head]
                     v_scale = tensors.v_descale[request, item.head]
                 consumer.start()
-                blocks = Range(first, last, length, blocks_done, segments_done)
-                consume_segment(consumer, scalars, item, scale, blocks, real)
-                slot = split.SLOTS * cta + part.slot
-                write_result(consumer, tensors, scalars, item, rows, v_scale, part.whole, slot)
-                segments_done = segments_done + real
-                blocks_done = blocks_done + real * (last - first)
+                consume_segment(consumer, scalars, item, scale, Range(first, last, length, blocks_done, segments_done))
+                write_result(consumer, tensors, scalars, item, v_scale, part.whole, split.SLOTS * cta + part.slot)
+                segments_done = segments_done + 1
+                blocks_done = blocks_done + last - first
             else:
                 write_nothing(consumer, tensors, scalars, item)
-            if real == 0:
-                real = Int32(1)
-            else:
-                left, offset, group = left - part.steps, Int32(0), group + 1
-                if group == scalars.heads * scalars.tiles:
-                    request, group = request + 1, Int32(0)
+            left, offset, group = left - part.steps, Int32(0), group + 1
+            if group == scalars.heads * scalars.tiles:
+                request, group = request + 1, Int32(0)
 
 
 # ---------------------------------------------------------------------------------------------------------- Launch
@@ -954,41 +990,45 @@ class GqaDecode:
 def arguments(config: Config) -> tuple:
     """Symbolic arguments of `GqaDecode.__call__`, for compiling without a GPU."""
     dtype = DTYPES[config.dtype]
-    out_dtype = BFloat16 if config.fp8 else dtype
-    B, heads, rows, all_rows = (cute.sym_int32() for _ in range(4))
+    B, Hq, Hk, S_q = (cute.sym_int32() for _ in range(4))
+    blocks, fp32 = cute.sym_int32(), functools.partial(make_fake_tensor, Float32)
+
+    def some():
+        return cute.sym_int64()
 
     def wide():
-        return cute.sym_int64(divisibility=16 if config.fp8 else 8)  # a stride in elements, of 16 bytes
+        return cute.sym_int64(divisibility=config.stride_unit)
 
-    def cache(width: int):
-        shape = (requests, heads, blocks, BLOCK, width)
-        return make_fake_tensor(dtype, shape, (*(wide() for _ in range(4)), 1), assumed_align=16)
+    def pages(width: int):
+        shape = (B, Hk, blocks, BLOCK, width)
+        return make_fake_tensor(dtype, shape, (wide(), wide(), wide(), wide(), 1), assumed_align=16)
 
     def descale():
-        strides = (cute.sym_int64(), cute.sym_int64())
-        return make_fake_tensor(Float32, (cute.sym_int32(), cute.sym_int32()), strides, assumed_align=4)
+        if config.descale:
+            return fp32((B, Hk), (some(), some()), assumed_align=4)
+        return fp32((cute.sym_int32(),), (1,), assumed_align=4)
 
-    q = make_fake_tensor(dtype, (B, heads, rows, config.D), (wide(), wide(), wide(), 1), assumed_align=16)
-    requests, blocks = cute.sym_int32(), cute.sym_int32()
-    parts = (cute.sym_int32(), config.tile_n)
-    tensors = Tensors(
-        table=make_fake_tensor(Int32, (B, cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4),
-        seq_lens=make_fake_tensor(Int32, (B,), (1,), assumed_align=4),
-        sink=make_fake_tensor(Float32, (cute.sym_int32(),), (1,), assumed_align=4),
-        q_descale=descale(),
-        k_descale=descale(),
-        v_descale=descale(),
-        out=make_fake_tensor(
-            out_dtype, (B, all_rows, config.Dv), (cute.sym_int64(divisibility=8), config.Dv, 1), assumed_align=16
-        ),
-        lse=make_fake_tensor(Float32, (B, all_rows), (cute.sym_int64(), 1), assumed_align=4),
-        out_partial=make_fake_tensor(
-            Float32, (*parts, config.Dv), (config.tile_n * config.Dv, config.Dv, 1), assumed_align=16
-        ),
-        lse_partial=make_fake_tensor(Float32, parts, (config.tile_n, 1), assumed_align=16),
-        split_of=make_fake_tensor(Int32, (cute.sym_int32(), 4), (4, 1), assumed_align=16),
+    out_dtype = BFloat16 if config.fp8 else dtype
+    return (
+        make_fake_tensor(dtype, (B, Hq, S_q, config.D), (wide(), some(), some(), 1), assumed_align=16),
+        pages(config.D),
+        pages(config.Dv),
+        make_fake_tensor(Int32, (B, cute.sym_int32()), (some(), 1), assumed_align=4),
+        make_fake_tensor(Int32, (B,), (1,), assumed_align=4),
+        fp32((cute.sym_int32(),), (1,), assumed_align=4),
+        descale(),
+        descale(),
+        descale(),
+        make_fake_tensor(out_dtype, (B, Hq, S_q, config.Dv), (some(), some(), some(), 1), assumed_align=16),
+        fp32((B, Hq, S_q), (some(), some(), some()), assumed_align=4),
+        fp32((cute.sym_int32(),), (1,), assumed_align=16),
+        Float32(1.0),
+        Int32(0),
+        Int64(config.stride_unit),
+        Int32(1),
+        Int32(1),
+        Int32(1),
     )
-    return q, cache(config.D), cache(config.Dv), tensors, Float32(1.0), Int32(1), Int32(0), Int32(1)
 
 
 def build(config: Config, options: str = ""):
