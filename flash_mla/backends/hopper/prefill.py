@@ -29,10 +29,8 @@ def refuse(problem: PrefillProblem) -> str | None:
     if (problem.D, problem.Dv) not in WIDTHS:
         widths = ", ".join(f"{D}/{Dv}" for D, Dv in WIDTHS)
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes {widths}"
-    if problem.mask != "none":
-        return f"a {problem.mask} mask: the kernel takes causal or full attention"
-    if problem.block_mask:
-        return "a block mask"
+    if problem.mask == "float":
+        return "a floating mask: the kernel takes bool masks and block layouts"
     if problem.descale:
         return "descales"
     if min(problem.B, problem.P, problem.S_kv) == 0:
@@ -55,19 +53,57 @@ def config(problem: PrefillProblem) -> Config:
     """The kernel variant."""
     from flash_mla.kernels.hopper.prefill import Config
 
-    return Config(dtype=DTYPES[problem.dtype], D=problem.D, Dv=problem.Dv, paged=problem.paged)
+    sparse = problem.block_mask or problem.mask == "bool"
+    return Config(dtype=DTYPES[problem.dtype], D=problem.D, Dv=problem.Dv, paged=problem.paged, sparse=sparse)
+
+
+def narrow(x: Tensor) -> Tensor:
+    """x with one element in each leading dim that it is broadcast over: the kernel clamps its index."""
+    for dim, stride in enumerate(x.stride()[:2]):
+        if stride == 0 and x.shape[dim] > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
 
 
 def readable(x: Tensor) -> Tensor:
-    """x as TMA reads it: one element in a broadcast dim (the kernel clamps its index), 16-byte aligned."""
-    for dim, stride in enumerate(x.stride()):
-        if stride == 0 and x.shape[dim] > 1:
-            x = x.narrow(dim, 0, 1)
+    """x as TMA reads it: 16-byte aligned."""
+    x = narrow(x)
     return x if x.data_ptr() % (2 * ALIGNMENT) == 0 else x.clone()
 
 
+def byte_rows(mask: Tensor) -> Tensor:
+    """A bool mask as bytes [B or 1, Hq or 1, rows, columns], rows contiguous."""
+    mask = narrow(mask)
+    return (mask if mask.stride(3) == 1 else mask.contiguous()).view(torch.uint8)
+
+
+def list_blocks(problem: PrefillProblem, args: PrefillArgs) -> tuple[Tensor, Tensor]:
+    """(block_map, mask_bits) of a sparse call, see `Tensors` of the kernel. A bool mask is packed by a kernel first.
+
+    Allocates the map, ceil(P / 64) * ceil(keys / 64) bytes, and the bits, P * keys / 8 bytes, for each request and head
+    in which the mask differs.
+    """
+    from flash_mla.kernels.hopper import pack_mask, store
+
+    blocks = None if args.block_mask is None else byte_rows(args.block_mask)
+    if args.mask is None:
+        assert blocks is not None
+        return blocks, torch.empty((1, 1, 1, 1), dtype=torch.int32, device=problem.device)
+    mask = byte_rows(args.mask)
+    requests, heads, P, keys = mask.shape
+    key_blocks = -(-min(keys, problem.S_kv) // BLOCK)
+    bits = torch.empty((requests, heads, P, 2 * key_blocks), dtype=torch.int32, device=problem.device)
+    if blocks is not None:
+        requests, heads = max(requests, blocks.shape[0]), max(heads, blocks.shape[1])
+    shape = (requests, heads, -(-P // BLOCK), key_blocks)
+    block_map = torch.empty(shape, dtype=torch.uint8, device=problem.device)
+    kernel = store.load("pack_mask", None, pack_mask.build)
+    kernel(mask, block_map if blocks is None else blocks, int(blocks is not None), block_map, bits)
+    return block_map, bits
+
+
 def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
-    """Fill args.out and args.lse. Allocates workspace: a counter, and lse where the call wants none.
+    """Fill args.out and args.lse. Allocates workspace: a counter, lse where the call wants none, `list_blocks`.
 
     An int64 table or lengths are converted first, on the device. The first launch of a config loads its kernel, and the
     first ever on a machine compiles it.
@@ -84,12 +120,17 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
     kernel = store.load("prefill", config, prefill.build)
     B, Hq, P = problem.B, problem.Hq, problem.P
     tiles = -(-P // config.tile_m) * B * Hq
-    ctas = min(tiles, multiprocessors(problem.device))
+    ctas = min(tiles, config.ctas_sm * multiprocessors(problem.device))
     lse = args.lse if args.lse is not None else args.q.new_empty((B, Hq, P), dtype=torch.float32)
     # NOTE: nobody takes a second tile where each CTA has one: the counter is not read then
     counter = (torch.zeros if tiles > ctas else torch.empty)(1, dtype=torch.int32, device=problem.device)
     ints = counter if args.block_table is None else args.block_table.to(torch.int32)
     keys = min(problem.S_kv, args.block_table.shape[1] * BLOCK) if args.block_table is not None else problem.S_kv
+    nothing = counter.view(1, 1, 1, 1)
+    block_map, mask_bits = (nothing.view(torch.uint8), nothing)
+    if config.sparse:
+        with torch.cuda.device(problem.device):
+            block_map, mask_bits = list_blocks(problem, args)
     tensors: dict[str, Any] = {
         "table": ints.view(1, 1) if args.block_table is None else ints,
         "seq_lens": counter if args.seq_lens is None else args.seq_lens.to(torch.int32),
@@ -97,6 +138,8 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
         "sink": lse.view(-1) if args.attn_sink is None else args.attn_sink,
         "lse": lse.view(B * Hq, P),
         "counter": counter,
+        "block_map": block_map,
+        "mask_bits": mask_bits,
     }
     kv_bytes = problem.S_kv * (problem.D + problem.Dv) * problem.dtype.itemsize
     scalars = prefill.Scalars(

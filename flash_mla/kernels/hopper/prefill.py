@@ -43,7 +43,7 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
@@ -61,7 +61,7 @@ STAGES = 2
 WORK = 8
 """Words of a tile's description."""
 
-REGISTERS = {2: (240, 24), 3: (160, 32)}
+REGISTERS = {1: (216, 40), 2: (240, 24), 3: (160, 32)}
 """A consumer's and the last warpgroup's, by consumer warpgroups."""
 BAR_TURN, BAR_WG = 1, 4
 """Named barriers (0 is the CTA's): a consumer warpgroup's turn to issue products; its own threads."""
@@ -72,36 +72,44 @@ LAZY = 8.0
 """The running max moves only when it grows by more than 2^8: exact after normalisation, and P stays below 2^8."""
 
 DTYPES = {"bf16": BFloat16, "fp16": Float16}
-TILES = {(64, 64): (192, 128, 2), (128, 128): (128, 128, 2), (192, 128): (128, 128, 1), (256, 256): (128, 80, 1)}
-"""TILE_M, TILE_N and Q stages by (D, Dv)."""
+TILES = {(64, 64): (192, 128, 2), (128, 128): (128, 128, 2), (192, 128): (128, 128, 1), (256, 256): (128, 64, 1)}
+"""TILE_M, TILE_N and Q stages by (D, Dv), where all keys count."""
+SPARSE_Q_STAGES = {(64, 64): 2, (128, 128): 2, (192, 128): 1, (256, 256): 1}
+"""Where blocks are listed: tiles of one warpgroup, 64 x 64, and two CTAs an SM."""
+ROW_LIMITS, BITS = 1, 2
+"""Flags of a listed block, in the low bits of its first key: mask the keys past each row's last; apply mask bits."""
+NOWHERE = 1 << 30
+"""First key of the block that stands in for an empty list: past every row's last key."""
 
 
 @dataclass(frozen=True)
 class Config:
     """What is compiled: everything else is an argument of the kernel.
 
-    dtype of q, k, v and out; D and Dv, their widths; paged: k and v are cache pages behind a table.
+    dtype of q, k, v and out; D and Dv, their widths; paged: k and v are cache pages behind a table; sparse: a map says
+    which 64 x 64 blocks count.
     """
 
     dtype: Literal["bf16", "fp16"]
     D: int
     Dv: int
     paged: bool
+    sparse: bool
 
     @property
     def tile_m(self) -> int:
         """Query rows of a CTA: 64 a consumer warpgroup."""
-        return TILES[self.D, self.Dv][0]
+        return 64 if self.sparse else TILES[self.D, self.Dv][0]
 
     @property
     def tile_n(self) -> int:
-        """Keys of a block; whole pages where there are pages."""
-        keys = TILES[self.D, self.Dv][1]
-        return keys // PAGE * PAGE if self.paged else keys
+        """Keys of a block: whole pages."""
+        return 64 if self.sparse else TILES[self.D, self.Dv][1]
 
     @property
     def q_stages(self) -> int:
-        return TILES[self.D, self.Dv][2]
+        """Tiles whose Q is there at a time."""
+        return SPARSE_Q_STAGES[self.D, self.Dv] if self.sparse else TILES[self.D, self.Dv][2]
 
     @property
     def consumers(self) -> int:
@@ -120,17 +128,22 @@ class Config:
     @property
     def turns(self) -> bool:
         """Whether the warpgroups take turns: for short blocks of work, where they would otherwise collide."""
-        return self.D <= 128
+        return self.D <= 128 and self.consumers > 1
+
+    @property
+    def ctas_sm(self) -> int:
+        """CTAs that share an SM."""
+        return 2 if self.sparse else 1
 
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA: Q, K, V, tile descriptions, barriers.
+        """Shared memory of a CTA: Q, K, V, descriptions of tiles and blocks, barriers.
 
         Rounded up to the 1024 bytes on which swizzled buffers are aligned.
         """
         q = 2 * self.q_stages * self.tile_m * self.D
         kv = 2 * STAGES * self.tile_n * (self.D + self.Dv)
         words = 3 * Channel.words(STAGES) + 2 * Channel.words(self.q_stages)
-        used = q + kv + 4 * STAGES * WORK + 8 * words
+        used = q + kv + 4 * STAGES * (WORK + 1) + 8 * words
         return -(-used // 1024) * 1024
 
 
@@ -141,7 +154,9 @@ class Tensors(NamedTuple):
     """Global memory, all but q, k, v and out, which only TMA touches.
 
     table [B, table_blocks], seq_lens [B] and start_pos [B] int32; sink [Hq] FP32; lse [B * Hq, P] FP32, natural log;
-    counter [1] int32, zero before the launch: tiles handed out beyond the first of each CTA.
+    counter [1] int32, zero before the launch: tiles handed out beyond the first of each CTA; block_map [B or 1, Hq or 1,
+    ceil(P / 64), ceil(S_kv / 64)] uint8: 0 skip the block, 1 take it, 2 take it with mask_bits [B or 1, Hq or 1, P,
+    2 * ceil(S_kv / 64)] int32, a bit a key.
     """
 
     table: cute.Tensor
@@ -150,6 +165,8 @@ class Tensors(NamedTuple):
     sink: cute.Tensor
     lse: cute.Tensor
     counter: cute.Tensor
+    block_map: cute.Tensor
+    mask_bits: cute.Tensor
 
 
 class Scalars(NamedTuple):
@@ -181,6 +198,7 @@ class Shared:
     sK: cute.Tensor
     sV: cute.Tensor
     sWork: cute.Tensor
+    sKeys: cute.Tensor
     work: Channel
     q: Channel
     k: Channel
@@ -206,6 +224,7 @@ class Shared:
             sK=rows(storage.sK, config.tile_n, config.D, STAGES),
             sV=rows(storage.sV, config.tile_n, config.Dv, STAGES),
             sWork=storage.sWork.get_tensor(cute.make_layout((WORK, STAGES))),
+            sKeys=storage.sKeys.get_tensor(cute.make_layout(STAGES)),
             work=Channel.over(storage.work_barriers.data_ptr(), STAGES, warps + 1),
             q=Channel.over(storage.q_barriers.data_ptr(), config.q_stages, 1),
             k=Channel.over(storage.k_barriers.data_ptr(), STAGES, warps),
@@ -221,9 +240,10 @@ def row_layout(config: Config, rows: int, columns: int, stages: int) -> cute.Com
 
 
 class Work(NamedTuple):
-    """A tile: its first row, head, request, the request's keys, the position of the request's first query.
+    """A tile: its first row, head (request * Hq + head), request, the request's keys and its first query's position.
 
-    more: 0 marks the end, there is no tile then.
+    blocks: key blocks to compute; 0 marks the end, there is no tile then. whole: how many of them, at the beginning,
+    need no mask (where all blocks count).
     """
 
     row0: Int32
@@ -231,7 +251,8 @@ class Work(NamedTuple):
     request: Int32
     length: Int32
     start: Int32
-    more: Int32
+    blocks: Int32
+    whole: Int32
 
 
 @cute.jit
@@ -239,7 +260,7 @@ def receive(shared: Shared, count) -> Work:
     """Wait for the description of the CTA's tile number `count`."""
     stage = count % STAGES
     shared.work.wait(stage, count // STAGES)
-    words = [shared.sWork[i, stage] for i in range(6)]
+    words = [shared.sWork[i, stage] for i in range(len(Work._fields))]
     cute.arch.sync_warp()
     shared.work.release(stage)
     return Work(*words)
@@ -318,14 +339,14 @@ class Consumer:
         return 2 * (self.tid % 4)
 
     @cute.jit
-    def begin(self, row0, length, start, causal) -> None:
+    def begin(self, tile: Work, causal) -> None:
         """Begin a tile."""
         self.row_max.fill(LOW)
         self.row_sum.fill(0.0)
         for r in cutlass.range_constexpr(2):
-            last_key = length - 1
+            last_key = tile.length - 1
             if causal != 0:
-                last_key = cutlass.min(length - 1, start + row0 + self.row + 8 * r)
+                last_key = cutlass.min(tile.length - 1, tile.start + tile.row0 + self.row + 8 * r)
             self.last_key[r] = last_key
 
     @cute.jit
@@ -369,6 +390,26 @@ class Consumer:
                 for e in cutlass.range_constexpr(2):
                     i = 4 * j + 2 * r + e
                     self.S[i] = self.S[i] if 8 * j + e <= room else -Float32.inf
+
+    @cute.jit
+    def mask_listed(self, tensors: Tensors, Hq, tile: Work, word) -> None:
+        """Mask a listed block as its flags say."""
+        S = self.S
+        if word % PAGE != 0:
+            key0 = word // PAGE * PAGE
+            self.mask(key0)
+            if word & BITS != 0:
+                bits = tensors.mask_bits
+                request = cutlass.min(tile.request, bits.shape[0] - 1)
+                head = cutlass.min(tile.head - tile.request * Hq, bits.shape[1] - 1)
+                for r in cutlass.range_constexpr(2):
+                    row = cutlass.min(tile.row0 + self.row + 8 * r, bits.shape[2] - 1)
+                    for half in cutlass.range_constexpr(2):
+                        keep = bits[request, head, row, key0 // 32 + half] >> self.column
+                        for j in cutlass.range_constexpr(4):
+                            for e in cutlass.range_constexpr(2):
+                                i = 16 * half + 4 * j + 2 * r + e
+                                S[i] = S[i] if (keep >> (8 * j + e)) & 1 != 0 else -Float32.inf
 
     @cute.jit
     def softmax(self) -> None:
@@ -429,7 +470,7 @@ class Consumer:
             cute.arch.barrier(barrier_id=BAR_WG + self.wg, number_of_threads=128)
 
     @cute.jit
-    def write(self, tensors: Tensors, scalars: Scalars, row0, head, q_stage, row_max, row_sum) -> None:
+    def write(self, tensors: Tensors, scalars: Scalars, tile: Work, q_stage, row_max, row_sum) -> None:
         """Normalise O, put it in place of Q for the storing warp, and write lse."""
         O, P = self.O, tensors.lse.shape[1]
         global_lse, sink = tensors.lse, tensors.sink
@@ -438,13 +479,13 @@ class Consumer:
             total = row_sum[r]
             total = total + cute.arch.shuffle_sync_bfly(total, offset=1)
             total = total + cute.arch.shuffle_sync_bfly(total, offset=2)
-            row = row0 + self.row + 8 * r
+            row = tile.row0 + self.row + 8 * r
             if self.tid % 4 == 0 and row < P:
                 lse = (row_max[r] + cute.math.log2(total, fastmath=True)) * math.log(2.0)
-                global_lse[head, row] = lse if total > 0.0 else -Float32.inf
+                global_lse[tile.head, row] = lse if total > 0.0 else -Float32.inf
             denominator = total
             if scalars.has_sink != 0:
-                sink_log2 = sink[head % scalars.Hq] * math.log2(math.e)
+                sink_log2 = sink[tile.head - tile.request * scalars.Hq] * math.log2(math.e)
                 denominator = denominator + cute.math.exp2(sink_log2 - row_max[r], fastmath=True)
             scale[r] = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
         rounded = cute.make_rmem_tensor(O.layout, DTYPES[self.config.dtype])
@@ -462,10 +503,17 @@ class Consumer:
 
 
 @cute.jit
-def step(consumer: Consumer, count, q_stage, masked: cutlass.Constexpr, key0) -> None:
-    """P V of block number `count` beside the scores and softmax of the next, whose first key is `key0`."""
+def step(
+    consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage, masked: cutlass.Constexpr, key0
+) -> Int32:
+    """P V of block number `count` beside the scores and softmax of the next, a block of `tile`.
+
+    key0: the next block's first key; returned. Where blocks are listed, the list says it, and whether to mask.
+    """
     k, v, following = consumer.shared.k, consumer.shared.v, count + 1
     k.wait(following % STAGES, following // STAGES)
+    if const_expr(consumer.config.sparse):
+        key0 = consumer.shared.sKeys[following % STAGES]
     consumer.take_turn()
     consumer.scores(q_stage, following % STAGES)
     v.wait(count % STAGES, count // STAGES)
@@ -473,29 +521,38 @@ def step(consumer: Consumer, count, q_stage, masked: cutlass.Constexpr, key0) ->
     consumer.pass_turn()
     warpgroup.wait_group(1)
     k.release(following % STAGES)
-    if const_expr(masked):
+    if const_expr(consumer.config.sparse):
+        consumer.mask_listed(tensors, Hq, tile, key0)
+    elif const_expr(masked):
         consumer.mask(key0)
     consumer.softmax()
     warpgroup.wait_group(0)
     v.release(count % STAGES)
     consumer.round()
     consumer.rescale()
+    return key0
 
 
 @cute.jit
-def first(consumer: Consumer, count, q_stage, q_round) -> None:
-    """Scores and softmax of a tile's first block, with nothing beside them."""
-    k = consumer.shared.k
+def first(consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage, q_round) -> Int32:
+    """Scores and softmax of a tile's first block, with nothing beside them; returns its first key as `step` does."""
+    k, key0 = consumer.shared.k, Int32(0)
     consumer.shared.q.wait(q_stage, q_round)
     k.wait(count % STAGES, count // STAGES)
+    if const_expr(consumer.config.sparse):
+        key0 = consumer.shared.sKeys[count % STAGES]
     consumer.take_turn()
     consumer.scores(q_stage, count % STAGES)
     consumer.pass_turn()
     warpgroup.wait_group(0)
     k.release(count % STAGES)
-    consumer.mask(0)
+    if const_expr(consumer.config.sparse):
+        consumer.mask_listed(tensors, Hq, tile, key0)
+    else:
+        consumer.mask(key0)
     consumer.softmax()
     consumer.round()
+    return key0
 
 
 @cute.jit
@@ -512,6 +569,15 @@ def last(consumer: Consumer, count, valid) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- Roles
+
+
+class Source(NamedTuple):
+    """Where a tile's K and V are: the table, the request, its KV head and its keys."""
+
+    table: cute.Tensor
+    request: Int32
+    kv_head: Int32
+    length: Int32
 
 
 @dataclass(frozen=True)
@@ -566,56 +632,107 @@ class Loader:
             cute.copy(self.tma_q, source, self.sQ[None, (0, chunk, stage)], tma_bar_ptr=q.full + stage)
 
     @cute.jit
-    def load_block(
-        self, channel: Channel, tma, sX, gX, columns: cutlass.Constexpr, pages, block, head, request, count
-    ) -> None:
-        """One block of K or of V; keys past the last arrive as zeros, or are whatever a page holds."""
-        stage = count % STAGES
+    def load_block(self, values: cutlass.Constexpr, source: Source, pages: cute.Tensor, block, count, word) -> None:
+        """Block number `count` of the CTA: of K, or of V; keys past the last arrive as zeros, or as a page holds them.
+
+        word: what a list says of the block (K only).
+        """
+        config, shared = self.config, self.shared
+        channel = shared.v if const_expr(values) else shared.k
+        tma, sX, gX = (self.tma_v, self.sV, self.gV) if const_expr(values) else (self.tma_k, self.sK, self.gK)
+        columns = config.Dv if const_expr(values) else config.D
+        # NOTE: a broadcast dim has one element
+        head = cutlass.min(source.kv_head, cute.size(gX, mode=[3]) - 1)
+        request = cutlass.min(source.request, cute.size(gX, mode=[4]) - 1)
+        stage, sKeys = count % STAGES, shared.sKeys
         channel.acquire(stage, count // STAGES)
         with cute.arch.elect_one():
-            channel.expect(stage, 2 * self.config.tile_n * columns)
+            if const_expr(config.sparse and not values):
+                sKeys[stage] = word
+            channel.expect(stage, 2 * config.tile_n * columns)
         bar = channel.full + stage
         for chunk in cutlass.range_constexpr(columns // CHUNK):
-            if const_expr(self.config.paged):
-                for i in cutlass.range_constexpr(self.config.tile_n // PAGE):
-                    cute.copy(tma, gX[None, chunk, pages[i], head, request], sX[None, (i, chunk, stage)], tma_bar_ptr=bar)
+            if const_expr(config.paged):
+                for i in cutlass.range_constexpr(config.tile_n // PAGE):
+                    target = sX[None, (i, chunk, stage)]
+                    cute.copy(tma, gX[None, chunk, pages[i], head, request], target, tma_bar_ptr=bar)
             else:
                 cute.copy(tma, gX[None, block, chunk, head, request], sX[None, (0, chunk, stage)], tma_bar_ptr=bar)
 
     @cute.jit
-    def load_tile(self, tensors: Tensors, request, kv_head, blocks, length, count) -> None:
-        """K and V of a tile, K one block ahead."""
-        config, shared = self.config, self.shared
-        k_request = cutlass.min(request, cute.size(self.gK, mode=[4]) - 1)
-        v_request = cutlass.min(request, cute.size(self.gV, mode=[4]) - 1)
-        before = self.page_ids(tensors, request, 0, length)
-        k_head = cutlass.min(kv_head, cute.size(self.gK, mode=[3]) - 1)
-        v_head = cutlass.min(kv_head, cute.size(self.gV, mode=[3]) - 1)
-        self.load_block(shared.k, self.tma_k, self.sK, self.gK, config.D, before, 0, k_head, k_request, count)
-        for n in cutlass.range(1, blocks, unroll=1):
-            pages = self.page_ids(tensors, request, n, length)
-            self.load_block(shared.k, self.tma_k, self.sK, self.gK, config.D, pages, n, k_head, k_request, count + n)
-            self.load_block(
-                shared.v, self.tma_v, self.sV, self.gV, config.Dv, before, n - 1, v_head, v_request, count + n - 1
-            )
-            for i in cutlass.range_constexpr(len(before)):
-                before[i] = pages[i]
-        end = blocks - 1
-        self.load_block(
-            shared.v, self.tma_v, self.sV, self.gV, config.Dv, before, end, v_head, v_request, count + end
-        )
+    def find_pages(self, source: Source, block, pages: cute.Tensor) -> None:
+        """The physical pages of a block, forced inside the cache; past the request's last page, that page again."""
+        if const_expr(self.config.paged):
+            table, many = source.table, self.config.tile_n // PAGE
+            last = cutlass.max(0, (source.length + PAGE - 1) // PAGE - 1)
+            for i in cutlass.range_constexpr(many):
+                page = table[source.request, cutlass.min(block * many + i, last)]
+                pages[i] = cutlass.max(0, cutlass.min(page, cute.size(self.gK, mode=[2]) - 1))
 
     @cute.jit
-    def page_ids(self, tensors: Tensors, request, block, length):
-        """The physical pages of a block, forced inside the cache; past the request's last page, that page again."""
-        if const_expr(not self.config.paged):
-            return []
-        pages, ids = self.config.tile_n // PAGE, []
-        last = cutlass.max(0, (length + PAGE - 1) // PAGE - 1)
-        for i in cutlass.range_constexpr(pages):
-            logical = cutlass.min(block * pages + i, last)
-            ids.append(cutlass.max(0, cutlass.min(tensors.table[request, logical], cute.size(self.gK, mode=[2]) - 1)))
-        return ids
+    def load_all(self, source: Source, blocks, count) -> None:
+        """The first `blocks` blocks, K one ahead of V."""
+        pages, before = self.page_ids(), self.page_ids()
+        self.find_pages(source, 0, before)
+        self.load_block(False, source, before, 0, count, 0)
+        for n in cutlass.range(1, blocks, unroll=1):
+            self.find_pages(source, n, pages)
+            self.load_block(False, source, pages, n, count + n, 0)
+            self.load_block(True, source, before, n - 1, count + n - 1, 0)
+            before.store(pages.load())
+        self.load_block(True, source, before, blocks - 1, count + blocks - 1, 0)
+
+    def page_ids(self) -> cute.Tensor:
+        """Room for the page numbers of a block."""
+        return cute.make_rmem_tensor(self.config.tile_n // PAGE, Int32)
+
+    @cute.jit
+    def load_listed(self, source: Source, row: cute.Tensor, blocks, limit, count) -> None:
+        """Those of the first `blocks` blocks that `row` of the map names, K one ahead of V, or one nowhere.
+
+        limit: keys that all rows see.
+        """
+        pages, before = self.page_ids(), self.page_ids()
+        taken, last_block = Int32(0), Int32(0)
+        for base in cutlass.range(0, blocks, 32, unroll=1):
+            flag, bits = self.listed(row, base, blocks)
+            while bits != 0:
+                lane = cute.arch.popc(~bits & (bits - 1))
+                block, kind = base + lane, cute.arch.shuffle_sync(flag, lane)
+                bits = bits & (bits - 1)
+                word = block * PAGE
+                if word + PAGE > limit:
+                    word = word | ROW_LIMITS
+                if kind == 2:
+                    word = word | BITS
+                self.find_pages(source, block, pages)
+                self.load_block(False, source, pages, block, count + taken, word)
+                if taken > 0:
+                    self.load_block(True, source, before, last_block, count + taken - 1, 0)
+                before.store(pages.load())
+                taken, last_block = taken + 1, block
+        if taken == 0:
+            self.find_pages(source, 0, before)
+            self.load_block(False, source, before, 0, count, Int32(NOWHERE | ROW_LIMITS))
+            taken = taken + 1
+        self.load_block(True, source, before, last_block, count + taken - 1, 0)
+
+    @cute.jit
+    def listed(self, row: cute.Tensor, base, blocks):
+        """32 blocks of a row of the map: this lane's byte, and which are not 0."""
+        block, flag = base + cute.arch.lane_idx(), Int32(0)
+        if block < cutlass.min(blocks, row.shape[0]):
+            flag = Int32(row[block])
+        return flag, Int32(cute.arch.vote_ballot_sync(flag != 0))
+
+    @cute.jit
+    def count_listed(self, row: cute.Tensor, blocks):
+        """How many of the first `blocks` blocks `row` of the map names; at least the one nowhere."""
+        total = Int32(0)
+        for base in cutlass.range(0, blocks, 32, unroll=1):
+            _, bits = self.listed(row, base, blocks)
+            total = total + cute.arch.popc(bits)
+        return cutlass.max(total, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- Kernel
@@ -658,7 +775,9 @@ class Prefill:
             grid=(ctas, 1, 1),
             block=(config.threads, 1, 1),
             smem=config.smem_bytes(),
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=config.ctas_sm,
+            # NOTE: without it the DSL asks a driver for the default, and compiling wants a GPU
+            preferred_smem_carveout=100,
             stream=stream,
         )
 
@@ -685,6 +804,7 @@ class Prefill:
             sK: cute.struct.Align[cute.struct.MemRange[dtype, STAGES * config.tile_n * config.D], 1024]
             sV: cute.struct.Align[cute.struct.MemRange[dtype, STAGES * config.tile_n * config.Dv], 1024]
             sWork: cute.struct.MemRange[Int32, STAGES * WORK]
+            sKeys: cute.struct.MemRange[Int32, STAGES]
             work_barriers: cute.struct.MemRange[Int64, Channel.words(STAGES)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
             k_barriers: cute.struct.MemRange[Int64, Channel.words(STAGES)]
@@ -740,32 +860,46 @@ class Prefill:
                 following = self.take(tensors.counter) + ctas
             row_tile, head = schedule.tile(index, row_tiles, heads, scalars.section, cutlass.min)
             request = head // scalars.Hq
-            start = Int32(0)
-            if scalars.has_start != 0:
-                start = tensors.start_pos[request]
-            length = scalars.S_kv
-            if const_expr(config.paged):
-                length = cutlass.min(start + P, tensors.table.shape[1] * PAGE)
-            if scalars.has_lens != 0:
-                length = cutlass.max(0, cutlass.min(length, tensors.seq_lens[request]))
-            row0 = row_tile * config.tile_m
+            q_head, row0 = head - request * scalars.Hq, row_tile * config.tile_m
+            start, length = self.span(tensors, scalars, request, P)
+            total, whole = self.blocks(scalars, row0, length, start)
+            source = Source(tensors.table, request, q_head // (scalars.Hq // scalars.Hk), length)
+            blocks = total
+            block_map = tensors.block_map
+            map_request = cutlass.min(request, block_map.shape[0] - 1)
+            map_row = block_map[map_request, cutlass.min(q_head, block_map.shape[1] - 1), row_tile, None]
+            if const_expr(config.sparse):
+                blocks = loader.count_listed(map_row, total)
 
             stage = done % STAGES
             work.acquire(stage, done // STAGES)
             with cute.arch.elect_one():
-                for i, word in enumerate((row0, head, request, length, start, Int32(1))):
+                for i, word in enumerate(Work(row0, head, request, length, start, blocks, whole)):
                     sWork[i, stage] = word
                 cute.arch.mbarrier_arrive(work.full + stage)
-            loader.load_q(row_tile, head - request * scalars.Hq, request, done)
-            blocks = self.blocks(scalars, row0, length, start).total
-            kv_head = (head - request * scalars.Hq) // (scalars.Hq // scalars.Hk)
-            loader.load_tile(tensors, request, kv_head, blocks, length, count)
+            loader.load_q(row_tile, q_head, request, done)
+            if const_expr(config.sparse):
+                loader.load_listed(source, map_row, total, whole * config.tile_n, count)
+            else:
+                loader.load_all(source, blocks, count)
             count, done, index = count + blocks, done + 1, following
         stage = done % STAGES
         work.acquire(stage, done // STAGES)
         with cute.arch.elect_one():
-            sWork[5, stage] = Int32(0)
+            sWork[Work._fields.index("blocks"), stage] = Int32(0)
             cute.arch.mbarrier_arrive(work.full + stage)
+
+    @cute.jit
+    def span(self, tensors: Tensors, scalars: Scalars, request, P):
+        """The position of a request's first query, and its keys."""
+        start, length = Int32(0), scalars.S_kv
+        if scalars.has_start != 0:
+            start = tensors.start_pos[request]
+        if const_expr(self.config.paged):
+            length = cutlass.min(length, start + P)
+        if scalars.has_lens != 0:
+            length = cutlass.min(length, tensors.seq_lens[request])
+        return start, cutlass.max(0, length)
 
     @cute.jit
     def take(self, counter: cute.Tensor):
@@ -796,8 +930,8 @@ class Prefill:
         one = cute.make_layout(1)
         sO, gO = cpasync.tma_partition(tma_o, 0, one, cute.group_modes(smem, 0, 2), cute.group_modes(gmem, 0, 2))
         done = Int32(0)
-        row0, head, request, length, start, more = receive(shared, done)
-        while more != 0:
+        row0, head, request, length, start, blocks, whole = receive(shared, done)
+        while blocks != 0:
             stage = done % config.q_stages
             shared.out.wait(stage, done // config.q_stages)
             for chunk in cutlass.range_constexpr(config.Dv // CHUNK):
@@ -807,55 +941,61 @@ class Prefill:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             shared.q.release(stage)
             done = done + 1
-            row0, head, request, length, start, more = receive(shared, done)
+            row0, head, request, length, start, blocks, whole = receive(shared, done)
 
     @cute.jit
     def consume(self, consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
         """Compute tile after tile."""
         config, shared = self.config, consumer.shared
-        stages, tile_n = config.q_stages, config.tile_n
+        stages, tile_n, Hq = config.q_stages, config.tile_n, scalars.Hq
         if const_expr(config.turns):
             if consumer.wg == config.consumers - 1:
                 consumer.pass_turn()
         row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-        count, done = Int32(0), Int32(0)
-        row0, head, request, length, start, more = receive(shared, done)
-        if more != 0:
+        count, done, key0 = Int32(0), Int32(0), Int32(0)
+        row0, head, request, length, start, blocks, whole = receive(shared, done)
+        if blocks != 0:
+            tile = Work(row0, head, request, length, start, blocks, whole)
             consumer.O.fill(0.0)
-            consumer.begin(row0, length, start, scalars.causal)
-            first(consumer, count, 0, 0)
-        while more != 0:
-            blocks = self.blocks(scalars, row0, length, start)
-            end, q_stage = blocks.total - 1, done % stages
-            clear_blocks = cutlass.max(blocks.whole - 1, 0)
-            for n in cutlass.range(clear_blocks, unroll=1):
-                step(consumer, count + n, q_stage, False, 0)
-            for n in cutlass.range(clear_blocks, end, unroll=1):
-                step(consumer, count + n, q_stage, True, (n + 1) * tile_n)
+            consumer.begin(tile, scalars.causal)
+            key0 = first(consumer, tensors, Hq, tile, count, 0, 0)
+        while blocks != 0:
+            tile = Work(row0, head, request, length, start, blocks, whole)
+            q_stage, end = done % stages, blocks - 1
+            if const_expr(config.sparse):
+                for n in cutlass.range(end, unroll=1):
+                    key0 = step(consumer, tensors, Hq, tile, count + n, q_stage, True, key0)
+            else:
+                clear = cutlass.max(whole - 1, 0)
+                for n in cutlass.range(clear, unroll=1):
+                    step(consumer, tensors, Hq, tile, count + n, q_stage, False, 0)
+                for n in cutlass.range(clear, end, unroll=1):
+                    step(consumer, tensors, Hq, tile, count + n, q_stage, True, (n + 1) * tile_n)
+                key0 = end * tile_n
             count, done = count + end, done + 1
-            next_row0, next_head, request, next_length, next_start, more = receive(shared, done)
-            valid = length - end * tile_n
+            valid = length - key0
+            row0, head, request, length, start, blocks, whole = receive(shared, done)
+            following = Work(row0, head, request, length, start, blocks, whole)
             for r in cutlass.range_constexpr(2):
                 row_max[r], row_sum[r] = consumer.row_max[r], consumer.row_sum[r]
             if const_expr(stages == 1):
                 last(consumer, count, valid)
-                consumer.write(tensors, scalars, row0, head, q_stage, row_max, row_sum)
+                consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
                 consumer.O.fill(0.0)
-                if more != 0:
-                    consumer.begin(next_row0, next_length, next_start, scalars.causal)
-                    first(consumer, count + 1, 0, done)
-            elif more != 0:
+                if blocks != 0:
+                    consumer.begin(following, scalars.causal)
+                    key0 = first(consumer, tensors, Hq, following, count + 1, 0, done)
+            elif blocks != 0:
                 consumer.clear_values(valid, count)
                 shared.q.wait(done % stages, done // stages)
-                consumer.begin(next_row0, next_length, next_start, scalars.causal)
-                step(consumer, count, done % stages, True, 0)
-                consumer.write(tensors, scalars, row0, head, q_stage, row_max, row_sum)
+                consumer.begin(following, scalars.causal)
+                key0 = step(consumer, tensors, Hq, following, count, done % stages, True, Int32(0))
+                consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
                 consumer.O.fill(0.0)
             else:
                 last(consumer, count, valid)
-                consumer.write(tensors, scalars, row0, head, q_stage, row_max, row_sum)
+                consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
             count = count + 1
-            row0, head, length, start = next_row0, next_head, next_length, next_start
 
 
 # ---------------------------------------------------------------------------------------------------------- Launch
@@ -880,6 +1020,7 @@ def arguments(config: Config) -> tuple:
     def vector(kind, size=None) -> cute.Tensor:
         return make_fake_tensor(kind, (cute.sym_int32() if size is None else size,), (1,), assumed_align=4)
 
+    dims, strides = [cute.sym_int32() for _ in range(4)], [cute.sym_int64() for _ in range(3)]
     tensors = Tensors(
         table=make_fake_tensor(Int32, (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4),
         seq_lens=vector(Int32),
@@ -887,6 +1028,8 @@ def arguments(config: Config) -> tuple:
         sink=vector(Float32),
         lse=make_fake_tensor(Float32, (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4),
         counter=vector(Int32, 1),
+        block_map=make_fake_tensor(Uint8, dims, (*strides, 1), assumed_align=1),
+        mask_bits=make_fake_tensor(Int32, dims, (*strides, 1), assumed_align=4),
     )
     scalars = Scalars(Float32(1.0), *(Int32(1) for _ in Scalars._fields[1:]))
     return tensor(config.D), keys(config.D), keys(config.Dv), tensor(config.Dv), tensors, scalars, Int32(1)
