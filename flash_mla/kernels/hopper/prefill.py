@@ -301,7 +301,9 @@ class Consumer:
         K, MN = OperandMajorMode.K, OperandMajorMode.MN
         registers = warpgroup.OperandSource.RMEM
         qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, atoms, (64, config.tile_n))
-        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, MN, Float32, atoms, (64, config.Dv), registers)
+        # NOTE: one wgmma of 256 columns does not fit the 128 registers of a thread at entry where two CTAs share an SM
+        columns = min(config.Dv, 128) if config.sparse else config.Dv
+        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, MN, Float32, atoms, (64, columns), registers)
         # NOTE: from the warpgroup's number, not the thread's, so that descriptors stay in uniform registers
         qk_slice, pv_slice = qk.get_slice(128 * wg), pv.get_slice(128 * wg)
         sV = shared.sV

@@ -1,0 +1,74 @@
+"""Compiles the configs of the Hopper prefill for sm_90a, without a GPU, and gates what the assembler made of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("cutlass") is None:
+    pytest.skip("nvidia-cutlass-dsl is not installed", allow_module_level=True)
+
+from test_hopper_compile import CUOBJDUMP
+
+from flash_mla.kernels.hopper.prefill import TILES, Config
+
+CONFIGS = [
+    Config(dtype, D, Dv, paged, sparse)  # type: ignore[arg-type]
+    for dtype in ("bf16", "fp16")
+    for D, Dv in TILES
+    for paged in (False, True)
+    for sparse in (False, True)
+]
+GATED = [config for config in CONFIGS if config.dtype == "bf16" and not (config.paged and config.sparse)]
+"""The others differ in the type of an instruction, or in the loader alone, which both halves of this list compile."""
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump is neither on PATH nor in a triton wheel")
+@pytest.mark.parametrize("config", GATED, ids=str)
+def test_prefill(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from flash_mla.kernels.hopper import prefill
+
+    # the kernel itself refuses to compile when the ledger is not what it allocates
+    prefill.build(config, f"--keep-cubin --dump-dir={tmp_path}")
+    (cubin,) = tmp_path.glob("*.cubin")
+    sass = subprocess.run([str(CUOBJDUMP), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run([str(CUOBJDUMP), "-res-usage", cubin], capture_output=True, text=True, check=True)
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+
+    def count(instruction: str) -> int:
+        return len(re.findall(rf"\s{instruction}\b", sass))
+
+    # entry registers: 65536 over the threads of an SM, rounded down to 8
+    assert int(registers) == 65536 // (config.threads * config.ctas_sm) // 8 * 8
+    wide = config.sparse and config.D == 256
+    assert (int(stack), count("LDL"), count("STL")) <= ((16, 8, 9) if wide else (0, 0, 0)), "registers spill"
+    # a step has Q K^T and P V; before the first comes a Q K^T alone, after the last a P V alone; without a second Q
+    # stage the step across tiles is such a pair of halves
+    scores, values = config.D // 16, config.tile_n // 16 * (2 if wide else 1)
+    steps, halves = 1 if config.sparse else 2, 1
+    if config.q_stages == 1:
+        assert count("HGMMA") == (steps + halves) * (scores + values) + scores
+    else:
+        assert count("HGMMA") == (steps + 1 + halves) * (scores + values)
+    # NOTE: serialised wgmma shows as one arrive and one wait an instruction
+    assert count(r"WARPGROUP\.ARRIVE") <= 8
+    assert count(r"WARPGROUP\.DEPBAR") <= 8
+
+
+def test_shared_memory_fits() -> None:
+    for config in CONFIGS:
+        limit = 227 * 1024 if config.ctas_sm == 1 or config.D == 256 else 228 * 1024 // 2 - 1024
+        assert config.smem_bytes() <= limit
+
+
+def test_pack_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from flash_mla.kernels.hopper import pack_mask
+
+    pack_mask.build(None, f"--keep-cubin --dump-dir={tmp_path}")
+    assert len(list(tmp_path.glob("*.cubin"))) == 1
