@@ -506,11 +506,20 @@ class Consumer:
 
 @cute.jit
 def step(
-    consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage, masked: cutlass.Constexpr, key0
+    consumer: Consumer,
+    tensors: Tensors,
+    Hq,
+    tile: Work,
+    count,
+    q_stage,
+    masked: cutlass.Constexpr,
+    key0,
+    crossing: cutlass.Constexpr = False,
 ) -> Int32:
     """P V of block number `count` beside the scores and softmax of the next, a block of `tile`.
 
     key0: the next block's first key; returned. Where blocks are listed, the list says it, and whether to mask.
+    crossing: the next block is the first of the next tile, whose factor is none of this tile's O.
     """
     k, v, following = consumer.shared.k, consumer.shared.v, count + 1
     k.wait(following % STAGES, following // STAGES)
@@ -531,7 +540,8 @@ def step(
     warpgroup.wait_group(0)
     v.release(count % STAGES)
     consumer.round()
-    consumer.rescale()
+    if const_expr(not crossing):
+        consumer.rescale()
     return key0
 
 
@@ -991,7 +1001,7 @@ class Prefill:
                 consumer.clear_values(valid, count)
                 shared.q.wait(done % stages, done // stages)
                 consumer.begin(following, scalars.causal)
-                key0 = step(consumer, tensors, Hq, following, count, done % stages, True, Int32(0))
+                key0 = step(consumer, tensors, Hq, following, count, done % stages, True, Int32(0), True)
                 consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
                 consumer.O.fill(0.0)
             else:
