@@ -441,7 +441,10 @@ class Consumer:
     @cute.jit
     def round(self) -> None:
         """P = S in the operand's dtype."""
-        cute.make_tensor(self.P.iterator, self.S.layout).store(self.S.load().to(DTYPES[self.config.dtype]))
+        for k in cutlass.range_constexpr(self.config.tile_n // 16):
+            S = cute.make_tensor(self.S.iterator + 8 * k, cute.make_layout(8))
+            P = cute.make_tensor(self.P.iterator + 8 * k, cute.make_layout(8))
+            P.store(S.load().to(DTYPES[self.config.dtype]))
 
     @cute.jit
     def rescale(self) -> None:
