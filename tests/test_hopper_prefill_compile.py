@@ -15,7 +15,9 @@ if importlib.util.find_spec("cutlass") is None:
 from test_hopper_compile import CUOBJDUMP
 
 WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
-VARIANTS = [(*width, paged, sparse) for width in WIDTHS for paged, sparse in ((False, False), (True, False), (False, True))]
+VARIANTS = [
+    (*width, paged, sparse) for width in WIDTHS for paged, sparse in ((False, False), (True, False), (False, True))
+]
 """(D, Dv, paged, sparse) in BF16. FP16 differs in the type of an instruction; pages and a list together in the loader
 alone, and each is compiled."""
 

@@ -40,9 +40,14 @@ def refuse(problem: PrefillProblem) -> str | None:
 
 def refuse_strides(problem: PrefillProblem) -> str | None:
     """Why TMA cannot read these layouts, or None."""
-    for name, strides in (("q", problem.q_strides), ("k", problem.k_strides), ("v", problem.v_strides)):
-        if strides[-1] != 1:
-            return f"{name} strides {strides}: rows must be contiguous"
+    layouts = (
+        ("q", problem.q_strides, problem.D),
+        ("k", problem.k_strides, problem.D),
+        ("v", problem.v_strides, problem.Dv),
+    )
+    for name, strides, columns in layouts:
+        if strides[-1] != 1 or (strides[-2] < columns and max(problem.P, problem.S_kv) > 1):
+            return f"{name} strides {strides}: rows must be contiguous and must not overlap"
         for stride in strides[:-1]:
             if stride % ALIGNMENT:
                 return f"a {name} stride of {stride} elements: TMA takes multiples of {ALIGNMENT}"
@@ -103,7 +108,8 @@ def list_blocks(problem: PrefillProblem, args: PrefillArgs) -> tuple[Tensor, Ten
 
 
 def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
-    """Fill args.out and args.lse. Allocates workspace: a counter, lse where the call wants none, `list_blocks`.
+    """Fill args.out and args.lse. Allocates workspace: a counter; lse where the call wants none; what
+    `list_blocks` says; a copy of any tensor that is not aligned to 16 bytes.
 
     An int64 table or lengths are converted first, on the device. The first launch of a config loads its kernel, and the
     first ever on a machine compiles it.
@@ -126,6 +132,8 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
     counter = (torch.zeros if tiles > ctas else torch.empty)(1, dtype=torch.int32, device=problem.device)
     ints = counter if args.block_table is None else args.block_table.to(torch.int32)
     keys = min(problem.S_kv, args.block_table.shape[1] * BLOCK) if args.block_table is not None else problem.S_kv
+    aligned = args.out.data_ptr() % (2 * ALIGNMENT) == 0
+    out = args.out if aligned else torch.empty_like(args.out)
     nothing = counter.view(1, 1, 1, 1)
     block_map, mask_bits = (nothing.view(torch.uint8), nothing)
     if config.sparse:
@@ -142,16 +150,26 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
         "mask_bits": mask_bits,
     }
     kv_bytes = problem.S_kv * (problem.D + problem.Dv) * problem.dtype.itemsize
-    scalars = prefill.Scalars(
-        scale_log2=args.softmax_scale * math.log2(math.e),
-        Hq=Hq,
-        Hk=problem.Hk,
-        S_kv=keys,
-        section=schedule.section(kv_bytes, problem.ratio, B * Hq),
-        causal=int(problem.causal),
-        has_lens=int(args.seq_lens is not None),
-        has_start=int(args.start_pos is not None),
-        has_sink=int(args.attn_sink is not None),
-    )
+    scalars: dict[str, Any] = {
+        "scale_log2": args.softmax_scale * math.log2(math.e),
+        "Hq": Hq,
+        "Hk": problem.Hk,
+        "S_kv": keys,
+        "section": schedule.section(kv_bytes, problem.ratio, B * Hq),
+        "causal": int(problem.causal),
+        "has_lens": int(args.seq_lens is not None),
+        "has_start": int(args.start_pos is not None),
+        "has_sink": int(args.attn_sink is not None),
+    }
     with torch.cuda.device(problem.device):
-        kernel(readable(args.q), readable(args.k), readable(args.v), args.out, prefill.Tensors(**tensors), scalars, ctas)
+        kernel(
+            readable(args.q),
+            readable(args.k),
+            readable(args.v),
+            out,
+            prefill.Tensors(**tensors),
+            prefill.Scalars(**scalars),
+            ctas,
+        )
+    if not aligned:
+        args.out.copy_(out)

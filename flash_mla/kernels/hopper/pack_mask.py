@@ -61,7 +61,9 @@ def pack_mask_kernel(
 
 
 @cute.jit
-def pack_mask(mask: cute.Tensor, blocks: cute.Tensor, has_blocks: Int32, block_map: cute.Tensor, bits: cute.Tensor, stream):
+def pack_mask(
+    mask: cute.Tensor, blocks: cute.Tensor, has_blocks: Int32, block_map: cute.Tensor, bits: cute.Tensor, stream
+):
     """Launch the kernel."""
     requests, heads, row_blocks, key_blocks = block_map.shape
     pack_mask_kernel(mask, blocks, has_blocks, block_map, bits).launch(

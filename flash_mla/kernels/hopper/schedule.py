@@ -55,7 +55,7 @@ def blocks(
     least: Callable[..., Any] = min,
     most: Callable[..., Any] = max,
 ) -> Blocks:
-    """The key blocks of the tile whose first row is at position `first`; at least one, so that somebody writes zeros."""
+    """The key blocks of the tile whose first row is at position `first`; at least one, so that zeros are written."""
     reach, seen = length, length
     if causal:
         reach, seen = least(length, first + rows), least(length, first + 1)
