@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from flash_mla.backends.hopper.device import multiprocessors
 from flash_mla.errors import ShapeError
-from flash_mla.problem import BLOCK, PrefillArgs, PrefillProblem
+from flash_mla.problem import BLOCK, FP8, PrefillArgs, PrefillProblem
 
 if TYPE_CHECKING:
     from flash_mla.kernels.hopper.prefill import Config
 
-DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16", FP8: "bf16"}
+"""What the kernel computes in. Every e4m3 is a BF16: FP8 inputs are converted beforehand, descales applied within."""
 WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
 """(D, Dv) that the prefill kernel is written for."""
 ALIGNMENT = 8
@@ -24,15 +26,15 @@ ALIGNMENT = 8
 
 def refuse(problem: PrefillProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""
-    if problem.dtype not in DTYPES or problem.out_dtype != problem.dtype:
-        return f"dtype {problem.dtype} -> {problem.out_dtype}: the kernel takes and gives BF16 or FP16"
+    if problem.dtype not in DTYPES:
+        return f"dtype {problem.dtype}: the kernel takes BF16, FP16 and FP8 (e4m3)"
+    if problem.dtype == FP8 and problem.paged:
+        return "FP8 pages: a cache is not converted for one call"
     if (problem.D, problem.Dv) not in WIDTHS:
         widths = ", ".join(f"{D}/{Dv}" for D, Dv in WIDTHS)
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes {widths}"
     if problem.mask == "float":
         return "a floating mask: the kernel takes bool masks and block layouts"
-    if problem.descale:
-        return "descales"
     if min(problem.B, problem.P, problem.S_kv) == 0:
         return "no query or no key"
     return refuse_strides(problem)
@@ -40,6 +42,8 @@ def refuse(problem: PrefillProblem) -> str | None:
 
 def refuse_strides(problem: PrefillProblem) -> str | None:
     """Why TMA cannot read these layouts, or None."""
+    if problem.dtype == FP8:
+        return None
     layouts = (
         ("q", problem.q_strides, problem.D),
         ("k", problem.k_strides, problem.D),
@@ -71,9 +75,20 @@ def narrow(x: Tensor) -> Tensor:
 
 
 def readable(x: Tensor) -> Tensor:
-    """x as TMA reads it: 16-byte aligned."""
+    """x as TMA reads it: 16 bits an element, 16-byte aligned."""
     x = narrow(x)
+    if x.dtype == FP8:
+        return x.contiguous().to(torch.bfloat16)
     return x if x.data_ptr() % (2 * ALIGNMENT) == 0 else x.clone()
+
+
+def factors(problem: PrefillProblem, *descales: Tensor | None) -> Tensor:
+    """The product of the descales that are there, [B, Hk]; not read where the call has none at all."""
+    given = [descale for descale in descales if descale is not None]
+    if not given:
+        make = torch.ones if problem.descale else torch.empty
+        return make((1, 1), dtype=torch.float32, device=problem.device).expand(problem.B, problem.Hk)
+    return functools.reduce(torch.mul, given)
 
 
 def byte_rows(mask: Tensor) -> Tensor:
@@ -143,6 +158,8 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
         "table": ints.view(1, 1) if args.block_table is None else ints,
         "seq_lens": counter if args.seq_lens is None else args.seq_lens.to(torch.int32),
         "start_pos": counter if args.start_pos is None else args.start_pos.to(torch.int32),
+        "score_scale": factors(problem, args.q_descale, args.k_descale),
+        "value_scale": factors(problem, args.v_descale),
         "sink": lse.view(-1) if args.attn_sink is None else args.attn_sink,
         "lse": lse.view(B * Hq, P),
         "counter": counter,
@@ -159,6 +176,7 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
         "causal": int(problem.causal),
         "has_lens": int(args.seq_lens is not None),
         "has_start": int(args.start_pos is not None),
+        "has_descale": int(problem.descale),
         "has_sink": int(args.attn_sink is not None),
     }
     with torch.cuda.device(problem.device):

@@ -166,7 +166,7 @@ class Prefill:
         else:
             cute.arch.setmaxregister_increase(registers)
             tidx, _, _ = cute.arch.thread_idx()
-            consumer = Consumer.over(config, shared, warp_id // 4, tidx, scalars.scale_log2)
+            consumer = Consumer.over(config, shared, warp_id // 4, tidx)
             consume(consumer, tensors, scalars)
 
     @cute.jit
@@ -181,7 +181,7 @@ class Prefill:
         one = cute.make_layout(1)
         sO, gO = cpasync.tma_partition(tma_o, 0, one, cute.group_modes(smem, 0, 2), cute.group_modes(gmem, 0, 2))
         done = Int32(0)
-        row0, head, request, _length, _start, blocks, _whole = receive(shared, done)
+        row0, head, request, _kv_head, _length, _start, blocks, _whole = receive(shared, done)
         while blocks != 0:
             stage = done % config.q_stages
             shared.out.wait(stage, done // config.q_stages)
@@ -192,7 +192,7 @@ class Prefill:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             shared.q.release(stage)
             done = done + 1
-            row0, head, request, _length, _start, blocks, _whole = receive(shared, done)
+            row0, head, request, _kv_head, _length, _start, blocks, _whole = receive(shared, done)
 
 
 # ---------------------------------------------------------------------------------------------------------- Launch
@@ -218,11 +218,14 @@ def arguments(config: Config) -> tuple:
         return make_fake_tensor(kind, (cute.sym_int32() if size is None else size,), (1,), assumed_align=4)
 
     dims, strides = [cute.sym_int32() for _ in range(4)], [cute.sym_int64() for _ in range(3)]
+    factors = (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), cute.sym_int64())
     tensors = Tensors(
         table=make_fake_tensor(Int32, (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4),
         seq_lens=vector(Int32),
         start_pos=vector(Int32),
         sink=vector(Float32),
+        score_scale=make_fake_tensor(Float32, *factors, assumed_align=4),
+        value_scale=make_fake_tensor(Float32, *factors, assumed_align=4),
         lse=make_fake_tensor(Float32, (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4),
         counter=vector(Int32, 1),
         block_map=make_fake_tensor(Uint8, dims, (*strides, 1), assumed_align=1),

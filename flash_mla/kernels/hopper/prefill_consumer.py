@@ -34,16 +34,15 @@ from flash_mla.kernels.hopper.prefill_shared import (
 class Consumer:
     """A consumer warpgroup: 64 rows of the tile.
 
-    Registers of a thread: O [64, Dv] / 128 threads, S [64, TILE_N] / 128, P half of that, and for each of its two rows
-    the running max (base 2), its share of the running sum, the factor of the last move of the max, and the last key
-    that the row may see.
+    Registers of a thread: O [64, Dv] / 128 threads, S [64, TILE_N] / 128, P half of that, the scale of the tile's
+    scores (base 2), and for each of its two rows the running max (base 2), its share of the running sum, the factor of
+    the last move of the max, and the last key that the row may see.
     """
 
     config: Config
     shared: Shared
     wg: Int32
     tid: Int32
-    scale_log2: Float32
     qk: cute.TiledMma
     pv: cute.TiledMma
     rQ: cute.Tensor
@@ -53,13 +52,14 @@ class Consumer:
     O: cute.Tensor
     S: cute.Tensor
     P: cute.Tensor
+    scale: cute.Tensor
     row_max: cute.Tensor
     row_sum: cute.Tensor
     factor: cute.Tensor
     last_key: cute.Tensor
 
     @staticmethod
-    def over(config: Config, shared: Shared, wg, tid, scale_log2: Float32) -> Consumer:
+    def over(config: Config, shared: Shared, wg, tid) -> Consumer:
         """tid: of the thread among all consumers."""
         dtype, atoms = DTYPES[config.dtype], (config.consumers, 1, 1)
         K, MN = OperandMajorMode.K, OperandMajorMode.MN
@@ -78,7 +78,6 @@ class Consumer:
             shared=shared,
             wg=wg,
             tid=tid,
-            scale_log2=scale_log2,
             qk=qk,
             pv=pv,
             rQ=qk.make_fragment_A(qk_slice.partition_A(shared.sQ)),
@@ -88,6 +87,7 @@ class Consumer:
             O=cute.make_rmem_tensor(pv.partition_shape_C((config.tile_m, config.Dv)), Float32),
             S=cute.make_rmem_tensor(qk.partition_shape_C((config.tile_m, config.tile_n)), Float32),
             P=cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, config.tile_n // 16)), dtype),
+            scale=cute.make_rmem_tensor(1, Float32),
             row_max=cute.make_rmem_tensor(2, Float32),
             row_sum=cute.make_rmem_tensor(2, Float32),
             factor=cute.make_rmem_tensor(2, Float32),
@@ -105,13 +105,17 @@ class Consumer:
         return 2 * (self.tid % 4)
 
     @cute.jit
-    def begin(self, tile: Work, causal) -> None:
+    def begin(self, tensors: Tensors, scalars: Scalars, tile: Work) -> None:
         """Begin a tile."""
+        scale = scalars.scale_log2
+        if scalars.has_descale != 0:
+            scale = scale * tensors.score_scale[tile.request, tile.kv_head]
+        self.scale[0] = scale
         self.row_max.fill(LOW)
         self.row_sum.fill(0.0)
         for r in cutlass.range_constexpr(2):
             last_key = tile.length - 1
-            if causal != 0:
+            if scalars.causal != 0:
                 last_key = cutlass.min(tile.length - 1, tile.start + tile.row0 + self.row + 8 * r)
             self.last_key[r] = last_key
 
@@ -189,7 +193,7 @@ class Consumer:
                 b = fmax(b, fmax(S[4 * j + 4 + 2 * r], S[4 * j + 5 + 2 * r]))
             a = fmax(a, b)
             a = fmax(a, cute.arch.shuffle_sync_bfly(a, offset=1))
-            peak = fmax(a, cute.arch.shuffle_sync_bfly(a, offset=2)) * self.scale_log2
+            peak = fmax(a, cute.arch.shuffle_sync_bfly(a, offset=2)) * self.scale[0]
             new_max = peak if peak > self.row_max[r] + LAZY else self.row_max[r]
             self.factor[r] = cute.math.exp2(self.row_max[r] - new_max, fastmath=True)
             self.row_max[r] = new_max
@@ -198,7 +202,7 @@ class Consumer:
             for j in cutlass.range_constexpr(self.config.tile_n // 8):
                 for e in cutlass.range_constexpr(2):
                     i = 4 * j + 2 * r + e
-                    S[i] = cute.math.exp2(S[i] * self.scale_log2 - self.row_max[r], fastmath=True)
+                    S[i] = cute.math.exp2(S[i] * self.scale[0] - self.row_max[r], fastmath=True)
                     total = total + S[i]
             self.row_sum[r] = total
 
@@ -256,7 +260,10 @@ class Consumer:
             if scalars.has_sink != 0:
                 sink_log2 = sink[tile.head - tile.request * scalars.Hq] * math.log2(math.e)
                 denominator = denominator + cute.math.exp2(sink_log2 - row_max[r], fastmath=True)
-            scale[r] = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
+            factor = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
+            if scalars.has_descale != 0:
+                factor = factor * tensors.value_scale[tile.request, tile.kv_head]
+            scale[r] = factor
         rounded = cute.make_rmem_tensor(O.layout, DTYPES[self.config.dtype])
         for i in cutlass.range_constexpr(self.config.Dv // 2):
             O[i] = O[i] * scale[(i // 2) % 2]
@@ -357,14 +364,14 @@ def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
             consumer.pass_turn()
     row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
     count, done, key0 = Int32(0), Int32(0), Int32(0)
-    row0, head, request, length, start, blocks, whole = receive(shared, done)
+    row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
     if blocks != 0:
-        tile = Work(row0, head, request, length, start, blocks, whole)
+        tile = Work(row0, head, request, kv_head, length, start, blocks, whole)
         consumer.O.fill(0.0)
-        consumer.begin(tile, scalars.causal)
+        consumer.begin(tensors, scalars, tile)
         key0 = first(consumer, tensors, Hq, tile, count, 0, 0)
     while blocks != 0:
-        tile = Work(row0, head, request, length, start, blocks, whole)
+        tile = Work(row0, head, request, kv_head, length, start, blocks, whole)
         q_stage, end = done % stages, blocks - 1
         if const_expr(config.sparse):
             for n in cutlass.range(end, unroll=1):
@@ -378,8 +385,8 @@ def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
             key0 = end * tile_n
         count, done = count + end, done + 1
         valid = length - key0
-        row0, head, request, length, start, blocks, whole = receive(shared, done)
-        following = Work(row0, head, request, length, start, blocks, whole)
+        row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
+        following = Work(row0, head, request, kv_head, length, start, blocks, whole)
         for r in cutlass.range_constexpr(2):
             row_max[r], row_sum[r] = consumer.row_max[r], consumer.row_sum[r]
         if const_expr(stages == 1):
@@ -387,12 +394,12 @@ def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
             consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
             consumer.O.fill(0.0)
             if blocks != 0:
-                consumer.begin(following, scalars.causal)
+                consumer.begin(tensors, scalars, following)
                 key0 = first(consumer, tensors, Hq, following, count + 1, 0, done)
         elif blocks != 0:
             consumer.clear_values(valid, count)
             shared.q.wait(done % stages, done // stages)
-            consumer.begin(following, scalars.causal)
+            consumer.begin(tensors, scalars, following)
             key0 = step(consumer, tensors, Hq, following, count, done % stages, True, Int32(0), True)
             consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
             consumer.O.fill(0.0)

@@ -209,7 +209,8 @@ class Loader:
             q_head, row0 = head - request * scalars.Hq, row_tile * config.tile_m
             start, length = self.span(tensors, scalars, request, P)
             total, whole = self.blocks(scalars, row0, length, start)
-            source = Source(tensors.table, request, q_head // (scalars.Hq // scalars.Hk), length)
+            kv_head = q_head // (scalars.Hq // scalars.Hk)
+            source = Source(tensors.table, request, kv_head, length)
             blocks = total
             block_map = tensors.block_map
             map_request = cutlass.min(request, block_map.shape[0] - 1)
@@ -220,7 +221,7 @@ class Loader:
             stage = done % STAGES
             work.acquire(stage, done // STAGES)
             with cute.arch.elect_one():
-                for i, word in enumerate(Work(row0, head, request, length, start, blocks, whole)):
+                for i, word in enumerate(Work(row0, head, request, kv_head, length, start, blocks, whole)):
                     sWork[i, stage] = word
                 cute.arch.mbarrier_arrive(work.full + stage)
             self.load_q(row_tile, q_head, request, done)

@@ -114,7 +114,8 @@ class Config:
 class Tensors(NamedTuple):
     """Global memory, all but q, k, v and out, which only TMA touches.
 
-    table [B, table_blocks], seq_lens [B] and start_pos [B] int32; sink [Hq] FP32; lse [B * Hq, P] FP32, natural log;
+    table [B, table_blocks], seq_lens [B] and start_pos [B] int32; sink [Hq] FP32; score_scale and value_scale [B, Hk]
+    FP32: factors of Q K^T and of V; lse [B * Hq, P] FP32, natural log;
     counter [1] int32, zero before the launch: tiles handed out beyond the first of each CTA; block_map [B or 1, Hq or
     1, ceil(P / 64), ceil(S_kv / 64)] uint8: 0 skip the block, 1 take it, 2 take it with mask_bits [B or 1, Hq or 1, P,
     2 * ceil(S_kv / 64)] int32, a bit a key.
@@ -124,6 +125,8 @@ class Tensors(NamedTuple):
     seq_lens: cute.Tensor
     start_pos: cute.Tensor
     sink: cute.Tensor
+    score_scale: cute.Tensor
+    value_scale: cute.Tensor
     lse: cute.Tensor
     counter: cute.Tensor
     block_map: cute.Tensor
@@ -142,6 +145,7 @@ class Scalars(NamedTuple):
     has_lens: Int32
     has_start: Int32
     has_sink: Int32
+    has_descale: Int32
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,8 @@ def row_layout(config: Config, rows: int, columns: int, stages: int) -> cute.Com
 
 
 class Work(NamedTuple):
-    """A tile: its first row, head (request * Hq + head), request, the request's keys and its first query's position.
+    """A tile: its first row, head (request * Hq + head), request and KV head; the request's keys, and the position of
+    its first query.
 
     blocks: key blocks to compute; 0 marks the end, there is no tile then. whole: how many of them, at the beginning,
     need no mask (where all blocks count).
@@ -207,6 +212,7 @@ class Work(NamedTuple):
     row0: Int32
     head: Int32
     request: Int32
+    kv_head: Int32
     length: Int32
     start: Int32
     blocks: Int32
