@@ -39,21 +39,22 @@ def test_prefill(variant: tuple[int, int, bool, bool], tmp_path: Path, monkeypat
     def count(instruction: str) -> int:
         return len(re.findall(rf"\s{instruction}\b", sass))
 
-    # entry registers: 65536 over the threads of an SM, rounded down to 8
-    assert int(registers) == 65536 // (config.threads * config.ctas_sm) // 8 * 8
-    wide = config.sparse and config.D == 256
-    assert (int(stack), count("LDL"), count("STL")) <= ((16, 8, 9) if wide else (0, 0, 0)), "registers spill"
-    # a step has Q K^T and P V; before the first comes a Q K^T alone, after the last a P V alone; without a second Q
-    # stage the step across tiles is such a pair of halves
-    scores, values = config.D // 16, config.tile_n // 16 * (2 if wide else 1)
-    steps, halves = 1 if config.sparse else 2, 1
-    if config.q_stages == 1:
-        assert count("HGMMA") == (steps + halves) * (scores + values) + scores
+    # entry registers: 65536 over the threads, rounded down to 8
+    assert int(registers) == 65536 // config.threads // 8 * 8
+    assert (int(stack), count("LDL"), count("STL")) == (0, 0, 0), "registers spill"
+    # a pair is Q K^T and P V of a step, or one of them alone, where the other is another's
+    pair = config.D // 16 + config.tile_n // 16
+    if config.sparse:
+        # before the first block and after the last; in a step, and in the step across tiles: together and apart
+        pairs = 1 + 2 * (2 if config.q_stages > 1 else 1)
     else:
-        assert count("HGMMA") == (steps + 1 + halves) * (scores + values)
+        # before the first block and after the last; steps without and with a mask; the step across tiles
+        pairs = 1 + 2 + (1 if config.q_stages > 1 else 0)
+    scores_after = 0 if config.q_stages > 1 else config.D // 16
+    assert count("HGMMA") == pairs * pair + scores_after
     # NOTE: serialised wgmma shows as one arrive and one wait an instruction
-    assert count(r"WARPGROUP\.ARRIVE") <= 8
-    assert count(r"WARPGROUP\.DEPBAR") <= 8
+    assert count(r"WARPGROUP\.ARRIVE") <= 10
+    assert count(r"WARPGROUP\.DEPBAR") <= 10
 
 
 def test_shared_memory_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,8 +63,7 @@ def test_shared_memory_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for variant in VARIANTS:
         config = Config("bf16", *variant)
-        limit = 227 * 1024 if config.ctas_sm == 1 or config.D == 256 else 228 * 1024 // 2 - 1024
-        assert config.smem_bytes() <= limit
+        assert config.smem_bytes() <= 227 * 1024
 
 
 def test_pack_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

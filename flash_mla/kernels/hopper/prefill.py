@@ -50,8 +50,8 @@ from flash_mla.kernels.hopper.prefill_shared import (
     DTYPES,
     PAGE,
     REGISTERS,
-    STAGES,
     WORK,
+    WORK_STAGES,
     Config,
     Scalars,
     Shared,
@@ -100,9 +100,7 @@ class Prefill:
             grid=(ctas, 1, 1),
             block=(config.threads, 1, 1),
             smem=config.smem_bytes(),
-            min_blocks_per_mp=config.ctas_sm,
-            # NOTE: without it the DSL asks a driver for the default, and compiling wants a GPU
-            preferred_smem_carveout=100,
+            min_blocks_per_mp=1,
             stream=stream,
         )
 
@@ -126,14 +124,14 @@ class Prefill:
         @cute.struct
         class Storage:
             sQ: cute.struct.Align[cute.struct.MemRange[dtype, config.q_stages * config.tile_m * config.D], 1024]
-            sK: cute.struct.Align[cute.struct.MemRange[dtype, STAGES * config.tile_n * config.D], 1024]
-            sV: cute.struct.Align[cute.struct.MemRange[dtype, STAGES * config.tile_n * config.Dv], 1024]
-            sWork: cute.struct.MemRange[Int32, STAGES * WORK]
-            sKeys: cute.struct.MemRange[Int32, STAGES]
-            work_barriers: cute.struct.MemRange[Int64, Channel.words(STAGES)]
+            sK: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.D], 1024]
+            sV: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.Dv], 1024]
+            sWork: cute.struct.MemRange[Int32, WORK_STAGES * WORK]
+            sKeys: cute.struct.MemRange[Int32, config.stages]
+            work_barriers: cute.struct.MemRange[Int64, Channel.words(WORK_STAGES)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
-            k_barriers: cute.struct.MemRange[Int64, Channel.words(STAGES)]
-            v_barriers: cute.struct.MemRange[Int64, Channel.words(STAGES)]
+            k_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]
+            v_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]
             out_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
 
         allocated = -(-Storage.size_in_bytes() // 1024) * 1024

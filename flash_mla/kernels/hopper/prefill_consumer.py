@@ -11,6 +11,7 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
+from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.prefill_shared import (
     BAR_TURN,
     BAR_WG,
@@ -19,8 +20,9 @@ from flash_mla.kernels.hopper.prefill_shared import (
     DTYPES,
     LAZY,
     LOW,
+    OWN,
     PAGE,
-    STAGES,
+    ROW_LIMITS,
     Config,
     Scalars,
     Shared,
@@ -65,9 +67,7 @@ class Consumer:
         K, MN = OperandMajorMode.K, OperandMajorMode.MN
         registers = warpgroup.OperandSource.RMEM
         qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, atoms, (64, config.tile_n))
-        # NOTE: one wgmma of 256 columns does not fit the 128 registers of a thread at entry where two CTAs share an SM
-        columns = min(config.Dv, 128) if config.sparse else config.Dv
-        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, MN, Float32, atoms, (64, columns), registers)
+        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, MN, Float32, atoms, (64, config.Dv), registers)
         # NOTE: from the warpgroup's number, not the thread's, so that descriptors stay in uniform registers
         qk_slice, pv_slice = qk.get_slice(128 * wg), pv.get_slice(128 * wg)
         sV = shared.sV
@@ -162,24 +162,28 @@ class Consumer:
                     self.S[i] = self.S[i] if 8 * j + e <= room else -Float32.inf
 
     @cute.jit
+    def mask_bits(self, tensors: Tensors, Hq, tile: Work, key0) -> None:
+        """S = -inf where the tile's mask says so."""
+        S, bits = self.S, tensors.mask_bits
+        request = cutlass.min(tile.request, bits.shape[0] - 1)
+        head = cutlass.min(tile.head - tile.request * Hq, bits.shape[1] - 1)
+        for r in cutlass.range_constexpr(2):
+            row = cutlass.min(tile.row0 + self.row + 8 * r, bits.shape[2] - 1)
+            for half in cutlass.range_constexpr(2):
+                keep = bits[request, head, row, key0 // 32 + half] >> self.column
+                for j in cutlass.range_constexpr(4):
+                    for e in cutlass.range_constexpr(2):
+                        i = 16 * half + 4 * j + 2 * r + e
+                        S[i] = S[i] if (keep >> (8 * j + e)) & 1 != 0 else -Float32.inf
+
+    @cute.jit
     def mask_listed(self, tensors: Tensors, Hq, tile: Work, word) -> None:
         """Mask a listed block as its flags say."""
-        S = self.S
-        if word % PAGE != 0:
-            key0 = word // PAGE * PAGE
+        key0 = word // PAGE * PAGE
+        if word & ROW_LIMITS != 0:
             self.mask(key0)
-            if word & BITS != 0:
-                bits = tensors.mask_bits
-                request = cutlass.min(tile.request, bits.shape[0] - 1)
-                head = cutlass.min(tile.head - tile.request * Hq, bits.shape[1] - 1)
-                for r in cutlass.range_constexpr(2):
-                    row = cutlass.min(tile.row0 + self.row + 8 * r, bits.shape[2] - 1)
-                    for half in cutlass.range_constexpr(2):
-                        keep = bits[request, head, row, key0 // 32 + half] >> self.column
-                        for j in cutlass.range_constexpr(4):
-                            for e in cutlass.range_constexpr(2):
-                                i = 16 * half + 4 * j + 2 * r + e
-                                S[i] = S[i] if (keep >> (8 * j + e)) & 1 != 0 else -Float32.inf
+        if word & (BITS << self.wg) != 0:
+            self.mask_bits(tensors, Hq, tile, key0)
 
     @cute.jit
     def softmax(self) -> None:
@@ -227,12 +231,12 @@ class Consumer:
         """Zero the V rows of block number `count` from row `valid` on: P is 0 there, but 0 * NaN is NaN."""
         tile_n, shared = self.config.tile_n, self.shared
         if valid < tile_n:
-            stage = count % STAGES
-            shared.v.wait(stage, count // STAGES)
+            stage = count % self.config.stages
+            shared.v.wait(stage, count // self.config.stages)
             chunks = cute.make_tensor(
                 cute.recast_ptr(shared.sV.iterator, dtype=Int32),
                 cute.make_layout(
-                    (32, tile_n, self.config.Dv // CHUNK, STAGES),
+                    (32, tile_n, self.config.Dv // CHUNK, self.config.stages),
                     stride=(1, 32, 32 * tile_n, tile_n * self.config.Dv // 2),
                 ),
             )
@@ -286,124 +290,195 @@ def step(
     tile: Work,
     count,
     q_stage,
+    word,
     masked: cutlass.Constexpr,
-    key0,
-    crossing: cutlass.Constexpr = False,
-) -> Int32:
+    crossing: cutlass.Constexpr,
+) -> None:
     """P V of block number `count` beside the scores and softmax of the next, a block of `tile`.
 
-    key0: the next block's first key; returned. Where blocks are listed, the list says it, and whether to mask.
-    crossing: the next block is the first of the next tile, whose factor is none of this tile's O.
+    word: the next block's first key, and its flags where blocks are listed. crossing: it is the first of the next tile,
+    whose factor is none of this tile's O.
     """
-    k, v, following = consumer.shared.k, consumer.shared.v, count + 1
-    k.wait(following % STAGES, following // STAGES)
-    if const_expr(consumer.config.sparse):
-        key0 = consumer.shared.sKeys[following % STAGES]
+    k, v, following, stages = consumer.shared.k, consumer.shared.v, count + 1, consumer.config.stages
+    k.wait(following % stages, following // stages)
     consumer.take_turn()
-    consumer.scores(q_stage, following % STAGES)
-    v.wait(count % STAGES, count // STAGES)
-    consumer.values(count % STAGES)
+    consumer.scores(q_stage, following % stages)
+    v.wait(count % stages, count // stages)
+    consumer.values(count % stages)
     consumer.pass_turn()
     warpgroup.wait_group(1)
-    k.release(following % STAGES)
+    k.release(following % stages)
     if const_expr(consumer.config.sparse):
-        consumer.mask_listed(tensors, Hq, tile, key0)
+        consumer.mask_listed(tensors, Hq, tile, word)
     elif const_expr(masked):
-        consumer.mask(key0)
+        consumer.mask(word)
     consumer.softmax()
     warpgroup.wait_group(0)
-    v.release(count % STAGES)
+    v.release(count % stages)
     consumer.round()
     if const_expr(not crossing):
         consumer.rescale()
-    return key0
 
 
 @cute.jit
-def first(consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage, q_round) -> Int32:
-    """Scores and softmax of a tile's first block, with nothing beside them; returns its first key as `step` does."""
-    k, key0 = consumer.shared.k, Int32(0)
-    consumer.shared.q.wait(q_stage, q_round)
-    k.wait(count % STAGES, count // STAGES)
-    if const_expr(consumer.config.sparse):
-        key0 = consumer.shared.sKeys[count % STAGES]
+def first(consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage, word, again: cutlass.Constexpr) -> None:
+    """Scores and softmax of block number `count`, with nothing beside them; again: not of the tile's first block."""
+    k, stages = consumer.shared.k, consumer.config.stages
+    k.wait(count % stages, count // stages)
     consumer.take_turn()
-    consumer.scores(q_stage, count % STAGES)
+    consumer.scores(q_stage, count % stages)
     consumer.pass_turn()
     warpgroup.wait_group(0)
-    k.release(count % STAGES)
+    k.release(count % stages)
     if const_expr(consumer.config.sparse):
-        consumer.mask_listed(tensors, Hq, tile, key0)
+        consumer.mask_listed(tensors, Hq, tile, word)
     else:
-        consumer.mask(key0)
+        consumer.mask(word)
     consumer.softmax()
     consumer.round()
-    return key0
+    if const_expr(again):
+        consumer.rescale()
 
 
 @cute.jit
-def last(consumer: Consumer, count, valid) -> None:
-    """P V of a tile's last block, with nothing beside it."""
-    v = consumer.shared.v
-    consumer.clear_values(valid, count)
-    v.wait(count % STAGES, count // STAGES)
+def last(consumer: Consumer, count) -> None:
+    """P V of block number `count`, with nothing beside it."""
+    v, stages = consumer.shared.v, consumer.config.stages
+    v.wait(count % stages, count // stages)
     consumer.take_turn()
-    consumer.values(count % STAGES)
+    consumer.values(count % stages)
     consumer.pass_turn()
     warpgroup.wait_group(0)
-    v.release(count % STAGES)
+    v.release(count % stages)
+
+
+@cute.jit
+def word_of(consumer: Consumer, count) -> Int32:
+    """What the list says of block number `count`: its first key and flags."""
+    stages = consumer.config.stages
+    consumer.shared.k.wait(count % stages, count // stages)
+    return consumer.shared.sKeys[count % stages]
+
+
+@cute.jit
+def skip(channel: Channel, count) -> None:
+    """Give back a block that is not this warpgroup's."""
+    channel.wait(count % channel.stages, count // channel.stages)
+    channel.release(count % channel.stages)
+
+
+@cute.jit
+def listed_step(
+    consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage, word, crossing: cutlass.Constexpr
+) -> Int32:
+    """As `step` where the warpgroup takes both blocks; else what is to be done of it. Returns the next block's word.
+
+    word: of block number `count`.
+    """
+    following, own = word_of(consumer, count + 1), OWN << consumer.wg
+    if word & own != 0:
+        if following & own != 0:
+            step(consumer, tensors, Hq, tile, count, q_stage, following, True, crossing)
+        else:
+            skip(consumer.shared.k, count + 1)
+            last(consumer, count)
+    else:
+        if following & own != 0:
+            first(consumer, tensors, Hq, tile, count + 1, q_stage, following, not crossing)
+        else:
+            skip(consumer.shared.k, count + 1)
+        skip(consumer.shared.v, count)
+    return following
+
+
+@cute.jit
+def listed_first(consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage) -> Int32:
+    """As `first` of a tile, if the warpgroup takes its first block. Returns the block's word."""
+    word = word_of(consumer, count)
+    if word & (OWN << consumer.wg) != 0:
+        first(consumer, tensors, Hq, tile, count, q_stage, word, False)
+    else:
+        skip(consumer.shared.k, count)
+    return word
+
+
+@cute.jit
+def listed_last(consumer: Consumer, count, word) -> None:
+    """As `last` of a tile, if the warpgroup takes its last block."""
+    if word & (OWN << consumer.wg) != 0:
+        last(consumer, count)
+    else:
+        skip(consumer.shared.v, count)
 
 
 @cute.jit
 def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
     """Compute tile after tile."""
     config, shared = consumer.config, consumer.shared
-    stages, tile_n, Hq = config.q_stages, config.tile_n, scalars.Hq
+    q_stages, tile_n, Hq = config.q_stages, config.tile_n, scalars.Hq
     if const_expr(config.turns):  # noqa: SIM102
         if consumer.wg == config.consumers - 1:
             consumer.pass_turn()
     row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-    count, done, key0 = Int32(0), Int32(0), Int32(0)
+    count, done, word = Int32(0), Int32(0), Int32(0)
     row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
     if blocks != 0:
         tile = Work(row0, head, request, kv_head, length, start, blocks, whole)
         consumer.O.fill(0.0)
         consumer.begin(tensors, scalars, tile)
-        key0 = first(consumer, tensors, Hq, tile, count, 0, 0)
+        shared.q.wait(0, 0)
+        if const_expr(config.sparse):
+            word = listed_first(consumer, tensors, Hq, tile, count, 0)
+        else:
+            first(consumer, tensors, Hq, tile, count, 0, 0, False)
     while blocks != 0:
+        # all blocks of the tile but the last
         tile = Work(row0, head, request, kv_head, length, start, blocks, whole)
-        q_stage, end = done % stages, blocks - 1
+        q_stage, end = done % q_stages, blocks - 1
         if const_expr(config.sparse):
             for n in cutlass.range(end, unroll=1):
-                key0 = step(consumer, tensors, Hq, tile, count + n, q_stage, True, key0)
+                word = listed_step(consumer, tensors, Hq, tile, count + n, q_stage, word, False)
         else:
             clear = cutlass.max(whole - 1, 0)
             for n in cutlass.range(clear, unroll=1):
-                step(consumer, tensors, Hq, tile, count + n, q_stage, False, 0)
+                step(consumer, tensors, Hq, tile, count + n, q_stage, 0, False, False)
             for n in cutlass.range(clear, end, unroll=1):
-                step(consumer, tensors, Hq, tile, count + n, q_stage, True, (n + 1) * tile_n)
-            key0 = end * tile_n
+                step(consumer, tensors, Hq, tile, count + n, q_stage, (n + 1) * tile_n, True, False)
+            word = end * tile_n
         count, done = count + end, done + 1
-        valid = length - key0
+
+        # the last, beside the first of the next tile where that tile's Q is there
         row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
         following = Work(row0, head, request, kv_head, length, start, blocks, whole)
         for r in cutlass.range_constexpr(2):
             row_max[r], row_sum[r] = consumer.row_max[r], consumer.row_sum[r]
-        if const_expr(stages == 1):
-            last(consumer, count, valid)
+        consumer.clear_values(tile.length - word // PAGE * PAGE, count)
+        if const_expr(q_stages > 1):
+            if blocks != 0:
+                shared.q.wait(done % q_stages, done // q_stages)
+                consumer.begin(tensors, scalars, following)
+                if const_expr(config.sparse):
+                    word = listed_step(consumer, tensors, Hq, following, count, done % q_stages, word, True)
+                else:
+                    step(consumer, tensors, Hq, following, count, done % q_stages, 0, True, True)
+            elif const_expr(config.sparse):
+                listed_last(consumer, count, word)
+            else:
+                last(consumer, count)
+            consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
+            consumer.O.fill(0.0)
+        else:
+            if const_expr(config.sparse):
+                listed_last(consumer, count, word)
+            else:
+                last(consumer, count)
             consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
             consumer.O.fill(0.0)
             if blocks != 0:
                 consumer.begin(tensors, scalars, following)
-                key0 = first(consumer, tensors, Hq, following, count + 1, 0, done)
-        elif blocks != 0:
-            consumer.clear_values(valid, count)
-            shared.q.wait(done % stages, done // stages)
-            consumer.begin(tensors, scalars, following)
-            key0 = step(consumer, tensors, Hq, following, count, done % stages, True, Int32(0), True)
-            consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
-            consumer.O.fill(0.0)
-        else:
-            last(consumer, count, valid)
-            consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
+                shared.q.wait(0, done)
+                if const_expr(config.sparse):
+                    word = listed_first(consumer, tensors, Hq, following, count + 1, 0)
+                else:
+                    first(consumer, tensors, Hq, following, count + 1, 0, 0, False)
         count = count + 1

@@ -15,9 +15,10 @@ from flash_mla.kernels.hopper.prefill_shared import (
     BITS,
     CHUNK,
     NOWHERE,
+    OWN,
     PAGE,
     ROW_LIMITS,
-    STAGES,
+    WORK_STAGES,
     Config,
     Scalars,
     Shared,
@@ -71,8 +72,8 @@ class Loader:
         key = (0, *free) if config.paged else free
         m, n, box = config.tile_m, config.tile_n, config.box_rows
         sQ, gQ = boxes(tma_q, shared.sQ, m, m, config.D, config.q_stages, tQ, free)
-        sK, gK = boxes(tma_k, shared.sK, n, box, config.D, STAGES, tK, key)
-        sV, gV = boxes(tma_v, shared.sV, n, box, config.Dv, STAGES, tV, key)
+        sK, gK = boxes(tma_k, shared.sK, n, box, config.D, config.stages, tK, key)
+        sV, gV = boxes(tma_v, shared.sV, n, box, config.Dv, config.stages, tV, key)
         return Loader(config, shared, tma_q, tma_k, tma_v, sQ, gQ, sK, gK, sV, gV)
 
     @cute.jit
@@ -100,8 +101,8 @@ class Loader:
         # NOTE: a broadcast dim has one element
         head = cutlass.min(source.kv_head, cute.size(gX, mode=[3]) - 1)
         request = cutlass.min(source.request, cute.size(gX, mode=[4]) - 1)
-        stage, sKeys = count % STAGES, shared.sKeys
-        channel.acquire(stage, count // STAGES)
+        stage, sKeys = count % config.stages, shared.sKeys
+        channel.acquire(stage, count // config.stages)
         with cute.arch.elect_one():
             if const_expr(config.sparse and not values):
                 sKeys[stage] = word
@@ -143,24 +144,22 @@ class Loader:
         return cute.make_rmem_tensor(self.config.tile_n // PAGE, Int32)
 
     @cute.jit
-    def load_listed(self, source: Source, row: cute.Tensor, blocks, limit, count) -> None:
-        """Those of the first `blocks` blocks that `row` of the map names, K one ahead of V, or one nowhere.
+    def load_listed(self, source: Source, rows: cute.Tensor, row_tile, blocks, limit, count) -> None:
+        """Those of the first `blocks` blocks that the tile's rows of the map name, K one ahead of V; or one nowhere.
 
         limit: keys that all rows see.
         """
         pages, before = self.page_ids(), self.page_ids()
         taken, last_block = Int32(0), Int32(0)
         for base in cutlass.range(0, blocks, 32, unroll=1):
-            flag, bits = self.listed(row, base, blocks)
+            flags, bits = self.listed(rows, row_tile, base, blocks)
             while bits != 0:
                 lane = cute.arch.popc(~bits & (bits - 1))
-                block, kind = base + lane, cute.arch.shuffle_sync(flag, lane)
-                bits = bits & (bits - 1)
-                word = block * PAGE
-                if word + PAGE > limit:
+                block = base + lane
+                word = block * PAGE | cute.arch.shuffle_sync(flags, lane)
+                if block * PAGE + PAGE > limit:
                     word = word | ROW_LIMITS
-                if kind == 2:
-                    word = word | BITS
+                bits = bits & (bits - 1)
                 self.find_pages(source, block, pages)
                 self.load_block(False, source, pages, block, count + taken, word)
                 if taken > 0:
@@ -169,24 +168,32 @@ class Loader:
                 taken, last_block = taken + 1, block
         if taken == 0:
             self.find_pages(source, 0, before)
-            self.load_block(False, source, before, 0, count, Int32(NOWHERE | ROW_LIMITS))
+            everybody = OWN * (2**self.config.consumers - 1)
+            self.load_block(False, source, before, 0, count, Int32(NOWHERE | ROW_LIMITS | everybody))
             taken = taken + 1
         self.load_block(True, source, before, last_block, count + taken - 1, 0)
 
     @cute.jit
-    def listed(self, row: cute.Tensor, base, blocks):
-        """32 blocks of a row of the map: this lane's byte, and which are not 0."""
-        block, flag = base + cute.arch.lane_idx(), Int32(0)
-        if block < cutlass.min(blocks, row.shape[0]):
-            flag = Int32(row[block])
-        return flag, Int32(cute.arch.vote_ballot_sync(flag != 0))
+    def listed(self, rows: cute.Tensor, row_tile, base, blocks):
+        """32 blocks of the tile's rows of the map: the flags of this lane's block, and which blocks have any."""
+        block, flags = base + cute.arch.lane_idx(), Int32(0)
+        if block < cutlass.min(blocks, rows.shape[1]):
+            for wg in cutlass.range_constexpr(self.config.consumers):
+                row = row_tile * self.config.consumers + wg
+                if row < rows.shape[0]:
+                    kind = Int32(rows[row, block])
+                    if kind != 0:
+                        flags = flags | (OWN << wg)
+                    if kind == 2:
+                        flags = flags | (BITS << wg)
+        return flags, Int32(cute.arch.vote_ballot_sync(flags != 0))
 
     @cute.jit
-    def count_listed(self, row: cute.Tensor, blocks):
-        """How many of the first `blocks` blocks `row` of the map names; at least the one nowhere."""
+    def count_listed(self, rows: cute.Tensor, row_tile, blocks):
+        """How many of the first `blocks` blocks the tile's rows of the map name; at least the one nowhere."""
         total = Int32(0)
         for base in cutlass.range(0, blocks, 32, unroll=1):
-            _, bits = self.listed(row, base, blocks)
+            _, bits = self.listed(rows, row_tile, base, blocks)
             total = total + cute.arch.popc(bits)
         return cutlass.max(total, 1)
 
@@ -214,24 +221,24 @@ class Loader:
             blocks = total
             block_map = tensors.block_map
             map_request = cutlass.min(request, block_map.shape[0] - 1)
-            map_row = block_map[map_request, cutlass.min(q_head, block_map.shape[1] - 1), row_tile, None]
+            map_rows = block_map[map_request, cutlass.min(q_head, block_map.shape[1] - 1), None, None]
             if const_expr(config.sparse):
-                blocks = self.count_listed(map_row, total)
+                blocks = self.count_listed(map_rows, row_tile, total)
 
-            stage = done % STAGES
-            work.acquire(stage, done // STAGES)
+            stage = done % WORK_STAGES
+            work.acquire(stage, done // WORK_STAGES)
             with cute.arch.elect_one():
                 for i, word in enumerate(Work(row0, head, request, kv_head, length, start, blocks, whole)):
                     sWork[i, stage] = word
                 cute.arch.mbarrier_arrive(work.full + stage)
             self.load_q(row_tile, q_head, request, done)
             if const_expr(config.sparse):
-                self.load_listed(source, map_row, total, whole * config.tile_n, count)
+                self.load_listed(source, map_rows, row_tile, total, whole * config.tile_n, count)
             else:
                 self.load_all(source, blocks, count)
             count, done, index = count + blocks, done + 1, following
-        stage = done % STAGES
-        work.acquire(stage, done // STAGES)
+        stage = done % WORK_STAGES
+        work.acquire(stage, done // WORK_STAGES)
         with cute.arch.elect_one():
             sWork[Work._fields.index("blocks"), stage] = Int32(0)
             cute.arch.mbarrier_arrive(work.full + stage)

@@ -17,12 +17,10 @@ PAGE = 64
 """Tokens of a cache page."""
 CHUNK = 64
 """Columns of a shared-memory chunk: 128 bytes, one row of the 128-byte swizzle."""
-STAGES = 2
-"""Key blocks in flight, of K and of V."""
-WORK = 8
-"""Words of a tile's description."""
+WORK, WORK_STAGES = 8, 2
+"""Words of a tile's description; descriptions in flight."""
 
-REGISTERS = {1: (216, 40), 2: (240, 24), 3: (160, 32)}
+REGISTERS = {2: (240, 24), 3: (160, 32)}
 """A consumer's and the last warpgroup's, by consumer warpgroups."""
 BAR_TURN, BAR_WG = 1, 4
 """Named barriers (0 is the CTA's): a consumer warpgroup's turn to issue products; its own threads."""
@@ -33,12 +31,34 @@ LAZY = 8.0
 """The running max moves only when it grows by more than 2^8: exact after normalisation, and P stays below 2^8."""
 
 DTYPES = {"bf16": BFloat16, "fp16": Float16}
-TILES = {(64, 64): (192, 128, 2), (128, 128): (128, 128, 2), (192, 128): (128, 128, 1), (256, 256): (128, 64, 1)}
-"""TILE_M, TILE_N and Q stages by (D, Dv), where all keys count."""
-SPARSE_Q_STAGES = {(64, 64): 2, (128, 128): 2, (192, 128): 1, (256, 256): 1}
-"""Where blocks are listed: tiles of one warpgroup, 64 x 64, and two CTAs an SM."""
-ROW_LIMITS, BITS = 1, 2
-"""Flags of a listed block, in the low bits of its first key: mask the keys past each row's last; apply mask bits."""
+
+
+class Tile(NamedTuple):
+    """TILE_M, TILE_N; tiles whose Q is in shared memory at a time; blocks of K and of V in flight."""
+
+    m: int
+    n: int
+    q_stages: int
+    stages: int
+
+
+TILES = {
+    (64, 64): Tile(192, 128, 2, 2),
+    (128, 128): Tile(128, 128, 2, 2),
+    (192, 128): Tile(128, 128, 1, 2),
+    (256, 256): Tile(128, 64, 1, 2),
+}
+"""By (D, Dv), where all keys count."""
+SPARSE_TILES = {
+    (64, 64): Tile(128, 64, 2, 4),
+    (128, 128): Tile(128, 64, 2, 4),
+    (192, 128): Tile(128, 64, 1, 4),
+    (256, 256): Tile(128, 64, 1, 2),
+}
+"""By (D, Dv), where blocks are listed: deeper, since the warpgroups run ahead of each other over what they skip."""
+ROW_LIMITS, OWN, BITS = 1, 2, 8
+"""Flags of a listed block, in the low bits of its first key: mask the keys past each row's last; and, shifted by the
+number of a warpgroup, its rows take the block; they apply mask bits."""
 NOWHERE = 1 << 30
 """First key of the block that stands in for an empty list: past every row's last key."""
 
@@ -58,19 +78,27 @@ class Config:
     sparse: bool
 
     @property
+    def tile(self) -> Tile:
+        return (SPARSE_TILES if self.sparse else TILES)[self.D, self.Dv]
+
+    @property
     def tile_m(self) -> int:
         """Query rows of a CTA: 64 a consumer warpgroup."""
-        return 64 if self.sparse else TILES[self.D, self.Dv][0]
+        return self.tile.m
 
     @property
     def tile_n(self) -> int:
         """Keys of a block: whole pages."""
-        return 64 if self.sparse else TILES[self.D, self.Dv][1]
+        return self.tile.n
 
     @property
     def q_stages(self) -> int:
-        """Tiles whose Q is there at a time."""
-        return SPARSE_Q_STAGES[self.D, self.Dv] if self.sparse else TILES[self.D, self.Dv][2]
+        return self.tile.q_stages
+
+    @property
+    def stages(self) -> int:
+        """Blocks of K and of V in flight."""
+        return self.tile.stages
 
     @property
     def consumers(self) -> int:
@@ -88,13 +116,8 @@ class Config:
 
     @property
     def turns(self) -> bool:
-        """Whether the warpgroups take turns: for short blocks of work, where they would otherwise collide."""
-        return self.D <= 128 and self.consumers > 1
-
-    @property
-    def ctas_sm(self) -> int:
-        """CTAs that share an SM."""
-        return 2 if self.sparse else 1
+        """Whether the warpgroups take turns to issue products; not where each has its own blocks."""
+        return self.D <= 128 and not self.sparse
 
     def smem_bytes(self) -> int:
         """Shared memory of a CTA: Q, K, V, descriptions of tiles and blocks, barriers.
@@ -102,9 +125,9 @@ class Config:
         Rounded up to the 1024 bytes on which swizzled buffers are aligned.
         """
         q = 2 * self.q_stages * self.tile_m * self.D
-        kv = 2 * STAGES * self.tile_n * (self.D + self.Dv)
-        words = 3 * Channel.words(STAGES) + 2 * Channel.words(self.q_stages)
-        used = q + kv + 4 * STAGES * (WORK + 1) + 8 * words
+        kv = 2 * self.stages * self.tile_n * (self.D + self.Dv)
+        words = 2 * Channel.words(self.stages) + 2 * Channel.words(self.q_stages) + Channel.words(WORK_STAGES)
+        used = q + kv + 4 * (WORK_STAGES * WORK + self.stages) + 8 * words
         return -(-used // 1024) * 1024
 
 
@@ -183,14 +206,14 @@ class Shared:
         return Shared(
             sQ=sQ,
             sO=sO,
-            sK=rows(storage.sK, config.tile_n, config.D, STAGES),
-            sV=rows(storage.sV, config.tile_n, config.Dv, STAGES),
-            sWork=storage.sWork.get_tensor(cute.make_layout((WORK, STAGES))),
-            sKeys=storage.sKeys.get_tensor(cute.make_layout(STAGES)),
-            work=Channel.over(storage.work_barriers.data_ptr(), STAGES, warps + 1),
+            sK=rows(storage.sK, config.tile_n, config.D, config.stages),
+            sV=rows(storage.sV, config.tile_n, config.Dv, config.stages),
+            sWork=storage.sWork.get_tensor(cute.make_layout((WORK, WORK_STAGES))),
+            sKeys=storage.sKeys.get_tensor(cute.make_layout(config.stages)),
+            work=Channel.over(storage.work_barriers.data_ptr(), WORK_STAGES, warps + 1),
             q=Channel.over(storage.q_barriers.data_ptr(), config.q_stages, 1),
-            k=Channel.over(storage.k_barriers.data_ptr(), STAGES, warps),
-            v=Channel.over(storage.v_barriers.data_ptr(), STAGES, warps),
+            k=Channel.over(storage.k_barriers.data_ptr(), config.stages, warps),
+            v=Channel.over(storage.v_barriers.data_ptr(), config.stages, warps),
             out=Channel.over(storage.out_barriers.data_ptr(), config.q_stages, 1),
         )
 
@@ -222,8 +245,8 @@ class Work(NamedTuple):
 @cute.jit
 def receive(shared: Shared, count) -> Work:
     """Wait for the description of the CTA's tile number `count`."""
-    stage = count % STAGES
-    shared.work.wait(stage, count // STAGES)
+    stage = count % WORK_STAGES
+    shared.work.wait(stage, count // WORK_STAGES)
     words = [shared.sWork[i, stage] for i in range(len(Work._fields))]
     cute.arch.sync_warp()
     shared.work.release(stage)
