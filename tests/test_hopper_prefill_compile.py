@@ -44,12 +44,9 @@ def test_prefill(variant: tuple[int, int, bool, bool], tmp_path: Path, monkeypat
     assert (int(stack), count("LDL"), count("STL")) == (0, 0, 0), "registers spill"
     # a pair is Q K^T and P V of a step, or one of them alone, where the other is another's
     pair = config.D // 16 + config.tile_n // 16
-    if config.sparse:
-        # before the first block and after the last; in a step, and in the step across tiles: together and apart
-        pairs = 1 + 2 * (2 if config.q_stages > 1 else 1)
-    else:
-        # before the first block and after the last; steps without and with a mask; the step across tiles
-        pairs = 1 + 2 + (1 if config.q_stages > 1 else 0)
+    # dense: before the first block and after the last; steps without and with a mask; the step across tiles
+    # sparse: before the first and after the last; in a step, and in the step across tiles: together and apart
+    pairs = {(False, 1): 3, (False, 2): 4, (True, 1): 3, (True, 2): 5}[config.sparse, config.q_stages]
     scores_after = 0 if config.q_stages > 1 else config.D // 16
     assert count("HGMMA") == pairs * pair + scores_after
     # NOTE: serialised wgmma shows as one arrive and one wait an instruction

@@ -4,31 +4,40 @@ Grid: one CTA an SM, persistent. A tile is TILE_M query rows of one head; tiles 
 counter in global memory (`schedule.py`).
 
 Bound. A block of N keys costs a tile of M rows 2 * M * N * (D + Dv) FLOP, at 4096 a cycle and SM: 2048 cycles for
-128 x 128 x (128 + 128), in which the softmax takes 1024 of exp2 (16 a cycle) and about 580 issue slots of each
-scheduler, TMA writes 64 KB, and wgmma reads 96 bytes a cycle of Q and K, 64 of V, of the 128 that shared memory gives.
-So the tensor cores bound it, if the softmax of one warpgroup runs under the products of the others.
+128 x 128 x (128 + 128), in which the softmax takes 1024 of exp2 (16 a cycle) and about 870 of a scheduler's 2048 issue
+slots, TMA writes 64 KB, and wgmma reads 96 bytes a cycle for Q K^T, 64 for P V, of the 128 that shared memory gives.
+So the tensor cores bound it, if the softmax of one warpgroup runs under the products of the others. With D 64 exp2
+takes as long as they do. 64 KB in 2048 cycles from each SM are 7 TB/s of L2 reads at 1.75 GHz.
 
 Roles (entry registers: 65536 / threads, rounded down to 8):
-    warpgroups 0 to consumers - 1   64 rows each: S = Q K^T, softmax, O += P V, out and lse
-    warp 0 of the last warpgroup    takes tiles; TMA of Q, K, V
-    warp 1 of the last warpgroup    TMA of out
+    consumer warpgroups, 2 or 3   64 rows each: S = Q K^T, softmax, O += P V, lse     `prefill_consumer.py`
+    warp 0 of the last warpgroup  takes tiles; TMA of Q, K, V                         `prefill_loader.py`
+    warp 1 of the last warpgroup  TMA of out                                          `store`, below
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
-    work   loader -> all      2 stages        1 / consumer warps + 1 (the storing warp)
-    Q      loader -> all      q_stages        1 + bytes / 1, by the storing warp
-    K, V   loader -> all      2 stages each   1 + bytes / consumer warps
-    out    consumers -> storing warp: a warp arrives when its rows lie in shared memory, in place of the tile's dead Q
+    work   loader -> all          2 stages   1 / consumer warps and the storing warp
+    Q      loader -> consumers    q_stages   1 + bytes / 1, by the storing warp: out lies in place of the dead Q
+    K, V   loader -> consumers    stages     1 + bytes / consumer warps
+    out    consumers -> storing warp         consumer warps; refilling Q empties it
 
 Steady state of a consumer warpgroup, block n of a tile:
-    wait for its turn | issue S' = Q K[n+1]^T | issue O += P V[n] | pass the turn on | softmax of S' under P V[n],
-    and under the other warpgroups' products
-With two Q stages this runs on across tiles: S' of a tile's last block is the first of the next tile, and O is written
-under the other warpgroups' products. With one (192/128 and 256/256, whose Q is too large), tiles begin afresh.
-The running max moves only when a block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after normalisation.
+    wait for its turn | issue S' = Q K[n+1]^T | issue O += P V[n] | pass the turn on | softmax of S' under P V[n] and
+    under the products of the other warpgroups
+With two Q stages this runs on across tiles: beside P V of a tile's last block goes Q K^T of the next tile's first, and
+out is written under the products of the others. With one (192/128 and 256/256, whose Q is too large), tiles begin
+afresh. The running max moves only when a block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after
+normalisation.
+
+Sparse: a map names the 64 x 64 blocks that count. The loader walks the union of the two warpgroups' rows of the map, 32
+blocks a ballot, and loads each named block once; beside it goes a word, its first key and whose it is. A warpgroup
+gives back what is not its own, and computes the rest with as much overlap as its list allows. A bool mask is packed to
+bits beforehand (`pack_mask.py`), which gives a map, too: blocks where no key counts are skipped, and the bits are read
+only where some do.
 
 Supports BF16 and FP16; D/Dv 64/64, 128/128, 192/128, 256/256; any row and key counts; any strides that TMA takes; GQA;
-ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a table. Unused slots may hold NaN: scores
-past the end are masked and V rows zeroed. Block ids are forced inside the cache, lengths inside the table.
+ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a table; maps and bool masks; factors of
+the scores and of V for each request and KV head. Unused slots may hold NaN: scores past the end are masked and V rows
+zeroed. Block ids are forced inside the cache, lengths inside the table.
 
 Measured: docs/kernels.md, "Hopper prefill".
 """
