@@ -209,34 +209,37 @@ def arguments(config: Config) -> tuple:
     """Symbolic arguments of `Prefill.__call__`, for compiling without a GPU."""
     dtype = DTYPES[config.dtype]
 
-    def tensor(columns: int, *dims: int) -> cute.Tensor:
-        shape = (*(cute.sym_int32() for _ in range(3 - len(dims))), *dims, columns)
+    # NOTE: every size and stride is a symbol of its own: what shares one must be equal in every call
+    def tensor(*tail: int) -> cute.Tensor:
+        shape = (*(cute.sym_int32() for _ in range(3)), *tail)
         strides = (*(cute.sym_int64(divisibility=8) for _ in shape[1:]), 1)
         return make_fake_tensor(dtype, shape, strides, assumed_align=16)
 
     def keys(columns: int) -> cute.Tensor:
-        if not config.paged:
-            return tensor(columns)
-        shape = (cute.sym_int32(), cute.sym_int32(), cute.sym_int32(), PAGE, columns)
-        strides = (*(cute.sym_int64(divisibility=8) for _ in range(4)), 1)
-        return make_fake_tensor(dtype, shape, strides, assumed_align=16)
+        return tensor(PAGE, columns) if config.paged else tensor(columns)
 
     def vector(kind, size=None) -> cute.Tensor:
         return make_fake_tensor(kind, (cute.sym_int32() if size is None else size,), (1,), assumed_align=4)
 
-    dims, strides = [cute.sym_int32() for _ in range(4)], [cute.sym_int64() for _ in range(3)]
-    factors = (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), cute.sym_int64())
+    def matrix(last_stride) -> cute.Tensor:
+        dims = (cute.sym_int32(), cute.sym_int32())
+        return make_fake_tensor(Float32, dims, (cute.sym_int64(), last_stride), assumed_align=4)
+
+    def blocks(kind) -> cute.Tensor:
+        strides = (*(cute.sym_int64() for _ in range(3)), 1)
+        return make_fake_tensor(kind, [cute.sym_int32() for _ in range(4)], strides, assumed_align=kind.width // 8)
+
     tensors = Tensors(
         table=make_fake_tensor(Int32, (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4),
         seq_lens=vector(Int32),
         start_pos=vector(Int32),
         sink=vector(Float32),
-        score_scale=make_fake_tensor(Float32, *factors, assumed_align=4),
-        value_scale=make_fake_tensor(Float32, *factors, assumed_align=4),
-        lse=make_fake_tensor(Float32, (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4),
+        score_scale=matrix(cute.sym_int64()),
+        value_scale=matrix(cute.sym_int64()),
+        lse=matrix(1),
         counter=vector(Int32, 1),
-        block_map=make_fake_tensor(Uint8, dims, (*strides, 1), assumed_align=1),
-        mask_bits=make_fake_tensor(Int32, dims, (*strides, 1), assumed_align=4),
+        block_map=blocks(Uint8),
+        mask_bits=blocks(Int32),
     )
     scalars = Scalars(Float32(1.0), *(Int32(1) for _ in Scalars._fields[1:]))
     return tensor(config.D), keys(config.D), keys(config.Dv), tensor(config.Dv), tensors, scalars, Int32(1)
