@@ -69,3 +69,14 @@ def test_pack_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     pack_mask.build(None, f"--keep-cubin --dump-dir={tmp_path}")
     assert len(list(tmp_path.glob("*.cubin"))) == 1
+
+
+def test_arguments_share_no_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size or stride that two placeholders share must be equal in every call, or the launch is refused."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from flash_mla.kernels.hopper import prefill
+
+    *qkvo, tensors, _, _ = prefill.arguments(prefill.Config("bf16", 128, 128, True, True))
+    symbols = [id(x) for tensor in (*qkvo, *tensors) for x in (*tensor.shape, *tensor.stride) if not isinstance(x, int)]
+    assert len(symbols) > 40
+    assert len(symbols) == len(set(symbols))
