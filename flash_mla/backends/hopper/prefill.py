@@ -141,7 +141,7 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
     kernel = store.load("prefill", config, prefill.build)
     B, Hq, P = problem.B, problem.Hq, problem.P
     tiles = -(-P // config.tile_m) * B * Hq
-    ctas = min(tiles, multiprocessors(problem.device))
+    ctas = min(tiles, config.ctas_sm * multiprocessors(problem.device))
     lse = args.lse if args.lse is not None else args.q.new_empty((B, Hq, P), dtype=torch.float32)
     # NOTE: nobody takes a second tile where each CTA has one: the counter is not read then
     counter = (torch.zeros if tiles > ctas else torch.empty)(1, dtype=torch.int32, device=problem.device)

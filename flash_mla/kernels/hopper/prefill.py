@@ -109,7 +109,10 @@ class Prefill:
             grid=(ctas, 1, 1),
             block=(config.threads, 1, 1),
             smem=config.smem_bytes(),
-            min_blocks_per_mp=1,
+            # NOTE: 2 also bounds the registers at entry to what REGISTERS[1] adds up to, where one CTA fits
+            min_blocks_per_mp=2 if config.sparse else 1,
+            # NOTE: without it the DSL asks a driver for the default, and compiling wants a GPU
+            preferred_smem_carveout=100,
             stream=stream,
         )
 

@@ -11,7 +11,6 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
-from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.prefill_shared import (
     BAR_TURN,
     BAR_WG,
@@ -20,7 +19,6 @@ from flash_mla.kernels.hopper.prefill_shared import (
     DTYPES,
     LAZY,
     LOW,
-    OWN,
     PAGE,
     ROW_LIMITS,
     Config,
@@ -67,7 +65,9 @@ class Consumer:
         K, MN = OperandMajorMode.K, OperandMajorMode.MN
         registers = warpgroup.OperandSource.RMEM
         qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, atoms, (64, config.tile_n))
-        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, MN, Float32, atoms, (64, config.Dv), registers)
+        # NOTE: a wgmma of 256 columns does not fit the 128 registers of a thread at entry where blocks are listed
+        columns = min(config.Dv, 128) if config.sparse else config.Dv
+        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, MN, Float32, atoms, (64, columns), registers)
         # NOTE: from the warpgroup's number, not the thread's, so that descriptors stay in uniform registers
         qk_slice, pv_slice = qk.get_slice(128 * wg), pv.get_slice(128 * wg)
         sV = shared.sV
@@ -182,7 +182,7 @@ class Consumer:
         key0 = word // PAGE * PAGE
         if word & ROW_LIMITS != 0:
             self.mask(key0)
-        if word & (BITS << self.wg) != 0:
+        if word & BITS != 0:
             self.mask_bits(tensors, Hq, tile, key0)
 
     @cute.jit
@@ -293,14 +293,16 @@ def step(
     word,
     masked: cutlass.Constexpr,
     crossing: cutlass.Constexpr,
-) -> None:
+) -> Int32:
     """P V of block number `count` beside the scores and softmax of the next, a block of `tile`.
 
-    word: the next block's first key, and its flags where blocks are listed. crossing: it is the first of the next tile,
-    whose factor is none of this tile's O.
+    word: the next block's first key; where blocks are listed, the list says it, with its flags. Returned. crossing: the
+    block is the first of the next tile, whose factor is none of this tile's O.
     """
     k, v, following, stages = consumer.shared.k, consumer.shared.v, count + 1, consumer.config.stages
     k.wait(following % stages, following // stages)
+    if const_expr(consumer.config.sparse):
+        word = consumer.shared.sKeys[following % stages]
     consumer.take_turn()
     consumer.scores(q_stage, following % stages)
     v.wait(count % stages, count // stages)
@@ -318,13 +320,16 @@ def step(
     consumer.round()
     if const_expr(not crossing):
         consumer.rescale()
+    return word
 
 
 @cute.jit
-def first(consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage, word, again: cutlass.Constexpr) -> None:
-    """Scores and softmax of block number `count`, with nothing beside them; again: not of the tile's first block."""
-    k, stages = consumer.shared.k, consumer.config.stages
+def first(consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage) -> Int32:
+    """Scores and softmax of a tile's first block, with nothing beside them. Returns its word as `step` does."""
+    k, stages, word = consumer.shared.k, consumer.config.stages, Int32(0)
     k.wait(count % stages, count // stages)
+    if const_expr(consumer.config.sparse):
+        word = consumer.shared.sKeys[count % stages]
     consumer.take_turn()
     consumer.scores(q_stage, count % stages)
     consumer.pass_turn()
@@ -336,13 +341,12 @@ def first(consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage, 
         consumer.mask(word)
     consumer.softmax()
     consumer.round()
-    if const_expr(again):
-        consumer.rescale()
+    return word
 
 
 @cute.jit
 def last(consumer: Consumer, count) -> None:
-    """P V of block number `count`, with nothing beside it."""
+    """P V of a tile's last block, with nothing beside it."""
     v, stages = consumer.shared.v, consumer.config.stages
     v.wait(count % stages, count // stages)
     consumer.take_turn()
@@ -350,65 +354,6 @@ def last(consumer: Consumer, count) -> None:
     consumer.pass_turn()
     warpgroup.wait_group(0)
     v.release(count % stages)
-
-
-@cute.jit
-def word_of(consumer: Consumer, count) -> Int32:
-    """What the list says of block number `count`: its first key and flags."""
-    stages = consumer.config.stages
-    consumer.shared.k.wait(count % stages, count // stages)
-    return consumer.shared.sKeys[count % stages]
-
-
-@cute.jit
-def skip(channel: Channel, count) -> None:
-    """Give back a block that is not this warpgroup's."""
-    channel.wait(count % channel.stages, count // channel.stages)
-    channel.release(count % channel.stages)
-
-
-@cute.jit
-def listed_step(
-    consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage, word, crossing: cutlass.Constexpr
-) -> Int32:
-    """As `step` where the warpgroup takes both blocks; else what is to be done of it. Returns the next block's word.
-
-    word: of block number `count`.
-    """
-    following, own = word_of(consumer, count + 1), OWN << consumer.wg
-    if word & own != 0:
-        if following & own != 0:
-            step(consumer, tensors, Hq, tile, count, q_stage, following, True, crossing)
-        else:
-            skip(consumer.shared.k, count + 1)
-            last(consumer, count)
-    else:
-        if following & own != 0:
-            first(consumer, tensors, Hq, tile, count + 1, q_stage, following, not crossing)
-        else:
-            skip(consumer.shared.k, count + 1)
-        skip(consumer.shared.v, count)
-    return following
-
-
-@cute.jit
-def listed_first(consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage) -> Int32:
-    """As `first` of a tile, if the warpgroup takes its first block. Returns the block's word."""
-    word = word_of(consumer, count)
-    if word & (OWN << consumer.wg) != 0:
-        first(consumer, tensors, Hq, tile, count, q_stage, word, False)
-    else:
-        skip(consumer.shared.k, count)
-    return word
-
-
-@cute.jit
-def listed_last(consumer: Consumer, count, word) -> None:
-    """As `last` of a tile, if the warpgroup takes its last block."""
-    if word & (OWN << consumer.wg) != 0:
-        last(consumer, count)
-    else:
-        skip(consumer.shared.v, count)
 
 
 @cute.jit
@@ -427,21 +372,18 @@ def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
         consumer.O.fill(0.0)
         consumer.begin(tensors, scalars, tile)
         shared.q.wait(0, 0)
-        if const_expr(config.sparse):
-            word = listed_first(consumer, tensors, Hq, tile, count, 0)
-        else:
-            first(consumer, tensors, Hq, tile, count, 0, 0, False)
+        word = first(consumer, tensors, Hq, tile, count, 0)
     while blocks != 0:
         # all blocks of the tile but the last
         tile = Work(row0, head, request, kv_head, length, start, blocks, whole)
         q_stage, end = done % q_stages, blocks - 1
         if const_expr(config.sparse):
             for n in cutlass.range(end, unroll=1):
-                word = listed_step(consumer, tensors, Hq, tile, count + n, q_stage, word, False)
+                word = step(consumer, tensors, Hq, tile, count + n, q_stage, word, True, False)
         else:
             clear = cutlass.max(whole - 1, 0)
             for n in cutlass.range(clear, unroll=1):
-                step(consumer, tensors, Hq, tile, count + n, q_stage, 0, False, False)
+                step(consumer, tensors, Hq, tile, count + n, q_stage, Int32(0), False, False)
             for n in cutlass.range(clear, end, unroll=1):
                 step(consumer, tensors, Hq, tile, count + n, q_stage, (n + 1) * tile_n, True, False)
             word = end * tile_n
@@ -457,28 +399,17 @@ def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
             if blocks != 0:
                 shared.q.wait(done % q_stages, done // q_stages)
                 consumer.begin(tensors, scalars, following)
-                if const_expr(config.sparse):
-                    word = listed_step(consumer, tensors, Hq, following, count, done % q_stages, word, True)
-                else:
-                    step(consumer, tensors, Hq, following, count, done % q_stages, 0, True, True)
-            elif const_expr(config.sparse):
-                listed_last(consumer, count, word)
+                word = step(consumer, tensors, Hq, following, count, done % q_stages, Int32(0), True, True)
             else:
                 last(consumer, count)
             consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
             consumer.O.fill(0.0)
         else:
-            if const_expr(config.sparse):
-                listed_last(consumer, count, word)
-            else:
-                last(consumer, count)
+            last(consumer, count)
             consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
             consumer.O.fill(0.0)
             if blocks != 0:
                 consumer.begin(tensors, scalars, following)
                 shared.q.wait(0, done)
-                if const_expr(config.sparse):
-                    word = listed_first(consumer, tensors, Hq, following, count + 1, 0)
-                else:
-                    first(consumer, tensors, Hq, following, count + 1, 0, 0, False)
+                word = first(consumer, tensors, Hq, following, count + 1, 0)
         count = count + 1

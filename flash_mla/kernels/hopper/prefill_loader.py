@@ -15,7 +15,6 @@ from flash_mla.kernels.hopper.prefill_shared import (
     BITS,
     CHUNK,
     NOWHERE,
-    OWN,
     PAGE,
     ROW_LIMITS,
     WORK_STAGES,
@@ -144,15 +143,15 @@ class Loader:
         return cute.make_rmem_tensor(self.config.tile_n // PAGE, Int32)
 
     @cute.jit
-    def load_listed(self, source: Source, rows: cute.Tensor, row_tile, blocks, limit, count) -> None:
-        """Those of the first `blocks` blocks that the tile's rows of the map name, K one ahead of V; or one nowhere.
+    def load_listed(self, source: Source, row: cute.Tensor, blocks, limit, count) -> None:
+        """Those of the first `blocks` blocks that the tile's row of the map names, K one ahead of V; or one nowhere.
 
         limit: keys that all rows see.
         """
         pages, before = self.page_ids(), self.page_ids()
         taken, last_block = Int32(0), Int32(0)
         for base in cutlass.range(0, blocks, 32, unroll=1):
-            flags, bits = self.listed(rows, row_tile, base, blocks)
+            flags, bits = self.listed(row, base, blocks)
             while bits != 0:
                 lane = cute.arch.popc(~bits & (bits - 1))
                 block = base + lane
@@ -168,32 +167,24 @@ class Loader:
                 taken, last_block = taken + 1, block
         if taken == 0:
             self.find_pages(source, 0, before)
-            everybody = OWN * (2**self.config.consumers - 1)
-            self.load_block(False, source, before, 0, count, Int32(NOWHERE | ROW_LIMITS | everybody))
+            self.load_block(False, source, before, 0, count, Int32(NOWHERE | ROW_LIMITS))
             taken = taken + 1
         self.load_block(True, source, before, last_block, count + taken - 1, 0)
 
     @cute.jit
-    def listed(self, rows: cute.Tensor, row_tile, base, blocks):
-        """32 blocks of the tile's rows of the map: the flags of this lane's block, and which blocks have any."""
-        block, flags = base + cute.arch.lane_idx(), Int32(0)
-        if block < cutlass.min(blocks, rows.shape[1]):
-            for wg in cutlass.range_constexpr(self.config.consumers):
-                row = row_tile * self.config.consumers + wg
-                if row < rows.shape[0]:
-                    kind = Int32(rows[row, block])
-                    if kind != 0:
-                        flags = flags | (OWN << wg)
-                    if kind == 2:
-                        flags = flags | (BITS << wg)
-        return flags, Int32(cute.arch.vote_ballot_sync(flags != 0))
+    def listed(self, row: cute.Tensor, base, blocks):
+        """32 blocks of a row of the map: the flags of this lane's block, and which blocks count."""
+        block, kind = base + cute.arch.lane_idx(), Int32(0)
+        if block < cutlass.min(blocks, row.shape[0]):
+            kind = Int32(row[block])
+        return BITS if kind == 2 else 0, Int32(cute.arch.vote_ballot_sync(kind != 0))
 
     @cute.jit
-    def count_listed(self, rows: cute.Tensor, row_tile, blocks):
-        """How many of the first `blocks` blocks the tile's rows of the map name; at least the one nowhere."""
+    def count_listed(self, row: cute.Tensor, blocks):
+        """How many of the first `blocks` blocks the tile's row of the map names; at least the one nowhere."""
         total = Int32(0)
         for base in cutlass.range(0, blocks, 32, unroll=1):
-            _, bits = self.listed(rows, row_tile, base, blocks)
+            _, bits = self.listed(row, base, blocks)
             total = total + cute.arch.popc(bits)
         return cutlass.max(total, 1)
 
@@ -221,9 +212,9 @@ class Loader:
             blocks = total
             block_map = tensors.block_map
             map_request = cutlass.min(request, block_map.shape[0] - 1)
-            map_rows = block_map[map_request, cutlass.min(q_head, block_map.shape[1] - 1), None, None]
+            map_row = block_map[map_request, cutlass.min(q_head, block_map.shape[1] - 1), row_tile, None]
             if const_expr(config.sparse):
-                blocks = self.count_listed(map_rows, row_tile, total)
+                blocks = self.count_listed(map_row, total)
 
             stage = done % WORK_STAGES
             work.acquire(stage, done // WORK_STAGES)
@@ -233,7 +224,7 @@ class Loader:
                 cute.arch.mbarrier_arrive(work.full + stage)
             self.load_q(row_tile, q_head, request, done)
             if const_expr(config.sparse):
-                self.load_listed(source, map_rows, row_tile, total, whole * config.tile_n, count)
+                self.load_listed(source, map_row, total, whole * config.tile_n, count)
             else:
                 self.load_all(source, blocks, count)
             count, done, index = count + blocks, done + 1, following

@@ -20,7 +20,7 @@ CHUNK = 64
 WORK, WORK_STAGES = 8, 2
 """Words of a tile's description; descriptions in flight."""
 
-REGISTERS = {2: (240, 24), 3: (160, 32)}
+REGISTERS = {1: (216, 40), 2: (240, 24), 3: (160, 32)}
 """A consumer's and the last warpgroup's, by consumer warpgroups."""
 BAR_TURN, BAR_WG = 1, 4
 """Named barriers (0 is the CTA's): a consumer warpgroup's turn to issue products; its own threads."""
@@ -50,15 +50,14 @@ TILES = {
 }
 """By (D, Dv), where all keys count."""
 SPARSE_TILES = {
-    (64, 64): Tile(128, 64, 2, 4),
-    (128, 128): Tile(128, 64, 2, 4),
-    (192, 128): Tile(128, 64, 1, 4),
-    (256, 256): Tile(128, 64, 1, 2),
+    (64, 64): Tile(64, 64, 2, 2),
+    (128, 128): Tile(64, 64, 2, 2),
+    (192, 128): Tile(64, 64, 1, 2),
+    (256, 256): Tile(64, 64, 1, 2),
 }
-"""By (D, Dv), where blocks are listed: deeper, since the warpgroups run ahead of each other over what they skip."""
-ROW_LIMITS, OWN, BITS = 1, 2, 8
-"""Flags of a listed block, in the low bits of its first key: mask the keys past each row's last; and, shifted by the
-number of a warpgroup, its rows take the block; they apply mask bits."""
+"""By (D, Dv), where blocks are listed: each tile has a list of its own, and two CTAs share an SM (one at 256/256)."""
+ROW_LIMITS, BITS = 1, 2
+"""Flags of a listed block, in the low bits of its first key: mask the keys past each row's last; apply mask bits."""
 NOWHERE = 1 << 30
 """First key of the block that stands in for an empty list: past every row's last key."""
 
@@ -116,8 +115,13 @@ class Config:
 
     @property
     def turns(self) -> bool:
-        """Whether the warpgroups take turns to issue products; not where each has its own blocks."""
+        """Whether the warpgroups take turns to issue products; not where a CTA has only one."""
         return self.D <= 128 and not self.sparse
+
+    @property
+    def ctas_sm(self) -> int:
+        """CTAs that share an SM."""
+        return 2 if self.sparse and self.D < 256 else 1
 
     def smem_bytes(self) -> int:
         """Shared memory of a CTA: Q, K, V, descriptions of tiles and blocks, barriers.
