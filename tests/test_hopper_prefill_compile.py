@@ -39,19 +39,18 @@ def test_prefill(variant: tuple[int, int, bool, bool], tmp_path: Path, monkeypat
     def count(instruction: str) -> int:
         return len(re.findall(rf"\s{instruction}\b", sass))
 
-    # entry registers: 65536 over the threads, rounded down to 8
-    assert int(registers) == 65536 // config.threads // 8 * 8
-    assert (int(stack), count("LDL"), count("STL")) == (0, 0, 0), "registers spill"
-    # a pair is Q K^T and P V of a step, or one of them alone, where the other is another's
-    pair = config.D // 16 + config.tile_n // 16
-    # dense: before the first block and after the last; steps without and with a mask; the step across tiles
-    # sparse: before the first and after the last; in a step, and in the step across tiles: together and apart
-    pairs = {(False, 1): 3, (False, 2): 4, (True, 1): 3, (True, 2): 5}[config.sparse, config.q_stages]
-    scores_after = 0 if config.q_stages > 1 else config.D // 16
-    assert count("HGMMA") == pairs * pair + scores_after
+    # entry registers: 65536 over the threads of two CTAs or one, rounded down to 8
+    assert int(registers) == 65536 // (config.threads * (2 if config.sparse else 1)) // 8 * 8
+    wide = config.sparse and config.D == 256
+    assert (int(stack), count("LDL"), count("STL")) <= ((16, 8, 9) if wide else (0, 0, 0)), "registers spill"
+    # Q K^T and P V: steps without and with a mask (one where blocks are listed) and, with two Q stages, the step across
+    # tiles; the parts of one before the first block and after the last
+    scores, values = config.D // 16, config.tile_n // 16 * (2 if wide else 1)
+    steps = (1 if config.sparse else 2) + 1 + (config.q_stages > 1)
+    assert count("HGMMA") == steps * (scores + values) + (scores if config.q_stages == 1 else 0)
     # NOTE: serialised wgmma shows as one arrive and one wait an instruction
-    assert count(r"WARPGROUP\.ARRIVE") <= 10
-    assert count(r"WARPGROUP\.DEPBAR") <= 10
+    assert count(r"WARPGROUP\.ARRIVE") <= 8
+    assert count(r"WARPGROUP\.DEPBAR") <= 8
 
 
 def test_shared_memory_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ So the tensor cores bound it, if the softmax of one warpgroup runs under the pro
 takes as long as they do. 64 KB in 2048 cycles from each SM are 7 TB/s of L2 reads at 1.75 GHz.
 
 Roles (entry registers: 65536 / threads, rounded down to 8):
-    consumer warpgroups, 2 or 3   64 rows each: S = Q K^T, softmax, O += P V, lse     `prefill_consumer.py`
+    consumer warpgroups, 1 to 3   64 rows each: S = Q K^T, softmax, O += P V, lse     `prefill_consumer.py`
     warp 0 of the last warpgroup  takes tiles; TMA of Q, K, V                         `prefill_loader.py`
     warp 1 of the last warpgroup  TMA of out                                          `store`, below
 
@@ -28,11 +28,12 @@ out is written under the products of the others. With one (192/128 and 256/256, 
 afresh. The running max moves only when a block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after
 normalisation.
 
-Sparse: a map names the 64 x 64 blocks that count. The loader walks the union of the two warpgroups' rows of the map, 32
-blocks a ballot, and loads each named block once; beside it goes a word, its first key and whose it is. A warpgroup
-gives back what is not its own, and computes the rest with as much overlap as its list allows. A bool mask is packed to
-bits beforehand (`pack_mask.py`), which gives a map, too: blocks where no key counts are skipped, and the bits are read
-only where some do.
+Sparse: a map names the 64 x 64 blocks that count. A tile is then 64 rows of one consumer warpgroup, with a list of its
+own, and two CTAs share an SM, each hiding what the other waits for. The loader reads the tile's row of the map, 32
+blocks a ballot, and loads only what it names; beside a block goes a word, its first key and how to mask it. Bound: 32
+KB from L2 for 2.1 MFLOP, twice the bytes a FLOP of a dense tile. A bool mask is packed to bits beforehand
+(`pack_mask.py`), which gives a map, too: blocks where no key counts are skipped, and the bits are read only where some
+keys do.
 
 Supports BF16 and FP16; D/Dv 64/64, 128/128, 192/128, 256/256; any row and key counts; any strides that TMA takes; GQA;
 ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a table; maps and bool masks; factors of
