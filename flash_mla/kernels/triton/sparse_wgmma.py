@@ -207,11 +207,6 @@ def sparse_wgmma_kernel(
         fence_async_shared()
         gl.thread_barrier()
 
-        # scores = q k^T
-        scores = gl.zeros([TILE_M, TILE_N], gl.float32, layout=SCORES)
-        scores = warpgroup_mma(sQ, sK.index(now).permute((1, 0)), scores, use_acc=False, is_async=True)
-        if D > MAIN:
-            scores = warpgroup_mma(sQ_rest, sK_rest.index(now).permute((1, 0)), scores, is_async=True)
         # issue the next tile's, and read the indices of the one after it
         if D > MAIN:
             rest = sK_rest.index(1 - now)
@@ -225,7 +220,11 @@ def sparse_wgmma_kernel(
         index_rest = load_index(index_row, tile + 2, count, rows, REST_INDEX)
         live = load_index(index_row, tile, count, rows, gl.SliceLayout(0, SCORES)) >= 0
 
-        # wait for the scores
+        # scores = q k^T
+        scores = gl.zeros([TILE_M, TILE_N], gl.float32, layout=SCORES)
+        scores = warpgroup_mma(sQ, sK.index(now).permute((1, 0)), scores, use_acc=False, is_async=True)
+        if D > MAIN:
+            scores = warpgroup_mma(sQ_rest, sK_rest.index(now).permute((1, 0)), scores, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         scores = gl.where(gl.expand_dims(live, 0), scores * scale, float("-inf"))
 
