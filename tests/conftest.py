@@ -1,4 +1,4 @@
-"""One set-up for every test: two threads, and hypothesis without a clock or chance, so that CI sees what we saw."""
+"""One set-up for every test: two threads, the DSL compiling for Hopper, and hypothesis without a clock or chance."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 
 # NOTE: threads that spin at a barrier made the suite four times slower on cores shared with other work
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# NOTE: read when the DSL is first imported
+os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
 
 import torch
 from hypothesis import HealthCheck, settings

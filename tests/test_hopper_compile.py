@@ -45,8 +45,7 @@ GQA_CONFIGS = [
 
 @pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump is neither on PATH nor in a triton wheel")
 @pytest.mark.parametrize(("dtype", "D", "cluster"), CONFIGS)
-def test_mla_decode(dtype: str, D: int, cluster: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+def test_mla_decode(dtype: str, D: int, cluster: int, tmp_path: Path) -> None:
     from flash_mla.kernels.hopper import mla_decode
 
     config = mla_decode.Config(dtype, D, cluster)  # type: ignore[arg-type]
@@ -72,8 +71,7 @@ def test_mla_decode(dtype: str, D: int, cluster: int, tmp_path: Path, monkeypatc
 
 @pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump is neither on PATH nor in a triton wheel")
 @pytest.mark.parametrize(("dtype", "D", "Dv", "tile_n"), GQA_CONFIGS)
-def test_gqa_decode(dtype: str, D: int, Dv: int, tile_n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+def test_gqa_decode(dtype: str, D: int, Dv: int, tile_n: int, tmp_path: Path) -> None:
     from flash_mla.kernels.hopper import gqa_decode
 
     config = gqa_decode.Config(dtype, D, Dv, tile_n, descale=dtype == "fp8")  # type: ignore[arg-type]
@@ -109,7 +107,6 @@ def test_store_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     from flash_mla.kernels.hopper import mla_decode, store
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     config = mla_decode.Config("bf16", 576, 2)
     store.load.cache_clear()
     assert callable(store.load("mla_decode", config, mla_decode.build))

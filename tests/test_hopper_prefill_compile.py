@@ -24,8 +24,7 @@ alone, and each is compiled."""
 
 @pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump is neither on PATH nor in a triton wheel")
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_prefill(variant: tuple[int, int, bool, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+def test_prefill(variant: tuple[int, int, bool, bool], tmp_path: Path) -> None:
     from flash_mla.kernels.hopper import prefill
 
     config = prefill.Config("bf16", *variant)
@@ -53,8 +52,7 @@ def test_prefill(variant: tuple[int, int, bool, bool], tmp_path: Path, monkeypat
     assert count(r"WARPGROUP\.DEPBAR") <= 8
 
 
-def test_shared_memory_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+def test_shared_memory_fits() -> None:
     from flash_mla.kernels.hopper.prefill import Config
 
     for variant in VARIANTS:
@@ -62,17 +60,15 @@ def test_shared_memory_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert config.smem_bytes() <= 227 * 1024
 
 
-def test_pack_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+def test_pack_mask(tmp_path: Path) -> None:
     from flash_mla.kernels.hopper import pack_mask
 
     pack_mask.build(None, f"--keep-cubin --dump-dir={tmp_path}")
     assert len(list(tmp_path.glob("*.cubin"))) == 1
 
 
-def test_arguments_share_no_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_share_no_symbol() -> None:
     """A size or stride that two placeholders share must be equal in every call, or the launch is refused."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from flash_mla.kernels.hopper import prefill
 
     *qkvo, tensors, _, _ = prefill.arguments(prefill.Config("bf16", 128, 128, True, True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +14,11 @@ from flash_mla.reference import prefill_reference
 from flash_mla.testing import DTYPES, PrefillCase, check, prefill_cases, run
 
 
-@pytest.mark.parametrize("case", prefill_cases(), ids=lambda case: case.name)
+# NOTE: the interpreter takes half a minute a case of several tiles
+MOST_TOKENS = 200 if os.environ.get("TRITON_INTERPRET") == "1" else 1000
+
+
+@pytest.mark.parametrize("case", [c for c in prefill_cases() if c.P <= MOST_TOKENS], ids=lambda case: case.name)
 def test_case(case):
     result = run(case)
     assert result.passed, str(result)
