@@ -18,8 +18,8 @@ and reads 24 cycles' worth of shared memory, so 2750 at best. The rows, 72 KiB a
 Shared memory: q 72 KiB, two tiles of 72 KiB, p 8 KiB. Takes D 576 (BF16: or 512), Dv 512 and one cache of evenly spaced
 rows, in BF16 or fp8_ds_mla.
 
-H200, 128 heads, topk 2048, commit c98d650: prefill 388 TFLOP/s at s_kv 131072, 412 at 8192 (FlashMLA 575 and 609 in that
-run); FP8 decode 267 (351).
+H200, 128 heads, topk 2048, commit c98d650: prefill 388 TFLOP/s at s_kv 131072, 412 at 8192 (FlashMLA 575 and 609 in
+that run); FP8 decode 267 (351).
 """
 
 from __future__ import annotations
