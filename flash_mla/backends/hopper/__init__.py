@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Hashable
 from typing import Any
 
-from flash_mla.backends.hopper import gqa_decode, mla_decode
+from flash_mla.backends.hopper import gqa_decode, mla_decode, prefill
 from flash_mla.backends.hopper.device import available as available
 from flash_mla.backends.hopper.device import refuse_device
 from flash_mla.problem import AppendArgs, Args, DecodeProblem, PrefillProblem, Problem
@@ -20,6 +20,8 @@ def kernel(problem: Problem) -> Any:
     """The module that such problems go to, or None."""
     if isinstance(problem, DecodeProblem):
         return mla_decode if problem.alias and problem.Hk == 1 else gqa_decode
+    if isinstance(problem, PrefillProblem):
+        return prefill
     return None
 
 
@@ -28,9 +30,7 @@ def refuse(problem: Problem) -> str | None:
     if (reason := refuse_device(problem.device)) is not None:
         return reason
     if (module := kernel(problem)) is None:
-        return (
-            f"there is no Hopper kernel for {'prefill' if isinstance(problem, PrefillProblem) else 'sparse attention'}"
-        )
+        return "there is no kernel in CuTe DSL for sparse attention"
     return module.refuse(problem)
 
 

@@ -46,6 +46,8 @@ def combine_kernel(
     cta, _, _ = cute.arch.block_idx()
     warp_id, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
     clusters, cluster_rows = split_of.shape[0], lse_partial.shape[1]
+    # of an item, where a KV head has fewer than a cluster takes
+    item_rows = cutlass.min(cluster_rows, lse.shape[1] // heads)
     parts = (out.shape[2] + 127) // 128
     smem = utils.SmemAllocator()
     sResult = smem.allocate_tensor(Float32, cute.make_layout((4, 32, WARPS)), 16)
@@ -64,12 +66,12 @@ def combine_kernel(
         items = items + cute.arch.popc(vote)
     cute.arch.sync_threads()
 
-    few = items * cluster_rows * parts <= 2 * CTAS
+    few = items * item_rows * parts <= 2 * CTAS
     target = Target(out, lse, split_of, sink, has_sink, S_q, heads, cluster_rows)
     if few:
         unit = cta
-        while unit < items * cluster_rows * parts:
-            cluster, part_row = sBegins[unit // (cluster_rows * parts)], unit // parts % cluster_rows
+        while unit < items * item_rows * parts:
+            cluster, part_row = sBegins[unit // (item_rows * parts)], unit // parts % item_rows
             part = unit % parts
             pieces = split_of[cluster, 2] - cluster + 1
             result = cute.make_rmem_tensor(cute.make_layout((4, 1)), Float32)
@@ -90,8 +92,8 @@ def combine_kernel(
     else:
         # NOTE: rows go round the CTAs first, so that all SMs have some
         unit = cta + CTAS * warp_id
-        while unit < items * cluster_rows:
-            cluster, part_row = sBegins[unit // cluster_rows], unit % cluster_rows
+        while unit < items * item_rows:
+            cluster, part_row = sBegins[unit // item_rows], unit % item_rows
             pieces = split_of[cluster, 2] - cluster + 1
             result = cute.make_rmem_tensor(cute.make_layout((4, parts)), Float32)
             largest, total = add_pieces(out_partial, lse_partial, cluster, pieces, part_row, 0, 0, 1, result)

@@ -721,22 +721,25 @@ def write_result(
         store_out(consumer, tensors.out, request, row0, rows, scales)
     else:
         for r in cutlass.range_constexpr(2):
-            part = tensors.out_partial[slot, rank * TILE_M + consumer.row + 8 * r, None]
-            store_partial(consumer, r, part, scales[r], real)
+            tile_row = consumer.row + 8 * r
+            part = tensors.out_partial[slot, rank * TILE_M + tile_row, None]
+            store_partial(consumer, r, part, scales[r], row0 + tile_row < rows)
     # NOTE: the sums may be overwritten by the next segment only when both warpgroups have read them
     cute.arch.barrier(barrier_id=BAR_SUM, number_of_threads=CONSUMERS)
 
 
 @cute.jit
-def store_partial(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, scale, real) -> None:
-    """One row's part of this thread, scaled, two columns (8 bytes) at a time: 32 bytes a row and instruction."""
-    half = cute.local_tile(row, (HALF,), (consumer.side,))
-    two = cute.make_rmem_tensor(2, Float32)
+def store_partial(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, scale, inside) -> None:
+    """One row's part of this thread, scaled, if the row is `inside`: 8 bytes of it, 32 of the row, an instruction."""
+    address = (row.iterator + HALF * consumer.side + consumer.column).toint()
     for j in cutlass.range_constexpr(HALF // 8):
-        for e in cutlass.range_constexpr(2):
-            two[e] = consumer.O[4 * j + 2 * r + e] * scale
-        if real:
-            cute.autovec_copy(two, cute.local_tile(half, (2,), (4 * j + consumer.tid % 4,)))
+        a, b = consumer.O[4 * j + 2 * r] * scale, consumer.O[4 * j + 2 * r + 1] * scale
+        # NOTE: a predicate an instruction, not a branch around them: a rehearsal must fetch them
+        cute.arch.inline_ptx(
+            f"st.global.v2.f32 [{{$r0}} + {32 * j}], {{{{$r1}}, {{$r2}}}};",
+            read_only_args=[address, a, b],
+            predicate=inside,
+        )
 
 
 @cute.jit

@@ -1,0 +1,415 @@
+"""A consumer warpgroup of a prefill: scores, softmax, products, and the result of 64 rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
+
+from flash_mla.kernels.hopper.prefill_shared import (
+    BAR_TURN,
+    BAR_WG,
+    BITS,
+    CHUNK,
+    DTYPES,
+    LAZY,
+    LOW,
+    PAGE,
+    ROW_LIMITS,
+    Config,
+    Scalars,
+    Shared,
+    Tensors,
+    Work,
+    receive,
+)
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A consumer warpgroup: 64 rows of the tile.
+
+    Registers of a thread: O [64, Dv] / 128 threads, S [64, TILE_N] / 128, P half of that, the scale of the tile's
+    scores (base 2), and for each of its two rows the running max (base 2), its share of the running sum, the factor of
+    the last move of the max, and the last key that the row may see.
+    """
+
+    config: Config
+    shared: Shared
+    wg: Int32
+    tid: Int32
+    qk: cute.TiledMma
+    pv: cute.TiledMma
+    rQ: cute.Tensor
+    rK: cute.Tensor
+    rV: cute.Tensor
+    store: cute.TiledCopy
+    O: cute.Tensor
+    S: cute.Tensor
+    P: cute.Tensor
+    scale: cute.Tensor
+    row_max: cute.Tensor
+    row_sum: cute.Tensor
+    factor: cute.Tensor
+    last_key: cute.Tensor
+
+    @staticmethod
+    def over(config: Config, shared: Shared, wg, tid) -> Consumer:
+        """tid: of the thread among all consumers."""
+        dtype, atoms = DTYPES[config.dtype], (config.consumers, 1, 1)
+        K, MN = OperandMajorMode.K, OperandMajorMode.MN
+        registers = warpgroup.OperandSource.RMEM
+        qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, atoms, (64, config.tile_n))
+        # NOTE: a wgmma of 256 columns does not fit the 128 registers of a thread at entry where blocks are listed
+        columns = min(config.Dv, 128) if config.sparse else config.Dv
+        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, MN, Float32, atoms, (64, columns), registers)
+        # NOTE: from the warpgroup's number, not the thread's, so that descriptors stay in uniform registers
+        qk_slice, pv_slice = qk.get_slice(128 * wg), pv.get_slice(128 * wg)
+        sV = shared.sV
+        sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
+        store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), dtype)
+        return Consumer(
+            config=config,
+            shared=shared,
+            wg=wg,
+            tid=tid,
+            qk=qk,
+            pv=pv,
+            rQ=qk.make_fragment_A(qk_slice.partition_A(shared.sQ)),
+            rK=qk.make_fragment_B(qk_slice.partition_B(shared.sK)),
+            rV=pv.make_fragment_B(pv_slice.partition_B(sVt)),
+            store=cute.make_tiled_copy_C(store, pv).get_slice(tid),
+            O=cute.make_rmem_tensor(pv.partition_shape_C((config.tile_m, config.Dv)), Float32),
+            S=cute.make_rmem_tensor(qk.partition_shape_C((config.tile_m, config.tile_n)), Float32),
+            P=cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, config.tile_n // 16)), dtype),
+            scale=cute.make_rmem_tensor(1, Float32),
+            row_max=cute.make_rmem_tensor(2, Float32),
+            row_sum=cute.make_rmem_tensor(2, Float32),
+            factor=cute.make_rmem_tensor(2, Float32),
+            last_key=cute.make_rmem_tensor(2, Int32),
+        )
+
+    @property
+    def row(self):
+        """The first of this thread's rows in the tile; the second is 8 below."""
+        return (self.tid // 32) * 16 + (self.tid % 32) // 4
+
+    @property
+    def column(self):
+        """The first of this thread's columns in every 8."""
+        return 2 * (self.tid % 4)
+
+    @cute.jit
+    def begin(self, tensors: Tensors, scalars: Scalars, tile: Work) -> None:
+        """Begin a tile."""
+        scale = scalars.scale_log2
+        if scalars.has_descale != 0:
+            scale = scale * tensors.score_scale[tile.request, tile.kv_head]
+        self.scale[0] = scale
+        self.row_max.fill(LOW)
+        self.row_sum.fill(0.0)
+        for r in cutlass.range_constexpr(2):
+            last_key = tile.length - 1
+            if scalars.causal != 0:
+                last_key = cutlass.min(tile.length - 1, tile.start + tile.row0 + self.row + 8 * r)
+            self.last_key[r] = last_key
+
+    @cute.jit
+    def take_turn(self) -> None:
+        if const_expr(self.config.turns):
+            cute.arch.barrier(barrier_id=BAR_TURN + self.wg, number_of_threads=256)
+
+    @cute.jit
+    def pass_turn(self) -> None:
+        if const_expr(self.config.turns):
+            following = self.wg + 1 if self.wg + 1 < self.config.consumers else 0
+            cute.arch.barrier_arrive(barrier_id=BAR_TURN + following, number_of_threads=256)
+
+    @cute.jit
+    def scores(self, q_stage, stage) -> None:
+        """Issue S = Q K^T of a block, as one group."""
+        atom = cute.make_mma_atom(self.qk.op)
+        atom.set(warpgroup.Field.ACCUMULATE, False)
+        warpgroup.fence()
+        for k in cutlass.range_constexpr(self.config.D // 16):
+            cute.gemm(atom, self.S, self.rQ[None, None, k, q_stage], self.rK[None, None, k, stage], self.S)
+            atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def values(self, stage) -> None:
+        """Issue O += P V of a block, as one group."""
+        atom = cute.make_mma_atom(self.pv.op)
+        atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.fence()
+        for k in cutlass.range_constexpr(self.config.tile_n // 16):
+            cute.gemm(atom, self.O, self.P[None, None, k], self.rV[None, None, k, stage], self.O)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def mask(self, key0) -> None:
+        """S = -inf past each row's last key; the block starts at key `key0`."""
+        for r in cutlass.range_constexpr(2):
+            room = self.last_key[r] - key0 - self.column
+            for j in cutlass.range_constexpr(self.config.tile_n // 8):
+                for e in cutlass.range_constexpr(2):
+                    i = 4 * j + 2 * r + e
+                    self.S[i] = self.S[i] if 8 * j + e <= room else -Float32.inf
+
+    @cute.jit
+    def mask_bits(self, tensors: Tensors, Hq, tile: Work, key0) -> None:
+        """S = -inf where the tile's mask says so."""
+        S, bits = self.S, tensors.mask_bits
+        request = cutlass.min(tile.request, bits.shape[0] - 1)
+        head = cutlass.min(tile.head - tile.request * Hq, bits.shape[1] - 1)
+        for r in cutlass.range_constexpr(2):
+            row = cutlass.min(tile.row0 + self.row + 8 * r, bits.shape[2] - 1)
+            for half in cutlass.range_constexpr(2):
+                keep = bits[request, head, row, key0 // 32 + half] >> self.column
+                for j in cutlass.range_constexpr(4):
+                    for e in cutlass.range_constexpr(2):
+                        i = 16 * half + 4 * j + 2 * r + e
+                        S[i] = S[i] if (keep >> (8 * j + e)) & 1 != 0 else -Float32.inf
+
+    @cute.jit
+    def mask_listed(self, tensors: Tensors, Hq, tile: Work, word) -> None:
+        """Mask a listed block as its flags say."""
+        key0 = word // PAGE * PAGE
+        if word & ROW_LIMITS != 0:
+            self.mask(key0)
+        if word & BITS != 0:
+            self.mask_bits(tensors, Hq, tile, key0)
+
+    @cute.jit
+    def softmax(self) -> None:
+        """S = 2^(S - max), the max moved first if it must be; the row sums take S before it is rounded to P."""
+        S, fmax = self.S, cute.arch.fmax
+        for r in cutlass.range_constexpr(2):
+            # the largest score of the row, by the four threads that share it
+            a, b = fmax(S[2 * r], S[2 * r + 1]), fmax(S[4 + 2 * r], S[5 + 2 * r])
+            for j in cutlass.range_constexpr(2, self.config.tile_n // 8, 2):
+                a = fmax(a, fmax(S[4 * j + 2 * r], S[4 * j + 2 * r + 1]))
+                b = fmax(b, fmax(S[4 * j + 4 + 2 * r], S[4 * j + 5 + 2 * r]))
+            a = fmax(a, b)
+            a = fmax(a, cute.arch.shuffle_sync_bfly(a, offset=1))
+            peak = fmax(a, cute.arch.shuffle_sync_bfly(a, offset=2)) * self.scale[0]
+            new_max = peak if peak > self.row_max[r] + LAZY else self.row_max[r]
+            self.factor[r] = cute.math.exp2(self.row_max[r] - new_max, fastmath=True)
+            self.row_max[r] = new_max
+        for r in cutlass.range_constexpr(2):
+            total = self.row_sum[r] * self.factor[r]
+            for j in cutlass.range_constexpr(self.config.tile_n // 8):
+                for e in cutlass.range_constexpr(2):
+                    i = 4 * j + 2 * r + e
+                    S[i] = cute.math.exp2(S[i] * self.scale[0] - self.row_max[r], fastmath=True)
+                    total = total + S[i]
+            self.row_sum[r] = total
+
+    @cute.jit
+    def round(self) -> None:
+        """P = S in the operand's dtype."""
+        for k in cutlass.range_constexpr(self.config.tile_n // 16):
+            S = cute.make_tensor(self.S.iterator + 8 * k, cute.make_layout(8))
+            P = cute.make_tensor(self.P.iterator + 8 * k, cute.make_layout(8))
+            P.store(S.load().to(DTYPES[self.config.dtype]))
+
+    @cute.jit
+    def rescale(self) -> None:
+        """O *= factor, skipped when no row of the warp moved its max."""
+        O, factor = self.O, self.factor
+        if cute.arch.vote_any_sync((factor[0] != 1.0) | (factor[1] != 1.0)):
+            for i in cutlass.range_constexpr(self.config.Dv // 2):
+                O[i] = O[i] * factor[(i // 2) % 2]
+
+    @cute.jit
+    def clear_values(self, valid, count) -> None:
+        """Zero the V rows of block number `count` from row `valid` on: P is 0 there, but 0 * NaN is NaN."""
+        tile_n, shared = self.config.tile_n, self.shared
+        if valid < tile_n:
+            stage = count % self.config.stages
+            shared.v.wait(stage, count // self.config.stages)
+            chunks = cute.make_tensor(
+                cute.recast_ptr(shared.sV.iterator, dtype=Int32),
+                cute.make_layout(
+                    (32, tile_n, self.config.Dv // CHUNK, self.config.stages),
+                    stride=(1, 32, 32 * tile_n, tile_n * self.config.Dv // 2),
+                ),
+            )
+            for row in cutlass.range(cutlass.max(valid, 0) + self.tid % 128 // 32, tile_n, 4, unroll=1):
+                for c in cutlass.range_constexpr(self.config.Dv // CHUNK):
+                    chunks[self.tid % 32, row, c, stage] = Int32(0)
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier(barrier_id=BAR_WG + self.wg, number_of_threads=128)
+
+    @cute.jit
+    def write(self, tensors: Tensors, scalars: Scalars, tile: Work, q_stage, row_max, row_sum) -> None:
+        """Normalise O, put it in place of Q for the storing warp, and write lse."""
+        O, P = self.O, tensors.lse.shape[1]
+        global_lse, sink = tensors.lse, tensors.sink
+        scale = cute.make_rmem_tensor(2, Float32)
+        for r in cutlass.range_constexpr(2):
+            total = row_sum[r]
+            total = total + cute.arch.shuffle_sync_bfly(total, offset=1)
+            total = total + cute.arch.shuffle_sync_bfly(total, offset=2)
+            row = tile.row0 + self.row + 8 * r
+            if self.tid % 4 == 0 and row < P:
+                lse = (row_max[r] + cute.math.log2(total, fastmath=True)) * math.log(2.0)
+                global_lse[tile.head, row] = lse if total > 0.0 else -Float32.inf
+            denominator = total
+            if scalars.has_sink != 0:
+                sink_log2 = sink[tile.head - tile.request * scalars.Hq] * math.log2(math.e)
+                denominator = denominator + cute.math.exp2(sink_log2 - row_max[r], fastmath=True)
+            factor = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
+            if scalars.has_descale != 0:
+                factor = factor * tensors.value_scale[tile.request, tile.kv_head]
+            scale[r] = factor
+        rounded = cute.make_rmem_tensor(O.layout, DTYPES[self.config.dtype])
+        for i in cutlass.range_constexpr(self.config.Dv // 2):
+            O[i] = O[i] * scale[(i // 2) % 2]
+        rounded.store(O.load().to(DTYPES[self.config.dtype]))
+        # NOTE: the rows of Q that these overwrite, all four warps' wgmma have read by now
+        cute.arch.barrier(barrier_id=BAR_WG + self.wg, number_of_threads=128)
+        sO = self.shared.sO[None, None, q_stage]
+        cute.copy(self.store, self.store.retile(rounded), self.store.partition_D(sO))
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(self.shared.out.full + q_stage)
+
+
+@cute.jit
+def step(
+    consumer: Consumer,
+    tensors: Tensors,
+    Hq,
+    tile: Work,
+    count,
+    q_stage,
+    word,
+    masked: cutlass.Constexpr,
+    crossing: cutlass.Constexpr,
+) -> Int32:
+    """P V of block number `count` beside the scores and softmax of the next, a block of `tile`.
+
+    word: the next block's first key; where blocks are listed, the list says it, with its flags. Returned. crossing: the
+    block is the first of the next tile, whose factor is none of this tile's O.
+    """
+    k, v, following, stages = consumer.shared.k, consumer.shared.v, count + 1, consumer.config.stages
+    k.wait(following % stages, following // stages)
+    if const_expr(consumer.config.sparse):
+        word = consumer.shared.sKeys[following % stages]
+    consumer.take_turn()
+    consumer.scores(q_stage, following % stages)
+    v.wait(count % stages, count // stages)
+    consumer.values(count % stages)
+    consumer.pass_turn()
+    warpgroup.wait_group(1)
+    k.release(following % stages)
+    if const_expr(consumer.config.sparse):
+        consumer.mask_listed(tensors, Hq, tile, word)
+    elif const_expr(masked):
+        consumer.mask(word)
+    consumer.softmax()
+    warpgroup.wait_group(0)
+    v.release(count % stages)
+    consumer.round()
+    if const_expr(not crossing):
+        consumer.rescale()
+    return word
+
+
+@cute.jit
+def first(consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage) -> Int32:
+    """Scores and softmax of a tile's first block, with nothing beside them. Returns its word as `step` does."""
+    k, stages, word = consumer.shared.k, consumer.config.stages, Int32(0)
+    k.wait(count % stages, count // stages)
+    if const_expr(consumer.config.sparse):
+        word = consumer.shared.sKeys[count % stages]
+    consumer.take_turn()
+    consumer.scores(q_stage, count % stages)
+    consumer.pass_turn()
+    warpgroup.wait_group(0)
+    k.release(count % stages)
+    if const_expr(consumer.config.sparse):
+        consumer.mask_listed(tensors, Hq, tile, word)
+    else:
+        consumer.mask(word)
+    consumer.softmax()
+    consumer.round()
+    return word
+
+
+@cute.jit
+def last(consumer: Consumer, count) -> None:
+    """P V of a tile's last block, with nothing beside it."""
+    v, stages = consumer.shared.v, consumer.config.stages
+    v.wait(count % stages, count // stages)
+    consumer.take_turn()
+    consumer.values(count % stages)
+    consumer.pass_turn()
+    warpgroup.wait_group(0)
+    v.release(count % stages)
+
+
+@cute.jit
+def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
+    """Compute tile after tile."""
+    config, shared = consumer.config, consumer.shared
+    q_stages, tile_n, Hq = config.q_stages, config.tile_n, scalars.Hq
+    if const_expr(config.turns):  # noqa: SIM102
+        if consumer.wg == config.consumers - 1:
+            consumer.pass_turn()
+    row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+    count, done, word = Int32(0), Int32(0), Int32(0)
+    row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
+    if blocks != 0:
+        tile = Work(row0, head, request, kv_head, length, start, blocks, whole)
+        consumer.O.fill(0.0)
+        consumer.begin(tensors, scalars, tile)
+        shared.q.wait(0, 0)
+        word = first(consumer, tensors, Hq, tile, count, 0)
+    while blocks != 0:
+        # all blocks of the tile but the last
+        tile = Work(row0, head, request, kv_head, length, start, blocks, whole)
+        q_stage, end = done % q_stages, blocks - 1
+        if const_expr(config.sparse):
+            for n in cutlass.range(end, unroll=1):
+                word = step(consumer, tensors, Hq, tile, count + n, q_stage, word, True, False)
+        else:
+            clear = cutlass.max(whole - 1, 0)
+            for n in cutlass.range(clear, unroll=1):
+                step(consumer, tensors, Hq, tile, count + n, q_stage, Int32(0), False, False)
+            for n in cutlass.range(clear, end, unroll=1):
+                step(consumer, tensors, Hq, tile, count + n, q_stage, (n + 1) * tile_n, True, False)
+            word = end * tile_n
+        count, done = count + end, done + 1
+
+        # the last, beside the first of the next tile where that tile's Q is there
+        row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
+        following = Work(row0, head, request, kv_head, length, start, blocks, whole)
+        for r in cutlass.range_constexpr(2):
+            row_max[r], row_sum[r] = consumer.row_max[r], consumer.row_sum[r]
+        consumer.clear_values(tile.length - word // PAGE * PAGE, count)
+        if const_expr(q_stages > 1):
+            if blocks != 0:
+                shared.q.wait(done % q_stages, done // q_stages)
+                consumer.begin(tensors, scalars, following)
+                word = step(consumer, tensors, Hq, following, count, done % q_stages, Int32(0), True, True)
+            else:
+                last(consumer, count)
+            consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
+            consumer.O.fill(0.0)
+        else:
+            last(consumer, count)
+            consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
+            consumer.O.fill(0.0)
+            if blocks != 0:
+                consumer.begin(tensors, scalars, following)
+                shared.q.wait(0, done)
+                word = first(consumer, tensors, Hq, following, count + 1, 0)
+        count = count + 1
