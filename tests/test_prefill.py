@@ -13,7 +13,6 @@ from flash_mla import BlockSparseLayout, flash_mla_prefill
 from flash_mla.reference import prefill_reference
 from flash_mla.testing import DTYPES, PrefillCase, check, prefill_cases, run
 
-
 # NOTE: the interpreter takes half a minute a case of several tiles
 MOST_TOKENS = 200 if os.environ.get("TRITON_INTERPRET") == "1" else 1000
 
