@@ -116,7 +116,7 @@ def flash_mla_with_kvcache(
             default 1.
         attn_sink: [Hq] FP32, one extra logit a head that takes weight and gives no value. Default none.
         return_lse: also return the natural-log sum of exponentials (without the sink). Default False.
-        out: [B, Hq, S_q, Dv] to write into. Default: a new tensor.
+        out: [B, Hq, S_q, Dv] contiguous to write into, apart from the inputs. Default: a new tensor.
         backend: "hopper", "triton" or "cpu", which then never falls back. Default: the first that can.
 
     Returns:
@@ -141,7 +141,7 @@ def flash_mla_with_kvcache(
         q, k_cache, v_cache, block_table, seq_lens, mask, (q_descale, k_descale, v_descale), attn_sink
     )
     rows = (problem.B, problem.Hq, problem.S_q)
-    contract.check_out(out, (*rows, problem.Dv), problem.out_dtype, q.device)
+    contract.check_out(out, (*rows, problem.Dv), problem.out_dtype, q=q, k_cache=k_cache, v_cache=v_cache)
     chosen = plan(problem, backend)
     if metadata is None:
         longest = contract.check_values(block_table, seq_lens, problem.Nblk)
@@ -230,7 +230,7 @@ def flash_mla_prefill(
     )
     rows = (problem.B, problem.Hq, problem.P)
     contract.check_mask_length("attn_mask", attn_mask, problem.P)
-    contract.check_out(out, (*rows, problem.Dv), problem.out_dtype, q.device)
+    contract.check_out(out, (*rows, problem.Dv), problem.out_dtype, q=q, k=k, v=v)
     chosen = plan(problem, backend)
     args = PrefillArgs(
         q=q,
@@ -316,7 +316,7 @@ def mha_fwd_kvcache(
         causal=causal,
     )
     rows = (problem.B, problem.Hq, problem.P)
-    contract.check_out(out, (*rows, problem.Dv), problem.out_dtype, q.device)
+    contract.check_out(out, (*rows, problem.Dv), problem.out_dtype, q=q, k_cache=k_cache, v_cache=v_cache)
     chosen = plan(problem, backend)
     longest = contract.check_prompt_values(block_table, start_pos, problem, k_cache.shape[2])
     contract.check_mask_length("attn_mask", attn_mask, longest)

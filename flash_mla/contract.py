@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -241,7 +241,8 @@ def check_head_dims(D: int, Dv: int) -> None:
             )
 
 
-def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, **inputs: Tensor) -> None:
+    """`out` has the output's shape, dtype, device and layout, and shares no memory with the inputs (q first)."""
     if out is None:
         return
     check_tensor("out", out)
@@ -253,7 +254,25 @@ def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, de
         raise LayoutError(
             f"out with strides {out.stride()}", "out contiguous", "`out` is not contiguous", "Pass a contiguous out"
         )
-    check_on(device, out=out)
+    check_on(inputs["q"].device, out=out)
+    first, last = reach(out)
+    for name, tensor in inputs.items():
+        start, end = reach(tensor)
+        if first < end and start < last:
+            raise LayoutError(
+                f"out at bytes {first:#x} to {last:#x}, {name} at {start:#x} to {end:#x}",
+                "out in memory of its own",
+                f"`out` overlaps `{name}`, which is read while out is written",
+                "Pass another tensor, or none",
+            )
+
+
+def reach(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first byte to past its last."""
+    if not tensor.numel():
+        return 0, 0
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
 
 
 def check_seq_lens_shape(seq_lens: Tensor, B: int, name: str = "seq_lens") -> None:
@@ -591,6 +610,33 @@ def check_start_pos(start_pos: Tensor | None, B: int) -> None:
         check_seq_lens_shape(start_pos, B, "start_pos")
 
 
+def prefill_problem(q: Tensor, k: Tensor, v: Tensor, *, S_kv: int, causal: bool, **inputs: Any) -> PrefillProblem:
+    """The problem of q [B, Hq, P, D] over k and v, contiguous [B, Hk, S_kv, D] or page views.
+
+    `inputs` are the fields of PrefillProblem from `mask` on that are not at their default.
+    """
+    B, Hq, P, D = q.shape
+    return PrefillProblem(
+        device=q.device,
+        dtype=q.dtype,
+        out_dtype=out_dtype(q.dtype),
+        B=B,
+        Hq=Hq,
+        Hk=k.shape[1],
+        P=P,
+        S_kv=S_kv,
+        D=D,
+        Dv=v.shape[-1],
+        q_strides=q.stride(),
+        k_strides=k.stride(),
+        v_strides=v.stride(),
+        paged=k.dim() == 5,
+        alias=is_alias(k, v),
+        causal=causal,
+        **inputs,
+    )
+
+
 def prefill(
     q: Tensor,
     k: Tensor,
@@ -609,7 +655,7 @@ def prefill(
         check_last_dim(name, tensor)
         check_monotonic(name, tensor.shape[:3], tensor.stride()[:3], "B H P")
     check_on(q.device, k=k, v=v, seq_lens=seq_lens, attn_mask=attn_mask)
-    dtype = check_dtypes(q=q, k=k, v=v)
+    check_dtypes(q=q, k=k, v=v)
     B, Hq, P, D = q.shape
     Hk, Dv = k.shape[1], v.shape[3]
     if (k.shape[0], k.shape[2], k.shape[3]) != (B, P, D) or v.shape[:3] != k.shape[:3]:
@@ -620,27 +666,15 @@ def prefill(
         check_seq_lens_shape(seq_lens, B)
         check_prefill_lengths(seq_lens, P)
     check_sink(attn_sink, Hq, q.device)
-    return PrefillProblem(
-        device=q.device,
-        dtype=dtype,
-        out_dtype=out_dtype(dtype),
-        B=B,
-        Hq=Hq,
-        Hk=Hk,
-        P=P,
+    return prefill_problem(
+        q,
+        k,
+        v,
         S_kv=P,
-        D=D,
-        Dv=Dv,
-        q_strides=q.stride(),
-        k_strides=k.stride(),
-        v_strides=v.stride(),
-        paged=False,
-        alias=is_alias(k, v),
         causal=causal,
         mask=check_mask("attn_mask", attn_mask, B, Hq, P, "[B, 1|Hq, P, P]"),
         block_mask=block_mask,
         seq_lens=seq_lens is not None,
-        start_pos=False,
         descale=check_descales(descales, B, Hk, q.device),
         sink=attn_sink is not None,
     )
@@ -687,29 +721,16 @@ def mha(
     # caches without an element all start at address 0: no alias
     latent = alias and k_cache.numel() > 0
     check_new_rows(q, k, v, (B, Hk, P, D), (B, Hk, P, Dv), dtype, latent)
-    return PrefillProblem(
-        device=q.device,
-        dtype=dtype,
-        out_dtype=out_dtype(dtype),
-        B=B,
-        Hq=Hq,
-        Hk=Hk,
-        P=P,
+    return prefill_problem(
+        q,
+        k_cache,
+        v_cache,
         S_kv=P if start_pos is None else table_blocks * BLOCK,
-        D=D,
-        Dv=Dv,
-        q_strides=q.stride(),
-        k_strides=k_cache.stride(),
-        v_strides=v_cache.stride(),
-        paged=True,
-        alias=alias,
         causal=causal,
         mask=check_mask("attn_mask", attn_mask, B, Hq, P, "[B, 1|H, P, P]"),
-        block_mask=False,
         seq_lens=start_pos is not None,
         start_pos=start_pos is not None,
         descale=check_descales(descales, B, Hk, q.device),
-        sink=False,
     )
 
 

@@ -106,13 +106,13 @@ class PrefillProblem(NamedTuple):
     v_strides: tuple[int, ...]
     paged: bool
     alias: bool
-    causal: bool
-    mask: MaskKind
-    block_mask: bool
-    seq_lens: bool
-    start_pos: bool
-    descale: bool
-    sink: bool
+    causal: bool = False
+    mask: MaskKind = "none"
+    block_mask: bool = False
+    seq_lens: bool = False
+    start_pos: bool = False
+    descale: bool = False
+    sink: bool = False
 
     @property
     def ratio(self) -> int:

@@ -11,6 +11,7 @@ and BF16 dims are told apart because rope quantised with the latent's scale satu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,10 +62,42 @@ def _per_row(factor: Tensor, x: Tensor) -> Tensor:
     return factor[(...,) + (None,) * (x.dim() - 2)] if factor.dim() else factor
 
 
-class _Parts(NamedTuple):
+def gather_rows(rows: Tensor, slots: Tensor) -> Tensor:
+    """The bytes of rows [pages, page, n] at slots [N], row `slot % page` of page `slot // page`: [N, n]."""
+    pages, page, size = rows.shape
+    # NOTE: index_select copies element by element; 8 bytes at a time took 0.16 ms for 2048 rows of 656 bytes, 1 at a
+    # time 0.89 ms
+    if not any(x % 8 for x in (size, rows.stride(0), rows.stride(1), rows.storage_offset())):
+        rows = rows.view(torch.int64)
+    between = rows.stride(0) // rows.stride(1) if pages > 1 else page  # rows from one page to the next
+    if pages > 1 and rows.stride(0) % rows.stride(1):
+        return rows[slots // page, slots % page].view(torch.uint8)
+    if between != page:
+        slots = slots // page * between + slots % page
+    flat = rows.as_strided(((pages - 1) * between + page, rows.shape[-1]), (rows.stride(1), 1))
+    return flat.index_select(0, slots).view(torch.uint8)
+
+
+def decode_e4m3(codes: Tensor) -> Tensor:
+    """e4m3 bytes -> their values in FP16, exactly.
+
+    Its exponent and mantissa are FP16's upper ones, but for the bias (7, not 15): shifted into place they are the value
+    times 2^-8. torch's own conversion takes 3.6 ms for the latents of 2048 rows on a CPU, this takes 0.5 ms.
+    """
+    signed = codes.contiguous().view(torch.int8)
+    bits = signed.to(torch.int16).mul_(128).bitwise_and_(-0x4080)  # sign, 0, 7 bits: 0xBF80
+    half = bits.view(torch.float16).mul_(256.0)
+    magnitude = signed.bitwise_and(127)
+    # on a GPU the question would wait for it
+    if codes.device.type != "cpu" or (magnitude.numel() and magnitude.max() == 127):
+        half.masked_fill_(magnitude == 127, math.nan)
+    return half
+
+
+class Parts(NamedTuple):
     """Bytes of rows [..]: e4m3 [.., quantised], scales [.., scale_bytes] with their pad, BF16 rope [.., 2 * rope]."""
 
-    quantised: Tensor
+    codes: Tensor
     scales: Tensor
     rope: Tensor
 
@@ -128,14 +161,14 @@ class RowFormat:
             raise self._rows_error(rows, "[num_blocks, page, 1, D]")
         values = self._encode(rows[:, :, 0], descale)
         pages = self.empty(rows.shape[0], rows.shape[1], rows.device)
-        for part, value in zip(self._parts(pages), values, strict=True):
+        for part, value in zip(self.parts(pages), values, strict=True):
             part.copy_(value)
         return pages
 
     def dequantise(self, pages: Tensor, descale: float | Tensor | None = None) -> Tensor:
         """The rows of pages, [num_blocks, page, 1, D] BF16."""
         self.check(pages)
-        return self._decode(self._parts(pages), descale)[:, :, None]
+        return self._decode(self.parts(pages), descale)[:, :, None]
 
     def append(
         self, pages: Tensor, slots: Tensor, k_nope: Tensor, k_rope: Tensor, descale: float | Tensor | None = None
@@ -160,15 +193,17 @@ class RowFormat:
             raise BlockTableError(given=f"slot {last}", required=f"slots < {limit}, the tokens that {limit} rows hold")
         values = self._encode(rows[kept], descale)
         index = (slots // pages.shape[1], slots % pages.shape[1])
-        for part, value in zip(self._parts(pages), values, strict=True):
+        for part, value in zip(self.parts(pages), values, strict=True):
             part[index] = value
 
     def read(self, pages: Tensor, slots: Tensor, descale: float | Tensor | None = None) -> Tensor:
         """The rows of slots [..], [.., D] BF16; for a negative slot, that of slot 0 (the caller masks it)."""
         self.check(pages)
-        slots = slots.clamp_min(0)
-        index = (slots // pages.shape[1], slots % pages.shape[1])
-        return self._decode(_Parts(*(part[index] for part in self._parts(pages))), descale)
+        flat = slots.clamp_min(0).flatten()
+        data, scales = self._stretches(pages)
+        codes, *between, rope = gather_rows(data, flat).split(self._columns(), dim=-1)
+        gathered = Parts(codes, between[0] if between else gather_rows(scales, flat), rope)
+        return self._decode(gathered, descale).view(*slots.shape, self.head_dim)
 
     def check(self, pages: Tensor) -> None:
         """Refuse a tensor that cannot be pages of this format.
@@ -203,18 +238,25 @@ class RowFormat:
     def _is_pitch(self, stride: int, page: int) -> bool:
         return stride >= self.page_bytes(page) and stride % self.page_multiple == 0
 
-    def _parts(self, pages: Tensor) -> _Parts:
+    def parts(self, pages: Tensor) -> Parts:
         """Byte views [num_blocks, page, ..] of what checked pages hold."""
+        data, scales = self._stretches(pages)
+        codes, *between, rope = data.split(self._columns(), dim=-1)
+        return Parts(codes, between[0] if between else scales, rope)
+
+    def _stretches(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Byte views of a page's rows [num_blocks, page, ..] and, where they lie apart, of its scales (else empty)."""
         num_blocks, page = pages.shape[:2]
         memory = pages.view(torch.uint8).view(num_blocks, page * self.row_bytes)
-        quantised, scales, rope = self.quantised, self.scale_bytes, 2 * self.rope
-        if not self.page_split:
-            return _Parts(*memory.unflatten(1, (page, -1)).split([quantised, scales, rope], dim=-1))
-        rows, scale_rows = memory.split([page * (quantised + rope), page * scales], dim=-1)
-        latent_part, rope_part = rows.unflatten(1, (page, -1)).split([quantised, rope], dim=-1)
-        return _Parts(latent_part, scale_rows.unflatten(1, (page, -1)), rope_part)
+        apart = self.scale_bytes if self.page_split else 0
+        data, scales = memory.split([page * (self.row_bytes - apart), page * apart], dim=-1)
+        return data.unflatten(1, (page, self.row_bytes - apart)), scales.unflatten(1, (page, apart))
 
-    def _encode(self, rows: Tensor, descale: float | Tensor | None) -> _Parts:
+    def _columns(self) -> list[int]:
+        """How the bytes of a row in `_stretches` are cut: codes, scales if they lie there, rope."""
+        return [self.quantised, *([] if self.page_split else [self.scale_bytes]), 2 * self.rope]
+
+    def _encode(self, rows: Tensor, descale: float | Tensor | None) -> Parts:
         """The bytes of rows [.., D] BF16."""
         if rows.dtype != torch.bfloat16 or rows.shape[-1] != self.head_dim:
             raise self._rows_error(rows, f"[.., {self.head_dim}]")
@@ -229,14 +271,14 @@ class RowFormat:
             stored = (tiles / scale[..., None]).to(FP8).flatten(-2)
             scales = scale.to(self.scale_dtype).view(torch.uint8)
             scales = F.pad(scales, (0, self.scale_bytes - scales.shape[-1]))
-        return _Parts(stored.view(torch.uint8), scales, rope.contiguous().view(torch.uint8))
+        return Parts(stored.view(torch.uint8), scales, rope.contiguous().view(torch.uint8))
 
-    def _decode(self, parts: _Parts, descale: float | Tensor | None) -> Tensor:
+    def _decode(self, parts: Parts, descale: float | Tensor | None) -> Tensor:
         """Rows [.., D] BF16 of their bytes."""
-        latent = parts.quantised.contiguous().view(FP8).float()
+        latent = decode_e4m3(parts.codes)
         factor = self._descale(descale)
         if self.tile is None:
-            latent = latent * factor
+            latent = latent.float() * factor
         else:
             scales = parts.scales.contiguous().view(self.scale_dtype)[..., : self.quantised // self.tile]
             latent = (latent.unflatten(-1, (-1, self.tile)) * scales.float()[..., None]).flatten(-2)

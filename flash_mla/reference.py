@@ -6,19 +6,20 @@ Each function takes the tensors of a public function and returns (out, lse) in f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["decode_reference", "mha_reference", "prefill_reference"]
+__all__ = ["decode_reference", "format_rows", "mha_reference", "prefill_reference", "sparse_reference"]
 
 BLOCK = 64
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor | None, scale: float, sink: float | None
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor | None, scale: float, sink: float | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """q [M, D], k [S, D], v [S, Dv], keep [M, S] bool, bias [M, S] or None -> out [M, Dv], lse [M]."""
+    """q [M, D], k [S, D], v [S, Dv], keep [M, S] bool, bias [M, S], sink [M] -> out [M, Dv], lse [M]."""
     scores = scale * (q @ k.T)
     if bias is not None:
         scores = scores + bias.double()
@@ -174,3 +175,75 @@ def mha_reference(
             )
         )
     return torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results])
+
+
+# --- What flash_mla.deepseek computes ---------------------------------------------------------------------------------
+
+
+def format_rows(cache: Tensor, name: str | None) -> Tensor:
+    """The rows of a pool [num_blocks, page, 1, D, or the bytes of a row format], in float64: [num_blocks * page, D].
+
+    A dequantised value is rounded to BF16, as every format says.
+    """
+    if name is None:
+        return cache.flatten(0, 2).double()
+    pages, page, _, size = cache.shape
+    bits = cache.view(torch.uint8).squeeze(2)  # [pages, page, size]
+    if name == "flat":
+        return to_e4m3(bits).flatten(0, 1)
+    if name == "fp8_ds_mla":
+        latent, scales = to_e4m3(bits[..., :512]), bits[..., 512:528].contiguous().view(torch.float32).double()
+        rope = bits[..., 528:]
+    elif name == "v4.1":
+        latent, scales, rope = to_e4m3(bits[..., :512]), 2.0 ** (bits[..., 512:].double() - 127), bits[..., :0]
+    else:
+        assert name == "model1"
+        page_bytes = bits.as_strided((pages, page * size), (bits.stride(0), 1))
+        rows = page_bytes[:, : page * 576].unflatten(1, (page, 576))
+        exponents = page_bytes[:, page * 576 :].unflatten(1, (page, 8))[..., :7]
+        latent, scales, rope = to_e4m3(rows[..., :448]), 2.0 ** (exponents.double() - 127), rows[..., 448:]
+    latent = latent * scales.repeat_interleave(latent.shape[-1] // scales.shape[-1], -1)
+    both = [latent.bfloat16().double(), rope.contiguous().view(torch.bfloat16).double()]
+    return torch.cat(both, -1).flatten(0, 1)
+
+
+def to_e4m3(bits: Tensor) -> Tensor:
+    """e4m3 bytes in float64."""
+    return bits.contiguous().view(torch.float8_e4m3fn).double()
+
+
+def sparse_reference(
+    q: Tensor,
+    pools: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    Dv: int,
+    softmax_scale: float,
+    attn_sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of each query token to the rows that it names, in float64.
+
+    Args:
+        q: [B, S_q, Hq, D].
+        pools: (rows [n, D] float64, indices [B, S_q, topk], lengths [B] or None: how many of them count), each.
+        Dv: columns of a row that are V.
+
+    Returns:
+        out [B, Hq, S_q, Dv], lse and greatest scaled score [B, Hq, S_q].
+    """
+    B, S_q, Hq, _ = q.shape
+    out = torch.zeros(B, Hq, S_q, Dv, dtype=torch.float64, device=q.device)
+    lse = torch.full((B, Hq, S_q), -math.inf, dtype=torch.float64, device=q.device)
+    top = lse.clone()
+    for b in range(B):
+        for i in range(S_q):
+            named = []
+            for rows, indices, lengths in pools:
+                row = indices[b, i] if lengths is None else indices[b, i, : max(int(lengths[b]), 0)]
+                named.append(rows[row[(row >= 0) & (row < len(rows))].long()])
+            k = torch.cat(named)
+            if not len(k):
+                continue
+            query, sink = q[b, i].double(), None if attn_sink is None else attn_sink.double()
+            keep = torch.ones(Hq, len(k), dtype=torch.bool, device=q.device)
+            out[b, :, i], lse[b, :, i] = attend(query, k, k[:, :Dv], keep, None, softmax_scale, sink)
+            top[b, :, i] = (softmax_scale * (query @ k.T)).amax(-1)
+    return out, lse, top

@@ -213,6 +213,15 @@ REFUSALS = [
     ("start-float", "mha", lambda x: {"start_pos": zeros(2)}, DTypeError, "start_pos", None),
     ("out-dtype", "decode", lambda x: {"out": zeros(2, 4, 1, 64).float()}, DTypeError, "out", None),
     ("out-dtype", "prefill", lambda x: {"out": zeros(2, 4, 100, 64).half()}, DTypeError, "out", None),
+    (
+        "out-in-cache",
+        "decode",
+        lambda x: {"out": x["k_cache"].view(-1)[: 2 * 4 * 64].view(2, 4, 1, 64)},
+        LayoutError,
+        "`out` overlaps `k_cache`",
+        None,
+    ),
+    ("out-is-q", "prefill", lambda x: {"out": x["q"]}, LayoutError, "`out` overlaps `q`", None),
     ("descale-dtype", "decode", lambda x: {"k_descale": zeros(2, 2)}, DTypeError, "k_descale", None),
     ("sink-dtype", "decode", lambda x: {"attn_sink": zeros(4)}, FlashMLAError, "attn_sink", None),
     # devices

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_mla import flash_mla_with_kvcache, get_mla_metadata
-from flash_mla.reference import decode_reference
-from flash_mla.testing import DecodeCase, MhaCase, check, run
+from flash_mla import deepseek, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla.reference import decode_reference, sparse_reference
+from flash_mla.testing import DecodeCase, MhaCase, SparseDecodeCase, check, library_lse, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -96,3 +96,29 @@ def test_many_lengths_are_shared_out(step):
 def test_paged_prefill_writes_and_reads():
     result = run(MhaCase("mha", 500, device="cuda"))
     assert result.passed, str(result)
+
+
+@pytest.mark.parametrize("case", [SparseDecodeCase("v3.2", Hq=64, topk=300), SparseDecodeCase("few", extra_topk=33)])
+def test_sparse_decode_replays_new_indices(case):
+    """One call that never waits for the GPU, then a graph whose indices change in place."""
+    case = replace(case, device="cuda")
+    call = case.call()
+    x = call.arguments
+    deepseek.flash_mla_with_kvcache(**x)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        deepseek.flash_mla_with_kvcache(**x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = deepseek.flash_mla_with_kvcache(**x)
+    x["indices"].copy_(x["indices"].flip(0, 2))
+    graph.replay()
+    pools = [
+        (rows, x["indices"] if i == 0 else indices, n) for i, (rows, indices, n) in enumerate(call.reference["pools"])
+    ]
+    true_out, true_lse, _ = sparse_reference(**{**call.reference, "pools": pools})
+    verdict = check(out.transpose(1, 2), library_lse(lse), true_out, true_lse, case.dtype)
+    assert verdict.passed, verdict.failures

@@ -28,6 +28,21 @@ CUOBJDUMP = tool("cuobjdump")
 CONFIGS = [(dtype, D, cluster) for dtype in ("bf16", "fp16") for D in (576, 512) for cluster in (1, 2)]
 
 
+GQA_CONFIGS = [
+    ("bf16", 128, 128, 8),
+    ("bf16", 128, 128, 64),
+    ("bf16", 256, 256, 8),
+    ("bf16", 256, 256, 32),
+    ("fp16", 64, 64, 64),
+    ("bf16", 192, 128, 16),
+    ("bf16", 96, 96, 8),
+    ("bf16", 72, 8, 8),
+    ("fp8", 128, 128, 8),
+    ("fp8", 128, 128, 64),
+    ("fp8", 256, 256, 32),
+]
+
+
 @pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump is neither on PATH nor in a triton wheel")
 @pytest.mark.parametrize(("dtype", "D", "cluster"), CONFIGS)
 def test_mla_decode(dtype: str, D: int, cluster: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +68,33 @@ def test_mla_decode(dtype: str, D: int, cluster: int, tmp_path: Path, monkeypatc
     assert count("HGMMA") == 3 * D // 16 + 3 * 2 * 4
     # NOTE: serialised wgmma shows as one wait an instruction
     assert count(r"WARPGROUP\.DEPBAR") < 16
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump is neither on PATH nor in a triton wheel")
+@pytest.mark.parametrize(("dtype", "D", "Dv", "tile_n"), GQA_CONFIGS)
+def test_gqa_decode(dtype: str, D: int, Dv: int, tile_n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from flash_mla.kernels.hopper import gqa_decode
+
+    config = gqa_decode.Config(dtype, D, Dv, tile_n, descale=dtype == "fp8")  # type: ignore[arg-type]
+    assert config.stages >= 2, "loads and products must overlap"
+    assert config.smem_bytes() <= 227 * 1024
+    gqa_decode.build(config, f"--keep-cubin --dump-dir={tmp_path}")
+    (cubin,) = tmp_path.glob("*.cubin")
+    sass = subprocess.run([str(CUOBJDUMP), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run([str(CUOBJDUMP), "-res-usage", cubin], capture_output=True, text=True, check=True)
+    assert set(re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr)) == {"0"}
+
+    def count(instruction: str) -> int:
+        return len(re.findall(rf"\s{instruction}\b", sass))
+
+    assert (count("LDL"), count("STL")) == (0, 0), "registers spill"
+    # K Q^T: 32 bytes of a row each; V^T P^T: 4 steps of 16 keys for each 64 columns
+    row_bytes = D if dtype == "fp8" else 2 * D
+    scores, values = -(-row_bytes // 32), 4 * -(-Dv // 64)
+    assert (count("QGMMA"), count("HGMMA")) == ((scores, values) if dtype == "fp8" else (0, scores + values))
+    # NOTE: serialised wgmma shows as one wait an instruction
+    assert count(r"WARPGROUP\.DEPBAR") == 2
 
 
 def test_shared_memory_fits() -> None:

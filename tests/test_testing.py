@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from flash_mla import backends
+from flash_mla import backends, deepseek
+from flash_mla.quant import FORMATS
+from flash_mla.reference import format_rows
 from flash_mla.testing import (
     BUDGETS,
     CASES,
@@ -15,9 +18,14 @@ from flash_mla.testing import (
     UNUSED_ENTRY,
     DecodeCase,
     MhaCase,
+    SparseDecodeCase,
+    SparsePrefillCase,
+    VarlenCase,
     check,
     run,
 )
+
+CALLS = itertools.count(1)
 
 
 def truth():
@@ -101,7 +109,7 @@ def wrong_launch(monkeypatch):
         (lambda args: args.out.mul_(1.05), "out: error"),
         (lambda args: args.q.add_(1), "the call wrote to q"),
         (lambda args: args.k[0, 0, 0].fill_(0), "k_cache does not hold"),
-        (lambda args: args.lse.add_(torch.rand(()) * 1e-5 + 1e-6), "differs in bits"),
+        (lambda args: args.lse.add_(next(CALLS) * 1e-5), "differs in bits"),
     ],
     ids=["scale", "writes-q", "writes-cache", "not-reproducible"],
 )
@@ -119,9 +127,63 @@ def test_run_sees_a_stray_write_beside_the_table(wrong_launch):
     assert any("k_cache does not hold" in failure for failure in run(case).failures)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_format_rows_are_the_rows(name):
+    """The reference's own decoder against the library's."""
+    fmt = FORMATS[name]
+    pool = fmt.quantise(torch.randn(3, 7, 1, fmt.head_dim, generator=torch.Generator().manual_seed(0)).bfloat16())
+    assert torch.equal(format_rows(pool, name), fmt.dequantise(pool).view(21, -1).double())
+
+
+@pytest.mark.parametrize(
+    ("case", "spoil", "words"),
+    [
+        (SparseDecodeCase("spoiled"), lambda args: args.out.mul_(1.05), "out: error"),
+        (SparseDecodeCase("spoiled"), lambda args: args.out[0, 0].fill_(1e-9), "not exactly 0"),
+        (SparseDecodeCase("spoiled"), lambda args: args.lse.nan_to_num_(neginf=-100.0), "lse: not -inf"),
+        (SparsePrefillCase("spoiled"), lambda args: args.max_logits.add_(0.01), "max_logits: error"),
+        (SparsePrefillCase("spoiled"), lambda args: args.max_logits[0].fill_(0.0), "max_logits: not -inf"),
+        (SparsePrefillCase("spoiled"), lambda args: args.keys[0].cache[0, 0].fill_(0.0), "the call wrote to kv"),
+    ],
+    ids=["scale", "empty-row", "empty-lse", "max-logits", "empty-max-logits", "writes-kv"],
+)
+def test_run_sees_a_wrong_sparse_launch(wrong_launch, case, spoil, words):
+    wrong_launch(spoil)
+    result = run(case)
+    assert not result.passed
+    assert any(words in failure for failure in result.failures), result.failures
+
+
+def test_run_sees_outputs_left_unwritten(monkeypatch):
+    """The first call finds NaN where the launch does not write."""
+    monkeypatch.setattr(backends.backend("cpu"), "launch", lambda problem, config, args: None)
+    result = run(SparsePrefillCase("spoiled"))
+    assert any("are NaN" in failure for failure in result.failures), result.failures
+
+
+def test_run_sees_a_wrong_gradient(monkeypatch):
+    right = deepseek.varlen.sequence_gradients
+
+    def wrong(*args, **kwargs):
+        dq, dk, dv = right(*args, **kwargs)
+        return dq, dk * 1.05, dv
+
+    monkeypatch.setattr(deepseek.varlen, "sequence_gradients", wrong)
+    failures = run(VarlenCase("spoiled")).failures
+    assert len(failures) == 1
+    assert "dk: error" in failures[0]
+
+
 def test_names_are_unique_and_cover_every_dtype_and_function():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
     kinds = {(case.function, case.dtype) for case in CASES}
-    functions = {"flash_mla_with_kvcache", "flash_mla_prefill", "mha_fwd_kvcache"}
-    assert kinds == {(function, dtype) for function in functions for dtype in DTYPES.values()}
+    functions = {"flash_mla_with_kvcache", "flash_mla_prefill", "mha_fwd_kvcache", "deepseek.flash_mla_with_kvcache"}
+    in_three_dtypes = {"deepseek.flash_mla_sparse_fwd", "deepseek.flash_attn_varlen_func"}
+    assert kinds == {
+        (function, dtype)
+        for function in functions | in_three_dtypes
+        for dtype in DTYPES.values()
+        if function in functions or dtype != torch.float8_e4m3fn
+    }
+    assert {case.format for case in CASES if isinstance(case, SparseDecodeCase)} == {None, *FORMATS}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from flash_mla.kernels.triton import sparse
@@ -12,6 +14,9 @@ from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import power_of_2
 from flash_mla.problem import SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS, RowFormat
+
+GLUON = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
+"""Whether this Triton has the Gluon that sparse_wgmma.py is written in; earlier ones were not tried."""
 
 
 class Parts(NamedTuple):
@@ -33,31 +38,46 @@ def refuse(problem: SparseProblem) -> str | None:
 
 def config(problem: SparseProblem, target: Target) -> sparse.Config:
     """The kernel's tiles; max_logits is not kept through a merge, and its callers have tokens enough."""
-    return sparse.config(
+    chosen = sparse.config(
         tokens=problem.B * problem.S_q,
         Hq=problem.Hq,
         D=problem.D,
         topk=sum(keys.topk for keys in problem.sets),
         itemsize=problem.dtype.itemsize,
-        quantised=problem.format is not None,
+        quantised=0 if problem.format is None else FORMATS[problem.format].quantised,
+        flat=flat(problem),
         split=not problem.max_logits,
         target=target,
     )
+    return replace(chosen, tile_m=64, tile_n=64, warps=8, wgmma=True) if wgmma(problem, target) else chosen
+
+
+def wgmma(problem: SparseProblem, target: Target) -> bool:
+    """Whether sparse_wgmma.py takes the problem, and with more heads than half of its 64 rows."""
+    shape = (problem.Dv, len(problem.sets), problem.dtype) == (512, 1, torch.bfloat16) and problem.D in (576, 512)
+    strides = (*problem.q_strides[:3], *problem.sets[0].cache_strides)
+    return (
+        GLUON
+        and target.wgmma
+        and shape
+        and problem.Hq > 32
+        and problem.format in (None, "fp8_ds_mla")
+        and flat(problem)
+        and all(n % 8 == 0 for n in strides)
+    )
+
+
+def flat(problem: SparseProblem) -> bool:
+    """Whether row i of a cache lies i rows after the first, whatever its page."""
+    together = all(s.pages == 1 or s.cache_strides[0] == s.page * s.cache_strides[1] for s in problem.sets)
+    return together and not (problem.format is not None and FORMATS[problem.format].page_split)
 
 
 def parts(cache: Tensor, fmt: RowFormat | None) -> Parts:
     """The parts of a cache [pages, page, D or row_bytes], as views."""
     if fmt is None:
         return Parts(cache, None, None)
-    pages, page, size = cache.shape
-    rope_bytes = 2 * fmt.rope
-    if fmt.page_split:
-        first, pitch, row = cache.storage_offset(), cache.stride(0), size - fmt.scale_bytes
-        rows = cache.as_strided((pages, page, row), (pitch, row, 1), first)
-        scales = cache.as_strided((pages, page, fmt.scale_bytes), (pitch, fmt.scale_bytes, 1), first + page * row)
-        codes, rope = rows.split([fmt.quantised, rope_bytes], dim=2)
-    else:
-        codes, scales, rope = cache.split([fmt.quantised, fmt.scale_bytes, rope_bytes], dim=2)
+    codes, scales, rope = fmt.parts(cache)
     # e8m0 scales stay bytes
     scales = scales.view(torch.float32) if fmt.scale_dtype == torch.float32 and fmt.scale_bytes else scales
     return Parts(codes, rope.view(torch.bfloat16) if fmt.rope else codes, scales if fmt.scale_bytes else codes)
@@ -82,7 +102,7 @@ def arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, p
         args.q, *tensors, args.attn_sink, args.out, args.lse, args.max_logits, partial, args.softmax_scale,
         problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], *numbers, problem.S_q, problem.D, problem.Dv,
         quantised, group, e8m0, config.native, config.splits, config.tile_m, config.tile_n, config.d_main,
-        config.d_rest, config.precision,
+        config.d_rest, config.precision, config.flat,
     )  # fmt: skip
 
 
@@ -93,11 +113,39 @@ def launch(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> N
     partial = None
     if config.splits > 1:
         partial = args.q.new_empty(config.splits * rows * (problem.Dv + 1), dtype=torch.float32)
-    sparse.sparse_kernel[sparse.grid(config, tokens, problem.Hq)](
-        *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
-    )
+    grid = sparse.grid(config, tokens, problem.Hq)
+    if config.wgmma and aligned(args):
+        # imported here: only Hopper needs Gluon
+        from flash_mla.kernels.triton.sparse_wgmma import sparse_wgmma_kernel
+
+        sparse_wgmma_kernel[grid](*wgmma_arguments(problem, config, args, partial), num_warps=config.warps)
+    else:
+        sparse.sparse_kernel[grid](
+            *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
+        )
     if partial is not None:
         sparse.merge_kernel[(rows,)](
             partial, args.attn_sink, args.out, args.lse, rows, problem.Hq, problem.Dv, power_of_2(problem.Dv),
             config.splits, num_warps=4,
         )  # fmt: skip
+
+
+def aligned(args: SparseArgs) -> bool:
+    """Whether rows can be copied 16 bytes at a time, as sparse_wgmma.py does."""
+    return all(x.data_ptr() % 16 == 0 for x in (args.q, args.keys[0].cache))
+
+
+def wgmma_arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None) -> tuple:
+    """sparse_wgmma_kernel's arguments, in its order."""
+    fmt = None if problem.format is None else FORMATS[problem.format]
+    (keys,) = args.keys
+    codes, rope, scales = parts(keys.cache, fmt)
+    rope = codes if rope is None else rope
+    pages, page = keys.cache.shape[:2]
+    return (
+        args.q, keys.indices, keys.lengths, codes, rope, scales, args.attn_sink, args.out, args.lse, args.max_logits,
+        partial, args.softmax_scale, problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], keys.indices.shape[2],
+        pages * page, *keys.indices.stride()[:2], codes.stride(1), rope.stride(1),
+        0 if scales is None else scales.stride(1), problem.S_q, problem.D, 0 if fmt is None else fmt.tile,
+        config.splits,
+    )  # fmt: skip

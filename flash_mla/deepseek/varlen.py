@@ -17,14 +17,13 @@ from flash_mla.contract import (
     check_on,
     check_rank,
     check_tensor,
-    is_alias,
     named,
-    out_dtype,
+    prefill_problem,
 )
 from flash_mla.deepseek.checks import check_query, check_same_dtype
 from flash_mla.errors import ShapeError
 from flash_mla.plan import plan
-from flash_mla.problem import PrefillArgs, PrefillProblem
+from flash_mla.problem import PrefillArgs
 
 BACKWARD_BYTES = 64 << 20
 """Of one tile of scores in the backward, FP32."""
@@ -183,33 +182,10 @@ def attend_batch(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Our prefill of q [B, Hq, P, D] over k [B, Hk, S_kv, D] and v; if causal, the last query sees all keys."""
-    B, Hq, P, D = q.shape
-    _, Hk, S_kv, Dv = v.shape
+    B, Hq, P, _ = q.shape
+    S_kv, Dv = v.shape[2:]
     offset = S_kv - P if causal else 0
-    problem = PrefillProblem(
-        device=q.device,
-        dtype=q.dtype,
-        out_dtype=out_dtype(q.dtype),
-        B=B,
-        Hq=Hq,
-        Hk=Hk,
-        P=P,
-        S_kv=S_kv,
-        D=D,
-        Dv=Dv,
-        q_strides=q.stride(),
-        k_strides=k.stride(),
-        v_strides=v.stride(),
-        paged=False,
-        alias=is_alias(k, v),
-        causal=causal,
-        mask="none",
-        block_mask=False,
-        seq_lens=False,
-        start_pos=offset > 0,
-        descale=False,
-        sink=False,
-    )
+    problem = prefill_problem(q, k, v, S_kv=S_kv, causal=causal, start_pos=offset > 0)
     args = PrefillArgs(
         q=q,
         k=k,

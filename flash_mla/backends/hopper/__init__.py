@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Hashable
 from typing import Any
 
-from flash_mla.backends.hopper import mla_decode, prefill
+from flash_mla.backends.hopper import gqa_decode, mla_decode, prefill
 from flash_mla.backends.hopper.device import available as available
 from flash_mla.backends.hopper.device import refuse_device
 from flash_mla.problem import AppendArgs, Args, DecodeProblem, PrefillProblem, Problem
@@ -18,8 +18,8 @@ from flash_mla.problem import AppendArgs, Args, DecodeProblem, PrefillProblem, P
 
 def kernel(problem: Problem) -> Any:
     """The module that such problems go to, or None."""
-    if isinstance(problem, DecodeProblem) and problem.alias and problem.Hk == 1:
-        return mla_decode
+    if isinstance(problem, DecodeProblem):
+        return mla_decode if problem.alias and problem.Hk == 1 else gqa_decode
     if isinstance(problem, PrefillProblem):
         return prefill
     return None
@@ -30,8 +30,7 @@ def refuse(problem: Problem) -> str | None:
     if (reason := refuse_device(problem.device)) is not None:
         return reason
     if (module := kernel(problem)) is None:
-        kind = "decode with separate K and V" if isinstance(problem, DecodeProblem) else "sparse attention"
-        return f"there is no Hopper kernel for {kind}"
+        return "there is no kernel in CuTe DSL for sparse attention"
     return module.refuse(problem)
 
 

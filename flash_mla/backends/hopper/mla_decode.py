@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from flash_mla.backends.hopper.device import multiprocessors
+from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
 from flash_mla.errors import ShapeError
-from flash_mla.problem import BLOCK, DecodeArgs, DecodeProblem
+from flash_mla.problem import DecodeArgs, DecodeProblem
 
 if TYPE_CHECKING:
     from flash_mla.kernels.hopper.mla_decode import Config
@@ -85,30 +84,26 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
             fix="Scale q instead, or pass backend='triton'",
         )
     kernel = store.load("mla_decode", config, mla_decode.build)
-    rows = problem.Hq * problem.S_q
     clusters = multiprocessors(problem.device) // config.cluster
-    # a cache that all requests share has one request, whatever its batch stride says
-    requests = problem.B if problem.k_strides[0] else 1
-    fp32 = functools.partial(torch.empty, dtype=torch.float32, device=problem.device)
-    out_partial = fp32((2 * clusters, config.rows, problem.Dv))
-    k_request, _, k_block, k_row, _ = problem.k_strides
-    tensors: dict[str, Any] = {
-        "table": args.block_table.to(torch.int32),
-        "seq_lens": args.seq_lens.to(torch.int32),
-        "sink": out_partial.view(-1) if args.attn_sink is None else args.attn_sink,
-        "out": args.out.view(problem.B, rows, problem.Dv),
-        "lse": (fp32((problem.B, rows)) if args.lse is None else args.lse).view(problem.B, rows),
-        "out_partial": out_partial,
-        "lse_partial": fp32((2 * clusters, config.rows)),
-        "split_of": torch.empty((clusters, 4), dtype=torch.int32, device=problem.device),
-    }
-    with torch.cuda.device(problem.device):
+    workspace = torch.empty(config.workspace_words(clusters), dtype=torch.float32, device=problem.device)
+    lse = args.lse
+    if lse is None:
+        lse = torch.empty((problem.B, problem.Hq, problem.S_q), dtype=torch.float32, device=problem.device)
+    # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own
+    with device_of(problem.device):
         kernel(
-            args.q.as_strided((problem.B, rows, problem.D), (problem.q_strides[0], query_row_stride(problem), 1)),
-            args.k.as_strided((requests, problem.Nblk, BLOCK, problem.D), (k_request, k_block, k_row, 1)),
-            mla_decode.Tensors(**tensors),
+            args.q,
+            args.k,
+            int32(args.block_table),
+            int32(args.seq_lens),
+            workspace if args.attn_sink is None else args.attn_sink,
+            args.out,
+            lse,
+            workspace,
             args.softmax_scale * math.log2(math.e),
-            problem.S_q,
             int(args.attn_sink is not None),
+            query_row_stride(problem),
+            # a cache that all requests share has one request, whatever its batch stride says
+            problem.B if problem.k_strides[0] else 1,
             clusters,
         )

@@ -1,93 +1,218 @@
 """Combine the partial results of split items: out = sum_i 2^(lse_i - lse) out_i, lse = log2 sum_i 2^lse_i.
 
-Grid [clusters, rows / ROWS_CTA]: CTA x finishes the item that begins in cluster x and goes on in later ones, up to the
-last that `split_of` names; most find none and leave. A row belongs to 128 threads, four columns each.
-Bound: it reads 4 * 512 * rows bytes a partial result, once, from L2.
+The item that begins in a cluster goes on in later ones, up to the last that `split_of` names. Every warp counts the
+items; without any it leaves at once. Where there are many, a warp takes a row of one (65 items of two pieces: latency
+binds, so a row's loads are all in flight at once). Where there are so few that most warps would be idle, a CTA takes
+128 columns of a row, its warps sharing the pieces (one item of 64).
+Bound: it reads 4 * Dv * rows bytes a partial result, once, from L2.
 Launched with programmatic dependent launch, so its CTAs are resident when the last CTA of the decode kernel ends.
-The partial results are added in the order of the clusters: deterministic.
+The partial results are added in a fixed order: deterministic.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+import cutlass.utils as utils
+from cutlass import Boolean, Float32, Int32
 
 from flash_mla.kernels.hopper import split
 
-DV = 512
-ROWS_CTA = 4
-"""Rows of a CTA."""
-THREADS_ROW = DV // 4
+WARPS = 8
+"""Of a CTA."""
+CTAS = 396
+"""Of the grid: three for each SM of an H200, as many as its registers hold."""
+ROUNDS = 5
+"""32 clusters each: a Hopper chip has at most 144 SMs."""
+IN_FLIGHT = 8
+"""16-byte loads of a lane in flight together."""
 
 
 @cute.kernel
 def combine_kernel(
-    out: cute.Tensor,  # [B, rows, 512]
-    lse: cute.Tensor,  # [B, rows]
-    out_partial: cute.Tensor,  # [2 * clusters, cluster rows, 512]
+    out: cute.Tensor,  # [B, heads * rows, Dv]
+    lse: cute.Tensor,  # [B, heads * rows]
+    out_partial: cute.Tensor,  # [2 * clusters, cluster rows, Dv]
     lse_partial: cute.Tensor,  # [2 * clusters, cluster rows], base 2
     split_of: cute.Tensor,  # [clusters, 4]
     sink: cute.Tensor,  # [Hq]
     has_sink: Int32,
     S_q: Int32,
+    heads: Int32,
 ):
-    cluster_id, tile, _ = cute.arch.block_idx()
-    tidx, _, _ = cute.arch.thread_idx()
+    cta, _, _ = cute.arch.block_idx()
+    warp_id, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+    clusters, cluster_rows = split_of.shape[0], lse_partial.shape[1]
+    # of an item, where a KV head has fewer than a cluster takes
+    item_rows = cutlass.min(cluster_rows, lse.shape[1] // heads)
+    parts = (out.shape[2] + 127) // 128
+    smem = utils.SmemAllocator()
+    sResult = smem.allocate_tensor(Float32, cute.make_layout((4, 32, WARPS)), 16)
+    sBegins = smem.allocate_tensor(Int32, cute.make_layout(32 * ROUNDS), 4)
     cute.arch.griddepcontrol_wait()
-    request, group, last = split_of[cluster_id, 0], split_of[cluster_id, 1], split_of[cluster_id, 2]
-    cluster_rows = lse_partial.shape[1]
-    part_row = tile * ROWS_CTA + tidx // THREADS_ROW
-    row = group * cluster_rows + part_row
-    if request >= 0 and row < out.shape[1]:
-        # NOTE: the first cluster ends inside the item (slot 1), the others start inside it (slot 0)
-        begin = split.SLOTS * cluster_id + 1
-        largest = lse_partial[begin, part_row]
-        for cluster in cutlass.range(cluster_id + 1, last + 1, unroll=4):
-            largest = cute.arch.fmax(largest, lse_partial[split.SLOTS * cluster, part_row])
-        # a row without keys: keep 2^(-inf - largest) at 0
-        largest = cute.arch.fmax(largest, Float32(-1.0e30))
 
-        column = tidx % THREADS_ROW
-        total = cute.math.exp2(lse_partial[begin, part_row] - largest, fastmath=True)
-        result = cute.make_rmem_tensor(4, Float32)
-        part = cute.make_rmem_tensor(4, Float32)
-        cute.autovec_copy(cute.local_tile(out_partial[begin, part_row, None], (4,), (column,)), part)
-        for i in cutlass.range_constexpr(4):
-            result[i] = part[i] * total
-        for cluster in cutlass.range(cluster_id + 1, last + 1, unroll=4):
-            weight = cute.math.exp2(lse_partial[split.SLOTS * cluster, part_row] - largest, fastmath=True)
-            cute.autovec_copy(
-                cute.local_tile(out_partial[split.SLOTS * cluster, part_row, None], (4,), (column,)), part
+    # list the clusters in which split items begin, every warp all of them
+    items = Int32(0)
+    for i in cutlass.range_constexpr(ROUNDS):
+        begins = Boolean(False)
+        if 32 * i + lane < clusters:
+            begins = split_of[32 * i + lane, 0] >= 0
+        vote = cute.arch.vote_ballot_sync(begins)
+        if begins:
+            sBegins[items + cute.arch.popc(vote & cute.arch.lanemask_lt())] = 32 * i + lane
+        items = items + cute.arch.popc(vote)
+    cute.arch.sync_threads()
+
+    few = items * item_rows * parts <= 2 * CTAS
+    target = Target(out, lse, split_of, sink, has_sink, S_q, heads, cluster_rows)
+    if few:
+        unit = cta
+        while unit < items * item_rows * parts:
+            cluster, part_row = sBegins[unit // (item_rows * parts)], unit // parts % item_rows
+            part = unit % parts
+            pieces = split_of[cluster, 2] - cluster + 1
+            result = cute.make_rmem_tensor(cute.make_layout((4, 1)), Float32)
+            largest, total = add_pieces(
+                out_partial, lse_partial, cluster, pieces, part_row, part, warp_id, WARPS, result
             )
-            for i in cutlass.range_constexpr(4):
-                result[i] = result[i] + part[i] * weight
-            total = total + weight
+            cute.autovec_copy(result[None, 0], sResult[None, lane, warp_id])
+            cute.arch.sync_threads()
+            if warp_id == 0:
+                other = cute.make_rmem_tensor(4, Float32)
+                for w in cutlass.range_constexpr(1, WARPS):
+                    cute.autovec_copy(sResult[None, lane, w], other)
+                    for e in cutlass.range_constexpr(4):
+                        result[e, 0] = result[e, 0] + other[e]
+                write_row(target, cluster, part_row, part, largest, total, result)
+            cute.arch.sync_threads()
+            unit = unit + CTAS
+    else:
+        # NOTE: rows go round the CTAs first, so that all SMs have some
+        unit = cta + CTAS * warp_id
+        while unit < items * item_rows:
+            cluster, part_row = sBegins[unit // item_rows], unit % item_rows
+            pieces = split_of[cluster, 2] - cluster + 1
+            result = cute.make_rmem_tensor(cute.make_layout((4, parts)), Float32)
+            largest, total = add_pieces(out_partial, lse_partial, cluster, pieces, part_row, 0, 0, 1, result)
+            write_row(target, cluster, part_row, 0, largest, total, result)
+            unit = unit + CTAS * WARPS
 
-        if column == 0:
+
+class Target(NamedTuple):
+    """Where results go, and what a row of an item is there."""
+
+    out: cute.Tensor
+    lse: cute.Tensor
+    split_of: cute.Tensor
+    sink: cute.Tensor
+    has_sink: Int32
+    S_q: Int32
+    heads: Int32
+    cluster_rows: int
+
+
+@cute.jit
+def add_pieces(
+    out_partial: cute.Tensor,
+    lse_partial: cute.Tensor,
+    cluster,
+    pieces,
+    part_row,
+    part,
+    start,
+    step: cutlass.Constexpr,
+    result: cute.Tensor,  # [four columns, parts]: parts `part`, `part` + 1, ... of the row, 128 columns each
+):
+    """Sum pieces start, start + step, ... of a row, by a warp; return the largest lse and the weights of all pieces."""
+    lane = cute.arch.lane_idx()
+    parts = result.shape[1]
+    together = min(IN_FLIGHT // parts, 32 // step)
+    # a row without keys: keep 2^(-inf - largest) at 0
+    largest = Float32(-1.0e30)
+    for chunk in cutlass.range(0, pieces, 32, unroll=1):
+        largest = cute.arch.fmax(largest, lse_of(lse_partial, cluster, chunk + lane, pieces, part_row))
+    for i in cutlass.range_constexpr(5):
+        largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << i))
+
+    total = Float32(0.0)
+    result.fill(0.0)
+    values = cute.make_rmem_tensor(cute.make_layout((4, parts, together)), Float32)
+    for chunk in cutlass.range(0, pieces, 32, unroll=1):
+        lse = lse_of(lse_partial, cluster, chunk + lane, pieces, part_row)
+        own = cute.math.exp2(lse - largest, fastmath=True)
+        total = total + own
+        for first in cutlass.range(start, cutlass.min(32, pieces - chunk), together * step, unroll=1):
+            for i in cutlass.range_constexpr(together):
+                piece = chunk + first + step * i
+                if piece < pieces:
+                    row = out_partial[slot_of(cluster, piece), part_row, None]
+                    for p in cutlass.range_constexpr(parts):
+                        cute.autovec_copy(four_columns(row, part + p), values[None, p, i])
+            for i in cutlass.range_constexpr(together):
+                weight = cute.arch.shuffle_sync(own, offset=first + step * i)
+                if chunk + first + step * i < pieces:
+                    for p in cutlass.range_constexpr(parts):
+                        for e in cutlass.range_constexpr(4):
+                            result[e, p] = result[e, p] + values[e, p, i] * weight
+    for i in cutlass.range_constexpr(5):
+        total = total + cute.arch.shuffle_sync_bfly(total, offset=1 << i)
+    return largest, total
+
+
+@cute.jit
+def four_columns(row: cute.Tensor, part) -> cute.Tensor:
+    """The columns of a part of a row that a lane takes; lanes past the end repeat the last."""
+    return cute.local_tile(row, (4,), (cutlass.min(32 * part + cute.arch.lane_idx(), row.shape[0] // 4 - 1),))
+
+
+@cute.jit
+def write_row(target: Target, cluster, part_row, part, largest, total, result: cute.Tensor) -> None:
+    """Normalise a row, or parts of it, and write it; the warp with its first part writes its lse."""
+    out, lse, rows = target.out, target.lse, target.lse.shape[1] // target.heads
+    request, group = target.split_of[cluster, 0], target.split_of[cluster, 1]
+    # the groups of a request are the row tiles of its first KV head, of its second, ...
+    tiles = (rows + target.cluster_rows - 1) // target.cluster_rows
+    head_row = group % tiles * target.cluster_rows + part_row
+    row = group // tiles * rows + head_row
+    if head_row < rows:
+        if part == 0 and cute.arch.lane_idx() == 0:
             lse[request, row] = (
                 (largest + cute.math.log2(total, fastmath=True)) * math.log(2.0) if total > 0.0 else -Float32.inf
             )
         denominator = total
-        if has_sink != 0:
-            sink_log2 = sink[row // S_q] * math.log2(math.e)
+        if target.has_sink != 0:
+            sink_log2 = target.sink[row // target.S_q] * math.log2(math.e)
             denominator = denominator + cute.math.exp2(sink_log2 - largest, fastmath=True)
         scale = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
         rounded = cute.make_rmem_tensor(4, out.element_type)
-        for i in cutlass.range_constexpr(4):
-            rounded[i] = (result[i] * scale).to(out.element_type)
-        cute.autovec_copy(rounded, cute.local_tile(out[request, row, None], (4,), (column,)))
+        for p in cutlass.range_constexpr(result.shape[1]):
+            for e in cutlass.range_constexpr(4):
+                rounded[e] = (result[e, p] * scale).to(out.element_type)
+            cute.autovec_copy(rounded, four_columns(out[request, row, None], part + p))
 
 
 @cute.jit
-def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink: Int32, S_q: Int32, stream):
-    """Launch the kernel behind the decode kernel of the same stream."""
-    clusters, cluster_rows = split_of.shape[0], lse_partial.shape[1]
-    combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q).launch(
-        grid=(clusters, cluster_rows // ROWS_CTA, 1),
-        block=(ROWS_CTA * THREADS_ROW, 1, 1),
-        use_pdl=True,
-        stream=stream,
+def slot_of(cluster, piece):
+    """Where a piece of the item that begins in a cluster lies."""
+    # NOTE: the first cluster ends inside the item (slot 1), the others start inside it (slot 0)
+    return split.SLOTS * (cluster + piece) + 1 - cutlass.min(piece, 1)
+
+
+@cute.jit
+def lse_of(lse_partial: cute.Tensor, cluster, piece, pieces, part_row):
+    """The lse of a row of a piece; -inf past the last."""
+    value = -Float32.inf
+    if piece < pieces:
+        value = lse_partial[slot_of(cluster, piece), part_row]
+    return value
+
+
+@cute.jit
+def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink: Int32, S_q: Int32, heads: Int32, stream):
+    """Launch the kernel behind the decode kernel of the same stream; `heads`: KV heads."""
+    combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads).launch(
+        grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream
     )

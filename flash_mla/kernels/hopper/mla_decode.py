@@ -42,6 +42,7 @@ Measured: docs/kernels.md, "Hopper MLA decode".
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,13 +52,14 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.combine import combine
+from flash_mla.kernels.hopper.work import Work, find_work, length_of, scan_words
 
 # ---------------------------------------------------------------------------------------------------------- Config
 
@@ -86,12 +88,20 @@ STAGES = 4
 BAR_P0, BAR_P1, BAR_WG, BAR_SUM = 1, 2, 3, 5
 """Named barriers (0 is the CTA's): P of the even block, of the odd block, one per consumer warpgroup, the row sums."""
 
+STAGED = 16 * 32
+"""Elements of out that a warp stages: 32 columns of its 16 rows."""
+
 EVICT_FIRST = 0x12F0000000000000
 """TMA cache hint of a cluster's loads: nobody else reads that K."""
 LOW = -1.0e30
 """A running max below every score, finite so that LOW - LOW is 0."""
 LAZY = 8.0
 """The running max moves only when it grows by more than 2^8: exact after normalisation, and P stays below 2^8."""
+
+START = 2
+"""Steps of 128 tokens that beginning an item costs, 3.4 us each."""
+NOTE = 4
+"""Words of a cluster's note of its split item."""
 
 DTYPES = {"bf16": BFloat16, "fp16": Float16}
 
@@ -121,15 +131,20 @@ class Config:
         """Chunks that travel through a stage: four of V, and the rope chunk with stages 1 and 2."""
         return 4 + (stage in (1, 2) and self.chunks == K_CHUNKS)
 
+    def workspace_words(self, clusters: int) -> int:
+        """32-bit words of workspace: partial results, their lse, notes of split items."""
+        return clusters * (split.SLOTS * self.rows * (DV + 1) + NOTE)
+
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA: Q, two K buffers, row max of each block, row sums, work search, barriers.
+        """Shared memory of a CTA: Q, two K buffers, row max of each block, row sums, staged out, work search, barriers.
 
         Rounded up to the 1024 bytes on which swizzled buffers are aligned.
         """
         q = 2 * TILE_M * self.D
         k = 2 * 2 * K_CHUNKS * CHUNK_ELEMENTS
         rows = 4 * (2 * TILE_M + 2 * TILE_M)
-        used = q + k + rows + 4 * 32 + 8 * (Channel.words(STAGES) + Channel.words(1))
+        out, work = 2 * CONSUMERS // 32 * STAGED, 4 * scan_words(WARPS)
+        used = q + k + rows + out + work + 8 * (Channel.words(STAGES) + Channel.words(1))
         return -(-used // 1024) * 1024
 
 
@@ -163,104 +178,15 @@ class Scalars(NamedTuple):
     groups: Int32
 
 
-class Work(NamedTuple):
-    """A cluster's range: `steps` steps, from `offset` steps into item (request, group) on; and the plan."""
-
-    request: Int32
-    group: Int32
-    offset: Int32
-    steps: Int32
-    chunk: Int32
-    floor: Int32
-
-
 @cute.jit
-def length_of(tensors: Tensors, request):
-    """The request's length, kept inside what its row of the table covers."""
-    return cutlass.max(0, cutlass.min(tensors.seq_lens[request], tensors.table.shape[1] * BLOCK))
-
-
-@cute.jit
-def warp_sum(value):
-    """Sum over the warp, in every lane."""
-    for i in cutlass.range_constexpr(5):
-        value = value + cute.arch.shuffle_sync_bfly(value, offset=1 << i)
-    return value
-
-
-@cute.jit
-def warp_max(value):
-    """Maximum over the warp, in every lane."""
-    for i in cutlass.range_constexpr(5):
-        value = cutlass.max(value, cute.arch.shuffle_sync_bfly(value, offset=1 << i))
-    return value
-
-
-@cute.jit
-def find_work(tensors: Tensors, groups, cluster_id, clusters, sScan: cute.Tensor):
-    """This cluster's range of the line of steps, found by all warps from the lengths.
-
-    Warp w sums the weights of its run of requests; where the plan splits, the warp in whose run the range starts then
-    scans that run 32 requests at a time. sScan [32] int32: the warps' sums, their maxima, the request and its start.
-    """
-    warp_id, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-    B = tensors.seq_lens.shape[0]
-    rounds = (B + 32 * WARPS - 1) // (32 * WARPS)
-    first = warp_id * rounds * 32 + lane
-
-    # sum this warp's run
-    run, heaviest = Int32(0), Int32(1)
-    for i in cutlass.range(rounds, unroll=1):
-        request = first + 32 * i
-        if request < B:
-            own = split.weight(split.pairs(length_of(tensors, request)), 1, cutlass.max)
-            run, heaviest = run + groups * own, cutlass.max(heaviest, own)
-    run, heaviest = warp_sum(run), warp_max(heaviest)
-    if lane == 0:
-        sScan[warp_id] = run
-        sScan[WARPS + warp_id] = heaviest
-    cute.arch.sync_threads()
-    base, total = Int32(0), Int32(0)
-    for w in cutlass.range_constexpr(WARPS):
-        if w < warp_id:
-            base = base + sScan[w]
-        total, heaviest = total + sScan[w], cutlass.max(heaviest, sScan[WARPS + w])
-
-    # choose the plan
-    even, whole = split.even(total, clusters), split.unsplit(heaviest, B * groups, clusters)
-    chunk, floor = whole.chunk, whole.floor
-    if split.pays(even, whole):
-        chunk, floor = even.chunk, Int32(1)
-    else:
-        total = whole.total
-    start = cluster_id * chunk
-
-    # the warp that holds the start looks for its request
-    if floor == 1 and base <= start and start < base + run:
-        for i in cutlass.range(rounds, unroll=1):
-            request = first + 32 * i
-            own = Int32(0)
-            if request < B:
-                own = groups * split.weight(split.pairs(length_of(tensors, request)), 1, cutlass.max)
-            upto = own
-            for d in cutlass.range_constexpr(5):
-                below = cute.arch.shuffle_sync_up(upto, offset=1 << d, mask_and_clamp=0)
-                if lane >= (1 << d):
-                    upto = upto + below
-            if start >= base + upto - own and start < base + upto:
-                sScan[30] = request
-                sScan[31] = base + upto - own
-            base = base + cute.arch.shuffle_sync(upto, offset=31)
-    cute.arch.sync_threads()
-    request, begin = start // (floor * groups), start // (floor * groups) * (floor * groups)
-    if floor == 1:
-        request, begin = sScan[30], sScan[31]
-    left = cutlass.max(0, cutlass.min(chunk, total - start))
-    if left == 0:
-        request, begin = Int32(0), start
-    item = split.weight(split.pairs(length_of(tensors, request)), floor, cutlass.max)
-    group = (start - begin) // item
-    return Work(request, group, start - begin - group * item, left, chunk, floor)
+def prefetch_table(table: cute.Tensor, cluster_id, clusters) -> None:
+    """Ask L2 for the row of the table that this cluster starts with if all requests are equally long."""
+    # NOTE: a short call is a chain of DRAM latencies: lengths, block ids, K; this takes the second out
+    request = cluster_id * table.shape[0] // clusters
+    first = 32 * cute.arch.lane_idx()
+    if first < table.shape[1]:
+        address = (table[request, None].iterator + first).toint()
+        cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address])
 
 
 # ----------------------------------------------------------------------------------------------------------- Steps
@@ -275,6 +201,7 @@ class Shared:
     sMax: cute.Tensor
     sSum: cute.Tensor
     sScan: cute.Tensor
+    staged: cute.Pointer
     k: Channel
     q: Channel
     row_layout: Callable[[int], cute.ComposedLayout]
@@ -287,7 +214,8 @@ class Shared:
             k_buffers=storage.sK.get_tensor(buffers.outer, swizzle=buffers.inner).iterator,
             sMax=storage.sMax.get_tensor(cute.make_layout((TILE_M, 2))),
             sSum=storage.sSum.get_tensor(cute.make_layout((TILE_M, 2))),
-            sScan=storage.sScan.get_tensor(cute.make_layout(32)),
+            sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(WARPS))),
+            staged=storage.staged.data_ptr(),
             k=Channel.over(storage.k_barriers.data_ptr(), STAGES, 4 * config.cluster, config.cluster),
             q=Channel.over(storage.q_barriers.data_ptr(), 1, CONSUMERS // 32),
             row_layout=row_layout,
@@ -593,12 +521,13 @@ class Producer:
             cute.copy(self.tma_k, gK, sK, tma_bar_ptr=bar, mcast_mask=everyone, cache_policy=hint)
 
     @cute.jit
-    def load_segment(self, table: cute.Tensor, request, first, last, length, count) -> None:
-        """Every pair of a segment, half block by half block in the order in which the consumers free them."""
+    def load_segment(self, table: cute.Tensor, row_tile, request, first, last, length, segments, count) -> None:
+        """Q, and every pair of a segment, half block by half block in the order in which the consumers free them."""
         last_block = (length + BLOCK - 1) // BLOCK - 1
         pool_request = cutlass.min(request, self.pages.shape[3] - 1)
         even = self.block_id(table, request, 2 * first)
         odd = self.block_id(table, request, cutlass.min(2 * first + 1, last_block))
+        self.load_q(row_tile, request, segments)
         for pair in cutlass.range(first, last, unroll=1):
             # read the next ids while this pair is loaded
             next_even = self.block_id(table, request, cutlass.min(2 * pair + 2, last_block))
@@ -751,10 +680,16 @@ def multiply_even(consumer: Consumer, valid, turn) -> None:
 
 
 @cute.jit
-def write_result(consumer: Consumer, tensors: Tensors, scalars: Scalars, request, row0, rank, whole, slot) -> None:
-    """Normalise O and write it: to out and lse if the segment is a whole item, else to the partial slot."""
+def write_result(
+    consumer: Consumer, tensors: Tensors, scalars: Scalars, request, row0, rank, whole, slot, real
+) -> None:
+    """Normalise O and write it: to out and lse if the segment is a whole item, else to the partial slot.
+
+    Nothing leaves unless `real`.
+    """
     tid, side, sSum = consumer.tid, consumer.side, consumer.shared.sSum
     global_lse, lse_partial = tensors.lse, tensors.lse_partial
+    rows = tensors.out.shape[1] if real else 0
     # add the sums of the four threads of a row, and of the two warpgroups
     for r in cutlass.range_constexpr(2):
         total = consumer.row_sum[r]
@@ -763,38 +698,81 @@ def write_result(consumer: Consumer, tensors: Tensors, scalars: Scalars, request
         if tid % 4 == 0:
             sSum[consumer.row + 8 * r, side] = total
     cute.arch.barrier(barrier_id=BAR_SUM, number_of_threads=CONSUMERS)
+    scales = cute.make_rmem_tensor(2, Float32)
     for r in cutlass.range_constexpr(2):
         tile_row = consumer.row + 8 * r
         row = row0 + tile_row
         total = sSum[tile_row, 0] + sSum[tile_row, 1]
         lse = consumer.row_max[r] + cute.math.log2(total, fastmath=True)
+        lse = lse if total > 0.0 else -Float32.inf
+        writes = side == 0 and tid % 4 == 0
         if whole:
-            if row < tensors.out.shape[1]:
-                if side == 0 and tid % 4 == 0:
-                    global_lse[request, row] = lse * math.log(2.0) if total > 0.0 else -Float32.inf
+            if row < rows:
+                if writes:
+                    global_lse[request, row] = lse * math.log(2.0)
                 if scalars.has_sink != 0:
                     sink = tensors.sink[row // scalars.S_q] * math.log2(math.e)
                     total = total + cute.math.exp2(sink - consumer.row_max[r], fastmath=True)
-                store_row(consumer, r, tensors.out[request, row, None], total)
-        else:
-            cluster_row = rank * TILE_M + tile_row
-            if side == 0 and tid % 4 == 0:
-                lse_partial[slot, cluster_row] = lse if total > 0.0 else -Float32.inf
-            store_row(consumer, r, tensors.out_partial[slot, cluster_row, None], total)
+        elif writes and real:
+            lse_partial[slot, rank * TILE_M + tile_row] = lse
+        # NOTE: a row without keys has O = 0 and, with a sink, a total above 0; without, 0 * inf would be NaN
+        scales[r] = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
+    if whole:
+        store_out(consumer, tensors.out, request, row0, rows, scales)
+    else:
+        for r in cutlass.range_constexpr(2):
+            tile_row = consumer.row + 8 * r
+            part = tensors.out_partial[slot, rank * TILE_M + tile_row, None]
+            store_partial(consumer, r, part, scales[r], row0 + tile_row < rows)
     # NOTE: the sums may be overwritten by the next segment only when both warpgroups have read them
     cute.arch.barrier(barrier_id=BAR_SUM, number_of_threads=CONSUMERS)
 
 
 @cute.jit
-def store_row(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, total) -> None:
-    """One row's part of this thread, divided by its sum, two columns at a time."""
-    scale = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
-    half = cute.local_tile(row, (HALF,), (consumer.side,))
-    two = cute.make_rmem_tensor(2, row.element_type)
+def store_partial(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, scale, inside) -> None:
+    """One row's part of this thread, scaled, if the row is `inside`: 8 bytes of it, 32 of the row, an instruction."""
+    address = (row.iterator + HALF * consumer.side + consumer.column).toint()
     for j in cutlass.range_constexpr(HALF // 8):
-        for e in cutlass.range_constexpr(2):
-            two[e] = (consumer.O[4 * j + 2 * r + e] * scale).to(row.element_type)
-        cute.autovec_copy(two, cute.local_tile(half, (2,), (4 * j + consumer.tid % 4,)))
+        a, b = consumer.O[4 * j + 2 * r] * scale, consumer.O[4 * j + 2 * r + 1] * scale
+        # NOTE: a predicate an instruction, not a branch around them: a rehearsal must fetch them
+        cute.arch.inline_ptx(
+            f"st.global.v2.f32 [{{$r0}} + {32 * j}], {{{{$r1}}, {{$r2}}}};",
+            read_only_args=[address, a, b],
+            predicate=inside,
+        )
+
+
+@cute.jit
+def store_out(consumer: Consumer, out: cute.Tensor, request, row0, rows, scales: cute.Tensor) -> None:
+    """O, scaled, to out, 32 columns at a time: staged by the warp, so that 64 bytes of a row leave together."""
+    # NOTE: straight from registers they would be 16 bytes of 8 rows an instruction, four times the instructions
+    lane, warp_row = consumer.tid % 32, consumer.tid // 32 * 16
+    staged = consumer.shared.staged + (4 * consumer.side + consumer.tid // 32) * STAGED
+    dtype = out.element_type
+    # 16 rows of four 16-byte pieces, piece c of row i at place c ^ (i / 2) % 4: neither side then has bank conflicts
+    written, read = (lane // 8) % 2 * 8 + lane % 8, lane // 4
+    packed = cute.make_rmem_tensor(8, dtype)
+    words = cute.recast_tensor(packed, Int32)
+    piece = cute.make_rmem_tensor(8, dtype)
+    for group in cutlass.range_constexpr(HALF // 32):
+        for side in cutlass.range_constexpr(2):
+            for i in cutlass.range_constexpr(8):
+                packed[i] = (consumer.O[16 * group + 8 * side + i] * scales[(i // 2) % 2]).to(dtype)
+            place = (2 * side + lane // 16) ^ ((written // 2) % 4)
+            address = (staged + 32 * written + 8 * place).toint()
+            cute.arch.inline_ptx(
+                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+                read_only_args=[address, words[0], words[1], words[2], words[3]],
+            )
+        cute.arch.sync_warp()
+        for r in cutlass.range_constexpr(2):
+            i, row = read + 8 * r, row0 + warp_row + read + 8 * r
+            place = (lane % 4) ^ ((i // 2) % 4)
+            cute.autovec_copy(cute.make_tensor((staged + 32 * i + 8 * place).align(16), cute.make_layout(8)), piece)
+            if row < rows:
+                columns = HALF // 8 * consumer.side + 4 * group + lane % 4
+                cute.autovec_copy(piece, cute.local_tile(out[request, row, None], (8,), (columns,)))
+        cute.arch.sync_warp()
 
 
 @cute.jit
@@ -829,25 +807,36 @@ class MlaDecode:
     @cute.jit
     def __call__(
         self,
-        q: cute.Tensor,  # [B, rows, D]
-        k: cute.Tensor,  # [B or 1, Nblk, 64, D]
-        tensors: Tensors,
+        q: cute.Tensor,  # [B, Hq, S_q, D]
+        k: cute.Tensor,  # [B, 1, Nblk, 64, D]
+        table: cute.Tensor,  # [B, table_blocks] int32
+        seq_lens: cute.Tensor,  # [B] int32
+        sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
+        out: cute.Tensor,  # [B, Hq, S_q, 512], contiguous
+        lse: cute.Tensor,  # [B, Hq, S_q] FP32, contiguous
+        workspace: cute.Tensor,  # [workspace_words(clusters)] FP32
         scale_log2: Float32,
-        S_q: Int32,
         has_sink: Int32,
+        q_row: Int64,  # elements between packed query rows
+        requests: Int32,  # with a cache of their own: B, or 1 where they share it
         clusters: Int32,
         stream,
     ):
         config = self.config
-        gQ = cute.make_tensor(q.iterator, cute.select(q.layout, mode=[1, 2, 0]))  # [rows, D, B]
-        gK = cute.make_tensor(k.iterator, cute.select(k.layout, mode=[2, 3, 1, 0]))  # [64, D, Nblk, B or 1]
+        B, Hq, S_q = q.shape[0], q.shape[1], q.shape[2]
+        rows, D, q_row = Hq * S_q, config.D, cute.assume(q_row, divby=8)
+        # [rows, D, B] and [64, D, Nblk, requests]
+        gQ = cute.make_tensor(q.iterator, cute.make_layout((rows, D, B), stride=(q_row, 1, q.stride[0])))
+        k_strides = (k.stride[3], 1, k.stride[2], k.stride[0])
+        gK = cute.make_tensor(k.iterator, cute.make_layout((BLOCK, D, k.shape[2], requests), stride=k_strides))
+        tensors = self.tensors(table, seq_lens, sink, out, lse, workspace, B, rows, clusters)
         chunk = self.row_layout(1)
         load = cpasync.CopyBulkTensorTileG2SOp()
         tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, chunk, (TILE_M, CHUNK))
         if const_expr(config.cluster > 1):
             load = cpasync.CopyBulkTensorTileG2SMulticastOp()
         tma_k, tK = cpasync.make_tiled_tma_atom(load, gK, chunk, (BLOCK, CHUNK))
-        groups = (q.shape[1] + (config.rows - 1)) // config.rows
+        groups = (rows + (config.rows - 1)) // config.rows
         self.kernel(tma_q, tQ, tma_k, tK, gK, tensors, Scalars(scale_log2, S_q, has_sink, groups)).launch(
             grid=(clusters * config.cluster, 1, 1),
             block=(THREADS, 1, 1),
@@ -865,7 +854,27 @@ class MlaDecode:
             tensors.sink,
             has_sink,
             S_q,
+            Int32(1),
             stream,
+        )
+
+    def tensors(self, table, seq_lens, sink, out, lse, workspace, B, rows, clusters) -> Tensors:
+        """The views that the kernels take; the workspace holds the partial results, their lse, and `split_of`."""
+        slots, part_rows = split.SLOTS * clusters, self.config.rows
+        parts = workspace.iterator
+        lse_parts = parts + slots * (part_rows * DV)
+        notes = cute.recast_ptr(lse_parts + slots * part_rows, dtype=Int32)
+        return Tensors(
+            table=table,
+            seq_lens=seq_lens,
+            sink=sink,
+            out=cute.make_tensor(out.iterator, cute.make_layout((B, rows, DV), stride=(rows * DV, DV, 1))),
+            lse=cute.make_tensor(lse.iterator, cute.make_layout((B, rows), stride=(rows, 1))),
+            out_partial=cute.make_tensor(
+                parts, cute.make_layout((slots, part_rows, DV), stride=(part_rows * DV, DV, 1))
+            ),
+            lse_partial=cute.make_tensor(lse_parts, cute.make_layout((slots, part_rows), stride=(part_rows, 1))),
+            split_of=cute.make_tensor(notes, cute.make_layout((clusters, NOTE), stride=(NOTE, 1))),
         )
 
     @cute.kernel
@@ -886,9 +895,10 @@ class MlaDecode:
         class Storage:
             sQ: cute.struct.Align[cute.struct.MemRange[dtype, TILE_M * config.D], 1024]
             sK: cute.struct.Align[cute.struct.MemRange[dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
+            staged: cute.struct.Align[cute.struct.MemRange[dtype, CONSUMERS // 32 * STAGED], 128]
             sMax: cute.struct.MemRange[Float32, 2 * TILE_M]
             sSum: cute.struct.MemRange[Float32, 2 * TILE_M]
-            sScan: cute.struct.MemRange[Int32, 32]
+            sScan: cute.struct.MemRange[Int32, scan_words(WARPS)]
             k_barriers: cute.struct.MemRange[Int64, Channel.words(STAGES)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(1)]
 
@@ -913,7 +923,10 @@ class MlaDecode:
             cute.arch.mbarrier_init_fence()
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
-        work = find_work(tensors, scalars.groups, cluster_id, clusters, shared.sScan)
+        if warp_id == CONSUMERS // 32 + 1:
+            prefetch_table(tensors.table, cluster_id, clusters)
+        table, seq_lens, sScan = tensors.table, tensors.seq_lens, shared.sScan
+        work = find_work(table, seq_lens, scalars.groups, cluster_id, clusters, WARPS, sScan, START)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -942,11 +955,13 @@ class MlaDecode:
         request, group, offset, left = work.request, work.group, work.offset, work.steps
         pairs_done, segments_done = Int32(0), Int32(0)
         while left > 0:
-            length = length_of(tensors, request)
-            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max)
+            length = length_of(tensors.table, tensors.seq_lens, request)
+            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max, work.start)
             if part.last > part.first:
-                producer.load_q(group * self.config.cluster + rank, request, segments_done)
-                producer.load_segment(tensors.table, request, part.first, part.last, length, pairs_done)
+                row_tile = group * self.config.cluster + rank
+                producer.load_segment(
+                    tensors.table, row_tile, request, part.first, part.last, length, segments_done, pairs_done
+                )
                 segments_done = segments_done + 1
                 pairs_done = pairs_done + part.last - part.first
             left, offset, group = left - part.steps, Int32(0), group + 1
@@ -967,29 +982,40 @@ class MlaDecode:
         rank,
         cluster_id,
     ) -> None:
-        """Walk the cluster's segments, compute and write them."""
+        """Walk the cluster's segments, compute and write them.
+
+        The writing of the first is rehearsed, so that its instructions are there when they are needed: fetching them
+        takes 1.5 us, and the first block is on its way meanwhile.
+        """
         request, group, offset, left = work.request, work.group, work.offset, work.steps
         pairs_done, segments_done = Int32(0), Int32(0)
+        # NOTE: through a shuffle, so that the compiler does not peel the rehearsal off into a copy
+        real = cute.arch.make_warp_uniform(Int32(0)) > 0
         while left > 0:
-            length = length_of(tensors, request)
-            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max)
+            length = length_of(tensors.table, tensors.seq_lens, request)
+            num_pairs = split.pairs(length)
+            part = split.segment(num_pairs, offset, left, work.floor, cutlass.min, cutlass.max, work.start)
             row0 = (group * self.config.cluster + rank) * TILE_M
             if part.last > part.first:
                 consumer.start(row0, length, scalars.S_q)
-                consumer.shared.q.wait(0, segments_done)
-                if const_expr(consumer.side == 0):
-                    consume_left(consumer, part.first, part.last, length, scalars.S_q, pairs_done)
-                else:
-                    consume_right(consumer, part.first, part.last, length, scalars.S_q, pairs_done)
+                if real:
+                    consumer.shared.q.wait(0, segments_done)
+                    if const_expr(consumer.side == 0):
+                        consume_left(consumer, part.first, part.last, length, scalars.S_q, pairs_done)
+                    else:
+                        consume_right(consumer, part.first, part.last, length, scalars.S_q, pairs_done)
+                    segments_done = segments_done + 1
+                    pairs_done = pairs_done + part.last - part.first
                 slot = split.SLOTS * cluster_id + part.slot
-                write_result(consumer, tensors, scalars, request, row0, rank, part.whole, slot)
-                segments_done = segments_done + 1
-                pairs_done = pairs_done + part.last - part.first
-            elif const_expr(consumer.side == 0):
-                write_nothing(consumer, tensors, request, row0)
-            left, offset, group = left - part.steps, Int32(0), group + 1
-            if group == scalars.groups:
-                request, group = request + 1, Int32(0)
+                write_result(consumer, tensors, scalars, request, row0, rank, part.whole, slot, real)
+            elif const_expr(consumer.side == 0):  # noqa: SIM102
+                if part.whole:
+                    write_nothing(consumer, tensors, request, row0)
+            if real:
+                left, offset, group = left - part.steps, Int32(0), group + 1
+                if group == scalars.groups:
+                    request, group = request + 1, Int32(0)
+            real = Boolean(True)
 
     @cute.jit
     def announce(self, tensors: Tensors, scalars: Scalars, work: Work, cluster_id) -> None:
@@ -997,12 +1023,12 @@ class MlaDecode:
         request, group, offset, left = work.request, work.group, work.offset, work.steps
         split_request, split_group, split_last = Int32(-1), Int32(0), Int32(0)
         while left > 0:
-            num_pairs = split.pairs(length_of(tensors, request))
-            part = split.segment(num_pairs, offset, left, work.floor, cutlass.min, cutlass.max)
-            if part.slot == 1 and not part.whole:
-                begin = (cluster_id + 1) * work.chunk - part.steps
+            num_pairs = split.pairs(length_of(tensors.table, tensors.seq_lens, request))
+            part = split.segment(num_pairs, offset, left, work.floor, cutlass.min, cutlass.max, work.start)
+            if part.slot == 1 and not part.whole and part.last > part.first:
+                begin = (cluster_id + 1) * work.chunk - part.steps - offset
                 split_request, split_group = request, group
-                split_last = split.last_cluster(begin, num_pairs, work.chunk)
+                split_last = split.last_cluster(begin, num_pairs + work.start, work.chunk)
             left, offset, group = left - part.steps, Int32(0), group + 1
             if group == scalars.groups:
                 request, group = request + 1, Int32(0)
@@ -1019,26 +1045,31 @@ class MlaDecode:
 def arguments(config: Config) -> tuple:
     """Symbolic arguments of `MlaDecode.__call__`, for compiling without a GPU."""
     dtype = DTYPES[config.dtype]
-    B, rows = cute.sym_int32(), cute.sym_int32()
 
     def wide():
         return cute.sym_int64(divisibility=8)  # a stride in elements, of 16 bytes
 
-    q = make_fake_tensor(dtype, (B, rows, config.D), (wide(), wide(), 1), assumed_align=16)
-    requests, blocks = cute.sym_int32(), cute.sym_int32()
-    k = make_fake_tensor(dtype, (requests, blocks, BLOCK, config.D), (wide(), wide(), wide(), 1), assumed_align=16)
-    parts = (cute.sym_int32(), config.rows)
-    tensors = Tensors(
-        table=make_fake_tensor(Int32, (B, cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4),
-        seq_lens=make_fake_tensor(Int32, (B,), (1,), assumed_align=4),
-        sink=make_fake_tensor(Float32, (cute.sym_int32(),), (1,), assumed_align=4),
-        out=make_fake_tensor(dtype, (B, rows, DV), (wide(), DV, 1), assumed_align=16),
-        lse=make_fake_tensor(Float32, (B, rows), (cute.sym_int64(), 1), assumed_align=4),
-        out_partial=make_fake_tensor(Float32, (*parts, DV), (config.rows * DV, DV, 1), assumed_align=16),
-        lse_partial=make_fake_tensor(Float32, parts, (config.rows, 1), assumed_align=16),
-        split_of=make_fake_tensor(Int32, (cute.sym_int32(), 4), (4, 1), assumed_align=16),
+    def some():
+        return cute.sym_int64()
+
+    B, Hq, S_q = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
+    blocks = cute.sym_int32()
+    fp32 = functools.partial(make_fake_tensor, Float32)
+    return (
+        make_fake_tensor(dtype, (B, Hq, S_q, config.D), (wide(), some(), some(), 1), assumed_align=16),
+        make_fake_tensor(dtype, (B, 1, blocks, BLOCK, config.D), (wide(), some(), wide(), wide(), 1), assumed_align=16),
+        make_fake_tensor(Int32, (B, cute.sym_int32()), (some(), 1), assumed_align=4),
+        make_fake_tensor(Int32, (B,), (1,), assumed_align=4),
+        fp32((cute.sym_int32(),), (1,), assumed_align=4),
+        make_fake_tensor(dtype, (B, Hq, S_q, DV), (some(), some(), some(), 1), assumed_align=16),
+        fp32((B, Hq, S_q), (some(), some(), some()), assumed_align=4),
+        fp32((cute.sym_int32(),), (1,), assumed_align=16),
+        Float32(1.0),
+        Int32(0),
+        Int64(8),
+        Int32(1),
+        Int32(1),
     )
-    return q, k, tensors, Float32(1.0), Int32(1), Int32(0), Int32(1)
 
 
 def build(config: Config, options: str = ""):

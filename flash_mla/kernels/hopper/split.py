@@ -2,11 +2,12 @@
 
 The work of a call is a line of integers. Request b contributes `groups` items, one for each group of query rows that
 a cluster holds, and an item is `weight` steps long: one step a pair of 64-token blocks, and one step for an empty
-request, so that somebody writes its zeros. Cluster c of N owns steps `[c * chunk, (c + 1) * chunk)` with chunk =
-ceil(total / N): it may start inside one item, run through whole ones, and end inside another. An item that several
-clusters share is split: each leaves a partial result in one of its two slots, 0 for the item that its range starts
-inside, 1 for the one that its range ends inside. All of it follows from the lengths, so nothing is planned on the
-host.
+request, so that somebody writes its zeros. Where ranges are long, each item has `start` steps more in front, for what
+beginning one costs; there is nothing to compute in them. Cluster c of N owns steps `[c * chunk, (c + 1) * chunk)` with
+chunk = ceil(total / N): it may start inside one item, run through whole ones, and end inside another. An item that
+several clusters share is split: each leaves a partial result in one of its two slots, 0 for the item that its range
+starts inside, 1 for the one that its range ends inside. All of it follows from the lengths, so nothing is planned on
+the host.
 
 Splitting costs partial results, a second start, and the combine kernel's work. Where handing out whole items takes
 little longer than the even split (a uniform batch that fills the machine), every item weighs as much as the heaviest,
@@ -24,6 +25,8 @@ PAIR = 128
 """Tokens in a step: two blocks."""
 SPLIT_COST = 4
 """Steps that splitting costs a call: about 13 us (combine 11, one more start 2), at 3.4 us a step of 128 heads."""
+LONG = 8
+"""Steps of a range from which on its items have `start` steps in front."""
 SLOTS = 2
 """Partial results that one cluster may leave."""
 
@@ -33,27 +36,38 @@ def pairs(length: Any) -> Any:
     return (length + (PAIR - 1)) >> 7
 
 
-def weight(num_pairs: Any, floor: Any, most: Callable[..., Any] = max) -> Any:
-    """Steps of one item; `floor` is the plan's smallest weight."""
-    return most(num_pairs, floor)
+def weight(num_pairs: Any, floor: Any, most: Callable[..., Any] = max, start: Any = 0) -> Any:
+    """Steps of one item; `floor` is the plan's smallest weight without the `start` steps in front."""
+    return most(num_pairs, floor) + start
 
 
 class Plan(NamedTuple):
-    """Steps that one cluster owns, steps in all, and the smallest weight of an item."""
+    """Steps that one cluster owns, steps in all, the smallest weight of an item, and the steps in front of each."""
 
     chunk: Any
     total: Any
     floor: Any
+    start: Any
 
 
-def even(total: Any, clusters: Any) -> Plan:
-    """Split items wherever a range ends; `total` counts each item with floor 1."""
-    return Plan((total + clusters - 1) // clusters, total, 1)
+def even(
+    total: Any,
+    items: Any,
+    clusters: Any,
+    start: Any = 0,
+    least: Callable[..., Any] = min,
+    most: Callable[..., Any] = max,
+) -> Plan:
+    """Split items wherever a range ends; `total` counts each item with floor 1, and `start` 0."""
+    # not in short ranges, where a step is too coarse, nor where ranges begin one item at most, or as many
+    start = least(start, least(most(total - LONG * clusters + 1, 0), most(items - clusters, 0)))
+    total = total + items * start
+    return Plan((total + clusters - 1) // clusters, total, 1, start)
 
 
-def unsplit(heaviest: Any, items: Any, clusters: Any) -> Plan:
-    """Hand out whole items, the same number to each cluster."""
-    return Plan((items + clusters - 1) // clusters * heaviest, items * heaviest, heaviest)
+def unsplit(heaviest: Any, items: Any, most_items: Any) -> Plan:
+    """Hand out whole items, `most_items` to each cluster until there are no more."""
+    return Plan(most_items * heaviest, items * heaviest, heaviest, 0)
 
 
 def pays(split: Plan, whole: Plan) -> Any:
@@ -65,7 +79,7 @@ class Segment(NamedTuple):
     """The part of an item that one cluster computes.
 
     Pairs `[first, last)` of the item's `num_pairs`; `steps` of the line that it takes up; `whole`: nobody else shares
-    the item, so the result is final; otherwise it goes to slot `slot`.
+    the item, so the result is final (of an empty request: zeros); otherwise it goes to slot `slot`, if there is any.
     """
 
     first: Any
@@ -83,12 +97,15 @@ def segment(
     floor: Any,
     least: Callable[..., Any] = min,
     most: Callable[..., Any] = max,
+    start: Any = 0,
 ) -> Segment:
     """The segment that starts `offset` steps into an item, in a cluster with `left` steps of its range to go."""
-    length = weight(num_pairs, floor, most)
+    length = weight(num_pairs, floor, most, start)
     steps = least(length - offset, left)
-    last = least(offset + steps, num_pairs)
-    return Segment(offset, last, num_pairs, steps, steps == length, 1 - least(offset, 1))
+    first = most(offset - start, 0)
+    last = least(most(offset + steps - start, 0), num_pairs)
+    whole = first + length - offset - steps == 0
+    return Segment(first, last, num_pairs, steps, whole, 1 - least(first, 1))
 
 
 def last_cluster(item_start: Any, item_weight: Any, chunk_steps: Any) -> Any:

@@ -30,7 +30,12 @@ from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision
 
 @dataclass(frozen=True)
 class Config:
-    """tile_m heads by tile_n keys; d_main + d_rest columns of K; splits of a token's keys; native: e4m3 by the GPU."""
+    """tile_m heads by tile_n keys; d_main + d_rest columns of K; splits of a token's keys.
+
+    native: e4m3 is converted by the GPU's own instruction.
+    flat: row i of a cache lies i rows after its first, so that an index alone is an address.
+    wgmma: sparse_wgmma.py's kernel, whose tiles these are, instead of this file's.
+    """
 
     tile_m: int
     tile_n: int
@@ -41,24 +46,37 @@ class Config:
     precision: str
     warps: int
     stages: int
+    flat: bool
+    wgmma: bool = False
 
 
 TILES = ((64, 64, 2), (64, 32, 2), (32, 32, 2), (32, 16, 2), (16, 16, 2), (16, 16, 1))
-"""(tile_m, tile_n, stages), best first where they fit. H200, prefill of 128 heads: 152 TFLOP/s at (64, 64, 2), 127 with
-one stage, 117 at (64, 32, 2), 98 at (64, 128, 1), 80 at (32, 64, 2), 50 at (128, 32, 1)."""
+"""(tile_m, tile_n, stages), best first where they fit. H200, prefill of 128 heads: 245 TFLOP/s at (64, 64, 2), 162 at
+(64, 32, 3), 152 at (64, 32, 2), 59 at (128, 32, 1)."""
 
 
 def config(
-    *, tokens: int, Hq: int, D: int, topk: int, itemsize: int, quantised: bool, split: bool, target: Target
+    *, tokens: int, Hq: int, D: int, topk: int, itemsize: int, quantised: int, flat: bool, split: bool, target: Target
 ) -> Config:
-    """The first tiles that fit; splits while the programs do not fill the GPU twice, 4 key tiles each at least."""
+    """The first tiles that fit; splits while the programs do not fill the GPU twice, 4 key tiles each at least.
+
+    quantised: columns in e4m3, 0 in a cache of q's dtype.
+    """
     d_main, d_rest = head_tiles(D)
     row = (d_main + d_rest) * itemsize
-    # but for Hopper, Triton keeps a dequantised tile beside the stored one
-    copies = 2 if quantised and not target.wgmma else 1
-    fits = (tiles for tiles in TILES if (tiles[0] + copies * tiles[1] * tiles[2]) * row <= target.smem)
-    tile_m, tile_n, stages = next(fits, TILES[-1])
-    tile_m = min(tile_m, max(16, power_of_2(Hq)))
+    rows = max(16, power_of_2(Hq))
+
+    def fits(tile_m: int, tile_n: int, stages: int) -> bool:
+        # but for Hopper, Triton keeps a dequantised tile beside the stored one; there too where rope lies in the main
+        # tile and mma.sync, for few heads, takes its operands from registers
+        in_place = target.wgmma and (min(tile_m, rows) == 64 or quantised >= d_main)
+        copies = 1 if in_place or not quantised else 2
+        # NOTE: (32, 16, 2) of a dequantised tile spills 1.6 KB a thread on sm_80 (seen in its SASS, not run)
+        spills = copies == 2 and not target.wgmma and (tile_m, tile_n, stages) == (32, 16, 2)
+        return not spills and (min(tile_m, rows) + copies * tile_n * stages) * row <= target.smem
+
+    tile_m, tile_n, stages = next((tiles for tiles in TILES if fits(*tiles)), TILES[-1])
+    tile_m = min(tile_m, rows)
     tiles = -(-topk // tile_n)
     programs = tokens * -(-Hq // tile_m)
     splits = max(1, min(tiles // 4, 2 * target.multiprocessors // programs, 32)) if split else 1
@@ -66,7 +84,7 @@ def config(
         splits = max(1, min(3, tiles))
     native = target.backend == "cuda" and target.arch >= 89
     warps = 8 if tile_m >= 32 else 4
-    return Config(tile_m, tile_n, d_main, d_rest, splits, native, precision(itemsize, target), warps, stages)
+    return Config(tile_m, tile_n, d_main, d_rest, splits, native, precision(itemsize, target), warps, stages, flat)
 
 
 # --- Steps ---
@@ -155,28 +173,36 @@ def attend_keys(
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """Online softmax over the key tiles of one cache."""
+    # rows of every format are a multiple of 16 bytes apart, which 656-byte rows do not show by their BF16 stride, 328
+    rope_page, rope_row = rope_page // 8 * 8, rope_row // 8 * 8
     for tile in tl.range(first, last):
         offs_n = tile * TILE_N + tl.arange(0, TILE_N)
         index = tl.load(index_row + offs_n, mask=offs_n < count, other=-1).to(tl.int64)
         live = (index >= 0) & (index < pages * page)
         index = tl.where(live, index, 0)
-        block, slot = index // page, index % page
-        codes_rows = codes_ptr + block * codes_page + slot * codes_row
-        rope_rows = codes_rows
-        scale_rows = codes_rows
-        if QUANT > 0:
-            rope_rows = rope_ptr + block * rope_page + slot * rope_row
-            scale_rows = scale_ptr + block * scale_page + slot * scale_row
+        if FLAT:
+            codes_rows = codes_ptr + index * codes_row
+            rope_rows = rope_ptr + index * rope_row if QUANT > 0 else codes_rows
+            scale_rows = scale_ptr + index * scale_row if QUANT > 0 else codes_rows
+        else:
+            slot = index.to(tl.uint32)
+            block = (slot // page.to(tl.uint32)).to(tl.int64)
+            slot = (slot % page.to(tl.uint32)).to(tl.int64)
+            codes_rows = codes_ptr + block * codes_page + slot * codes_row
+            rope_rows = rope_ptr + block * rope_page + slot * rope_row if QUANT > 0 else codes_rows
+            scale_rows = scale_ptr + block * scale_page + slot * scale_row if QUANT > 0 else codes_rows
         k = load_columns(
             codes_rows, rope_rows, scale_rows, live, 0, D_MAIN, D, QUANT, GROUP, E8M0, NATIVE, TILE_N
         )  # fmt: skip
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
         if D_REST > 0:
             k_rest = load_columns(
                 codes_rows, rope_rows, scale_rows, live, D_MAIN, D_REST, D, QUANT, GROUP, E8M0, NATIVE, TILE_N
             )  # fmt: skip
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
+        if D_REST > 0:
             scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
         scores = tl.where(live[None, :], scores * scale, float("-inf"))
 
@@ -253,6 +279,7 @@ def sparse_kernel(
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     # tokens and head tiles share grid dim 0, the only one that reaches beyond 65535
     head_tiles = (Hq + TILE_M - 1) // TILE_M
@@ -295,14 +322,14 @@ def sparse_kernel(
     acc, row_max, row_sum = attend_keys(
         acc, row_max, row_sum, q, q_rest, scale, index_ptr + b * stride_ib + i * stride_is, first,
         tl.minimum(last, tiles), count, codes_ptr, rope_ptr, scale_ptr, pages, page, codes_page, codes_row, rope_page,
-        rope_row, scale_page, scale_row, D, QUANT, GROUP, E8M0, NATIVE, TILE_N, D_MAIN, D_REST, PRECISION,
+        rope_row, scale_page, scale_row, D, QUANT, GROUP, E8M0, NATIVE, TILE_N, D_MAIN, D_REST, PRECISION, FLAT,
     )  # fmt: skip
     if index2_ptr is not None:
         acc, row_max, row_sum = attend_keys(
             acc, row_max, row_sum, q, q_rest, scale, index2_ptr + b * stride_ib2 + i * stride_is2,
             tl.maximum(first, tiles) - tiles, last - tiles, count2, codes2_ptr, rope2_ptr, scale2_ptr, pages2, page2,
             codes_page2, codes_row2, rope_page2, rope_row2, scale_page2, scale_row2, D, QUANT, GROUP, E8M0, NATIVE,
-            TILE_N, D_MAIN, D_REST, PRECISION,
+            TILE_N, D_MAIN, D_REST, PRECISION, FLAT,
         )  # fmt: skip
 
     out, lse2 = normalise(acc, row_max, row_sum)
