@@ -38,10 +38,12 @@ def test_every_tile_once_heaviest_first(row_tiles: int, heads: int, section: int
 
 def test_section() -> None:
     # 8192 keys of 128 + 128 BF16: 4 MiB a head
-    assert schedule.section(4 * 2**20, 1, 32) == 8
-    assert schedule.section(4 * 2**20, 4, 32) == 32
-    assert schedule.section(2**30, 4, 32) == 4
+    assert schedule.section(4 * 2**20, 1, 256) == 32
+    assert schedule.section(4 * 2**20, 4, 256) == 128
+    assert schedule.section(2**19, 1, 256) == 64
+    assert schedule.section(2**30, 4, 32) == 32
     assert schedule.section(1, 1, 3) == 3
+    assert schedule.section(0, 1, 3) == 3
 
 
 @settings(max_examples=300, deadline=None)

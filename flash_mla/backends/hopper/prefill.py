@@ -147,6 +147,8 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
     counter = (torch.zeros if tiles > ctas else torch.empty)(1, dtype=torch.int32, device=problem.device)
     ints = counter if args.block_table is None else args.block_table.to(torch.int32)
     keys = min(problem.S_kv, args.block_table.shape[1] * BLOCK) if args.block_table is not None else problem.S_kv
+    # NOTE: the kernel counts its heads on q, so that a broadcast q must have them all
+    q = args.q.contiguous() if 0 in problem.q_strides else args.q
     aligned = args.out.data_ptr() % (2 * ALIGNMENT) == 0
     out = args.out if aligned else torch.empty_like(args.out)
     nothing = counter.view(1, 1, 1, 1)
@@ -181,7 +183,7 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
     }
     with torch.cuda.device(problem.device):
         kernel(
-            readable(args.q),
+            readable(q),
             readable(args.k),
             readable(args.v),
             out,

@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    (64, 64): Tile(192, 128, 2, 2),
+    (64, 64): Tile(192, 128, 2, 3),
     (128, 128): Tile(128, 128, 2, 2),
     (192, 128): Tile(128, 128, 1, 2),
     (256, 256): Tile(128, 64, 1, 2),
@@ -115,8 +115,8 @@ class Config:
 
     @property
     def turns(self) -> bool:
-        """Whether the warpgroups take turns to issue products; not where a CTA has only one."""
-        return self.D <= 128 and not self.sparse
+        """Whether the warpgroups take turns to issue products: where three of them are bound by exp2 (5 % at D 64)."""
+        return self.consumers == 3
 
     @property
     def ctas_sm(self) -> int:

@@ -3,8 +3,9 @@
 A tile is TILE_M query rows of one head of one request; `heads` counts the heads of all requests. Tiles are handed out
 in the order of their numbers, each CTA taking the next when it is done (a counter in global memory). The order serves
 two ends. Balance: the last rows of a causal call see the most keys, so tiles come heaviest first, and the light ones
-even out what is left. L2: heads are taken in sections whose K and V fit in the L2 together, all tiles of a section
-before the next, so that K and V come from DRAM about once.
+even out what is left. L2: heads are taken in sections, all tiles of a section before the next, so that several CTAs
+read the same K and V at about the same time and DRAM gives them once for all. Few heads a section are worse again: all
+CTAs then ask for the same lines at once, and the last section balances badly (docs/kernels.md, "Hopper prefill").
 
 Every function takes Python ints (tests) or the DSL's Int32 (the kernel), with `least` and `most` for min and max.
 """
@@ -14,13 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+SECTION_HEADS = 32
+"""KV heads of a section: four of 132 CTAs read each."""
 SECTION_BYTES = 32 * 2**20
-"""K and V of a section's heads: they share the 50 MB L2 with Q, out and the section before."""
+"""K and V that a section may have beyond that: they stay in the L2 (50 MB) in any case."""
 
 
 def section(kv_bytes: int, ratio: int, heads: int) -> int:
     """Query heads of a section; kv_bytes: K and V of one KV head, which `ratio` query heads read."""
-    return max(1, min(heads, max(1, SECTION_BYTES // max(1, kv_bytes)) * ratio))
+    return min(heads, max(SECTION_HEADS, SECTION_BYTES // max(1, kv_bytes)) * ratio)
 
 
 class Tile(NamedTuple):
