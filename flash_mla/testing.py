@@ -1095,6 +1095,8 @@ def decode_cases() -> list[DecodeCase]:
         replace(gqa, name="decode/exact-blocks", lengths=(64, 128, 192), spare=0),
         replace(gqa, name="decode/all-empty", lengths=(0, 0)),
         replace(gqa, name="decode/one-token", lengths=(1,)),
+        replace(gqa, name="decode/descale", descale="tensor"),
+        replace(mla, name="decode/descale-mla", descale="float"),
         replace(gqa, name="decode/fp8-no-descale", dtype=FP8),
         replace(gqa, name="decode/fp8-float", dtype=FP8, descale="float"),
         replace(mla, name="decode/fp8-mla-sink", dtype=FP8, descale="tensor", sink=True, S_q=2),
@@ -1157,6 +1159,7 @@ def prefill_cases() -> list[PrefillCase]:
         replace(base, name="prefill/sink", sink=True),
         replace(base, name="prefill/sink-sparse", sink=True, sparse="tensor", mask="bool"),
         replace(base, name="prefill/scale", softmax_scale=0.31),
+        replace(base, name="prefill/descale", descale="tensor"),
         replace(base, name="prefill/fp8-ragged", dtype=FP8, descale="float", lengths=(130, 65)),
         replace(base, name="prefill/fp8-sparse-heads", dtype=FP8, sparse="heads", mask="float-heads"),
     ]

@@ -94,7 +94,7 @@ def plan_request(length: int, ids: np.ndarray, S_q: int, in_place: bool) -> Read
 def readable_in_place(problem: DecodeProblem, args: DecodeArgs) -> bool:
     """Whether consecutive blocks are one strided view that the op takes, with no mask to permute."""
     evenly = all(strides[2] == BLOCK * strides[3] for strides in (problem.k_strides, problem.v_strides))
-    plain = args.mask is None and compute_dtype(problem.dtype) == problem.dtype
+    plain = args.mask is None and compute_dtype(problem) == problem.dtype
     return evenly and plain and (problem.alias or problem.D == problem.Dv)
 
 
@@ -115,7 +115,7 @@ def shared_runs(reads: list[Reads]) -> Iterator[tuple[tuple[int, int], slice]]:
 def gather_groups(problem: DecodeProblem, reads: list[Reads]) -> Iterator[tuple[slice, slice]]:
     """Neighbouring requests and a range of their loose blocks, as many as GATHER_BYTES and BIAS_BYTES allow."""
     columns = problem.D + (0 if problem.alias else problem.Dv)
-    block_bytes = problem.Hk * BLOCK * columns * compute_dtype(problem.dtype).itemsize
+    block_bytes = problem.Hk * BLOCK * columns * compute_dtype(problem).itemsize
     bias_bytes = problem.Hq * problem.S_q * BLOCK * torch.float32.itemsize
     budget = max(1, min(GATHER_BYTES // block_bytes, BIAS_BYTES // bias_bytes))
     widths = [len(request.loose) for request in reads]
@@ -191,8 +191,8 @@ def run_gathered(
     position = (logical[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)  # [n, keys]
     lengths = torch.tensor([request.length for request in members])
     valid = position < lengths[:, None]
-    k = gather_rows(args.k, requests, ids, valid, buffers[0])
-    v = None if problem.alias else gather_rows(args.v, requests, ids, valid, buffers[1])
+    k = gather_rows(args.k, requests, ids, valid, buffers[0], q.dtype)
+    v = None if problem.alias else gather_rows(args.v, requests, ids, valid, buffers[1], q.dtype)
     bias = hidden_keys(problem, args, requests, position, lengths, valid)
     return requests, *attend(q[requests], k, v, problem.Dv, args.softmax_scale, bias)
 
@@ -202,8 +202,10 @@ def storage_dtype(cache: Tensor) -> torch.dtype:
     return torch.uint8 if cache.dtype == FP8 else cache.dtype
 
 
-def gather_rows(cache: Tensor, requests: slice, ids: Tensor, valid: Tensor, buffer: Tensor) -> Tensor:
-    """The rows of blocks `ids` [n, width] as [n, Hk, width * 64, D] in the compute dtype; 0 where not valid."""
+def gather_rows(
+    cache: Tensor, requests: slice, ids: Tensor, valid: Tensor, buffer: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The rows of blocks `ids` [n, width] as [n, Hk, width * 64, D] in `dtype`; 0 where not valid."""
     # NOTE: index_select copies whole blocks, fastest from one flat list of them (2 MiB: 0.05 ms; per head 0.07 ms;
     # advanced indexing took 3.7 ms for 8 MiB).
     shape = (len(ids), cache.shape[1], ids.shape[1], *cache.shape[3:])
@@ -221,7 +223,7 @@ def gather_rows(cache: Tensor, requests: slice, ids: Tensor, valid: Tensor, buff
     rows = rows.flatten(2, 3)
     for i in (~valid.all(dim=1)).nonzero().flatten().tolist():
         rows[i].masked_fill_(~valid[i, :, None], 0)
-    return rows.view(cache.dtype).to(compute_dtype(cache.dtype))
+    return rows.view(cache.dtype).to(dtype)
 
 
 def hidden_keys(

@@ -24,7 +24,7 @@ from flash_mla.problem import BLOCK, FP8, PrefillArgs, PrefillProblem
 def prefill(problem: PrefillProblem, args: PrefillArgs) -> None:
     """Attend and store, request by request."""
     q = grouped_rows(problem, args)  # [B, Hk, ratio, P, D]
-    dtype = compute_dtype(problem.dtype)
+    dtype = compute_dtype(problem)
     plain = args.mask is None and args.block_mask is None
     for b in range(problem.B):
         start = 0 if args.start_pos is None else int(args.start_pos[b])
