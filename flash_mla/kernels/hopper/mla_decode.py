@@ -15,7 +15,7 @@ Roles (384 threads; entry 168 registers):
     warpgroup 0   232 registers   S0 = Q K_even^T, softmax, O[:, 0:256]
     warpgroup 1   232 registers   S1 = Q K_odd^T, softmax, O[:, 256:512]
     warp 8         40 registers   TMA of Q and K; L2 prefetch one pair ahead
-    warp 9         40 registers   notes the split item for combine
+    warp 9         40 registers   asks L2 for the table; notes the split item for combine
 Both consumers need both P: each keeps its own in registers and finds the other's in shared memory, in the rope chunk
 of the K buffer that the scores came from, which is dead by then. So Q and two K buffers fill shared memory.
 
