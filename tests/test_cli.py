@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from flash_mla import testing
 from flash_mla.backends import ORDER
 from flash_mla.cli import PROBLEMS, app
+from flash_mla.testing import judge
 
 
 def run(*arguments: str) -> Result:
@@ -38,8 +39,8 @@ def test_check_passes_a_few_cases() -> None:
 
 
 def test_check_fails_on_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    invoke = testing.invoke
-    monkeypatch.setattr(testing, "invoke", lambda *x: tuple(t * 1.1 for t in invoke(*x)))
+    invoke = judge.invoke
+    monkeypatch.setattr(judge, "invoke", lambda *x: tuple(t * 1.1 for t in invoke(*x)))
     result = run("check", "--filter", "decode/head-dim-16")
     assert result.exit_code == 1
     assert "FAILED" in result.output
@@ -49,7 +50,7 @@ def test_check_survives_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise RuntimeError("illegal access")
 
-    monkeypatch.setattr(testing, "invoke", crash)
+    monkeypatch.setattr(judge, "invoke", crash)
     result = run("check", "--filter", "decode/head-dim-16")
     assert result.exit_code == 1
     assert "RuntimeError: illegal access" in result.output
