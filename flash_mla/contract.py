@@ -574,34 +574,46 @@ def checked_decode(
     check_tensor("block_table", block_table)
     check_tensor("seq_lens", seq_lens)
     check_on(q.device, k_cache=k_cache, v_cache=v_cache, block_table=block_table, seq_lens=seq_lens, mask=mask)
-    dtype = check_dtypes(q=q, k_cache=k_cache, v_cache=v_cache)
+    check_dtypes(q=q, k_cache=k_cache, v_cache=v_cache)
     alias = check_caches(q, k_cache, v_cache)
-    B, Hq, S_q, D = q.shape
+    B, Hq, S_q, _ = q.shape
     check_queries(S_q)
     check_table(block_table, B)
     check_seq_lens_shape(seq_lens, B)
     check_sink(attn_sink, Hq, q.device)
     if not q.is_contiguous():
         raise LayoutError(f"{named(q=q)} with strides {q.stride()}", "q contiguous", "`q` is not contiguous")
-    return DecodeProblem(
-        device=q.device,
-        dtype=dtype,
-        out_dtype=out_dtype(dtype),
-        B=B,
-        Hq=Hq,
-        Hk=k_cache.shape[1],
-        S_q=S_q,
-        D=D,
-        Dv=v_cache.shape[4],
-        Nblk=k_cache.shape[2],
-        table_blocks=block_table.shape[1],
-        q_strides=q.stride(),
-        k_strides=k_cache.stride(),
-        v_strides=v_cache.stride(),
+    return decode_problem(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
         alias=alias,
         mask=check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, P+T]"),
         descale=check_descales(descales, B, k_cache.shape[1], q.device),
         sink=attn_sink is not None,
+    )
+
+
+def decode_problem(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, **inputs: Any) -> DecodeProblem:
+    """The problem of q [B, Hq, S_q, D] over page views; `inputs` are the fields of DecodeProblem from `alias` on."""
+    B, Hq, S_q, D = q.shape
+    return DecodeProblem(
+        device=q.device,
+        dtype=q.dtype,
+        out_dtype=out_dtype(q.dtype),
+        B=B,
+        Hq=Hq,
+        Hk=k.shape[1],
+        S_q=S_q,
+        D=D,
+        Dv=v.shape[4],
+        Nblk=k.shape[2],
+        table_blocks=block_table.shape[1],
+        q_strides=q.stride(),
+        k_strides=k.stride(),
+        v_strides=v.stride(),
+        **inputs,
     )
 
 

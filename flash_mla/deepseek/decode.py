@@ -17,14 +17,14 @@ from flash_mla.contract import (
     check_rank,
     check_sink,
     check_tensor,
+    decode_problem,
     named,
-    out_dtype,
 )
 from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
 from flash_mla.deepseek.sparse import row_format, sparse, sparse_keys
 from flash_mla.errors import BlockCountError, DTypeError, ShapeError
 from flash_mla.plan import plan
-from flash_mla.problem import BLOCK, FP8, DecodeArgs, DecodeProblem
+from flash_mla.problem import BLOCK, FP8, DecodeArgs
 
 
 @dataclass
@@ -218,30 +218,14 @@ def dense(
         q = q.transpose(1, 2).contiguous()
     factors = [None if x is None else x.to(torch.float32).view(-1, 1).expand(B, Hk) for x in descales]
     rows = q.shape[:3]
-    problem = DecodeProblem(
-        device=q.device,
-        dtype=q.dtype,
-        out_dtype=out_dtype(q.dtype),
-        B=B,
-        Hq=rows[1],
-        Hk=Hk,
-        S_q=rows[2],
-        D=D,
-        Dv=Dv,
-        Nblk=k.shape[2],
-        table_blocks=table.shape[1],
-        q_strides=q.stride(),
-        k_strides=k.stride(),
-        v_strides=k.stride(),
-        alias=True,
-        mask="none",
-        descale=factors != [None, None],
-        sink=attn_sink is not None,
+    v = k[..., :Dv]
+    problem = decode_problem(
+        q, k, v, table, alias=True, mask="none", descale=factors != [None, None], sink=attn_sink is not None
     )
     args = DecodeArgs(
         q=q,
         k=k,
-        v=k[..., :Dv],
+        v=v,
         block_table=table,
         seq_lens=cache_seqlens.contiguous(),
         mask=None,

@@ -16,7 +16,7 @@ from flash_mla import contract
 from flash_mla.api import flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
 from flash_mla.errors import DeviceError, FlashMLAError
 from flash_mla.plan import plan
-from flash_mla.problem import DecodeArgs, DecodeProblem
+from flash_mla.problem import DecodeArgs
 from flash_mla.reference import decode_reference, mha_reference, prefill_reference
 from flash_mla.testing.budget import BUDGETS, Verdict, check, worst
 from flash_mla.testing.cases import DecodeCase, MhaCase, PrefillCase
@@ -168,25 +168,10 @@ def launch_serving(case: DecodeCase, call: Call, out: Tensor | None) -> tuple[Te
     q, k, v, mask = x["q"], x["k_cache"], x["v_cache"], x["mask"]
     B, Hq, S_q, D = q.shape
     descales = {name: broadcast(x[name], B, case.Hk, q.device) for name in ("q_descale", "k_descale", "v_descale")}
-    problem = DecodeProblem(
-        device=q.device,
-        dtype=q.dtype,
-        out_dtype=contract.out_dtype(q.dtype),
-        B=B,
-        Hq=Hq,
-        Hk=case.Hk,
-        S_q=S_q,
-        D=D,
-        Dv=v.shape[-1],
-        Nblk=k.shape[2],
-        table_blocks=x["block_table"].shape[1],
-        q_strides=q.stride(),
-        k_strides=k.stride(),
-        v_strides=v.stride(),
-        alias=case.alias,
-        mask="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
-        descale=case.descale is not None,
-        sink=case.sink,
+    kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
+    given = case.descale is not None
+    problem = contract.decode_problem(
+        q, k, v, x["block_table"], alias=case.alias, mask=kind, descale=given, sink=case.sink
     )
     out = q.new_empty((B, Hq, S_q, v.shape[-1]), dtype=problem.out_dtype) if out is None else out
     lse = q.new_empty((B, Hq, S_q), dtype=torch.float32)

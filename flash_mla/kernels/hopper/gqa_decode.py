@@ -53,7 +53,16 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.combine import combine
-from flash_mla.kernels.hopper.work import Work, find_work, length_of, scan_words
+from flash_mla.kernels.hopper.work import (
+    Partials,
+    Work,
+    find_work,
+    first_place,
+    note_split,
+    place_after,
+    scan_words,
+    segment_at,
+)
 
 # ---------------------------------------------------------------------------------------------------------- Config
 
@@ -77,8 +86,6 @@ MAX_STAGES = 12
 BAR_WG, BAR_MERGE = 1, 3
 """Named barriers (0 is the CTA's): one for each consumer warpgroup; both."""
 
-NOTE = 4
-"""Words of a CTA's note of its split item."""
 LOW = -1.0e30
 """A running max below every score, finite so that LOW - LOW is 0."""
 LAZY = 8.0
@@ -161,7 +168,7 @@ class Config:
 
     def workspace_words(self, ctas: int) -> int:
         """32-bit words of workspace: partial results, their lse, notes of split items."""
-        return ctas * (split.SLOTS * self.tile_n * (self.Dv + 1) + NOTE)
+        return Partials.words(ctas, self.tile_n, self.Dv)
 
     def smem_bytes(self) -> int:
         """Shared memory of a CTA, rounded up to the 1024 bytes on which swizzled buffers are aligned."""
@@ -188,9 +195,7 @@ class Tensors(NamedTuple):
     v_descale: cute.Tensor
     out: cute.Tensor
     lse: cute.Tensor
-    out_partial: cute.Tensor
-    lse_partial: cute.Tensor
-    split_of: cute.Tensor
+    partials: Partials
 
 
 class Scalars(NamedTuple):
@@ -659,7 +664,7 @@ def write_result(consumer: Consumer, tensors: Tensors, scalars: Scalars, item: I
     config, shared, side, tid = consumer.config, consumer.shared, consumer.side, consumer.tid
     tiles, N = config.tiles_m, config.tile_n
     sSum, sMax, exchange = shared.sSum, shared.sMax, shared.exchange
-    global_lse, lse_partial = tensors.lse, tensors.lse_partial
+    global_lse, lse_partial = tensors.lse, tensors.partials.lse
     lane, warp_id = tid % 32, tid // 32
     # row maxima and sums of all warps
     for c in cutlass.range_constexpr(N // 4):
@@ -715,7 +720,7 @@ def write_result(consumer: Consumer, tensors: Tensors, scalars: Scalars, item: I
             if whole:
                 store_tile(consumer, tensors.out, item.request, item.head * scalars.rows, item, scalars, tile, kept)
             else:
-                store_tile(consumer, tensors.out_partial, slot, -item.tile * N, item, scalars, tile, kept)
+                store_tile(consumer, tensors.partials.out, slot, -item.tile * N, item, scalars, tile, kept)
     # NOTE: the exchange is P's memory: the next segment may write P only when both warpgroups have read it
     cute.arch.barrier(barrier_id=BAR_MERGE, number_of_threads=CONSUMERS)
 
@@ -803,6 +808,7 @@ class GqaDecode:
             q.iterator, cute.make_layout((rows, config.D, heads, B), stride=(q_row, 1, q_head, q.stride[0]))
         )
         gK, gV = self.pages(k, k_requests), self.pages(v, v_requests)
+        all_rows, Dv = heads * rows, config.Dv
         tensors = Tensors(
             table,
             seq_lens,
@@ -810,7 +816,9 @@ class GqaDecode:
             q_descale,
             k_descale,
             v_descale,
-            *self.results(out, lse, workspace, heads * rows, ctas),
+            cute.make_tensor(out.iterator, cute.make_layout((B, all_rows, Dv), stride=(all_rows * Dv, Dv, 1))),
+            cute.make_tensor(lse.iterator, cute.make_layout((B, all_rows), stride=(all_rows, 1))),
+            Partials.over(workspace, ctas, config.tile_n, Dv),
         )
         load, N, chunk = cpasync.CopyBulkTensorTileG2SOp(), config.tile_n, config.chunk
         tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, self.layout(N, chunk, dtype), (N, chunk))
@@ -827,9 +835,9 @@ class GqaDecode:
         combine(
             tensors.out,
             tensors.lse,
-            tensors.out_partial,
-            tensors.lse_partial,
-            tensors.split_of,
+            tensors.partials.out,
+            tensors.partials.lse,
+            tensors.partials.split_of,
             tensors.sink,
             has_sink,
             S_q,
@@ -842,20 +850,6 @@ class GqaDecode:
         request, head, block, row, _ = cache.stride
         shape = (BLOCK, cache.shape[4], cache.shape[1], cache.shape[2], requests)
         return cute.make_tensor(cache.iterator, cute.make_layout(shape, stride=(row, 1, head, block, request)))
-
-    def results(self, out, lse, workspace, rows, ctas) -> tuple:
-        """The last five of `Tensors`: out and lse with a request's rows in one dim, and what the workspace holds."""
-        B, slots, tile_n, Dv = out.shape[0], split.SLOTS * ctas, self.config.tile_n, self.config.Dv
-        parts = workspace.iterator
-        lse_parts = parts + slots * (tile_n * Dv)
-        notes = cute.recast_ptr(lse_parts + slots * tile_n, dtype=Int32)
-        return (
-            cute.make_tensor(out.iterator, cute.make_layout((B, rows, Dv), stride=(rows * Dv, Dv, 1))),
-            cute.make_tensor(lse.iterator, cute.make_layout((B, rows), stride=(rows, 1))),
-            cute.make_tensor(parts, cute.make_layout((slots, tile_n, Dv), stride=(tile_n * Dv, Dv, 1))),
-            cute.make_tensor(lse_parts, cute.make_layout((slots, tile_n), stride=(tile_n, 1))),
-            cute.make_tensor(notes, cute.make_layout((ctas, NOTE), stride=(NOTE, 1))),
-        )
 
     @cute.kernel
     def kernel(
@@ -920,7 +914,9 @@ class GqaDecode:
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMER_WARPS:
                 producer = Producer.over(config, shared, self.layout, (tma_q, tma_k, tma_v), tQ, tK, tV)
-                self.produce(producer, tensors, scalars, work, cta)
+                self.produce(producer, tensors, scalars, work)
+            elif warp_id == CONSUMER_WARPS + 1:
+                note_split(tensors.partials, work, tensors.table, tensors.seq_lens, groups, cta)
         else:
             if const_expr(config.wide):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
@@ -928,50 +924,35 @@ class GqaDecode:
             self.consume(consumer, tensors, scalars, work, cta)
 
     @cute.jit
-    def produce(self, producer: Producer, tensors: Tensors, scalars: Scalars, work: Work, cta) -> None:
-        """Walk the CTA's segments and load them; note, for combine, the item that the next CTA goes on with."""
-        request, group, offset, left = work.request, work.group, work.offset, work.steps
-        blocks_done, segments_done = Int32(0), Int32(0)
-        split_request, split_group, split_last = Int32(-1), Int32(0), Int32(0)
-        while left > 0:
-            length = length_of(tensors.table, tensors.seq_lens, request)
-            num_pairs = split.pairs(length)
-            part = split.segment(num_pairs, offset, left, work.floor, cutlass.min, cutlass.max)
+    def produce(self, producer: Producer, tensors: Tensors, scalars: Scalars, work: Work) -> None:
+        """Walk the CTA's segments and load them."""
+        place, blocks_done, segments_done = first_place(work), Int32(0), Int32(0)
+        while place.left > 0:
+            length, part = segment_at(place, work, tensors.table, tensors.seq_lens)
             if part.last > part.first:
-                item = Item(request, group // scalars.tiles, group % scalars.tiles)
+                item = Item(place.request, place.group // scalars.tiles, place.group % scalars.tiles)
                 first, last = 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
                 producer.load_q(item, segments_done)
                 producer.load_segment(tensors.table, item, first, last, blocks_done)
                 segments_done = segments_done + 1
                 blocks_done = blocks_done + last - first
-            if part.slot == 1 and not part.whole:
-                begin = (cta + 1) * work.chunk - part.steps
-                split_request, split_group = request, group
-                split_last = split.last_cluster(begin, num_pairs, work.chunk)
-            left, offset, group = left - part.steps, Int32(0), group + 1
-            if group == scalars.heads * scalars.tiles:
-                request, group = request + 1, Int32(0)
-        split_of = tensors.split_of
-        with cute.arch.elect_one():
-            split_of[cta, 0] = split_request
-            split_of[cta, 1] = split_group
-            split_of[cta, 2] = split_last
+            place = place_after(place, part, scalars.heads * scalars.tiles)
 
     @cute.jit
     def consume(self, consumer: Consumer, tensors: Tensors, scalars: Scalars, work: Work, cta) -> None:
         """Walk the CTA's segments, compute and write them."""
-        request, group, offset, left = work.request, work.group, work.offset, work.steps
-        blocks_done, segments_done = Int32(0), Int32(0)
-        while left > 0:
-            length = length_of(tensors.table, tensors.seq_lens, request)
-            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max)
-            item = Item(request, group // scalars.tiles, group % scalars.tiles)
+        place, blocks_done, segments_done = first_place(work), Int32(0), Int32(0)
+        while place.left > 0:
+            length, part = segment_at(place, work, tensors.table, tensors.seq_lens)
+            item = Item(place.request, place.group // scalars.tiles, place.group % scalars.tiles)
             if part.last > part.first:
                 first, last = 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
                 scale, v_scale = scalars.scale_log2, Float32(1.0)
                 if const_expr(self.config.descale):
-                    scale = scale * tensors.q_descale[request, item.head] * tensors.k_descale[request, item.head]
-                    v_scale = tensors.v_descale[request, item.head]
+                    scale = (
+                        scale * tensors.q_descale[item.request, item.head] * tensors.k_descale[item.request, item.head]
+                    )
+                    v_scale = tensors.v_descale[item.request, item.head]
                 consumer.start()
                 consume_segment(consumer, scalars, item, scale, Range(first, last, length, blocks_done, segments_done))
                 write_result(consumer, tensors, scalars, item, v_scale, part.whole, split.SLOTS * cta + part.slot)
@@ -979,9 +960,7 @@ class GqaDecode:
                 blocks_done = blocks_done + last - first
             else:
                 write_nothing(consumer, tensors, scalars, item)
-            left, offset, group = left - part.steps, Int32(0), group + 1
-            if group == scalars.heads * scalars.tiles:
-                request, group = request + 1, Int32(0)
+            place = place_after(place, part, scalars.heads * scalars.tiles)
 
 
 # ---------------------------------------------------------------------------------------------------------- Launch

@@ -59,7 +59,17 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.combine import combine
-from flash_mla.kernels.hopper.work import Work, find_work, length_of, scan_words
+from flash_mla.kernels.hopper.softmax import LAZY, LOW, Rows
+from flash_mla.kernels.hopper.work import (
+    Partials,
+    Work,
+    find_work,
+    first_place,
+    note_split,
+    place_after,
+    scan_words,
+    segment_at,
+)
 
 # ---------------------------------------------------------------------------------------------------------- Config
 
@@ -93,15 +103,8 @@ STAGED = 16 * 32
 
 EVICT_FIRST = 0x12F0000000000000
 """TMA cache hint of a cluster's loads: nobody else reads that K."""
-LOW = -1.0e30
-"""A running max below every score, finite so that LOW - LOW is 0."""
-LAZY = 8.0
-"""The running max moves only when it grows by more than 2^8: exact after normalisation, and P stays below 2^8."""
-
 START = 2
 """Steps of 128 tokens that beginning an item costs, 3.4 us each."""
-NOTE = 4
-"""Words of a cluster's note of its split item."""
 
 DTYPES = {"bf16": BFloat16, "fp16": Float16}
 
@@ -133,7 +136,7 @@ class Config:
 
     def workspace_words(self, clusters: int) -> int:
         """32-bit words of workspace: partial results, their lse, notes of split items."""
-        return clusters * (split.SLOTS * self.rows * (DV + 1) + NOTE)
+        return Partials.words(clusters, self.rows, DV)
 
     def smem_bytes(self) -> int:
         """Shared memory of a CTA: Q, two K buffers, row max of each block, row sums, staged out, work search, barriers.
@@ -164,9 +167,7 @@ class Tensors(NamedTuple):
     sink: cute.Tensor
     out: cute.Tensor
     lse: cute.Tensor
-    out_partial: cute.Tensor
-    lse_partial: cute.Tensor
-    split_of: cute.Tensor
+    partials: Partials
 
 
 class Scalars(NamedTuple):
@@ -264,11 +265,8 @@ class Consumer:
     O: cute.Tensor
     S: cute.Tensor
     P: cute.Tensor
-    row_max: cute.Tensor
-    row_sum: cute.Tensor
-    factor: cute.Tensor
+    rows: Rows
     peak: cute.Tensor
-    last_key: cute.Tensor
 
     @staticmethod
     def over(config: Config, shared: Shared, side: int, tid, scale_log2: Float32) -> Consumer:
@@ -297,31 +295,18 @@ class Consumer:
             O=cute.make_rmem_tensor(pv.partition_shape_C((TILE_M, HALF)), Float32),
             S=cute.make_rmem_tensor(qk.partition_shape_C((TILE_M, BLOCK)), Float32),
             P=cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, 4)), dtype),
-            row_max=cute.make_rmem_tensor(2, Float32),
-            row_sum=cute.make_rmem_tensor(2, Float32),
-            factor=cute.make_rmem_tensor(2, Float32),
+            rows=Rows.over(tid),
             peak=cute.make_rmem_tensor(2, Float32),
-            last_key=cute.make_rmem_tensor(2, Int32),
         )
-
-    @property
-    def row(self):
-        """The first of this thread's rows in the tile; the second is 8 below."""
-        return (self.tid // 32) * 16 + (self.tid % 32) // 4
-
-    @property
-    def column(self):
-        """The first of this thread's columns in every 8."""
-        return 2 * (self.tid % 4)
 
     @cute.jit
     def start(self, row0, length, S_q) -> None:
         """Begin a segment whose first row is row `row0` of the request."""
         self.O.fill(0.0)
-        self.row_max.fill(LOW)
-        self.row_sum.fill(0.0)
+        self.rows.max.fill(LOW)
+        self.rows.sum.fill(0.0)
         for r in cutlass.range_constexpr(2):
-            self.last_key[r] = length - S_q + (row0 + self.row + 8 * r) % S_q
+            self.rows.last_key[r] = length - S_q + (row0 + self.rows.first + 8 * r) % S_q
 
     @cute.jit
     def scores(self, chunks: cutlass.Constexpr, first: cutlass.Constexpr) -> None:
@@ -350,47 +335,20 @@ class Consumer:
         warpgroup.commit_group()
 
     @cute.jit
-    def mask(self, key0) -> None:
-        """S = -inf past each row's last key; the block starts at key `key0`."""
-        for r in cutlass.range_constexpr(2):
-            room = self.last_key[r] - key0 - self.column
-            for j in cutlass.range_constexpr(8):
-                for e in cutlass.range_constexpr(2):
-                    i = 4 * j + 2 * r + e
-                    self.S[i] = self.S[i] if 8 * j + e <= room else -Float32.inf
-
-    @cute.jit
     def find_peak(self, r: cutlass.Constexpr) -> None:
-        """The largest score of a row in this block, base 2, by the four threads that share it."""
-        S = self.S
-        a = cute.arch.fmax(S[2 * r], S[2 * r + 1])
-        b = cute.arch.fmax(S[4 + 2 * r], S[5 + 2 * r])
-        for j in cutlass.range_constexpr(2, 8, 2):
-            a = cute.arch.fmax(a, cute.arch.fmax(S[4 * j + 2 * r], S[4 * j + 2 * r + 1]))
-            b = cute.arch.fmax(b, cute.arch.fmax(S[4 * j + 4 + 2 * r], S[4 * j + 5 + 2 * r]))
-        a = cute.arch.fmax(a, b)
-        a = cute.arch.fmax(a, cute.arch.shuffle_sync_bfly(a, offset=1))
-        self.peak[r] = cute.arch.fmax(a, cute.arch.shuffle_sync_bfly(a, offset=2)) * self.scale_log2
+        """The largest score of a row in this block, base 2."""
+        self.peak[r] = self.rows.peak(self.S, r) * self.scale_log2
 
     @cute.jit
     def raise_max(self, r: cutlass.Constexpr) -> None:
         """Move the running max to the block's, if that is far above it."""
-        self.move_max(r, self.peak[r] if self.peak[r] > self.row_max[r] + LAZY else self.row_max[r])
+        self.move_max(r, self.peak[r] if self.peak[r] > self.rows.max[r] + LAZY else self.rows.max[r])
 
     @cute.jit
     def move_max(self, r: cutlass.Constexpr, new_max) -> None:
         """Set the running max; `factor` is what the sums and O are off by since."""
-        self.factor[r] = cute.math.exp2(self.row_max[r] - new_max, fastmath=True)
-        self.row_max[r] = new_max
-        self.row_sum[r] = self.row_sum[r] * self.factor[r]
-
-    @cute.jit
-    def rescale(self) -> None:
-        """O *= factor, skipped when no row of the warp moved its max."""
-        O, factor = self.O, self.factor
-        if cute.arch.vote_any_sync((factor[0] != 1.0) | (factor[1] != 1.0)):
-            for i in cutlass.range_constexpr(TILE_M * HALF // 128):
-                O[i] = O[i] * factor[(i // 2) % 2]
+        self.rows.move_max(r, new_max)
+        self.rows.sum[r] = self.rows.sum[r] * self.rows.factor[r]
 
     @cute.jit
     def exponentials(self) -> None:
@@ -400,9 +358,9 @@ class Consumer:
             for j in cutlass.range_constexpr(8):
                 for e in cutlass.range_constexpr(2):
                     i = 4 * j + 2 * r + e
-                    self.S[i] = cute.math.exp2(self.S[i] * self.scale_log2 - self.row_max[r], fastmath=True)
+                    self.S[i] = cute.math.exp2(self.S[i] * self.scale_log2 - self.rows.max[r], fastmath=True)
                     total = total + self.S[i]
-            self.row_sum[r] = self.row_sum[r] + total
+            self.rows.sum[r] = self.rows.sum[r] + total
         cute.make_tensor(self.P.iterator, self.S.layout).store(self.S.load().to(DTYPES[self.config.dtype]))
 
     @cute.jit
@@ -415,7 +373,7 @@ class Consumer:
         sMax = self.shared.sMax
         if self.tid % 4 == 0:
             for r in cutlass.range_constexpr(2):
-                sMax[self.row + 8 * r, self.side] = self.row_max[r]
+                sMax[self.rows.first + 8 * r, self.side] = self.rows.max[r]
         cute.arch.fence_view_async_shared()
         cute.arch.barrier_arrive(barrier_id=bar, number_of_threads=CONSUMERS)
 
@@ -424,7 +382,7 @@ class Consumer:
         """Wait for the other warpgroup's P; take over its running max."""
         cute.arch.barrier(barrier_id=bar, number_of_threads=CONSUMERS)
         for r in cutlass.range_constexpr(2):
-            self.move_max(r, self.shared.sMax[self.row + 8 * r, 1 - self.side])
+            self.move_max(r, self.shared.sMax[self.rows.first + 8 * r, 1 - self.side])
 
     @cute.jit
     def clear_values(self, block: cutlass.Constexpr, valid, round) -> None:
@@ -584,7 +542,7 @@ def step_left(consumer: Consumer, pair, length, S_q, turn, follow: cutlass.Const
     k, key0 = consumer.shared.k, pair * split.PAIR
     # softmax of the even block
     if key0 + BLOCK > length - S_q + 1:
-        consumer.mask(key0)
+        consumer.rows.mask(consumer.S, key0)
     for r in cutlass.range_constexpr(2):
         consumer.find_peak(r)
         consumer.raise_max(r)
@@ -594,7 +552,7 @@ def step_left(consumer: Consumer, pair, length, S_q, turn, follow: cutlass.Const
     consumer.publish(BAR_P0)
 
     # P V of the even block
-    consumer.rescale()
+    consumer.rows.rescale(consumer.O)
     if const_expr(not follow):
         consumer.clear_values(0, length - key0, turn)
     consumer.values(0)
@@ -603,7 +561,7 @@ def step_left(consumer: Consumer, pair, length, S_q, turn, follow: cutlass.Const
 
     # P V of the odd block, and the next scores
     consumer.receive(BAR_P1)
-    consumer.rescale()
+    consumer.rows.rescale(consumer.O)
     if const_expr(not follow):
         consumer.clear_values(1, length - key0 - BLOCK, turn)
     consumer.values(1)
@@ -645,7 +603,7 @@ def consume_right(consumer: Consumer, first, last, length, S_q, count) -> None:
         if pair == last - 1:
             consumer.shared.q.release(0)
         if key0 + BLOCK > length - S_q + 1:
-            consumer.mask(key0)
+            consumer.rows.mask(consumer.S, key0)
         for r in cutlass.range_constexpr(2):
             consumer.find_peak(r)
         if const_expr(not early):
@@ -663,7 +621,7 @@ def consume_right(consumer: Consumer, first, last, length, S_q, count) -> None:
             k.release(1)
 
         # P V of the odd block
-        consumer.rescale()
+        consumer.rows.rescale(consumer.O)
         consumer.clear_values(1, length - key0, turn)
         consumer.values(1)
         warpgroup.wait_group(0)
@@ -674,7 +632,7 @@ def consume_right(consumer: Consumer, first, last, length, S_q, count) -> None:
 def multiply_even(consumer: Consumer, valid, turn) -> None:
     """Warpgroup 1 takes over P and the running max of the even block and starts its P V."""
     consumer.receive(BAR_P0)
-    consumer.rescale()
+    consumer.rows.rescale(consumer.O)
     consumer.clear_values(0, valid, turn)
     consumer.values(0)
 
@@ -688,22 +646,22 @@ def write_result(
     Nothing leaves unless `real`.
     """
     tid, side, sSum = consumer.tid, consumer.side, consumer.shared.sSum
-    global_lse, lse_partial = tensors.lse, tensors.lse_partial
+    global_lse, lse_partial = tensors.lse, tensors.partials.lse
     rows = tensors.out.shape[1] if real else 0
     # add the sums of the four threads of a row, and of the two warpgroups
     for r in cutlass.range_constexpr(2):
-        total = consumer.row_sum[r]
+        total = consumer.rows.sum[r]
         total = total + cute.arch.shuffle_sync_bfly(total, offset=1)
         total = total + cute.arch.shuffle_sync_bfly(total, offset=2)
         if tid % 4 == 0:
-            sSum[consumer.row + 8 * r, side] = total
+            sSum[consumer.rows.first + 8 * r, side] = total
     cute.arch.barrier(barrier_id=BAR_SUM, number_of_threads=CONSUMERS)
     scales = cute.make_rmem_tensor(2, Float32)
     for r in cutlass.range_constexpr(2):
-        tile_row = consumer.row + 8 * r
+        tile_row = consumer.rows.first + 8 * r
         row = row0 + tile_row
         total = sSum[tile_row, 0] + sSum[tile_row, 1]
-        lse = consumer.row_max[r] + cute.math.log2(total, fastmath=True)
+        lse = consumer.rows.max[r] + cute.math.log2(total, fastmath=True)
         lse = lse if total > 0.0 else -Float32.inf
         writes = side == 0 and tid % 4 == 0
         if whole:
@@ -712,7 +670,7 @@ def write_result(
                     global_lse[request, row] = lse * math.log(2.0)
                 if scalars.has_sink != 0:
                     sink = tensors.sink[row // scalars.S_q] * math.log2(math.e)
-                    total = total + cute.math.exp2(sink - consumer.row_max[r], fastmath=True)
+                    total = total + cute.math.exp2(sink - consumer.rows.max[r], fastmath=True)
         elif writes and real:
             lse_partial[slot, rank * TILE_M + tile_row] = lse
         # NOTE: a row without keys has O = 0 and, with a sink, a total above 0; without, 0 * inf would be NaN
@@ -721,8 +679,8 @@ def write_result(
         store_out(consumer, tensors.out, request, row0, rows, scales)
     else:
         for r in cutlass.range_constexpr(2):
-            tile_row = consumer.row + 8 * r
-            part = tensors.out_partial[slot, rank * TILE_M + tile_row, None]
+            tile_row = consumer.rows.first + 8 * r
+            part = tensors.partials.out[slot, rank * TILE_M + tile_row, None]
             store_partial(consumer, r, part, scales[r], row0 + tile_row < rows)
     # NOTE: the sums may be overwritten by the next segment only when both warpgroups have read them
     cute.arch.barrier(barrier_id=BAR_SUM, number_of_threads=CONSUMERS)
@@ -731,7 +689,7 @@ def write_result(
 @cute.jit
 def store_partial(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, scale, inside) -> None:
     """One row's part of this thread, scaled, if the row is `inside`: 8 bytes of it, 32 of the row, an instruction."""
-    address = (row.iterator + HALF * consumer.side + consumer.column).toint()
+    address = (row.iterator + HALF * consumer.side + consumer.rows.column).toint()
     for j in cutlass.range_constexpr(HALF // 8):
         a, b = consumer.O[4 * j + 2 * r] * scale, consumer.O[4 * j + 2 * r + 1] * scale
         # NOTE: a predicate an instruction, not a branch around them: a rehearsal must fetch them
@@ -829,7 +787,14 @@ class MlaDecode:
         gQ = cute.make_tensor(q.iterator, cute.make_layout((rows, D, B), stride=(q_row, 1, q.stride[0])))
         k_strides = (k.stride[3], 1, k.stride[2], k.stride[0])
         gK = cute.make_tensor(k.iterator, cute.make_layout((BLOCK, D, k.shape[2], requests), stride=k_strides))
-        tensors = self.tensors(table, seq_lens, sink, out, lse, workspace, B, rows, clusters)
+        tensors = Tensors(
+            table=table,
+            seq_lens=seq_lens,
+            sink=sink,
+            out=cute.make_tensor(out.iterator, cute.make_layout((B, rows, DV), stride=(rows * DV, DV, 1))),
+            lse=cute.make_tensor(lse.iterator, cute.make_layout((B, rows), stride=(rows, 1))),
+            partials=Partials.over(workspace, clusters, config.rows, DV),
+        )
         chunk = self.row_layout(1)
         load = cpasync.CopyBulkTensorTileG2SOp()
         tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, chunk, (TILE_M, CHUNK))
@@ -848,33 +813,14 @@ class MlaDecode:
         combine(
             tensors.out,
             tensors.lse,
-            tensors.out_partial,
-            tensors.lse_partial,
-            tensors.split_of,
+            tensors.partials.out,
+            tensors.partials.lse,
+            tensors.partials.split_of,
             tensors.sink,
             has_sink,
             S_q,
             Int32(1),
             stream,
-        )
-
-    def tensors(self, table, seq_lens, sink, out, lse, workspace, B, rows, clusters) -> Tensors:
-        """The views that the kernels take; the workspace holds the partial results, their lse, and `split_of`."""
-        slots, part_rows = split.SLOTS * clusters, self.config.rows
-        parts = workspace.iterator
-        lse_parts = parts + slots * (part_rows * DV)
-        notes = cute.recast_ptr(lse_parts + slots * part_rows, dtype=Int32)
-        return Tensors(
-            table=table,
-            seq_lens=seq_lens,
-            sink=sink,
-            out=cute.make_tensor(out.iterator, cute.make_layout((B, rows, DV), stride=(rows * DV, DV, 1))),
-            lse=cute.make_tensor(lse.iterator, cute.make_layout((B, rows), stride=(rows, 1))),
-            out_partial=cute.make_tensor(
-                parts, cute.make_layout((slots, part_rows, DV), stride=(part_rows * DV, DV, 1))
-            ),
-            lse_partial=cute.make_tensor(lse_parts, cute.make_layout((slots, part_rows), stride=(part_rows, 1))),
-            split_of=cute.make_tensor(notes, cute.make_layout((clusters, NOTE), stride=(NOTE, 1))),
         )
 
     @cute.kernel
@@ -938,7 +884,7 @@ class MlaDecode:
                 self.produce(producer, tensors, scalars, work, rank)
             elif warp_id == CONSUMERS // 32 + 1:  # noqa: SIM102
                 if rank == 0:
-                    self.announce(tensors, scalars, work, cluster_id)
+                    note_split(tensors.partials, work, table, seq_lens, scalars.groups, cluster_id)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             tidx, _, _ = cute.arch.thread_idx()
@@ -952,50 +898,30 @@ class MlaDecode:
     @cute.jit
     def produce(self, producer: Producer, tensors: Tensors, scalars: Scalars, work: Work, rank) -> None:
         """Walk the cluster's segments and load them."""
-        request, group, offset, left = work.request, work.group, work.offset, work.steps
-        pairs_done, segments_done = Int32(0), Int32(0)
-        while left > 0:
-            length = length_of(tensors.table, tensors.seq_lens, request)
-            part = split.segment(split.pairs(length), offset, left, work.floor, cutlass.min, cutlass.max, work.start)
+        place, pairs_done, segments_done = first_place(work), Int32(0), Int32(0)
+        while place.left > 0:
+            length, part = segment_at(place, work, tensors.table, tensors.seq_lens)
             if part.last > part.first:
-                row_tile = group * self.config.cluster + rank
+                row_tile = place.group * self.config.cluster + rank
                 producer.load_segment(
-                    tensors.table, row_tile, request, part.first, part.last, length, segments_done, pairs_done
+                    tensors.table, row_tile, place.request, part.first, part.last, length, segments_done, pairs_done
                 )
                 segments_done = segments_done + 1
                 pairs_done = pairs_done + part.last - part.first
-            left, offset, group = left - part.steps, Int32(0), group + 1
-            if group == scalars.groups:
-                request, group = request + 1, Int32(0)
+            place = place_after(place, part, scalars.groups)
         # a CTA must outlive its peer's arrivals on its barriers; the bytes that it gets, its consumers have waited for
         # NOTE: a cluster barrier in its place would flush every write first
         for stage in cutlass.range_constexpr(STAGES):
             producer.shared.k.acquire(stage, pairs_done)
 
     @cute.jit
-    def consume(
-        self,
-        consumer: Consumer,
-        tensors: Tensors,
-        scalars: Scalars,
-        work: Work,
-        rank,
-        cluster_id,
-    ) -> None:
-        """Walk the cluster's segments, compute and write them.
-
-        The writing of the first is rehearsed, so that its instructions are there when they are needed: fetching them
-        takes 1.5 us, and the first block is on its way meanwhile.
-        """
-        request, group, offset, left = work.request, work.group, work.offset, work.steps
-        pairs_done, segments_done = Int32(0), Int32(0)
-        # NOTE: through a shuffle, so that the compiler does not peel the rehearsal off into a copy
+    def consume(self, consumer: Consumer, tensors: Tensors, scalars: Scalars, work: Work, rank, cluster_id) -> None:
+        """Walk the cluster's segments, compute and write them."""
+        place, pairs_done, segments_done = first_place(work), Int32(0), Int32(0)
         real = cute.arch.make_warp_uniform(Int32(0)) > 0
-        while left > 0:
-            length = length_of(tensors.table, tensors.seq_lens, request)
-            num_pairs = split.pairs(length)
-            part = split.segment(num_pairs, offset, left, work.floor, cutlass.min, cutlass.max, work.start)
-            row0 = (group * self.config.cluster + rank) * TILE_M
+        while place.left > 0:
+            length, part = segment_at(place, work, tensors.table, tensors.seq_lens)
+            row0 = (place.group * self.config.cluster + rank) * TILE_M
             if part.last > part.first:
                 consumer.start(row0, length, scalars.S_q)
                 if real:
@@ -1007,36 +933,13 @@ class MlaDecode:
                     segments_done = segments_done + 1
                     pairs_done = pairs_done + part.last - part.first
                 slot = split.SLOTS * cluster_id + part.slot
-                write_result(consumer, tensors, scalars, request, row0, rank, part.whole, slot, real)
+                write_result(consumer, tensors, scalars, place.request, row0, rank, part.whole, slot, real)
             elif const_expr(consumer.side == 0):  # noqa: SIM102
                 if part.whole:
-                    write_nothing(consumer, tensors, request, row0)
+                    write_nothing(consumer, tensors, place.request, row0)
             if real:
-                left, offset, group = left - part.steps, Int32(0), group + 1
-                if group == scalars.groups:
-                    request, group = request + 1, Int32(0)
+                place = place_after(place, part, scalars.groups)
             real = Boolean(True)
-
-    @cute.jit
-    def announce(self, tensors: Tensors, scalars: Scalars, work: Work, cluster_id) -> None:
-        """Note, for the combine kernel, the item that the next cluster goes on with."""
-        request, group, offset, left = work.request, work.group, work.offset, work.steps
-        split_request, split_group, split_last = Int32(-1), Int32(0), Int32(0)
-        while left > 0:
-            num_pairs = split.pairs(length_of(tensors.table, tensors.seq_lens, request))
-            part = split.segment(num_pairs, offset, left, work.floor, cutlass.min, cutlass.max, work.start)
-            if part.slot == 1 and not part.whole and part.last > part.first:
-                begin = (cluster_id + 1) * work.chunk - part.steps - offset
-                split_request, split_group = request, group
-                split_last = split.last_cluster(begin, num_pairs + work.start, work.chunk)
-            left, offset, group = left - part.steps, Int32(0), group + 1
-            if group == scalars.groups:
-                request, group = request + 1, Int32(0)
-        split_of = tensors.split_of
-        with cute.arch.elect_one():
-            split_of[cluster_id, 0] = split_request
-            split_of[cluster_id, 1] = split_group
-            split_of[cluster_id, 2] = split_last
 
 
 # ---------------------------------------------------------------------------------------------------------- Launch

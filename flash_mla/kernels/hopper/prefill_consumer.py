@@ -17,8 +17,6 @@ from flash_mla.kernels.hopper.prefill_shared import (
     BITS,
     CHUNK,
     DTYPES,
-    LAZY,
-    LOW,
     PAGE,
     ROW_LIMITS,
     Config,
@@ -28,6 +26,7 @@ from flash_mla.kernels.hopper.prefill_shared import (
     Work,
     receive,
 )
+from flash_mla.kernels.hopper.softmax import LAZY, LOW, Rows
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,7 @@ class Consumer:
     S: cute.Tensor
     P: cute.Tensor
     scale: cute.Tensor
-    row_max: cute.Tensor
-    row_sum: cute.Tensor
-    factor: cute.Tensor
-    last_key: cute.Tensor
+    rows: Rows
 
     @staticmethod
     def over(config: Config, shared: Shared, wg, tid) -> Consumer:
@@ -88,21 +84,8 @@ class Consumer:
             S=cute.make_rmem_tensor(qk.partition_shape_C((config.tile_m, config.tile_n)), Float32),
             P=cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, config.tile_n // 16)), dtype),
             scale=cute.make_rmem_tensor(1, Float32),
-            row_max=cute.make_rmem_tensor(2, Float32),
-            row_sum=cute.make_rmem_tensor(2, Float32),
-            factor=cute.make_rmem_tensor(2, Float32),
-            last_key=cute.make_rmem_tensor(2, Int32),
+            rows=Rows.over(tid),
         )
-
-    @property
-    def row(self):
-        """The first of this thread's rows in the tile; the second is 8 below."""
-        return (self.tid // 32) * 16 + (self.tid % 32) // 4
-
-    @property
-    def column(self):
-        """The first of this thread's columns in every 8."""
-        return 2 * (self.tid % 4)
 
     @cute.jit
     def begin(self, tensors: Tensors, scalars: Scalars, tile: Work) -> None:
@@ -111,13 +94,13 @@ class Consumer:
         if scalars.has_descale != 0:
             scale = scale * tensors.score_scale[tile.request, tile.kv_head]
         self.scale[0] = scale
-        self.row_max.fill(LOW)
-        self.row_sum.fill(0.0)
+        self.rows.max.fill(LOW)
+        self.rows.sum.fill(0.0)
         for r in cutlass.range_constexpr(2):
             last_key = tile.length - 1
             if scalars.causal != 0:
-                last_key = cutlass.min(tile.length - 1, tile.start + tile.row0 + self.row + 8 * r)
-            self.last_key[r] = last_key
+                last_key = cutlass.min(tile.length - 1, tile.start + tile.row0 + self.rows.first + 8 * r)
+            self.rows.last_key[r] = last_key
 
     @cute.jit
     def take_turn(self) -> None:
@@ -152,25 +135,15 @@ class Consumer:
         warpgroup.commit_group()
 
     @cute.jit
-    def mask(self, key0) -> None:
-        """S = -inf past each row's last key; the block starts at key `key0`."""
-        for r in cutlass.range_constexpr(2):
-            room = self.last_key[r] - key0 - self.column
-            for j in cutlass.range_constexpr(self.config.tile_n // 8):
-                for e in cutlass.range_constexpr(2):
-                    i = 4 * j + 2 * r + e
-                    self.S[i] = self.S[i] if 8 * j + e <= room else -Float32.inf
-
-    @cute.jit
     def mask_bits(self, tensors: Tensors, Hq, tile: Work, key0) -> None:
         """S = -inf where the tile's mask says so."""
         S, bits = self.S, tensors.mask_bits
         request = cutlass.min(tile.request, bits.shape[0] - 1)
         head = cutlass.min(tile.head - tile.request * Hq, bits.shape[1] - 1)
         for r in cutlass.range_constexpr(2):
-            row = cutlass.min(tile.row0 + self.row + 8 * r, bits.shape[2] - 1)
+            row = cutlass.min(tile.row0 + self.rows.first + 8 * r, bits.shape[2] - 1)
             for half in cutlass.range_constexpr(2):
-                keep = bits[request, head, row, key0 // 32 + half] >> self.column
+                keep = bits[request, head, row, key0 // 32 + half] >> self.rows.column
                 for j in cutlass.range_constexpr(4):
                     for e in cutlass.range_constexpr(2):
                         i = 16 * half + 4 * j + 2 * r + e
@@ -181,34 +154,25 @@ class Consumer:
         """Mask a listed block as its flags say."""
         key0 = word // PAGE * PAGE
         if word & ROW_LIMITS != 0:
-            self.mask(key0)
+            self.rows.mask(self.S, key0)
         if word & BITS != 0:
             self.mask_bits(tensors, Hq, tile, key0)
 
     @cute.jit
     def softmax(self) -> None:
         """S = 2^(S - max), the max moved first if it must be; the row sums take S before it is rounded to P."""
-        S, fmax = self.S, cute.arch.fmax
+        S = self.S
         for r in cutlass.range_constexpr(2):
-            # the largest score of the row, by the four threads that share it
-            a, b = fmax(S[2 * r], S[2 * r + 1]), fmax(S[4 + 2 * r], S[5 + 2 * r])
-            for j in cutlass.range_constexpr(2, self.config.tile_n // 8, 2):
-                a = fmax(a, fmax(S[4 * j + 2 * r], S[4 * j + 2 * r + 1]))
-                b = fmax(b, fmax(S[4 * j + 4 + 2 * r], S[4 * j + 5 + 2 * r]))
-            a = fmax(a, b)
-            a = fmax(a, cute.arch.shuffle_sync_bfly(a, offset=1))
-            peak = fmax(a, cute.arch.shuffle_sync_bfly(a, offset=2)) * self.scale[0]
-            new_max = peak if peak > self.row_max[r] + LAZY else self.row_max[r]
-            self.factor[r] = cute.math.exp2(self.row_max[r] - new_max, fastmath=True)
-            self.row_max[r] = new_max
+            peak = self.rows.peak(S, r) * self.scale[0]
+            self.rows.move_max(r, peak if peak > self.rows.max[r] + LAZY else self.rows.max[r])
         for r in cutlass.range_constexpr(2):
-            total = self.row_sum[r] * self.factor[r]
+            total = self.rows.sum[r] * self.rows.factor[r]
             for j in cutlass.range_constexpr(self.config.tile_n // 8):
                 for e in cutlass.range_constexpr(2):
                     i = 4 * j + 2 * r + e
-                    S[i] = cute.math.exp2(S[i] * self.scale[0] - self.row_max[r], fastmath=True)
+                    S[i] = cute.math.exp2(S[i] * self.scale[0] - self.rows.max[r], fastmath=True)
                     total = total + S[i]
-            self.row_sum[r] = total
+            self.rows.sum[r] = total
 
     @cute.jit
     def round(self) -> None:
@@ -217,14 +181,6 @@ class Consumer:
             S = cute.make_tensor(self.S.iterator + 8 * k, cute.make_layout(8))
             P = cute.make_tensor(self.P.iterator + 8 * k, cute.make_layout(8))
             P.store(S.load().to(DTYPES[self.config.dtype]))
-
-    @cute.jit
-    def rescale(self) -> None:
-        """O *= factor, skipped when no row of the warp moved its max."""
-        O, factor = self.O, self.factor
-        if cute.arch.vote_any_sync((factor[0] != 1.0) | (factor[1] != 1.0)):
-            for i in cutlass.range_constexpr(self.config.Dv // 2):
-                O[i] = O[i] * factor[(i // 2) % 2]
 
     @cute.jit
     def clear_values(self, valid, count) -> None:
@@ -256,7 +212,7 @@ class Consumer:
             total = row_sum[r]
             total = total + cute.arch.shuffle_sync_bfly(total, offset=1)
             total = total + cute.arch.shuffle_sync_bfly(total, offset=2)
-            row = tile.row0 + self.row + 8 * r
+            row = tile.row0 + self.rows.first + 8 * r
             if self.tid % 4 == 0 and row < P:
                 lse = (row_max[r] + cute.math.log2(total, fastmath=True)) * math.log(2.0)
                 global_lse[tile.head, row] = lse if total > 0.0 else -Float32.inf
@@ -313,13 +269,13 @@ def step(
     if const_expr(consumer.config.sparse):
         consumer.mask_listed(tensors, Hq, tile, word)
     elif const_expr(masked):
-        consumer.mask(word)
+        consumer.rows.mask(consumer.S, word)
     consumer.softmax()
     warpgroup.wait_group(0)
     v.release(count % stages)
     consumer.round()
     if const_expr(not crossing):
-        consumer.rescale()
+        consumer.rows.rescale(consumer.O)
     return word
 
 
@@ -338,7 +294,7 @@ def first(consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage) 
     if const_expr(consumer.config.sparse):
         consumer.mask_listed(tensors, Hq, tile, word)
     else:
-        consumer.mask(word)
+        consumer.rows.mask(consumer.S, word)
     consumer.softmax()
     consumer.round()
     return word
@@ -393,7 +349,7 @@ def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
         row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
         following = Work(row0, head, request, kv_head, length, start, blocks, whole)
         for r in cutlass.range_constexpr(2):
-            row_max[r], row_sum[r] = consumer.row_max[r], consumer.row_sum[r]
+            row_max[r], row_sum[r] = consumer.rows.max[r], consumer.rows.sum[r]
         consumer.clear_values(tile.length - word // PAGE * PAGE, count)
         if const_expr(q_stages > 1):
             if blocks != 0:

@@ -25,11 +25,6 @@ REGISTERS = {1: (216, 40), 2: (240, 24), 3: (160, 32)}
 BAR_TURN, BAR_WG = 1, 4
 """Named barriers (0 is the CTA's): a consumer warpgroup's turn to issue products; its own threads."""
 
-LOW = -1.0e30
-"""A running max below every score, finite so that LOW - LOW is 0."""
-LAZY = 8.0
-"""The running max moves only when it grows by more than 2^8: exact after normalisation, and P stays below 2^8."""
-
 DTYPES = {"bf16": BFloat16, "fp16": Float16}
 
 
