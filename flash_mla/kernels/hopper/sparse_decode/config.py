@@ -1,0 +1,160 @@
+"""Sparse decode on Hopper: how rows lie in a cache, what is compiled, and the ledger of shared memory. No DSL here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TILE_M = 64
+"""Query heads of a CTA."""
+TILES = (8, 16, 32, 64)
+"""Query heads of a CTA: as the N of the products, 64 as their M."""
+BLOCK = 64
+"""Keys of a block: so many indices of a token, side by side."""
+CHUNK = 64
+"""Columns of a 64 x 64 chunk: 128 bytes, one row of the 128-byte swizzle."""
+CHUNK_BYTES = 2 * BLOCK * CHUNK
+DV = 512
+K_CHUNKS = 9
+"""Chunks of a K buffer. The ninth holds K's rope part until Q K^T is done, then P."""
+ROPE_CHUNK = 8
+
+CONSUMER_WARPS, PRODUCER_WARPS = 8, 4
+WARPS = CONSUMER_WARPS + PRODUCER_WARPS
+THREADS = 32 * WARPS
+STAGES = 4
+"""Half blocks of a pair: stage 0, 1 = left, right half of the even block, 2, 3 = of the odd block."""
+STAGED = 16 * 32
+"""Elements of out that a warp stages: 32 columns of its 16 rows."""
+VECTORS = 4
+"""16-byte loads of a thread in a batch. Two batches are in registers: one in flight, one converted."""
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How a token's row lies in a cache: `codes` chunks of 64 e4m3, then `wide` chunks of 64 BF16 from byte `wide_at`.
+
+    scale: kind of the stored scales, one for `group` columns, from byte `scale_at` of the row on. `split`: the scales
+    lie apart, 8 bytes a row, behind the `row_bytes` of all rows of the page.
+    """
+
+    codes: int
+    wide: int
+    wide_at: int = 0
+    scale: Literal["fp32", "e8m0"] | None = None
+    group: int = 0
+    scale_at: int = 0
+    split: bool = False
+    row_bytes: int = 0
+
+    @property
+    def D(self) -> int:
+        """Columns of a row."""
+        return CHUNK * (self.codes + self.wide)
+
+
+ROWS = {
+    "fp8_ds_mla": RowLayout(codes=8, wide=1, wide_at=528, scale="fp32", group=128, scale_at=512, row_bytes=656),
+    "model1": RowLayout(codes=7, wide=1, wide_at=448, scale="e8m0", group=64, split=True, row_bytes=576),
+    "v4.1": RowLayout(codes=8, wide=0, scale="e8m0", group=32, scale_at=512, row_bytes=528),
+    "flat": RowLayout(codes=9, wide=0, row_bytes=576),
+    "bf16_576": RowLayout(codes=0, wide=9, row_bytes=1152),
+    "bf16_512": RowLayout(codes=0, wide=8, row_bytes=1024),
+}
+"""The rows of `quant.FORMATS`, and plain BF16 ones."""
+
+
+def scan_words(warps: int) -> int:
+    """32-bit words of shared memory that `find_work` needs: two a warp, and two for what it finds."""
+    return 2 * warps + 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compiled: everything else is an argument of the kernel.
+
+    rows: a name of ROWS; caches: 1, or 2 (a token's keys lie in both); tile_heads: query heads of a CTA, 64 as the M of
+    the products or fewer as their N; cluster: CTAs of 64 heads that share a token's keys.
+    """
+
+    rows: str
+    caches: int
+    tile_heads: int
+    cluster: int = 1
+
+    @property
+    def few(self) -> bool:
+        """Whether the heads are the N of the products."""
+        return self.tile_heads < TILE_M
+
+    @property
+    def layout(self) -> RowLayout:
+        return ROWS[self.rows]
+
+    @property
+    def D(self) -> int:
+        return self.layout.D
+
+    @property
+    def chunks(self) -> int:
+        """64-column chunks of a row."""
+        return self.D // CHUNK
+
+    @property
+    def registers(self) -> tuple[int, int] | None:
+        """Registers of a consumer's and of a producer's thread; None: 168 of either, as all have on entry."""
+        # NOTE: (2 * 208 + 88) * 128 = 64512 of the 65536 of an SM
+        return (208, 88) if self.tile_heads >= 32 else None
+
+    @property
+    def tile_rows(self) -> int:
+        """Query heads of a cluster."""
+        return self.tile_heads * self.cluster
+
+    @property
+    def thread_rows(self) -> int:
+        """Key rows of a block that a thread fills: 8 a warp at a time, a cluster's CTAs half of the block each."""
+        return BLOCK // (8 * PRODUCER_WARPS * self.cluster)
+
+    def stage_chunks(self, stage: int) -> list[int]:
+        """Chunks that travel through a stage: four of V, and the rope chunk with stages 1 and 2."""
+        first = 4 * (stage % 2)
+        rope = [ROPE_CHUNK] if stage in (1, 2) and self.chunks == K_CHUNKS else []
+        return [*range(first, first + 4), *rope]
+
+    def vectors(self, chunk: int) -> int:
+        """16-byte loads of a thread for one row of a chunk: 16 columns."""
+        return 1 if chunk < self.layout.codes else 2
+
+    def batches(self) -> list[tuple[int, list[int]]]:
+        """The chunks of a pair of blocks in the order in which they are loaded, (stage, chunks) a batch."""
+        batches = []
+        for stage in range(STAGES):
+            batch: list[int] = []
+            for chunk in self.stage_chunks(stage):
+                if batch and self.batch_vectors([*batch, chunk]) > VECTORS:
+                    batches.append((stage, batch))
+                    batch = []
+                batch.append(chunk)
+            batches.append((stage, batch))
+        return batches
+
+    def batch_vectors(self, chunks: list[int]) -> int:
+        """16-byte loads of a thread for all its rows of these chunks."""
+        return self.thread_rows * sum(self.vectors(chunk) for chunk in chunks)
+
+    def workspace_words(self, clusters: int) -> int:
+        """32-bit words of workspace: partial results, their lse, notes of split items."""
+        return clusters * (2 * self.tile_rows * (DV + 1) + 4)
+
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA, rounded up to the 1024 bytes on which swizzled buffers are aligned."""
+        q, k = 2 * self.tile_heads * self.D, 2 * K_CHUNKS * CHUNK_BYTES
+        work, live, barriers = 4 * scan_words(WARPS), 2 * BLOCK // 8, 16 * (STAGES + 1)
+        if self.few:
+            # P, two buffers a warpgroup; row sums of each warp, row max of each warpgroup
+            rest = 2 * 4 * self.tile_heads * BLOCK + 4 * self.tile_heads * (CONSUMER_WARPS + 2)
+        else:
+            # row max of each block, row sums; staged out
+            rest = 4 * (2 * TILE_M + 2 * TILE_M) + CONSUMER_WARPS * 2 * STAGED
+        return -(-(q + k + rest + work + live + barriers) // 1024) * 1024

@@ -1,0 +1,270 @@
+"""Sparse decode on Hopper: out = softmax(scale * Q K^T) V, V = K[:, :512], K the rows that each token's indices name.
+
+See docs/design/sparse.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, const_expr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.combine import combine
+from flash_mla.kernels.hopper.mla_decode import START
+from flash_mla.kernels.hopper.sparse_decode import few, many
+from flash_mla.kernels.hopper.sparse_decode.config import (
+    BLOCK,
+    CHUNK,
+    CONSUMER_WARPS,
+    DV,
+    THREADS,
+    WARPS,
+    Config,
+)
+from flash_mla.kernels.hopper.sparse_decode.producer import Producer
+from flash_mla.kernels.hopper.sparse_decode.rows import Cache, Lengths
+from flash_mla.kernels.hopper.work import (
+    Partials,
+    Work,
+    find_work,
+    first_place,
+    note_split,
+    place_after,
+    segment_at,
+)
+
+
+class Tensors(NamedTuple):
+    """Global memory that is written, and the sink.
+
+    sink [Hq] FP32; out [tokens, Hq, 512]; lse [tokens, Hq] FP32, natural log; partials: see `Partials`.
+    """
+
+    sink: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    partials: Partials
+
+
+class Scalars(NamedTuple):
+    """scale * log2(e); whether `sink` counts; groups of heads a token; heads; S_q: rows that share a head, 1."""
+
+    scale_log2: Float32
+    has_sink: Int32
+    groups: Int32
+    rows: Int32
+    S_q: Int32
+
+
+class SparseDecode:
+    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def row_layout(self, chunks: int, rows: int = BLOCK):
+        """[rows, 64 * chunks] in shared memory: chunks one after another, each `rows` rows of 128 swizzled bytes."""
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+        return cute.tile_to_shape(atom, (rows, CHUNK * chunks), order=(0, 1))
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # [B, S_q, Hq, D]
+        rows: cute.Tensor,  # [pages, page, D] BF16, or [pages, page, row bytes]
+        indices: cute.Tensor,  # [B, S_q, topk] int32
+        lengths: cute.Tensor,  # [B] int32; anything if not has_lengths & 1
+        extra_rows: cute.Tensor,  # the second cache, as the first; anything if there is none
+        extra_indices: cute.Tensor,
+        extra_lengths: cute.Tensor,  # anything if not has_lengths & 2
+        sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
+        out: cute.Tensor,  # [B, S_q, Hq, 512], contiguous
+        lse: cute.Tensor,  # [B, S_q, Hq] FP32, contiguous
+        workspace: cute.Tensor,  # [Partials.words(clusters, tile_rows, 512)] FP32
+        scale_log2: Float32,
+        has_lengths: Int32,
+        has_sink: Int32,
+        clusters: Int32,
+        stream,
+    ):
+        config = self.config
+        B, S_q, Hq = q.shape[0], q.shape[1], q.shape[2]
+        tokens = B * S_q
+        # [Hq, D, S_q, B]
+        strides = (q.stride[2], 1, q.stride[1], q.stride[0])
+        gQ = cute.make_tensor(q.iterator, cute.make_layout((Hq, config.D, S_q, B), stride=strides))
+        caches = (Cache.over(config.layout, rows, indices, lengths, has_lengths & 1),)
+        if const_expr(config.caches == 2):
+            caches = (
+                *caches,
+                Cache.over(config.layout, extra_rows, extra_indices, extra_lengths, has_lengths >> 1),
+            )
+        tensors = Tensors(
+            sink=sink,
+            out=cute.make_tensor(out.iterator, cute.make_layout((tokens, Hq, DV), stride=(Hq * DV, DV, 1))),
+            lse=cute.make_tensor(lse.iterator, cute.make_layout((tokens, Hq), stride=(Hq, 1))),
+            partials=Partials.over(workspace, clusters, config.tile_rows, DV),
+        )
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, self.row_layout(1, config.tile_heads), (config.tile_heads, CHUNK))
+        groups = (Hq + (config.tile_rows - 1)) // config.tile_rows
+        scalars = Scalars(scale_log2, has_sink, groups, Hq, Int32(1))
+        self.kernel(tma_q, tQ, caches, tokens, S_q, tensors, scalars).launch(
+            grid=(clusters * config.cluster, 1, 1),
+            block=(THREADS, 1, 1),
+            cluster=(config.cluster, 1, 1) if const_expr(config.cluster > 1) else None,
+            smem=config.smem_bytes(),
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+        combine(
+            tensors.out,
+            tensors.lse,
+            tensors.partials.out,
+            tensors.partials.lse,
+            tensors.partials.split_of,
+            tensors.sink,
+            has_sink,
+            Int32(1),
+            Int32(1),
+            stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        tQ: cute.Tensor,
+        caches: tuple[Cache, ...],
+        tokens: Int32,
+        S_q: Int32,
+        tensors: Tensors,
+        scalars: Scalars,
+    ):
+        config = self.config
+
+        roles = few if config.few else many
+        shared = roles.Shared.of(config, self.row_layout)
+        lengths = Lengths(caches, tokens, S_q)
+        warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        bidx, _, _ = cute.arch.block_idx()
+        gdim, _, _ = cute.arch.grid_dim()
+        rank, cluster_id, clusters = bidx % config.cluster, bidx // config.cluster, gdim // config.cluster
+
+        # barriers, and the work of this cluster
+        if warp_id == 0:
+            cpasync.prefetch_descriptor(tma_q)
+            with cute.arch.elect_one():
+                shared.k.init()
+                shared.q.init()
+            cute.arch.mbarrier_init_fence()
+        if const_expr(config.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+        work = find_work(lengths, lengths, scalars.groups, cluster_id, clusters, WARPS, shared.sScan, START)
+        if const_expr(config.cluster > 1):
+            cute.arch.cluster_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if warp_id >= CONSUMER_WARPS:
+            if const_expr(config.registers is not None):
+                cute.arch.setmaxregister_decrease(config.registers[1])
+            warp = warp_id - CONSUMER_WARPS
+            if warp == 0 and rank == 0:
+                note_split(tensors.partials, work, lengths, lengths, scalars.groups, cluster_id)
+            producer = Producer.over(config, shared, lengths, rank, warp, tma_q, tQ)
+            self.produce(producer, scalars, work)
+        else:
+            if const_expr(config.registers is not None):
+                cute.arch.setmaxregister_increase(config.registers[0])
+            tidx, _, _ = cute.arch.thread_idx()
+            if const_expr(config.few):
+                consumer = few.Consumer.of(config, shared, warp_id // 4, tidx % 128)
+                self.consume(consumer, lengths, tensors, scalars, work, rank, cluster_id)
+            elif warp_id < CONSUMER_WARPS // 2:
+                consumer = many.Consumer.of(config, shared, 0, tidx, scalars.scale_log2)
+                self.consume(consumer, lengths, tensors, scalars, work, rank, cluster_id)
+            else:
+                consumer = many.Consumer.of(config, shared, 1, tidx - 128, scalars.scale_log2)
+                self.consume(consumer, lengths, tensors, scalars, work, rank, cluster_id)
+
+    @cute.jit
+    def produce(self, producer: Producer, scalars: Scalars, work: Work) -> None:
+        """Walk the cluster's segments and fill the stages."""
+        place, pairs_done, segments_done = first_place(work), Int32(0), Int32(0)
+        while place.left > 0:
+            _, part = segment_at(place, work, producer.lengths, producer.lengths)
+            if part.last > part.first:
+                row_tile = place.group * self.config.cluster + producer.rank
+                producer.load_segment(place.request, row_tile, part.first, part.last, segments_done, pairs_done)
+                segments_done = segments_done + 1
+                pairs_done = pairs_done + part.last - part.first
+            place = place_after(place, part, scalars.groups)
+        producer.stay(pairs_done)
+
+    @cute.jit
+    def consume(self, consumer, lengths: Lengths, tensors, scalars, work: Work, rank, cluster_id) -> None:
+        """Walk the cluster's segments, compute and write them."""
+        place, pairs_done, segments_done = first_place(work), Int32(0), Int32(0)
+        while place.left > 0:
+            _, part = segment_at(place, work, lengths, lengths)
+            tile = place.group * self.config.cluster + rank
+            if part.last > part.first:
+                pairs = part.last - part.first
+                slot = split.SLOTS * cluster_id + part.slot
+                consumer.begin()
+                consumer.shared.q.wait(0, segments_done)
+                consumer.compute(scalars, pairs, pairs_done)
+                consumer.write(tensors, scalars, place.request, tile, part.whole, slot)
+                segments_done = segments_done + 1
+                pairs_done = pairs_done + pairs
+            elif part.whole:
+                consumer.write_nothing(tensors, scalars, place.request, tile)
+            place = place_after(place, part, scalars.groups)
+
+
+def arguments(config: Config) -> tuple:
+    """Symbolic arguments of `SparseDecode.__call__`, for compiling without a GPU."""
+
+    def some():
+        return cute.sym_int64()
+
+    B, S_q, Hq = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
+    wide = functools.partial(cute.sym_int64, divisibility=8)  # a stride in elements, of 16 bytes
+    fp32 = functools.partial(make_fake_tensor, Float32)
+    element = BFloat16 if config.layout.codes == 0 else Uint8
+    sizes = cute.sym_int32, cute.sym_int32, cute.sym_int32
+
+    def cache():
+        return make_fake_tensor(element, tuple(size() for size in sizes), (some(), some(), 1), assumed_align=16)
+
+    def indices():
+        return make_fake_tensor(Int32, (B, S_q, cute.sym_int32()), (some(), some(), 1), assumed_align=4)
+
+    def lengths():
+        return make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=4)
+
+    return (
+        make_fake_tensor(BFloat16, (B, S_q, Hq, config.D), (wide(), wide(), wide(), 1), assumed_align=16),
+        *(cache(), indices(), lengths()),
+        *(cache(), indices(), lengths()),
+        fp32((cute.sym_int32(),), (1,), assumed_align=4),
+        make_fake_tensor(BFloat16, (B, S_q, Hq, DV), (some(), some(), some(), 1), assumed_align=16),
+        fp32((B, S_q, Hq), (some(), some(), some()), assumed_align=4),
+        fp32((cute.sym_int32(),), (1,), assumed_align=16),
+        Float32(1.0),
+        Int32(0),
+        Int32(0),
+        Int32(1),
+    )
+
+
+def build(config: Config, options: str = ""):
+    """Compile the kernel and its combine for sm_90a; takes seconds."""
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(SparseDecode(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")
