@@ -5,27 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-TILE_M = 64
-"""Query heads of a CTA."""
+from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, REGISTERS, TILE_M, WARP, barrier_bytes, smem_bytes
+from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGED, STAGES
+
 TILES = (8, 16, 32, 64)
 """Query heads of a CTA: as the N of the products, 64 as their M."""
-BLOCK = 64
-"""Keys of a block: so many indices of a token, side by side."""
-CHUNK = 64
-"""Columns of a 64 x 64 chunk: 128 bytes, one row of the 128-byte swizzle."""
-CHUNK_BYTES = 2 * BLOCK * CHUNK
 DV = 512
-K_CHUNKS = 9
-"""Chunks of a K buffer. The ninth holds K's rope part until Q K^T is done, then P."""
+CHUNK_BYTES = 2 * BLOCK * CHUNK
 ROPE_CHUNK = 8
 
 CONSUMER_WARPS, PRODUCER_WARPS = 8, 4
 WARPS = CONSUMER_WARPS + PRODUCER_WARPS
-THREADS = 32 * WARPS
-STAGES = 4
-"""Half blocks of a pair: stage 0, 1 = left, right half of the even block, 2, 3 = of the odd block."""
-STAGED = 16 * 32
-"""Elements of out that a warp stages: 32 columns of its 16 rows."""
+THREADS = WARP * WARPS
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 208, 88
+"""A thread, where the consumers need more than the 168 that all have on entry."""
+assert WARP * (CONSUMER_WARPS * CONSUMER_REGISTERS + PRODUCER_WARPS * PRODUCER_REGISTERS) <= REGISTERS
 VECTORS = 4
 """16-byte loads of a thread in a batch. Two batches are in registers: one in flight, one converted."""
 
@@ -64,11 +59,6 @@ ROWS = {
 """The rows of `quant.FORMATS`, and plain BF16 ones."""
 
 
-def scan_words(warps: int) -> int:
-    """32-bit words of shared memory that `find_work` needs: two a warp, and two for what it finds."""
-    return 2 * warps + 2
-
-
 @dataclass(frozen=True)
 class Config:
     """What is compiled: everything else is an argument of the kernel.
@@ -101,10 +91,9 @@ class Config:
         return self.D // CHUNK
 
     @property
-    def registers(self) -> tuple[int, int] | None:
-        """Registers of a consumer's and of a producer's thread; None: 168 of either, as all have on entry."""
-        # NOTE: (2 * 208 + 88) * 128 = 64512 of the 65536 of an SM
-        return (208, 88) if self.tile_heads >= 32 else None
+    def wide(self) -> bool:
+        """Whether the consumers need registers of the producers."""
+        return self.tile_heads >= 32
 
     @property
     def tile_rows(self) -> int:
@@ -145,16 +134,39 @@ class Config:
 
     def workspace_words(self, clusters: int) -> int:
         """32-bit words of workspace: partial results, their lse, notes of split items."""
-        return clusters * (2 * self.tile_rows * (DV + 1) + 4)
+        return split.workspace_words(clusters, self.tile_rows, DV)
 
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA, rounded up to the 1024 bytes on which swizzled buffers are aligned."""
+        """Shared memory of a CTA: Q, two K buffers, what the consumers exchange, live keys, work search, barriers."""
         q, k = 2 * self.tile_heads * self.D, 2 * K_CHUNKS * CHUNK_BYTES
-        work, live, barriers = 4 * scan_words(WARPS), 2 * BLOCK // 8, 16 * (STAGES + 1)
         if self.few:
             # P, two buffers a warpgroup; row sums of each warp, row max of each warpgroup
             rest = 2 * 4 * self.tile_heads * BLOCK + 4 * self.tile_heads * (CONSUMER_WARPS + 2)
         else:
             # row max of each block, row sums; staged out
             rest = 4 * (2 * TILE_M + 2 * TILE_M) + CONSUMER_WARPS * 2 * STAGED
-        return -(-(q + k + rest + work + live + barriers) // 1024) * 1024
+        return smem_bytes(q, k, rest, 2 * BLOCK // 8, 4 * split.scan_words(WARPS), barrier_bytes(STAGES, 1))
+
+    # what the consumers of MLA decode and of GQA decode read of their configs
+
+    @property
+    def dtype(self) -> Literal["bf16"]:
+        """Dtype of q, of the rows once converted, and of out."""
+        return "bf16"
+
+    product = dtype
+    fp8 = False
+    stages = 2
+    """Blocks in shared memory."""
+    q_stages = 1
+    Dv = DV
+    tiles_m = DV // TILE_M
+
+    @property
+    def tile_n(self) -> int:
+        return self.tile_heads
+
+    @property
+    def k_steps(self) -> int:
+        """Instructions of K Q^T: 16 columns each."""
+        return self.D // 16

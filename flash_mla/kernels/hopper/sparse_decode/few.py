@@ -1,4 +1,4 @@
-"""The consumer warpgroups of sparse decode with fewer than 64 heads a CTA: those of GQA decode.
+"""The consumers of sparse decode with fewer than 64 heads a CTA: those of GQA decode, but for keys that are not there.
 
 Keys and output columns are the M of the products and heads their N, so that no product is paid for 64 heads:
     S^T [64, heads] = K Q^T        O^T [512, heads] += V^T P^T
@@ -7,103 +7,72 @@ Warpgroup 0 takes the even blocks, warpgroup 1 the odd ones, each with its own m
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8
+from cutlass import BFloat16, Float32, Int32
 
-from flash_mla.kernels.hopper import gqa_decode
+from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.barriers import any_of, sync
+from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
-from flash_mla.kernels.hopper.gqa_decode import BAR_WG, LAZY, Item, barrier_any
+from flash_mla.kernels.hopper.gqa_decode import result, shared
+from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer
+from flash_mla.kernels.hopper.gqa_decode.shared import Item
+from flash_mla.kernels.hopper.limits import BLOCK, WARPGROUP
+from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES
+from flash_mla.kernels.hopper.softmax import LAZY
 from flash_mla.kernels.hopper.sparse_decode.config import (
-    BLOCK,
     CHUNK_BYTES,
     CONSUMER_WARPS,
     DV,
-    K_CHUNKS,
     PRODUCER_WARPS,
-    STAGES,
     WARPS,
     Config,
-    scan_words,
 )
-from flash_mla.kernels.hopper.sparse_decode.many import Align, MemRange, allocate
+from flash_mla.kernels.hopper.sparse_decode.live import live_words
+from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.walk import Done, Place
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What GQA decode's consumer reads of a config."""
+class Shared(shared.Shared):
+    """Views of a CTA's shared memory: stage i of sK and sV is block i of a pair, and V its first 512 columns.
 
-    tile_n: int
-    D: int
-    dtype: str = "bf16"
-    fp8: bool = False
-    Dv: int = DV
-    tiles_m: int = DV // 64
-    stages: int = 2
-
-    @property
-    def k_steps(self) -> int:
-        """Instructions of K Q^T: 16 columns each."""
-        return self.D // 16
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Views of a CTA's shared memory.
-
-    sQ [heads, D, 1], sK [64, D, block of a pair], sV its first 512 columns, sP [heads, 64, buffer] with buffer = 2 *
-    warpgroup + parity; sSum [heads, warp], sMax [heads, warpgroup]; exchange: sP's memory, where O is merged; sLive: a
-    bit for each key of the even, the odd block, set where it is there.
+    k_buffers: where K lies; sLive: a bit for each key of the even, the odd block, set where it is there.
     """
 
-    sQ: cute.Tensor
-    sK: cute.Tensor
-    sV: cute.Tensor
-    sP: cute.Tensor
     k_buffers: cute.Pointer
-    exchange: cute.Tensor
-    sSum: cute.Tensor
-    sMax: cute.Tensor
-    sScan: cute.Tensor
     sLive: cute.Tensor
-    k: Channel
-    q: Channel
-    row_layout: Callable[..., cute.ComposedLayout]
 
     @staticmethod
-    def of(config: Config, row_layout: Callable[..., cute.ComposedLayout]) -> Shared:
-        """Allocate it."""
-        heads = config.tile_heads
+    def fields(config: Config) -> dict:
+        """Those of this kind of CTA alone."""
+        align, array = cute.struct.Align, cute.struct.MemRange
+        return {
+            "sP": align[array[BFloat16, 4 * config.tile_heads * BLOCK], 1024],
+            "sSum": array[Float32, CONSUMER_WARPS * config.tile_heads],
+            "sMax": array[Float32, 2 * config.tile_heads],
+        }
 
-        storage = allocate(
-            config,
-            sQ=Align[MemRange[BFloat16, heads * config.D], 1024],
-            sK=Align[MemRange[BFloat16, K_CHUNKS * CHUNK_BYTES], 1024],
-            sP=Align[MemRange[BFloat16, 4 * heads * BLOCK], 1024],
-            sSum=MemRange[Float32, CONSUMER_WARPS * heads],
-            sMax=MemRange[Float32, 2 * heads],
-            sScan=MemRange[Int32, scan_words(WARPS)],
-            sLive=Align[MemRange[Uint8, 2 * BLOCK // 8], 8],
-            k_barriers=MemRange[Int64, Channel.words(STAGES)],
-            q_barriers=MemRange[Int64, Channel.words(1)],
-        )
-
+    @staticmethod
+    def over(config: Config, storage) -> Shared:
         def view(field, rows: int, columns: int, count: int, apart: int) -> cute.Tensor:
-            one = row_layout(columns // 64, rows)
+            one = row_layout(BFloat16, rows, columns)
             return field.get_tensor(cute.append(one.outer, cute.make_layout(count, stride=apart)), swizzle=one.inner)
 
-        block = K_CHUNKS * CHUNK_BYTES // 2
-        sK = view(storage.sK, BLOCK, config.D, 2, block)
+        heads, block = config.tile_heads, K_CHUNKS * CHUNK_BYTES // 2
         k_barriers, q_barriers = storage.k_barriers.data_ptr(), storage.q_barriers.data_ptr()
+        # NOTE: each stage has one reader, the warpgroup of its block
+        k = Channel.over("K", k_barriers, STAGES, readers=CONSUMER_WARPS // 2, writers=PRODUCER_WARPS)
+        sK = view(storage.sK, BLOCK, config.D, 2, block)
         return Shared(
+            config=config,
             sQ=view(storage.sQ, heads, config.D, 1, heads * config.D),
             sK=sK,
             sV=view(storage.sK, BLOCK, DV, 2, block),
             sP=view(storage.sP, heads, BLOCK, 4, heads * BLOCK),
-            k_buffers=sK.iterator,
             exchange=cute.make_tensor(
                 cute.recast_ptr(storage.sP.data_ptr(), dtype=Float32),
                 cute.make_layout((128, heads // 2, 2), stride=(1, 128, 128 * heads // 2)),
@@ -111,77 +80,74 @@ class Shared:
             sSum=storage.sSum.get_tensor(cute.make_layout((heads, CONSUMER_WARPS))),
             sMax=storage.sMax.get_tensor(cute.make_layout((heads, 2))),
             sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(WARPS))),
+            q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
+            k=k,
+            v=k,
+            k_buffers=sK.iterator,
             sLive=storage.sLive.get_tensor(cute.make_layout(2 * BLOCK // 8)),
-            # NOTE: each stage has one reader, the warpgroup of its block
-            k=Channel.over("k", k_barriers, STAGES, readers=CONSUMER_WARPS // 2, writers=PRODUCER_WARPS),
-            q=Channel.over("q", q_barriers, 1, readers=CONSUMER_WARPS),
-            row_layout=row_layout,
         )
 
 
 @dataclass(frozen=True)
-class Consumer(gqa_decode.Consumer):
-    """A consumer warpgroup, 0 or 1 (`side`, a run-time value: both run the same code)."""
-
-    @staticmethod
-    def of(config: Config, shared: Shared, side, tid) -> Consumer:
-        made = gqa_decode.Consumer.over(Shape(config.tile_heads, config.D), shared, side, tid)
-        return Consumer(**{name: getattr(made, name) for name in made.__dataclass_fields__})
-
-    def begin(self) -> None:
-        """Begin a segment."""
-        self.start()
+class Segments(result.Segments):
+    """A consumer warpgroup's way through the segments of its CTA."""
 
     @cute.jit
-    def hide(self) -> None:
-        """S = -inf where a key of the own block is not there."""
-        live = cute.make_tensor(cute.recast_ptr(self.shared.sLive.iterator, dtype=Int32), cute.make_layout(4))
-        bits = live[2 * self.side + self.key // 32] >> (self.key % 32)
-        if (bits & 0x101) != 0x101:
-            hide_keys(self.S, bits)
-
-    @cute.jit
-    def compute(self, scalars, pairs, count) -> None:
-        """The warpgroup's block of each pair of a segment; `count` pairs were computed before."""
-        k, side = self.shared.k, self.side
-        for pair in cutlass.range(pairs, unroll=1):
-            turn, buffer = count + pair, 2 * side + (count + pair) % 2
-            # scores
-            k.wait(2 * side, turn)
-            k.wait(2 * side + 1, turn)
-            self.scores(side, 0, scalars.scale_log2)
-            self.hide()
-
-            # P against the max so far; made anew if that is too low
-            largest = self.exponentials()
-            self.publish(buffer)
-            if barrier_any(BAR_WG + side, 128, largest > LAZY) != 0:
-                self.raise_max()
-                self.exponentials()
-                self.publish(buffer)
-                cute.arch.barrier(barrier_id=BAR_WG + side, number_of_threads=128)
-            self.add_sums()
-
-            # output
-            self.values(side, buffer)
-            k.release(2 * side)
-            k.release(2 * side + 1)
-        self.shared.q.release(0)
-
-    @cute.jit
-    def write(self, tensors, scalars, token, tile, whole, slot) -> None:
-        """The result of a segment: final if it is `whole`, else to a partial slot."""
-        item = Item(token, Int32(0), tile)
-        gqa_decode.write_result(self, tensors, scalars, item, Float32(1.0), whole, slot)
-
-    @cute.jit
-    def write_nothing(self, tensors, scalars, token, tile) -> None:
-        """A token without keys: out 0, lse -inf."""
-        gqa_decode.write_nothing(self, tensors, scalars, Item(token, Int32(0), tile))
+    def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
+        """Compute a segment and write its result; of a token without keys, zeros."""
+        item = Item(place.request, Int32(0), place.group)
+        if part.last > part.first:
+            pairs = part.last - part.first
+            self.consumer.start()
+            self.consumer.shared.q.wait(0, done.segments)
+            consume(self.consumer, self.scalars.scale_log2, pairs, done.items)
+            self.write_result(item, Float32(1.0), part.whole, split.SLOTS * self.cta + part.slot)
+            done = done.plus(pairs)
+        elif part.whole:
+            self.write_nothing(item)
+        return done
 
 
 @cute.jit
-def hide_keys(S: cute.Tensor, bits) -> None:
+def consume(consumer: Consumer, scale_log2, pairs, count) -> None:
+    """The warpgroup's block of each pair of a segment; `count` pairs were computed before."""
+    k, side = consumer.shared.k, consumer.side
+    for pair in cutlass.range(pairs, unroll=1):
+        turn, buffer = count + pair, 2 * side + (count + pair) % 2
+        # scores
+        k.wait(2 * side, turn)
+        k.wait(2 * side + 1, turn)
+        consumer.scores(side, 0, scale_log2)
+        hide_keys(consumer)
+
+        # P against the max so far; made anew if that is too low
+        largest = consumer.exponentials()
+        consumer.publish(buffer)
+        if any_of(consumer.bar, WARPGROUP, largest > LAZY) != 0:
+            consumer.raise_max()
+            consumer.exponentials()
+            consumer.publish(buffer)
+            sync(consumer.bar, WARPGROUP)
+        consumer.add_sums()
+
+        # output
+        consumer.values(side, buffer)
+        k.release(2 * side)
+        k.release(2 * side + 1)
+    consumer.shared.q.release(0)
+
+
+@cute.jit
+def hide_keys(consumer: Consumer) -> None:
+    """S = -inf where a key of the own block is not there."""
+    live = live_words(consumer.shared.sLive)
+    bits = live[2 * consumer.side + consumer.key // 32] >> (consumer.key % 32)
+    if (bits & 0x101) != 0x101:
+        hide_two(consumer.S, bits)
+
+
+@cute.jit
+def hide_two(S: cute.Tensor, bits) -> None:
     """S = -inf for a thread's first key unless bit 0 is set, for its second unless bit 8 is."""
     first, second = (bits & 1) != 0, (bits & 256) != 0
     for i in cutlass.range_constexpr(cute.size(S) // 4):

@@ -8,44 +8,54 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, const_expr
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.boxes import row_layout
+from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.combine import combine
-from flash_mla.kernels.hopper.mla_decode import START
+from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer as FewConsumer
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
+from flash_mla.kernels.hopper.memory import allocate
+from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, START, STAGES
+from flash_mla.kernels.hopper.mla_decode.consumer import Consumer as ManyConsumer
+from flash_mla.kernels.hopper.partials import Partials, note_split
 from flash_mla.kernels.hopper.sparse_decode import few, many
 from flash_mla.kernels.hopper.sparse_decode.config import (
-    BLOCK,
-    CHUNK,
+    CHUNK_BYTES,
+    CONSUMER_REGISTERS,
     CONSUMER_WARPS,
     DV,
+    PRODUCER_REGISTERS,
     THREADS,
     WARPS,
     Config,
 )
 from flash_mla.kernels.hopper.sparse_decode.producer import Producer
 from flash_mla.kernels.hopper.sparse_decode.rows import Cache, Lengths
-from flash_mla.kernels.hopper.work import (
-    Partials,
-    Work,
-    find_work,
-    first_place,
-    note_split,
-    place_after,
-    segment_at,
-)
+from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.work import find_work
 
 
-class Tensors(NamedTuple):
+class Results(NamedTuple):
     """Global memory that is written, and the sink.
 
     sink [Hq] FP32; out [tokens, Hq, 512]; lse [tokens, Hq] FP32, natural log; partials: see `Partials`.
     """
 
+    sink: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    partials: Partials
+
+
+class Tensors(NamedTuple):
+    """The same beside the lengths, as the consumers of dense decode take them."""
+
+    table: Lengths
+    seq_lens: Lengths
     sink: cute.Tensor
     out: cute.Tensor
     lse: cute.Tensor
@@ -67,11 +77,6 @@ class SparseDecode:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-
-    def row_layout(self, chunks: int, rows: int = BLOCK):
-        """[rows, 64 * chunks] in shared memory: chunks one after another, each `rows` rows of 128 swizzled bytes."""
-        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        return cute.tile_to_shape(atom, (rows, CHUNK * chunks), order=(0, 1))
 
     @cute.jit
     def __call__(
@@ -105,17 +110,18 @@ class SparseDecode:
                 *caches,
                 Cache.over(config.layout, extra_rows, extra_indices, extra_lengths, has_lengths >> 1),
             )
-        tensors = Tensors(
+        results = Results(
             sink=sink,
             out=cute.make_tensor(out.iterator, cute.make_layout((tokens, Hq, DV), stride=(Hq * DV, DV, 1))),
             lse=cute.make_tensor(lse.iterator, cute.make_layout((tokens, Hq), stride=(Hq, 1))),
             partials=Partials.over(workspace, clusters, config.tile_rows, DV),
         )
+        box = (config.tile_heads, CHUNK)
         load = cpasync.CopyBulkTensorTileG2SOp()
-        tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, self.row_layout(1, config.tile_heads), (config.tile_heads, CHUNK))
+        tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, row_layout(BFloat16, config.tile_heads, CHUNK), box)
         groups = (Hq + (config.tile_rows - 1)) // config.tile_rows
         scalars = Scalars(scale_log2, has_sink, groups, Hq, Int32(1))
-        self.kernel(tma_q, tQ, caches, tokens, S_q, tensors, scalars).launch(
+        self.kernel(tma_q, tQ, caches, tokens, S_q, results, scalars).launch(
             grid=(clusters * config.cluster, 1, 1),
             block=(THREADS, 1, 1),
             cluster=(config.cluster, 1, 1) if const_expr(config.cluster > 1) else None,
@@ -124,12 +130,12 @@ class SparseDecode:
             stream=stream,
         )
         combine(
-            tensors.out,
-            tensors.lse,
-            tensors.partials.out,
-            tensors.partials.lse,
-            tensors.partials.split_of,
-            tensors.sink,
+            results.out,
+            results.lse,
+            results.partials.out,
+            results.partials.lse,
+            results.partials.split_of,
+            results.sink,
             has_sink,
             Int32(1),
             Int32(1),
@@ -144,14 +150,24 @@ class SparseDecode:
         caches: tuple[Cache, ...],
         tokens: Int32,
         S_q: Int32,
-        tensors: Tensors,
+        results: Results,
         scalars: Scalars,
     ):
         config = self.config
-
-        roles = few if config.few else many
-        shared = roles.Shared.of(config, self.row_layout)
+        roles, align, array = few if config.few else many, cute.struct.Align, cute.struct.MemRange
+        fields = {
+            "sQ": align[array[BFloat16, config.tile_heads * config.D], 1024],
+            "sK": align[array[BFloat16, K_CHUNKS * CHUNK_BYTES], 1024],
+            **roles.Shared.fields(config),
+            "sScan": array[Int32, scan_words(WARPS)],
+            "sLive": align[array[Uint8, 2 * BLOCK // 8], 8],
+            "k_barriers": array[Int64, Channel.words(STAGES)],
+            "q_barriers": array[Int64, Channel.words(1)],
+        }
+        storage = cute.struct(type("Storage", (), {"__annotations__": fields}))
+        shared = roles.Shared.over(config, allocate(storage, config))
         lengths = Lengths(caches, tokens, S_q)
+        tensors = Tensors(lengths, lengths, *results)
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         bidx, _, _ = cute.arch.block_idx()
         gdim, _, _ = cute.arch.grid_dim()
@@ -172,60 +188,27 @@ class SparseDecode:
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp_id >= CONSUMER_WARPS:
-            if const_expr(config.registers is not None):
-                cute.arch.setmaxregister_decrease(config.registers[1])
+            if const_expr(config.wide):
+                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             warp = warp_id - CONSUMER_WARPS
             if warp == 0 and rank == 0:
-                note_split(tensors.partials, work, lengths, lengths, scalars.groups, cluster_id)
-            producer = Producer.over(config, shared, lengths, rank, warp, tma_q, tQ)
-            self.produce(producer, scalars, work)
+                note_split(results.partials, work, lengths, lengths, scalars.groups, cluster_id)
+            Producer.over(shared, lengths, rank, warp, tma_q, tQ).run(scalars.groups, work)
         else:
-            if const_expr(config.registers is not None):
-                cute.arch.setmaxregister_increase(config.registers[0])
+            if const_expr(config.wide):
+                cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             tidx, _, _ = cute.arch.thread_idx()
             if const_expr(config.few):
-                consumer = few.Consumer.of(config, shared, warp_id // 4, tidx % 128)
-                self.consume(consumer, lengths, tensors, scalars, work, rank, cluster_id)
+                consumer = FewConsumer.over(shared, warp_id // 4, tidx % WARPGROUP)
+                few.Segments(consumer, tensors, scalars, cluster_id).run(work)
             elif warp_id < CONSUMER_WARPS // 2:
-                consumer = many.Consumer.of(config, shared, 0, tidx, scalars.scale_log2)
-                self.consume(consumer, lengths, tensors, scalars, work, rank, cluster_id)
+                consumer = ManyConsumer.over(shared, 0, tidx, scalars.scale_log2)
+                many.Segments(consumer, tensors, scalars, rank, cluster_id).run(work)
             else:
-                consumer = many.Consumer.of(config, shared, 1, tidx - 128, scalars.scale_log2)
-                self.consume(consumer, lengths, tensors, scalars, work, rank, cluster_id)
-
-    @cute.jit
-    def produce(self, producer: Producer, scalars: Scalars, work: Work) -> None:
-        """Walk the cluster's segments and fill the stages."""
-        place, pairs_done, segments_done = first_place(work), Int32(0), Int32(0)
-        while place.left > 0:
-            _, part = segment_at(place, work, producer.lengths, producer.lengths)
-            if part.last > part.first:
-                row_tile = place.group * self.config.cluster + producer.rank
-                producer.load_segment(place.request, row_tile, part.first, part.last, segments_done, pairs_done)
-                segments_done = segments_done + 1
-                pairs_done = pairs_done + part.last - part.first
-            place = place_after(place, part, scalars.groups)
-        producer.stay(pairs_done)
-
-    @cute.jit
-    def consume(self, consumer, lengths: Lengths, tensors, scalars, work: Work, rank, cluster_id) -> None:
-        """Walk the cluster's segments, compute and write them."""
-        place, pairs_done, segments_done = first_place(work), Int32(0), Int32(0)
-        while place.left > 0:
-            _, part = segment_at(place, work, lengths, lengths)
-            tile = place.group * self.config.cluster + rank
-            if part.last > part.first:
-                pairs = part.last - part.first
-                slot = split.SLOTS * cluster_id + part.slot
-                consumer.begin()
-                consumer.shared.q.wait(0, segments_done)
-                consumer.compute(scalars, pairs, pairs_done)
-                consumer.write(tensors, scalars, place.request, tile, part.whole, slot)
-                segments_done = segments_done + 1
-                pairs_done = pairs_done + pairs
-            elif part.whole:
-                consumer.write_nothing(tensors, scalars, place.request, tile)
-            place = place_after(place, part, scalars.groups)
+                consumer = ManyConsumer.over(shared, 1, tidx - WARPGROUP, scalars.scale_log2)
+                many.Segments(consumer, tensors, scalars, rank, cluster_id).run(work)
+        for channel in (shared.q, shared.k):
+            channel.check()
 
 
 def arguments(config: Config) -> tuple:

@@ -1,156 +1,110 @@
-"""The consumer warpgroups of sparse decode with 64 heads a CTA: those of MLA decode, but for keys that are not there.
+"""The consumers of sparse decode with 64 heads a CTA: those of MLA decode, but for keys that are not there.
 
-Any key of a block may be missing. The producer zeroes its row, so that P V needs no care, and says so in a mask, from
+Any key of a block may be missing. The producers zero its row, so that P V needs no care, and say so in a mask, from
 which its scores are made -inf.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils as utils
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8, const_expr
+from cutlass import BFloat16, Float32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
-from flash_mla.kernels.hopper import mla_decode
+from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
-from flash_mla.kernels.hopper.mla_decode import BAR_P0, BAR_P1
-from flash_mla.kernels.hopper.softmax import LOW
-from flash_mla.kernels.hopper.sparse_decode.config import (
-    BLOCK,
-    CONSUMER_WARPS,
-    CHUNK_BYTES,
-    K_CHUNKS,
-    PRODUCER_WARPS,
-    STAGED,
-    STAGES,
-    TILE_M,
-    WARPS,
-    Config,
-    scan_words,
-)
-
-
-Align, MemRange = cute.struct.Align, cute.struct.MemRange
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
+from flash_mla.kernels.hopper.mla_decode import result, shared
+from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGED, STAGES, Bar
+from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
+from flash_mla.kernels.hopper.sparse_decode.config import CHUNK_BYTES, CONSUMER_WARPS, PRODUCER_WARPS, WARPS, Config
+from flash_mla.kernels.hopper.sparse_decode.live import live_words
+from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.walk import Done, Place
 
 
 @dataclass(frozen=True)
-class Shared(mla_decode.Shared):
+class Shared(shared.Shared):
     """Views of a CTA's shared memory; sLive: a bit for each key of the even, the odd block, set where it is there."""
 
     sLive: cute.Tensor
 
     @staticmethod
-    def of(config: Config, row_layout: Callable[[int], cute.ComposedLayout]) -> Shared:
-        """Allocate it."""
+    def fields(config: Config) -> dict:
+        """Those of this kind of CTA alone."""
+        align, array = cute.struct.Align, cute.struct.MemRange
+        return {
+            "staged": align[array[BFloat16, CONSUMER_WARPS * STAGED], 128],
+            "sMax": array[Float32, 2 * TILE_M],
+            "sSum": array[Float32, 2 * TILE_M],
+        }
 
-        storage = allocate(
-            config,
-            sQ=Align[MemRange[BFloat16, TILE_M * config.D], 1024],
-            sK=Align[MemRange[BFloat16, K_CHUNKS * CHUNK_BYTES], 1024],
-            staged=Align[MemRange[BFloat16, CONSUMER_WARPS * STAGED], 128],
-            sMax=MemRange[Float32, 2 * TILE_M],
-            sSum=MemRange[Float32, 2 * TILE_M],
-            sScan=MemRange[Int32, scan_words(WARPS)],
-            sLive=Align[MemRange[Uint8, 2 * BLOCK // 8], 8],
-            k_barriers=MemRange[Int64, Channel.words(STAGES)],
-            q_barriers=MemRange[Int64, Channel.words(1)],
-        )
-        rows, buffers = row_layout(config.chunks), row_layout(2 * K_CHUNKS)
-        readers, writers = 4 * config.cluster, PRODUCER_WARPS
+    @staticmethod
+    def over(config: Config, storage) -> Shared:
+        rows, buffers = row_layout(BFloat16, BLOCK, config.D), row_layout(BFloat16, BLOCK, 2 * K_CHUNKS * CHUNK)
         k_barriers, q_barriers = storage.k_barriers.data_ptr(), storage.q_barriers.data_ptr()
+        readers = CONSUMER_WARPS // 2 * config.cluster
         return Shared(
+            config=config,
             sQ=storage.sQ.get_tensor(rows.outer, swizzle=rows.inner),
             k_buffers=storage.sK.get_tensor(buffers.outer, swizzle=buffers.inner).iterator,
             sMax=storage.sMax.get_tensor(cute.make_layout((TILE_M, 2))),
             sSum=storage.sSum.get_tensor(cute.make_layout((TILE_M, 2))),
             sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(WARPS))),
             staged=storage.staged.data_ptr(),
-            k=Channel.over("k", k_barriers, STAGES, readers=readers, writers=writers, cluster=config.cluster),
-            q=Channel.over("q", q_barriers, 1, readers=CONSUMER_WARPS),
-            row_layout=row_layout,
+            k=Channel.over("K", k_barriers, STAGES, readers=readers, writers=PRODUCER_WARPS, cluster=config.cluster),
+            q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
             sLive=storage.sLive.get_tensor(cute.make_layout(2 * BLOCK // 8)),
         )
 
 
-def allocate(config: Config, **fields):
-    """Shared memory of a kernel with these fields, as much as its config's ledger says."""
-    Storage = cute.struct(type("Storage", (), {"__annotations__": fields}))
-    allocated = -(-Storage.size_in_bytes() // 1024) * 1024
-    assert allocated == config.smem_bytes(), (
-        f"{config} allocates {allocated} bytes, its ledger says {config.smem_bytes()}"
-    )
-    return utils.SmemAllocator().allocate(Storage)
-
-
 @dataclass(frozen=True)
-class Consumer(mla_decode.Consumer):
-    """A consumer warpgroup: scores of the even (0) or odd (1) blocks, and left (0) or right (1) half of the output."""
-
-    @staticmethod
-    def of(config: Config, shared: Shared, side: int, tid, scale_log2: Float32) -> Consumer:
-        made = mla_decode.Consumer.over(Shape("bf16", config.chunks), shared, side, tid, scale_log2)
-        return Consumer(**{name: getattr(made, name) for name in made.__dataclass_fields__})
+class Segments(result.Segments):
+    """A consumer warpgroup's way through the segments of its cluster, of which this CTA is number `rank`."""
 
     @cute.jit
-    def begin(self) -> None:
-        """Begin a segment."""
-        self.O.fill(0.0)
-        self.rows.max.fill(LOW)
-        self.rows.sum.fill(0.0)
-
-    @cute.jit
-    def hide(self) -> None:
-        """S = -inf where a key of the own block is not there."""
-        live = cute.make_tensor(cute.recast_ptr(self.shared.sLive.iterator, dtype=Int32), cute.make_layout(4))
-        halves = live[2 * self.side], live[2 * self.side + 1]
-        if (halves[0] & halves[1]) != -1:
-            hide_keys(self.S, halves, self.rows.column)
-
-
-    @cute.jit
-    def compute(self, scalars, pairs, count) -> None:
-        """The pairs of a segment; `count` were computed before."""
-        if const_expr(self.side == 0):
-            consume_left(self, pairs, count)
-        else:
-            consume_right(self, self.shared.k.cluster == 1, pairs, count)
-
-    @cute.jit
-    def write(self, tensors, scalars, token, tile, whole, slot) -> None:
-        """The result of a segment: final if it is `whole`, else to a partial slot."""
-        rank = tile % self.shared.k.cluster
-        mla_decode.write_result(self, tensors, scalars, token, tile * TILE_M, rank, whole, slot, True)
-
-    @cute.jit
-    def write_nothing(self, tensors, scalars, token, tile) -> None:
-        """A token without keys: out 0, lse -inf."""
-        if const_expr(self.side == 0):
-            mla_decode.write_nothing(self, tensors, token, tile * TILE_M)
+    def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
+        """Compute a segment and write its result; of a token without keys, zeros."""
+        consumer = self.consumer
+        row0 = (place.group * consumer.config.cluster + self.rank) * TILE_M
+        if part.last > part.first:
+            pairs = part.last - part.first
+            consumer.start(row0, length, 1)
+            consumer.shared.q.wait(0, done.segments)
+            if const_expr(consumer.side == 0):
+                consume_left(consumer, pairs, done.items)
+            else:
+                consume_right(consumer, pairs, done.items)
+            done = done.plus(pairs)
+            self.write_result(place.request, row0, part.whole, split.SLOTS * self.cluster_id + part.slot)
+        elif const_expr(consumer.side == 0):  # noqa: SIM102
+            if part.whole:
+                self.write_nothing(place.request, row0)
+        return done
 
 
 @cute.jit
-def hide_keys(S: cute.Tensor, halves, column) -> None:
-    """S = -inf where a bit is not set; halves: the bits of columns 0 to 31 and of 32 to 63."""
-    for half in cutlass.range_constexpr(2):
-        bits = halves[half] >> column
-        for j in cutlass.range_constexpr(4):
-            for e in cutlass.range_constexpr(2):
-                there = (bits & (1 << (8 * j + e))) != 0
-                for r in cutlass.range_constexpr(2):
-                    i = 4 * (4 * half + j) + 2 * r + e
-                    S[i] = S[i] if there else -Float32.inf
+def hide_keys(consumer: Consumer) -> None:
+    """S = -inf where a key of the own block is not there."""
+    live = live_words(consumer.shared.sLive)
+    low, high = live[2 * consumer.side], live[2 * consumer.side + 1]
+    if (low & high) != -1:
+        hide_half(consumer.S, 0, low >> consumer.rows.column)
+        hide_half(consumer.S, 16, high >> consumer.rows.column)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What MLA decode's consumer reads of a config."""
-
-    dtype: str
-    chunks: int
+@cute.jit
+def hide_half(S: cute.Tensor, first: cutlass.Constexpr, bits) -> None:
+    """S = -inf in four groups of 8 columns from element `first` on; bit 0: the thread's first column."""
+    for j in cutlass.range_constexpr(4):
+        for e in cutlass.range_constexpr(2):
+            there = (bits & (1 << (8 * j + e))) != 0
+            for r in cutlass.range_constexpr(2):
+                i = first + 4 * j + 2 * r + e
+                S[i] = S[i] if there else -Float32.inf
 
 
 @cute.jit
@@ -179,14 +133,14 @@ def step_left(consumer: Consumer, turn, follow: cutlass.Constexpr) -> None:
     """One pair, whose even block's scores are there; `follow`: then the scores of the next pair's even block."""
     k = consumer.shared.k
     # softmax of the even block
-    consumer.hide()
+    hide_keys(consumer)
     for r in cutlass.range_constexpr(2):
         consumer.find_peak(r)
         consumer.raise_max(r)
     consumer.exponentials()
     if const_expr(consumer.config.chunks < K_CHUNKS):
         k.acquire(1, turn)
-    consumer.publish(BAR_P0)
+    consumer.publish(Bar.P_EVEN)
 
     # P V of the even block
     consumer.rows.rescale(consumer.O)
@@ -195,7 +149,7 @@ def step_left(consumer: Consumer, turn, follow: cutlass.Constexpr) -> None:
     k.release(0)
 
     # P V of the odd block, and the next scores
-    consumer.receive(BAR_P1)
+    consumer.receive(Bar.P_ODD)
     consumer.rows.rescale(consumer.O)
     consumer.values(1)
     warpgroup.wait_group(0)
@@ -205,12 +159,12 @@ def step_left(consumer: Consumer, turn, follow: cutlass.Constexpr) -> None:
 
 
 @cute.jit
-def consume_right(consumer: Consumer, early: cutlass.Constexpr, pairs, count) -> None:
+def consume_right(consumer: Consumer, pairs, count) -> None:
     """Warpgroup 1: scores of the odd blocks, right half of the output.
 
-    The P V of the even block hides the softmax of the odd one, or, `early`, goes before its scores.
+    The P V of the even block hides the softmax of the odd one in clusters; a CTA alone does it first.
     """
-    k = consumer.shared.k
+    k, early = consumer.shared.k, const_expr(consumer.config.cluster == 1)
     for pair in cutlass.range(pairs, unroll=1):
         turn = count + pair
         if const_expr(early):
@@ -226,7 +180,7 @@ def consume_right(consumer: Consumer, early: cutlass.Constexpr, pairs, count) ->
         warpgroup.wait_group(0)
         if pair == pairs - 1:
             consumer.shared.q.release(0)
-        consumer.hide()
+        hide_keys(consumer)
         for r in cutlass.range_constexpr(2):
             consumer.find_peak(r)
         if const_expr(not early):
@@ -238,7 +192,7 @@ def consume_right(consumer: Consumer, early: cutlass.Constexpr, pairs, count) ->
         consumer.exponentials()
         if const_expr(consumer.config.chunks < K_CHUNKS):
             k.acquire(2, turn)
-        consumer.publish(BAR_P1)
+        consumer.publish(Bar.P_ODD)
         if const_expr(not early):
             warpgroup.wait_group(0)
             k.release(1)
@@ -253,6 +207,6 @@ def consume_right(consumer: Consumer, early: cutlass.Constexpr, pairs, count) ->
 @cute.jit
 def multiply_even(consumer: Consumer) -> None:
     """Warpgroup 1 takes over P and the running max of the even block and starts its P V."""
-    consumer.receive(BAR_P0)
+    consumer.receive(Bar.P_EVEN)
     consumer.rows.rescale(consumer.O)
     consumer.values(0)

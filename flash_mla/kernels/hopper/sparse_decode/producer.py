@@ -15,17 +15,12 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, const_expr
-from cutlass.cute.nvgpu import cpasync
 
-from flash_mla.kernels.hopper.sparse_decode.config import (
-    BLOCK,
-    CHUNK,
-    CHUNK_BYTES,
-    K_CHUNKS,
-    STAGES,
-    VECTORS,
-    Config,
-)
+from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.boxes import tma_boxes
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
+from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES
+from flash_mla.kernels.hopper.sparse_decode.config import CHUNK_BYTES, PRODUCER_WARPS, VECTORS, Config
 from flash_mla.kernels.hopper.sparse_decode.rows import (
     Lengths,
     e8m0_value,
@@ -35,6 +30,8 @@ from flash_mla.kernels.hopper.sparse_decode.rows import (
     prefetch_row,
     store_vector,
 )
+from flash_mla.kernels.hopper.walk import Done, Place, walk
+from flash_mla.kernels.hopper.work import Work
 
 
 @dataclass(frozen=True)
@@ -64,14 +61,13 @@ class Producer:
     scales: cute.Tensor
 
     @staticmethod
-    def over(config: Config, shared, lengths: Lengths, rank, warp, tma_q, tQ) -> Producer:
-        heads = config.tile_heads
-        chunk = cute.make_layout(config.chunks, stride=CHUNK * heads)
-        smem = cute.make_tensor(shared.sQ.iterator, cute.append(shared.row_layout(1, heads).outer, chunk))
-        gmem = cute.local_tile(tQ, (heads, CHUNK), (None, None, None, None))
-        sQ, gQ = cpasync.tma_partition(
-            tma_q, 0, cute.make_layout(1), cute.group_modes(smem, 0, 2), cute.group_modes(gmem, 0, 2)
-        )
+    def over(shared, lengths: Lengths, rank, warp, tma_q, tQ) -> Producer:
+        config = shared.config
+        many = cute.make_layout(config.chunks, stride=CHUNK * config.tile_heads)
+        box, tiles = (config.tile_heads, CHUNK), (None, None, None, None)
+        sQ, gQ = tma_boxes(tma_q, shared.sQ.iterator, many, tQ, box, tiles)
+        shared.q.written_by("producer warp 0")
+        shared.k.written_by("producer warps", PRODUCER_WARPS)
         rows = config.thread_rows
         return Producer(
             config=config,
@@ -249,9 +245,17 @@ class Producer:
                 first = self.shared.k_buffers.toint() + (8 * self.warp + BLOCK // 2 * self.rank) * 128
                 for chunk in chunks:
                     source = first + CHUNK_BYTES * (stage // 2 * K_CHUNKS + chunk)
-                    copy_to_peer(source, 8 * 128, (k.full + stage).toint(), self.rank ^ 1)
+                    copy_to_peer(source, 8 * 128, k.bar(stage).toint(), self.rank ^ 1)
 
-    # a segment
+    # segments
+
+    @cute.jit
+    def run(self, groups, work: Work) -> None:
+        """Fill the stages for the cluster's segments."""
+        done = walk(work, self.lengths, self.lengths, groups, self.load_segment, Done.nothing())
+        # a CTA must outlive its peer's arrivals on its barriers
+        for stage in cutlass.range_constexpr(STAGES):
+            self.shared.k.acquire(stage, done.items)
 
     @cute.jit
     def load_q(self, token, row_tile, count) -> None:
@@ -263,28 +267,32 @@ class Producer:
         S_q = self.lengths.S_q
         for chunk in cutlass.range_constexpr(self.config.chunks):
             gQ = self.gQ[None, row_tile, chunk, token % S_q, token // S_q]
-            cute.copy(self.tma_q, gQ, self.sQ[None, chunk], tma_bar_ptr=q.full)
+            cute.copy(self.tma_q, gQ, self.sQ[None, chunk], tma_bar_ptr=q.bar(0))
 
     @cute.jit
-    def load_segment(self, token, row_tile, first, last, segments, count) -> None:
+    def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """Q, and every pair of a segment, half block by half block in the order in which the consumers free them."""
+        token, first, last = place.request, part.first, part.last
         batches = self.config.batches()
         # a pair's batches leave the registers as they found them: both buffers have had their turn
         assert len(batches) % 2 == 0
-        self.read_index(token, first, last)
-        self.find_row(token, first, 0)
-        self.read_index(token, first + 1, last)
-        if self.warp == 0:
-            self.load_q(token, row_tile, segments)
-        self.turn_to(0, 0)
-        self.load_scales(0)
-        self.load(batches[0][1], 0)
-        for pair in cutlass.range(first, last, unroll=1):
-            self.find_row(token, pair + 1, 1)
-            self.prefetch()
-            self.read_index(token, pair + 2, last)
-            self.fill_pair(count + pair - first)
-            self.go_on()
+        if last > first:
+            self.read_index(token, first, last)
+            self.find_row(token, first, 0)
+            self.read_index(token, first + 1, last)
+            if self.warp == 0:
+                self.load_q(token, place.group * self.config.cluster + self.rank, done.segments)
+            self.turn_to(0, 0)
+            self.load_scales(0)
+            self.load(batches[0][1], 0)
+            for pair in cutlass.range(first, last, unroll=1):
+                self.find_row(token, pair + 1, 1)
+                self.prefetch()
+                self.read_index(token, pair + 2, last)
+                self.fill_pair(done.items + pair - first)
+                self.go_on()
+            done = done.plus(last - first)
+        return done
 
     @cute.jit
     def go_on(self) -> None:
@@ -312,12 +320,6 @@ class Producer:
             self.store(stage, chunks, i % 2)
             if const_expr(following != stage):
                 self.finish(stage)
-
-    @cute.jit
-    def stay(self, turns) -> None:
-        """Wait until all stages are free: a CTA must outlive its peer's arrivals on its barriers."""
-        for stage in cutlass.range_constexpr(STAGES):
-            self.shared.k.acquire(stage, turns)
 
 
 @cute.jit

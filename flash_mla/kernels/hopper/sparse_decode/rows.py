@@ -9,7 +9,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 
-from flash_mla.kernels.hopper.sparse_decode.config import BLOCK, RowLayout
+from flash_mla.kernels.hopper.limits import BLOCK
+from flash_mla.kernels.hopper.sparse_decode.config import RowLayout
 
 LONGEST = 1 << 24
 """Blocks that a token's keys may fill."""
@@ -62,7 +63,7 @@ class Cache(NamedTuple):
         return (self.count(request) + (BLOCK - 1)) // BLOCK
 
 
-class Place(NamedTuple):
+class RowPlace(NamedTuple):
     """Where a row lies: its first byte, 0 where no key is named; and how far behind it its scales lie, if apart."""
 
     row: Int64
@@ -117,7 +118,7 @@ class Lengths:
         return found
 
     @cute.jit
-    def place(self, layout: cutlass.Constexpr, token, block, index) -> Place:
+    def place(self, layout: cutlass.Constexpr, token, block, index) -> RowPlace:
         """Where the row of an index of a block of the token lies."""
         place = place_in(layout, self.caches[0], index)
         if const_expr(len(self.caches) == 2):  # noqa: SIM102
@@ -127,7 +128,7 @@ class Lengths:
 
 
 @cute.jit
-def place_in(layout: cutlass.Constexpr, cache: Cache, index) -> Place:
+def place_in(layout: cutlass.Constexpr, cache: Cache, index) -> RowPlace:
     """Where the row of an index lies; nowhere if the cache has no such row."""
     page = Int32(Uint32(index) // Uint32(cache.page))
     offset = index - page * cache.page
@@ -137,7 +138,7 @@ def place_in(layout: cutlass.Constexpr, cache: Cache, index) -> Place:
         scales = cache.page * layout.row_bytes + 8 * offset - Int32(offset * layout.row_bytes)
     # NOTE: as unsigned numbers, so that negative ones are past the end too
     live = Uint32(index) < Uint32(cache.live_rows)
-    return Place(row if live else Int64(0), scales)
+    return RowPlace(row if live else Int64(0), scales)
 
 
 def load_vector(address, offset: int, live):
