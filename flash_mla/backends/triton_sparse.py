@@ -128,6 +128,7 @@ def launch(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> N
             partial, args.attn_sink, args.out, args.lse, rows, problem.Hq, problem.Dv, power_of_2(problem.Dv),
             config.splits, num_warps=4,
         )  # fmt: skip
+    args.mark_empty()
 
 
 def aligned(args: SparseArgs) -> bool:

@@ -105,6 +105,7 @@ def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
             args.lse,
             workspace,
             args.softmax_scale * math.log2(math.e),
+            args.empty_lse,
             has_lengths,
             int(args.attn_sink is not None),
             clusters,

@@ -63,13 +63,16 @@ class Tensors(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """scale * log2(e); whether `sink` counts; groups of heads a token; heads; S_q: rows that share a head, 1."""
+    """scale * log2(e); whether `sink` counts; groups of heads a token; heads; S_q: rows that share a head, 1; lse of a
+    row without keys.
+    """
 
     scale_log2: Float32
     has_sink: Int32
     groups: Int32
     rows: Int32
     S_q: Int32
+    empty_lse: Float32
 
 
 class SparseDecode:
@@ -93,6 +96,7 @@ class SparseDecode:
         lse: cute.Tensor,  # [B, S_q, Hq] FP32, contiguous
         workspace: cute.Tensor,  # [Partials.words(clusters, tile_rows, 512)] FP32
         scale_log2: Float32,
+        empty_lse: Float32,  # lse of a row without keys
         has_lengths: Int32,
         has_sink: Int32,
         clusters: Int32,
@@ -120,7 +124,7 @@ class SparseDecode:
         load = cpasync.CopyBulkTensorTileG2SOp()
         tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, row_layout(BFloat16, config.tile_heads, CHUNK), box)
         groups = (Hq + (config.tile_rows - 1)) // config.tile_rows
-        scalars = Scalars(scale_log2, has_sink, groups, Hq, Int32(1))
+        scalars = Scalars(scale_log2, has_sink, groups, Hq, Int32(1), empty_lse)
         self.kernel(tma_q, tQ, caches, tokens, S_q, results, scalars).launch(
             grid=(clusters * config.cluster, 1, 1),
             block=(THREADS, 1, 1),
@@ -140,6 +144,7 @@ class SparseDecode:
             Int32(1),
             Int32(1),
             stream,
+            empty_lse,
         )
 
     @cute.kernel
@@ -241,6 +246,7 @@ def arguments(config: Config) -> tuple:
         fp32((B, S_q, Hq), (some(), some(), some()), assumed_align=4),
         fp32((cute.sym_int32(),), (1,), assumed_align=16),
         Float32(1.0),
+        Float32(0.0),
         Int32(0),
         Int32(0),
         Int32(1),
