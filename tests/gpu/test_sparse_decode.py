@@ -1,4 +1,4 @@
-"""The Hopper sparse decode on the GPU: rows, caches, heads and lengths beyond `flash-mla check`, hostile, in float64."""
+"""The Hopper sparse decode on the GPU: rows, caches, heads and lengths, hostile, against float64."""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ def test_rows_are_the_formats(fmt: RowFormat) -> None:
 def test_batches_hold_every_chunk_once(config: Config) -> None:
     batches = config.batches()
     for stage in range(STAGES):
-        assert sum((chunks for at, chunks in batches if at == stage), []) == config.stage_chunks(stage)
+        assert [chunk for at, chunks in batches if at == stage for chunk in chunks] == config.stage_chunks(stage)
     for block in range(2):
-        chunks = sum((chunks for at, chunks in batches if at // 2 == block), [])
+        chunks = [chunk for at, chunks in batches if at // 2 == block for chunk in chunks]
         assert sorted(chunks) == list(range(config.chunks))
     assert [at for at, _ in batches] == sorted(at for at, _ in batches)
     assert all(config.batch_vectors(chunks) <= VECTORS or len(chunks) == 1 for _, chunks in batches)

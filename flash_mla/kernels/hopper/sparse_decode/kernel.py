@@ -19,7 +19,7 @@ from flash_mla.kernels.hopper.combine import combine
 from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer as FewConsumer
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
-from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, START, STAGES
+from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES, START
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer as ManyConsumer
 from flash_mla.kernels.hopper.partials import Partials, note_split
 from flash_mla.kernels.hopper.sparse_decode import few, many

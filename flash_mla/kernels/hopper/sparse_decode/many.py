@@ -20,7 +20,7 @@ from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
 from flash_mla.kernels.hopper.mla_decode import result, shared
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGED, STAGES, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
-from flash_mla.kernels.hopper.sparse_decode.config import CHUNK_BYTES, CONSUMER_WARPS, PRODUCER_WARPS, WARPS, Config
+from flash_mla.kernels.hopper.sparse_decode.config import CONSUMER_WARPS, PRODUCER_WARPS, WARPS, Config
 from flash_mla.kernels.hopper.sparse_decode.live import live_words
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.walk import Done, Place
