@@ -15,7 +15,7 @@ CONFIGS = [
     Config("fp8_ds_mla", 1, 64),
     Config("fp8_ds_mla", 1, 64, cluster=2),
     Config("fp8_ds_mla", 1, 8),
-    Config("fp8_ds_mla", 2, 32),
+    Config("fp8_ds_mla", 2, 16),
     Config("model1", 2, 64),
     Config("model1", 2, 64, cluster=2),
     Config("v4.1", 1, 16),

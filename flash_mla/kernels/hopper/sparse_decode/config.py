@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, REGISTERS, TILE_M, WARP, barrier_bytes, smem_bytes
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGED, STAGES
 
-TILES = (8, 16, 32, 64)
+TILES = (8, 16, 64)
 """Query heads of a CTA: as the N of the products, 64 as their M."""
 DV = 512
 CHUNK_BYTES = 2 * BLOCK * CHUNK
 ROPE_CHUNK = 8
 
-CONSUMER_WARPS, PRODUCER_WARPS = 8, 4
-WARPS = CONSUMER_WARPS + PRODUCER_WARPS
-THREADS = WARP * WARPS
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 208, 88
-"""A thread, where the consumers need more than the 168 that all have on entry."""
-assert WARP * (CONSUMER_WARPS * CONSUMER_REGISTERS + PRODUCER_WARPS * PRODUCER_REGISTERS) <= REGISTERS
-VECTORS = 4
-"""16-byte loads of a thread in a batch. Two batches are in registers: one in flight, one converted."""
+CONSUMER_WARPS = 8
+"""Two warpgroups; in front of the producers."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,14 @@ ROWS = {
 """The rows of `quant.FORMATS`, and plain BF16 ones."""
 
 
+class Batch(NamedTuple):
+    """What a thread loads at once: its columns of some chunks of its first or second row, for a stage."""
+
+    stage: int
+    row: int
+    chunks: list[int]
+
+
 @dataclass(frozen=True)
 class Config:
     """What is compiled: everything else is an argument of the kernel.
@@ -91,19 +93,61 @@ class Config:
         return self.D // CHUNK
 
     @property
-    def wide(self) -> bool:
-        """Whether the consumers need registers of the producers."""
-        return self.tile_heads >= 32
+    def producer_warps(self) -> int:
+        """Warps that fill the rows of a block; in a cluster each CTA fills half of the block."""
+        # NOTE: 8 leave 128 registers on entry, too few for O of 32 heads, or of 64 in two halves
+        return 8 if self.tile_heads <= 16 else 4
+
+    @property
+    def thread_rows(self) -> int:
+        """Rows of a block that a thread fills a part of; a warp fills 8 at a time."""
+        return BLOCK // (8 * self.producer_warps * self.cluster)
+
+    @property
+    def warps(self) -> int:
+        """Of a CTA."""
+        return CONSUMER_WARPS + self.producer_warps
+
+    @property
+    def entry_registers(self) -> int:
+        """What every thread has on entry."""
+        return REGISTERS // (WARP * self.warps) // 8 * 8
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a consumer's and of a producer's thread."""
+        if self.producer_warps == 8:
+            return self.entry_registers, self.entry_registers
+        # NOTE: at 200 the consumers' wgmma are serialised
+        return 208, 88
+
+    @property
+    def vectors_in_batch(self) -> int:
+        """16-byte loads of a thread in a batch. Two batches are in registers: one in flight, one converted."""
+        return 6 if self.cluster == 2 else 4
+
+    def vectors(self, chunks: list[int]) -> int:
+        """16-byte loads of a thread for 16 columns of each of these chunks."""
+        return sum(1 if chunk < self.layout.codes else 2 for chunk in chunks)
+
+    def batches(self) -> list[Batch]:
+        """A pair of blocks, in the order in which it is loaded."""
+        batches = []
+        for stage in range(STAGES):
+            for row in range(self.thread_rows):
+                batch: list[int] = []
+                for chunk in self.stage_chunks(stage):
+                    if batch and self.vectors([*batch, chunk]) > self.vectors_in_batch:
+                        batches.append(Batch(stage, row, batch))
+                        batch = []
+                    batch.append(chunk)
+                batches.append(Batch(stage, row, batch))
+        return batches
 
     @property
     def tile_rows(self) -> int:
         """Query heads of a cluster."""
         return self.tile_heads * self.cluster
-
-    @property
-    def thread_rows(self) -> int:
-        """Key rows of a block that a thread fills: 8 a warp at a time, a cluster's CTAs half of the block each."""
-        return BLOCK // (8 * PRODUCER_WARPS * self.cluster)
 
     def stage_chunks(self, stage: int) -> list[int]:
         """Chunks that travel through a stage: four of V, and the rope chunk with stages 1 and 2."""
@@ -111,26 +155,10 @@ class Config:
         rope = [ROPE_CHUNK] if stage in (1, 2) and self.chunks == K_CHUNKS else []
         return [*range(first, first + 4), *rope]
 
-    def vectors(self, chunk: int) -> int:
-        """16-byte loads of a thread for one row of a chunk: 16 columns."""
-        return 1 if chunk < self.layout.codes else 2
-
-    def batches(self) -> list[tuple[int, list[int]]]:
-        """The chunks of a pair of blocks in the order in which they are loaded, (stage, chunks) a batch."""
-        batches = []
-        for stage in range(STAGES):
-            batch: list[int] = []
-            for chunk in self.stage_chunks(stage):
-                if batch and self.batch_vectors([*batch, chunk]) > VECTORS:
-                    batches.append((stage, batch))
-                    batch = []
-                batch.append(chunk)
-            batches.append((stage, batch))
-        return batches
-
-    def batch_vectors(self, chunks: list[int]) -> int:
-        """16-byte loads of a thread for all its rows of these chunks."""
-        return self.thread_rows * sum(self.vectors(chunk) for chunk in chunks)
+    @property
+    def batch_vectors(self) -> int:
+        """Of the largest batch."""
+        return max(self.vectors(batch.chunks) for batch in self.batches())
 
     def workspace_words(self, clusters: int) -> int:
         """32-bit words of workspace: partial results, their lse, notes of split items."""
@@ -145,7 +173,7 @@ class Config:
         else:
             # row max of each block, row sums; staged out
             rest = 4 * (2 * TILE_M + 2 * TILE_M) + CONSUMER_WARPS * 2 * STAGED
-        return smem_bytes(q, k, rest, 2 * BLOCK // 8, 4 * split.scan_words(WARPS), barrier_bytes(STAGES, 1))
+        return smem_bytes(q, k, rest, 2 * BLOCK // 8, 4 * split.scan_words(self.warps), barrier_bytes(STAGES, 1))
 
     # what the consumers of MLA decode and of GQA decode read of their configs
 

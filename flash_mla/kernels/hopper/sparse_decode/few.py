@@ -27,8 +27,6 @@ from flash_mla.kernels.hopper.sparse_decode.config import (
     CHUNK_BYTES,
     CONSUMER_WARPS,
     DV,
-    PRODUCER_WARPS,
-    WARPS,
     Config,
 )
 from flash_mla.kernels.hopper.sparse_decode.live import live_words
@@ -65,7 +63,7 @@ class Shared(shared.Shared):
         heads, block = config.tile_heads, K_CHUNKS * CHUNK_BYTES // 2
         k_barriers, q_barriers = storage.k_barriers.data_ptr(), storage.q_barriers.data_ptr()
         # NOTE: each stage has one reader, the warpgroup of its block
-        k = Channel.over("K", k_barriers, STAGES, readers=CONSUMER_WARPS // 2, writers=PRODUCER_WARPS)
+        k = Channel.over("K", k_barriers, STAGES, readers=CONSUMER_WARPS // 2, writers=config.producer_warps)
         sK = view(storage.sK, BLOCK, config.D, 2, block)
         return Shared(
             config=config,
@@ -79,7 +77,7 @@ class Shared(shared.Shared):
             ),
             sSum=storage.sSum.get_tensor(cute.make_layout((heads, CONSUMER_WARPS))),
             sMax=storage.sMax.get_tensor(cute.make_layout((heads, 2))),
-            sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(WARPS))),
+            sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(config.warps))),
             q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
             k=k,
             v=k,

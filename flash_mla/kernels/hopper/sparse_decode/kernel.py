@@ -17,7 +17,7 @@ from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.combine import combine
 from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer as FewConsumer
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARP, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES, START
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer as ManyConsumer
@@ -25,12 +25,8 @@ from flash_mla.kernels.hopper.partials import Partials, note_split
 from flash_mla.kernels.hopper.sparse_decode import few, many
 from flash_mla.kernels.hopper.sparse_decode.config import (
     CHUNK_BYTES,
-    CONSUMER_REGISTERS,
     CONSUMER_WARPS,
     DV,
-    PRODUCER_REGISTERS,
-    THREADS,
-    WARPS,
     Config,
 )
 from flash_mla.kernels.hopper.sparse_decode.producer import Producer
@@ -127,7 +123,7 @@ class SparseDecode:
         scalars = Scalars(scale_log2, has_sink, groups, Hq, Int32(1), empty_lse)
         self.kernel(tma_q, tQ, caches, tokens, S_q, results, scalars).launch(
             grid=(clusters * config.cluster, 1, 1),
-            block=(THREADS, 1, 1),
+            block=(WARP * config.warps, 1, 1),
             cluster=(config.cluster, 1, 1) if const_expr(config.cluster > 1) else None,
             smem=config.smem_bytes(),
             min_blocks_per_mp=1,
@@ -164,7 +160,7 @@ class SparseDecode:
             "sQ": align[array[BFloat16, config.tile_heads * config.D], 1024],
             "sK": align[array[BFloat16, K_CHUNKS * CHUNK_BYTES], 1024],
             **roles.Shared.fields(config),
-            "sScan": array[Int32, scan_words(WARPS)],
+            "sScan": array[Int32, scan_words(config.warps)],
             "sLive": align[array[Uint8, 2 * BLOCK // 8], 8],
             "k_barriers": array[Int64, Channel.words(STAGES)],
             "q_barriers": array[Int64, Channel.words(1)],
@@ -187,21 +183,21 @@ class SparseDecode:
             cute.arch.mbarrier_init_fence()
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
-        work = find_work(lengths, lengths, scalars.groups, cluster_id, clusters, WARPS, shared.sScan, START)
+        work = find_work(lengths, lengths, scalars.groups, cluster_id, clusters, config.warps, shared.sScan, START)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp_id >= CONSUMER_WARPS:
-            if const_expr(config.wide):
-                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if const_expr(config.registers[1] < config.entry_registers):
+                cute.arch.setmaxregister_decrease(config.registers[1])
             warp = warp_id - CONSUMER_WARPS
             if warp == 0 and rank == 0:
                 note_split(results.partials, work, lengths, lengths, scalars.groups, cluster_id)
             Producer.over(shared, lengths, rank, warp, tma_q, tQ).run(scalars.groups, work)
         else:
-            if const_expr(config.wide):
-                cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            if const_expr(config.registers[0] > config.entry_registers):
+                cute.arch.setmaxregister_increase(config.registers[0])
             tidx, _, _ = cute.arch.thread_idx()
             if const_expr(config.few):
                 consumer = FewConsumer.over(shared, warp_id // 4, tidx % WARPGROUP)

@@ -20,7 +20,7 @@ from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
 from flash_mla.kernels.hopper.mla_decode import result, shared
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGED, STAGES, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
-from flash_mla.kernels.hopper.sparse_decode.config import CONSUMER_WARPS, PRODUCER_WARPS, WARPS, Config
+from flash_mla.kernels.hopper.sparse_decode.config import CONSUMER_WARPS, Config
 from flash_mla.kernels.hopper.sparse_decode.live import live_words
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.walk import Done, Place
@@ -53,9 +53,11 @@ class Shared(shared.Shared):
             k_buffers=storage.sK.get_tensor(buffers.outer, swizzle=buffers.inner).iterator,
             sMax=storage.sMax.get_tensor(cute.make_layout((TILE_M, 2))),
             sSum=storage.sSum.get_tensor(cute.make_layout((TILE_M, 2))),
-            sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(WARPS))),
+            sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(config.warps))),
             staged=storage.staged.data_ptr(),
-            k=Channel.over("K", k_barriers, STAGES, readers=readers, writers=PRODUCER_WARPS, cluster=config.cluster),
+            k=Channel.over(
+                "K", k_barriers, STAGES, readers=readers, writers=config.producer_warps, cluster=config.cluster
+            ),
             q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
             sLive=storage.sLive.get_tensor(cute.make_layout(2 * BLOCK // 8)),
         )

@@ -63,6 +63,16 @@ class Cache(NamedTuple):
         return (self.count(request) + (BLOCK - 1)) // BLOCK
 
 
+class Keys(NamedTuple):
+    """A token: its request and query, the indices that count in the first cache, their blocks, and in the second."""
+
+    request: Int32
+    query: Int32
+    count: Int32
+    blocks: Int32
+    extra: Int32
+
+
 class RowPlace(NamedTuple):
     """Where a row lies: its first byte, 0 where no key is named; and how far behind it its scales lie, if apart."""
 
@@ -98,31 +108,35 @@ class Lengths:
         return BLOCK * blocks
 
     @cute.jit
-    def index(self, token, block, row):
+    def keys(self, token) -> Keys:
+        """What is to know of a token before its indices are read."""
+        request = token // self.S_q
+        count = self.caches[0].count(request)
+        extra = Int32(0)
+        if const_expr(len(self.caches) == 2):
+            extra = self.caches[1].count(request)
+        return Keys(request, token % self.S_q, count, self.caches[0].blocks(request), extra)
+
+    @cute.jit
+    def index(self, keys: Keys, block, row):
         """Index number `row` of a block of the token, -1 where none counts."""
-        request, query = token // self.S_q, token % self.S_q
-        first = self.caches[0]
-        found = Int32(-1)
-        key = BLOCK * block + row
+        key, found = BLOCK * block + row, Int32(-1)
         if const_expr(len(self.caches) == 1):
-            if key < first.count(request):
-                found = first.indices[request, query, key]
-        else:
-            second = self.caches[1]
-            own = first.blocks(request)
-            if block < own:
-                if key < first.count(request):
-                    found = first.indices[request, query, key]
-            elif key - BLOCK * own < second.count(request):
-                found = second.indices[request, query, key - BLOCK * own]
+            if key < keys.count:
+                found = self.caches[0].indices[keys.request, keys.query, key]
+        elif block < keys.blocks:
+            if key < keys.count:
+                found = self.caches[0].indices[keys.request, keys.query, key]
+        elif key - BLOCK * keys.blocks < keys.extra:
+            found = self.caches[1].indices[keys.request, keys.query, key - BLOCK * keys.blocks]
         return found
 
     @cute.jit
-    def place(self, layout: cutlass.Constexpr, token, block, index) -> RowPlace:
+    def place(self, layout: cutlass.Constexpr, keys: Keys, block, index) -> RowPlace:
         """Where the row of an index of a block of the token lies."""
         place = place_in(layout, self.caches[0], index)
         if const_expr(len(self.caches) == 2):  # noqa: SIM102
-            if block >= self.caches[0].blocks(token // self.S_q):
+            if block >= keys.blocks:
                 place = place_in(layout, self.caches[1], index)
         return place
 
@@ -176,14 +190,6 @@ def store_vector(address, offset: int, words) -> None:
     cute.arch.inline_ptx(
         f"st.shared.v4.b32 [{{$r0}} + {offset}], {{{{$r1}}, {{$r2}}, {{$r3}}, {{$r4}}}};",
         read_only_args=[address, *words],
-    )
-
-
-def prefetch_row(address, num_bytes: int) -> None:
-    """Ask L2 for a row."""
-    cute.arch.inline_ptx(
-        f"cp.async.bulk.prefetch.L2.global [{{$r0}}], {num_bytes};",
-        read_only_args=[address],
     )
 
 
