@@ -859,7 +859,7 @@ def mha(
     check_start_pos(start_pos, B)
     table_blocks = block_table.shape[1]
     blocks = min(table_blocks, k_cache.shape[2]) if start_pos is None else table_blocks
-    if blocks * BLOCK < P:
+    if B and blocks * BLOCK < P:
         raise BlockCountError(
             f"P = {P} tokens, block_table {list(block_table.shape)}, Nblk = {k_cache.shape[2]}",
             f"at least ceil(P/64) = {-(-P // BLOCK)} blocks",
