@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
-from flash_mla.errors import ShapeError
-from flash_mla.problem import SparseArgs, SparseProblem
+from flash_mla.kernels.hopper.sparse_decode.config import DV, TILES, Config
+from flash_mla.problem import ALIGNMENT, SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS
 
-if TYPE_CHECKING:
-    from flash_mla.kernels.hopper.sparse_decode.config import Config
-
-DV = 512
 WIDTHS = (576, 512)
 """D that the kernel is written for, with Dv 512."""
-ALIGNMENT = 16
-"""Bytes: rows are read, and q is loaded by TMA, so many at a time."""
-INT32_MAX = 2**31 - 1
 
 
 def refuse(problem: SparseProblem) -> str | None:
@@ -30,10 +22,8 @@ def refuse(problem: SparseProblem) -> str | None:
         return f"dtype {problem.dtype}: the kernel takes and gives BF16"
     if problem.D not in WIDTHS or problem.Dv != DV:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
-    if problem.max_logits:
-        return "max_logits: the decode kernel does not give them"
-    if min(problem.B, problem.S_q, problem.Hq) == 0 or any(s.pages * s.page == 0 for s in problem.sets):
-        return "an empty batch or cache"
+    if any(keys.pages * keys.page == 0 for keys in problem.sets):
+        return "an empty cache beside one with rows"
     return refuse_strides(problem)
 
 
@@ -58,16 +48,9 @@ def refuse_strides(problem: SparseProblem) -> str | None:
 
 def config(problem: SparseProblem) -> Config:
     """The kernel variant: the smallest tile of heads that holds them, and two CTAs of 64 that share a token's keys."""
-    from flash_mla.kernels.hopper.sparse_decode.config import TILES, Config
-
     rows = f"bf16_{problem.D}" if problem.format is None else problem.format
     tile_heads = next((tile for tile in TILES if problem.Hq <= tile), TILES[-1])
     return Config(rows, len(problem.sets), tile_heads, cluster=1 if problem.Hq <= tile_heads else 2)
-
-
-def indices32(indices: Tensor) -> Tensor:
-    """The same indices in 32 bits; what does not fit names no row either way."""
-    return indices if indices.dtype == torch.int32 else indices.clamp(-1, INT32_MAX).to(torch.int32)
 
 
 def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
@@ -77,26 +60,19 @@ def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
     first ever on a machine compiles it.
     """
     from flash_mla.kernels.hopper import store
-    from flash_mla.kernels.hopper.sparse_decode import kernel
+    from flash_mla.kernels.hopper.sparse_decode.kernel import build
 
-    if not args.softmax_scale > 0:
-        raise ShapeError(
-            given=f"softmax_scale={args.softmax_scale}",
-            required="softmax_scale > 0 on the Hopper backend",
-            cause="The running maximum is kept before scaling",
-            fix="Scale q instead, or pass backend='triton'",
-        )
-    run = store.load("sparse_decode", config, kernel.build)
+    kernel = store.load("sparse_decode", config, build)
     clusters = multiprocessors(problem.device) // config.cluster
     workspace = torch.empty(config.workspace_words(clusters), dtype=torch.float32, device=problem.device)
     # NOTE: what the kernel does not read may be any tensor of the right kind
     nothing = workspace.view(torch.int32)
-    caches = []
+    caches: list[Tensor] = []
     for keys in args.keys:
-        caches += [keys.cache, indices32(keys.indices), nothing if keys.lengths is None else int32(keys.lengths)]
+        caches += [keys.cache, int32(keys.indices), nothing if keys.lengths is None else int32(keys.lengths)]
     has_lengths = sum((keys.lengths is not None) << i for i, keys in enumerate(args.keys))
     with device_of(problem.device):
-        run(
+        kernel(
             args.q,
             *caches,
             *(caches if config.caches == 1 else ()),

@@ -308,9 +308,8 @@ class Producer:
         for i in cutlass.range_constexpr(len(batches)):
             batch, following = batches[i], batches[(i + 1) % len(batches)]
             # the next batch is loaded while this one is converted
-            if const_expr(following.stage != batch.stage):
-                if const_expr(following.stage % 2 == 0):
-                    self.turn_to(following.stage // 2, 1 if const_expr(following.stage == 0) else 0)
+            if const_expr(following.stage // 2 != batch.stage // 2):
+                self.turn_to(following.stage // 2, 1 if const_expr(following.stage == 0) else 0)
             self.load(following, (i + 1) % 2)
             if const_expr(i == 0 or batches[i - 1].stage != batch.stage):
                 self.shared.k.acquire(batch.stage, turn)

@@ -121,14 +121,12 @@ class Lengths:
     def index(self, keys: Keys, block, row):
         """Index number `row` of a block of the token, -1 where none counts."""
         key, found = BLOCK * block + row, Int32(-1)
-        if const_expr(len(self.caches) == 1):
-            if key < keys.count:
-                found = self.caches[0].indices[keys.request, keys.query, key]
-        elif block < keys.blocks:
-            if key < keys.count:
-                found = self.caches[0].indices[keys.request, keys.query, key]
-        elif key - BLOCK * keys.blocks < keys.extra:
-            found = self.caches[1].indices[keys.request, keys.query, key - BLOCK * keys.blocks]
+        if key < keys.count:
+            found = self.caches[0].indices[keys.request, keys.query, key]
+        if const_expr(len(self.caches) == 2):
+            extra = key - BLOCK * keys.blocks
+            if extra >= 0 and extra < keys.extra:
+                found = self.caches[1].indices[keys.request, keys.query, extra]
         return found
 
     @cute.jit
