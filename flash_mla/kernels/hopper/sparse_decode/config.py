@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,7 +13,10 @@ from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGED, STAGES
 TILES = (8, 16, 64)
 """Query heads of a CTA: as the N of the products, 64 as their M."""
 DV = 512
+ASYNC = "as" in os.environ.get("SDV", "")
 CHUNK_BYTES = 2 * BLOCK * CHUNK
+SPLIT_COST = 1
+"""Steps that splitting costs a call: about 5 us, at 4.5 to 7 us a step."""
 ROPE_CHUNK = 8
 
 CONSUMER_WARPS = 8
@@ -41,6 +45,10 @@ class RowLayout:
         """Columns of a row."""
         return CHUNK * (self.codes + self.wide)
 
+    def scale_word(self, chunk: int) -> int:
+        """Which 32-bit word of a row's scales holds those of a chunk."""
+        return CHUNK * chunk // self.group if self.scale == "fp32" else CHUNK * chunk // self.group // 4
+
 
 ROWS = {
     "fp8_ds_mla": RowLayout(codes=8, wide=1, wide_at=528, scale="fp32", group=128, scale_at=512, row_bytes=656),
@@ -54,10 +62,9 @@ ROWS = {
 
 
 class Batch(NamedTuple):
-    """What a thread loads at once: its columns of some chunks of its first or second row, for a stage."""
+    """What a thread loads at once: its columns of some chunks, of all its rows, for a stage."""
 
     stage: int
-    row: int
     chunks: list[int]
 
 
@@ -127,21 +134,20 @@ class Config:
         return 6 if self.cluster == 2 else 4
 
     def vectors(self, chunks: list[int]) -> int:
-        """16-byte loads of a thread for 16 columns of each of these chunks."""
-        return sum(1 if chunk < self.layout.codes else 2 for chunk in chunks)
+        """16-byte loads of a thread for 16 columns of each of these chunks, of all its rows."""
+        return self.thread_rows * sum(1 if chunk < self.layout.codes else 2 for chunk in chunks)
 
     def batches(self) -> list[Batch]:
         """A pair of blocks, in the order in which it is loaded."""
         batches = []
         for stage in range(STAGES):
-            for row in range(self.thread_rows):
-                batch: list[int] = []
-                for chunk in self.stage_chunks(stage):
-                    if batch and self.vectors([*batch, chunk]) > self.vectors_in_batch:
-                        batches.append(Batch(stage, row, batch))
-                        batch = []
-                    batch.append(chunk)
-                batches.append(Batch(stage, row, batch))
+            batch = Batch(stage, [])
+            for chunk in self.stage_chunks(stage):
+                if batch.chunks and self.vectors([*batch.chunks, chunk]) > self.vectors_in_batch:
+                    batches.append(batch)
+                    batch = Batch(stage, [])
+                batch.chunks.append(chunk)
+            batches.append(batch)
         return batches
 
     @property

@@ -1,6 +1,38 @@
-"""Sparse decode on Hopper: out = softmax(scale * Q K^T) V, V = K[:, :512], K the rows that each token's indices name.
+"""Sparse decode on Hopper: out = softmax(scale * Q K^T) V, V = K[:, :512], K the rows that a token's indices name.
 
-See docs/design/sparse.md.
+The rows lie in one paged cache or in two, in a row format (FP8) or in BF16; all heads of a token share them. A token is
+what a request is in dense decode: its keys are its indices, in blocks of 64, those of the second cache behind.
+
+Grid: one CTA an SM, persistent. A CTA takes a tile of a token's heads: all of up to 16 (`few.py`), or 64 (`many.py`);
+two CTAs with 64 heads each of one token form a cluster. Every CTA finds its range of keys from the counts on the device
+(`split.py`); `combine.py` adds the pieces of tokens that were split. Nothing of it comes from the host: a captured graph
+stays right when indices and counts change.
+
+Bound. 64 heads against a block are 8.9 MFLOP, 2176 cycles of an SM's tensor cores. Its 64 rows are 42 KB in
+fp8_ds_mla: 2300 cycles at an SM's share of 4.3 TB/s. To make them BF16 takes 16384 pairs of values through two
+conversions: 1024 to 4096 cycles of an SM, and a cluster shares them. With 16 heads or fewer the bound is the bytes.
+
+Roles (producers behind the two consumer warpgroups):
+    many   warpgroups 0, 1   208 registers   as in MLA decode: scores of the even, of the odd block; half of O each
+    few    warpgroups 0, 1   128 registers   as in GQA decode: the even, the odd blocks; merged in the end
+    producer warps: 4 at 88 registers beside many, 8 at 128 beside few; the first also loads Q (TMA), notes split items
+
+Channels, producer -> consumer (full arrivals / empty arrivals):
+    K   producer warps -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block
+            many: one a warp (in a cluster also the peer's bytes) / 4 warps a CTA, as in MLA decode
+            few: one a warp / the 4 warps that take the block
+        The mask of live keys travels with the left half of its block.
+    Q   producer warp 0 -> warpgroups 0, 1   1 stage   1 + bytes / 8 warps
+
+Steady state of a producer warp, a batch (up to 4 or 6 loads of 16 bytes a thread): start the loads of the next batch |
+wait for the stage | convert the batch, e4m3 -> FP16 -> FP32 * scale -> BF16, one rounding | store it swizzled. Then, at
+the end of a half block: proxy fence, arrive; in a cluster copy the rows to the peer (bulk copy, 1 KB a chunk a warp).
+
+Supports any number of heads and of tokens, any topk, pages of any length at any pitch (multiples of 16 bytes), rows of
+`config.ROWS`. Rows that no index names are never read, indices outside a cache name none; keys that are not there have
+their scores masked and their rows zeroed, so that no NaN comes from them.
+
+Measured: docs/design/sparse.md.
 """
 
 from __future__ import annotations
@@ -27,6 +59,7 @@ from flash_mla.kernels.hopper.sparse_decode.config import (
     CHUNK_BYTES,
     CONSUMER_WARPS,
     DV,
+    SPLIT_COST,
     Config,
 )
 from flash_mla.kernels.hopper.sparse_decode.producer import Producer
@@ -183,7 +216,7 @@ class SparseDecode:
             cute.arch.mbarrier_init_fence()
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
-        work = find_work(lengths, lengths, scalars.groups, cluster_id, clusters, config.warps, shared.sScan, START)
+        work = find_work(lengths, lengths, scalars.groups, cluster_id, clusters, config.warps, shared.sScan, START, SPLIT_COST)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()

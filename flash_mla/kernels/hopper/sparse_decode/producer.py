@@ -20,14 +20,14 @@ from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import tma_boxes
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, ROW_BYTES
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES
-from flash_mla.kernels.hopper.sparse_decode.config import CHUNK_BYTES, Config
+from flash_mla.kernels.hopper.sparse_decode.config import ASYNC, CHUNK_BYTES, Config
 from flash_mla.kernels.hopper.sparse_decode.rows import (
     Keys,
     Lengths,
     e8m0_value,
     four_values,
     load_vector,
-    load_words,
+    load_word,
     store_vector,
 )
 from flash_mla.kernels.hopper.table import prefetch_line
@@ -39,8 +39,8 @@ from flash_mla.kernels.hopper.work import Work
 class Producer:
     """One of the warps that fill the K stages; the first also loads Q by TMA.
 
-    Registers: the index of the lane's key of the pair after next; the places of its keys of this pair and the next;
-    the rows that the thread fills of the block at hand; two batches of loads, and the scales of two stages.
+    Registers of a thread: the index of the lane's key of the pair after next; where its keys of this pair and of the
+    next lie; two batches of loads with their scales, one in flight and one that is converted.
     """
 
     config: Config
@@ -55,8 +55,6 @@ class Producer:
     index: cute.Tensor
     row: cute.Tensor
     apart: cute.Tensor
-    own_row: cute.Tensor
-    own_apart: cute.Tensor
     words: cute.Tensor
     scales: cute.Tensor
 
@@ -81,10 +79,8 @@ class Producer:
             index=cute.make_rmem_tensor(1, Int32),
             row=cute.make_rmem_tensor(2, Int64),
             apart=cute.make_rmem_tensor(2, Int32),
-            own_row=cute.make_rmem_tensor(config.thread_rows, Int64),
-            own_apart=cute.make_rmem_tensor(config.thread_rows, Int32),
             words=cute.make_rmem_tensor((4, config.batch_vectors, 2), Int32),
-            scales=cute.make_rmem_tensor((2, 2), Int32),
+            scales=cute.make_rmem_tensor((config.thread_rows, 2, 2), Int32),
         )
 
     # the lane's key
@@ -141,47 +137,36 @@ class Producer:
     # the thread's rows
 
     @cute.jit
-    def turn_to(self, block: cutlass.Constexpr, slot: cutlass.Constexpr) -> None:
-        """Learn from the lanes where the rows lie that this thread fills of a block."""
-        rows = self.config.thread_rows
-        for r in cutlass.range_constexpr(rows):
-            lane = 8 * (block * rows + r) + self.lane // 4
-            row = cute.arch.shuffle_sync(self.row[slot], offset=lane)
-            self.own_row[r] = row + 16 * (self.lane % 4)
-            if const_expr(self.config.layout.split):
-                self.own_apart[r] = cute.arch.shuffle_sync(self.apart[slot], offset=lane) - 16 * (self.lane % 4)
-
-    @cute.jit
-    def load_scales(self, batch: cutlass.Constexpr, buffer: cutlass.Constexpr, live) -> None:
-        """Start to read the scales of the row's columns in the stage: a word or two."""
-        layout, half, row = self.config.layout, batch.stage % 2, self.own_row[batch.row]
-        num_bytes = 256 // layout.group * (4 if layout.scale == "fp32" else 1)
-        # NOTE: own_row is 16 bytes a lane further
-        address = row - 16 * (self.lane % 4)
-        if const_expr(layout.split):
-            address = row + self.own_apart[batch.row]
-        read = load_words(address, layout.scale_at + num_bytes * half, live, num_bytes // 4)
-        for i in cutlass.range_constexpr(num_bytes // 4):
-            self.scales[i, buffer] = read[i]
-
-    @cute.jit
-    def load(self, batch: cutlass.Constexpr, buffer: cutlass.Constexpr) -> None:
-        """Start to read a batch."""
-        layout, row = self.config.layout, self.own_row[batch.row]
-        # NOTE: of a row that is not there, 0 and up to 48 for the lane
-        live = Int32(row > 48)
-        if const_expr(layout.scale is not None and batch.chunks[0] < layout.codes):
-            self.load_scales(batch, buffer, live)
+    def load(self, batch: cutlass.Constexpr, buffer: cutlass.Constexpr, slot: cutlass.Constexpr) -> None:
+        """Start to read a batch of the pair whose places lie in `slot`."""
+        layout, rows = self.config.layout, self.config.thread_rows
         at = 0
-        for chunk in batch.chunks:
-            if const_expr(chunk < layout.codes):
-                self.load_one(at, buffer, row, CHUNK * chunk, live)
-                at = at + 1
-            else:
-                first = layout.wide_at + 2 * CHUNK * (chunk - layout.codes)
-                for piece in cutlass.range_constexpr(2):
-                    self.load_one(at, buffer, row + 16 * (self.lane % 4), first + 16 * piece, live)
+        for r in cutlass.range_constexpr(rows):
+            # the lane that looks after the row knows where it lies
+            lane = 8 * (batch.stage // 2 * rows + r) + self.lane // 4
+            row = cute.arch.shuffle_sync(self.row[slot], offset=lane)
+            live = Int32(row != 0)
+            if const_expr(layout.scale is not None):
+                scales = row + layout.scale_at
+                if const_expr(layout.split):
+                    scales = row + cute.arch.shuffle_sync(self.apart[slot], offset=lane)
+                for word in sorted({layout.scale_word(chunk) for chunk in batch.chunks if chunk < layout.codes}):
+                    self.load_scales(r, word, buffer, scales, live)
+            for chunk in batch.chunks:
+                if const_expr(chunk < layout.codes):
+                    self.load_one(at, buffer, row + 16 * (self.lane % 4), CHUNK * chunk, live)
                     at = at + 1
+                else:
+                    first = layout.wide_at + 2 * CHUNK * (chunk - layout.codes)
+                    for piece in cutlass.range_constexpr(2):
+                        self.load_one(at, buffer, row + 32 * (self.lane % 4), first + 16 * piece, live)
+                        at = at + 1
+
+    @cute.jit
+    def load_scales(
+        self, r: cutlass.Constexpr, word: cutlass.Constexpr, buffer: cutlass.Constexpr, address, live
+    ) -> None:
+        self.scales[r, word % 2, buffer] = load_word(address, 4 * word, live)
 
     @cute.jit
     def load_one(self, at: cutlass.Constexpr, buffer: cutlass.Constexpr, address, offset, live) -> None:
@@ -190,37 +175,49 @@ class Producer:
             self.words[i, at, buffer] = words[i]
 
     @cute.jit
-    def scale_of(self, chunk: cutlass.Constexpr, buffer: cutlass.Constexpr):
+    def scale_of(self, row: cutlass.Constexpr, chunk: cutlass.Constexpr, buffer: cutlass.Constexpr):
         """The scale of the thread's columns of a chunk; None: there is none."""
-        layout, scales = self.config.layout, self.scales
+        layout = self.config.layout
+        if const_expr(layout.scale is None):
+            return None
+        word = self.scales[row, layout.scale_word(chunk) % 2, buffer]
         if const_expr(layout.scale == "fp32"):
-            word = scales[CHUNK * (chunk % 4) // layout.group, buffer]
             return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[word])
-        if const_expr(layout.scale == "e8m0"):
-            if const_expr(layout.group == CHUNK):
-                return e8m0_value(scales[0, buffer], Int32(chunk % 4))
-            # two scales a chunk: of the lanes 0, 1 and of 2, 3
-            return e8m0_value(scales[chunk % 4 // 2, buffer], 2 * (chunk % 2) + self.lane % 4 // 2)
-        return None
+        if const_expr(layout.group == CHUNK):
+            return e8m0_value(word, Int32(chunk % 4))
+        # two scales a chunk: of the lanes 0, 1 and of 2, 3
+        return e8m0_value(word, 2 * (chunk % 2) + self.lane % 4 // 2)
 
     @cute.jit
     def store(self, batch: cutlass.Constexpr, buffer: cutlass.Constexpr) -> None:
         """A batch, as BF16, to the K buffer."""
         at = 0
-        for chunk in batch.chunks:
-            offset = CHUNK_BYTES * (batch.stage // 2 * K_CHUNKS + chunk) + 8 * ROW_BYTES * batch.row
-            if const_expr(chunk < self.config.layout.codes):
-                scale = self.scale_of(chunk, buffer)
-                for piece in cutlass.range_constexpr(2):
-                    a, b = four_values(self.words[2 * piece, at, buffer], scale)
-                    c, d = four_values(self.words[2 * piece + 1, at, buffer], scale)
-                    store_vector(self.piece_address(piece), offset, (a, b, c, d))
-                at = at + 1
-            else:
-                for piece in cutlass.range_constexpr(2):
-                    words = tuple(self.words[i, at, buffer] for i in range(4))
-                    store_vector(self.piece_address(piece), offset, words)
+        for r in cutlass.range_constexpr(self.config.thread_rows):
+            for chunk in batch.chunks:
+                offset = CHUNK_BYTES * (batch.stage // 2 * K_CHUNKS + chunk) + 8 * ROW_BYTES * r
+                if const_expr(chunk < self.config.layout.codes):
+                    scale = self.scale_of(r, chunk, buffer)
+                    for piece in cutlass.range_constexpr(2):
+                        a, b = four_values(self.words[2 * piece, at, buffer], scale)
+                        c, d = four_values(self.words[2 * piece + 1, at, buffer], scale)
+                        self.store_one(batch.stage, piece, offset, (a, b, c, d))
                     at = at + 1
+                else:
+                    for piece in cutlass.range_constexpr(2):
+                        words = tuple(self.words[i, at, buffer] for i in range(4))
+                        self.store_one(batch.stage, piece, offset, words)
+                        at = at + 1
+
+    @cute.jit
+    def store_one(self, stage: cutlass.Constexpr, piece: cutlass.Constexpr, offset, words) -> None:
+        address = self.piece_address(piece)
+        if const_expr(ASYNC):
+            bar = self.shared.k.bar(stage).toint()
+            store_async(address + offset, bar, words)
+            if const_expr(self.config.cluster == 2):
+                store_async(to_peer(address, self.rank ^ 1) + offset, to_peer(bar, self.rank ^ 1), words)
+        else:
+            store_vector(address, offset, words)
 
     @property
     def first_row(self):
@@ -285,8 +282,7 @@ class Producer:
             self.read_index(keys, first + 1, last)
             if self.warp == 0:
                 self.load_q(keys, place.group * self.config.cluster + self.rank, done.segments)
-            self.turn_to(0, 0)
-            self.load(batches[0], 0)
+            self.load(batches[0], 0, 0)
             for pair in cutlass.range(first, last, unroll=1):
                 self.find_row(keys, pair + 1, 1)
                 self.prefetch()
@@ -308,16 +304,34 @@ class Producer:
         for i in cutlass.range_constexpr(len(batches)):
             batch, following = batches[i], batches[(i + 1) % len(batches)]
             # the next batch is loaded while this one is converted
-            if const_expr(following.stage // 2 != batch.stage // 2):
-                self.turn_to(following.stage // 2, 1 if const_expr(following.stage == 0) else 0)
-            self.load(following, (i + 1) % 2)
+            self.load(following, (i + 1) % 2, (i + 1) // len(batches))
             if const_expr(i == 0 or batches[i - 1].stage != batch.stage):
                 self.shared.k.acquire(batch.stage, turn)
                 if const_expr(batch.stage % 2 == 0):
                     self.tell_live(batch.stage)
+                if const_expr(ASYNC):
+                    cute.arch.sync_warp()
+                    with cute.arch.elect_one():
+                        n = len(self.config.stage_chunks(batch.stage)) * 8 * ROW_BYTES
+                        self.shared.k.expect(batch.stage, n * self.config.thread_rows * self.config.cluster)
             self.store(batch, i % 2)
-            if const_expr(following.stage != batch.stage):
+            if const_expr(following.stage != batch.stage and not ASYNC):
                 self.finish(batch.stage)
+
+
+@cute.jit
+def to_peer(address, peer):
+    return cute.arch.inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[address, peer]
+    )
+
+
+@cute.jit
+def store_async(address, bar, words) -> None:
+    cute.arch.inline_ptx(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}}, [{$r5}];",
+        read_only_args=[address, *words, bar],
+    )
 
 
 @cute.jit

@@ -165,20 +165,12 @@ def load_vector(address, offset: int, live):
     )
 
 
-def load_words(address, offset: int, live, words: int):
-    """4 or 8 bytes; zeros unless `live`."""
-    if words == 1:
-        word = cute.arch.inline_ptx(
-            "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, 0; "
-            f"@p ld.global.nc.b32 {{$w0}}, [{{$r0}} + {offset}]; }}",
-            write_only_types=[Int32],
-            read_only_args=[address, live],
-        )
-        return (word,)
+def load_word(address, offset: int, live):
+    """4 bytes; zeros unless `live`."""
     return cute.arch.inline_ptx(
-        "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; "
-        f"@p ld.global.nc.v2.b32 {{{{$w0}}, {{$w1}}}}, [{{$r0}} + {offset}]; }}",
-        write_only_types=[Int32, Int32],
+        "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, 0; "
+        f"@p ld.global.nc.b32 {{$w0}}, [{{$r0}} + {offset}]; }}",
+        write_only_types=[Int32],
         read_only_args=[address, live],
     )
 
