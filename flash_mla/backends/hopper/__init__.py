@@ -10,10 +10,10 @@ import importlib
 from collections.abc import Hashable
 from typing import Any
 
-from flash_mla.backends.hopper import gqa_decode, mla_decode, prefill
+from flash_mla.backends.hopper import gqa_decode, mla_decode, prefill, sparse_prefill
 from flash_mla.backends.hopper.device import available as available
 from flash_mla.backends.hopper.device import refuse_device
-from flash_mla.problem import AppendArgs, Args, DecodeProblem, PrefillProblem, Problem
+from flash_mla.problem import AppendArgs, Args, DecodeProblem, PrefillProblem, Problem, SparseProblem
 
 
 def kernel(problem: Problem) -> Any:
@@ -22,6 +22,8 @@ def kernel(problem: Problem) -> Any:
         return mla_decode if problem.alias and problem.Hk == 1 else gqa_decode
     if isinstance(problem, PrefillProblem):
         return prefill
+    if isinstance(problem, SparseProblem):
+        return sparse_prefill
     return None
 
 
@@ -29,9 +31,7 @@ def refuse(problem: Problem) -> str | None:
     """Why the Hopper kernels cannot run this problem, or None."""
     if (reason := refuse_device(problem.device)) is not None:
         return reason
-    if (module := kernel(problem)) is None:
-        return "there is no kernel in CuTe DSL for sparse attention"
-    return module.refuse(problem)
+    return kernel(problem).refuse(problem)
 
 
 def config(problem: Problem) -> Hashable:

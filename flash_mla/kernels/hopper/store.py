@@ -30,7 +30,7 @@ def directory() -> Path:
 def path(name: str, config: Hashable) -> Path:
     """The object file of a kernel."""
     key = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         key.update(source.read_bytes())
     for part in (name, config, ARCH, importlib.metadata.version("nvidia-cutlass-dsl")):
         key.update(repr(part).encode())
