@@ -9,7 +9,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from flash_mla.kernels.hopper.gather import NO_ROW, ROWS, Gather, prefetch_row
+from flash_mla.kernels.hopper.gather import NO_ROW, ROWS, Gather
 from flash_mla.kernels.hopper.sparse_prefill.config import CHUNK, CHUNK_BYTES, K_CHUNKS, PAIR, TILE_M, Config
 from flash_mla.kernels.hopper.sparse_prefill.shared import CHUNK_ELEMENTS, Scalars, Shared, Tensors, keys_of
 
@@ -106,7 +106,6 @@ class Producer:
                 odd = self.gather.sources(index, ROWS)
                 self.load_half(2, odd, seen, turn)
                 self.load_half(3, odd, seen, turn)
-                prefetch_row(tensors.rows, scalars.row_bytes, after, 2 * self.config.D)
                 index = after
             if pairs == 0:
                 index = self.index_at(tile + ctas, 0)
