@@ -77,7 +77,7 @@ def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
             args.q,
             keys.cache,
             indices,
-            indices.view(-1)[:1] if keys.lengths is None else int32(keys.lengths),
+            indices[0, 0, :1] if keys.lengths is None else int32(keys.lengths),
             args.lse.view(-1) if args.attn_sink is None else args.attn_sink,
             args.out,
             args.lse,

@@ -1,0 +1,149 @@
+"""The Hopper sparse prefill without a GPU: what it takes, where its gather puts rows, what the assembler makes of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash_mla.backends.hopper import kernel, sparse_prefill
+from flash_mla.kernels.hopper.sparse_prefill.config import BLOCK, CHUNK_BYTES, STAGES, Config
+from flash_mla.problem import SparseProblem, SparseSet
+
+CONFIGS = [Config("bf16", 576), Config("bf16", 512), Config("fp16", 576)]
+needs_dsl = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
+
+
+def problem(**changes: object) -> SparseProblem:
+    """4096 tokens of 128 heads, 2048 of 65536 rows each."""
+    keys = SparseSet(
+        topk=2048, pages=1, page=65536, cache_strides=(65536 * 576, 576), index_strides=(2048, 2048), lengths=False
+    )
+    base = SparseProblem(
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        B=4096,
+        S_q=1,
+        Hq=128,
+        D=576,
+        Dv=512,
+        format=None,
+        sets=(keys,),
+        q_strides=(128 * 576, 128 * 576, 576, 1),
+        sink=False,
+        max_logits=True,
+    )
+    return base._replace(**changes)  # type: ignore[arg-type]
+
+
+def rows(**changes: int) -> dict[str, object]:
+    return {"sets": (problem().sets[0]._replace(**changes),)}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": torch.float16},
+        {"Hq": 1},
+        {"Hq": 200, "sink": True},
+        {"D": 512, "q_strides": (128 * 512, 128 * 512, 512, 1)},
+        rows(topk=1, lengths=True),
+        rows(cache_strides=(0, 1024)),
+    ],
+)
+def test_takes(changes: dict[str, object]) -> None:
+    assert kernel(problem(**changes)) is sparse_prefill
+    assert sparse_prefill.refuse(problem(**changes)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"format": "fp8_ds_mla"}, "fp8_ds_mla"),
+        ({"D": 128, "Dv": 128}, "D = 128"),
+        ({"Dv": 256}, "Dv = 256"),
+        ({"S_q": 2}, "query tokens"),
+        (rows(pages=2), "pages"),
+        ({"sets": problem().sets * 2}, "several caches"),
+        (rows(topk=0), "no index"),
+        (rows(page=0), "no row"),
+        (rows(page=2**31), "at most"),
+        (rows(cache_strides=(0, 580)), "kv stride"),
+        ({"q_strides": (128 * 580, 128 * 580, 580, 1)}, "q stride"),
+        ({"q_strides": (576, 576, 0, 1)}, "overlap"),
+    ],
+)
+def test_refuses(changes: dict[str, object], reason: str) -> None:
+    assert reason in str(sparse_prefill.refuse(problem(**changes)))
+
+
+def test_int64_ids_keep_their_side_of_the_range() -> None:
+    ids = torch.tensor([-(2**40), -1, 0, 7, 2**31 - 1, 2**32 + 3])
+    assert sparse_prefill.int32(ids).tolist() == [-1, -1, 0, 7, 2**31 - 1, 2**31 - 1]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_stages_cover_each_chunk_once(config: Config) -> None:
+    for block in range(2):
+        halves = [config.stage_chunks(stage) for stage in range(2 * block, 2 * block + 2)]
+        assert sorted(chunk for half in halves for chunk in half) == list(range(config.chunks))
+        # V's left and right columns: what each consumer frees
+        assert [set(half) & set(range(8)) for half in halves] == [set(range(4)), set(range(4, 8))]
+    assert STAGES == 4
+    assert config.smem_bytes() <= 227 * 1024
+
+
+@needs_dsl
+def test_gather_places_each_piece_once_and_swizzled() -> None:
+    from flash_mla.kernels.hopper.gather import PASSES, ROWS, WARPS, place
+
+    found = {
+        place(warp, lane, i): (ROWS * warp + 4 * i + lane // 8, lane % 8)
+        for warp in range(WARPS)
+        for lane in range(32)
+        for i in range(PASSES)
+    }
+    assert sorted(found) == list(range(0, CHUNK_BYTES, 16))
+    for byte, (row, piece) in found.items():
+        assert byte // 128 == row < BLOCK
+        # the 128-byte swizzle: address bits 4 to 6 are xored with bits 7 to 9
+        plain = 128 * row + 16 * piece
+        assert byte == plain ^ (plain >> 3 & 0x70)
+    for warp in range(WARPS):
+        for lane in range(32):
+            # passes two apart lie 1024 bytes apart, so that two registers address all of them
+            assert [place(warp, lane, i + 2) - place(warp, lane, i) for i in range(2)] == [1024, 1024]
+
+
+@needs_dsl
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_compiles(config: Config, tmp_path: Path) -> None:
+    from test_hopper_compile import CUOBJDUMP
+
+    from flash_mla.kernels.hopper.sparse_prefill import kernel
+
+    if CUOBJDUMP is None:
+        pytest.skip("cuobjdump is neither on PATH nor in a triton wheel")
+    # the kernel itself refuses to compile when the ledger is not what it allocates
+    kernel.build(config, f"--keep-cubin --dump-dir={tmp_path}")
+    (cubin,) = tmp_path.glob("*.cubin")
+    sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    assert re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr) == [("168", "0")]
+
+    def count(instruction: str) -> int:
+        return len(re.findall(rf"\s{instruction}\b", sass))
+
+    assert (count("LDL"), count("STL")) == (0, 0), "registers spill"
+    # Q K^T in three places; P V: 4 steps, two blocks, in three places
+    assert count("HGMMA") == 3 * config.D // 16 + 3 * 2 * 4
+    # a pair: each thread copies 16 bytes of four rows of each chunk
+    assert count(r"LDGSTS\.E\.BYPASS\.LTC128B\.128") == 2 * 4 * config.chunks
+    # NOTE: serialised wgmma shows as one wait an instruction
+    assert count(r"WARPGROUP\.DEPBAR") < 16
