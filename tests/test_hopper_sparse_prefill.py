@@ -1,4 +1,4 @@
-"""The Hopper sparse prefill without a GPU: what it takes, where its gather puts rows, what the assembler makes of it."""
+"""The Hopper sparse prefill without a GPU: what it takes, where its gather puts rows, what the assembler made of it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from flash_mla.backends.hopper import kernel, sparse_prefill
-from flash_mla.kernels.hopper.sparse_prefill.config import BLOCK, CHUNK_BYTES, STAGES, Config
+from flash_mla.kernels.hopper.sparse_prefill.config import BINS, BLOCK, CHUNK_BYTES, STAGES, Config, bin_shift
 from flash_mla.problem import SparseProblem, SparseSet
 
 CONFIGS = [Config("bf16", 576), Config("bf16", 512), Config("fp16", 576)]
-needs_dsl = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
+needs_dsl = pytest.mark.skipif(
+    importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed"
+)
 
 
 def problem(**changes: object) -> SparseProblem:
@@ -88,6 +90,21 @@ def test_int64_ids_keep_their_side_of_the_range() -> None:
     assert sparse_prefill.int32(ids).tolist() == [-1, -1, 0, 7, 2**31 - 1, 2**31 - 1]
 
 
+@pytest.mark.parametrize(
+    ("changes", "order"),
+    [({}, True), (rows(page=8192), False), ({"B": 100}, False), (rows(topk=64), False), (rows(topk=8193), False)],
+)
+def test_orders_ids_where_the_l2_does_not_hold_the_rows(changes: dict[str, object], order: bool) -> None:
+    assert sparse_prefill.config(problem(**changes)) == (Config("bf16", 576), order)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 31, 32, 33, 1000, 65536, 65537, 2**31 - 1])
+def test_bins_hold_every_row(num_rows: int) -> None:
+    last = (num_rows - 1) >> bin_shift(num_rows)
+    assert last < BINS
+    assert last >= BINS // 2 or num_rows <= BINS // 2
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_stages_cover_each_chunk_once(config: Config) -> None:
     for block in range(2):
@@ -119,6 +136,14 @@ def test_gather_places_each_piece_once_and_swizzled() -> None:
         for lane in range(32):
             # passes two apart lie 1024 bytes apart, so that two registers address all of them
             assert [place(warp, lane, i + 2) - place(warp, lane, i) for i in range(2)] == [1024, 1024]
+
+
+@needs_dsl
+def test_order_compiles(tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.sparse_prefill import order
+
+    order.build(None, f"--keep-cubin --dump-dir={tmp_path}")
+    assert len(list(tmp_path.glob("*.cubin"))) == 1
 
 
 @needs_dsl

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import device_of, multiprocessors
 from flash_mla.errors import ShapeError
-from flash_mla.kernels.hopper.sparse_prefill.config import DV, TILE_M, Config
+from flash_mla.kernels.hopper.sparse_prefill.config import DV, MAX_ORDERED, TILE_M, Config, bin_shift
 from flash_mla.problem import SparseArgs, SparseProblem
 
 DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -19,6 +19,8 @@ ALIGNMENT = 8
 """Strides of q and of the rows must be multiples of 16 bytes: 8 elements."""
 MAX_ROWS = 2**31 - 1
 """Row ids are 32 bits wide."""
+ORDER_BYTES, ORDER_TOKENS, ORDER_TOPK = 24 * 2**20, 264, 128
+"""Ids are ordered first where rows take more bytes, for so many tokens and ids a token."""
 
 
 def refuse(problem: SparseProblem) -> str | None:
@@ -42,9 +44,22 @@ def refuse(problem: SparseProblem) -> str | None:
     return None
 
 
-def config(problem: SparseProblem) -> Config:
-    """The kernel variant."""
-    return Config(dtype=DTYPES[problem.dtype], D=problem.D)
+class Choice(NamedTuple):
+    """The kernel variant, and whether its ids are ordered first."""
+
+    kernel: Config
+    order: bool
+
+
+def config(problem: SparseProblem) -> Choice:
+    """The kernel variant; ids are ordered where the rows do not fit into the L2 and many tokens read them."""
+    (keys,) = problem.sets
+    order = (
+        keys.page * problem.D * problem.dtype.itemsize > ORDER_BYTES
+        and problem.B >= ORDER_TOKENS
+        and ORDER_TOPK <= keys.topk <= MAX_ORDERED
+    )
+    return Choice(Config(dtype=DTYPES[problem.dtype], D=problem.D), order)
 
 
 def int32(values: Tensor) -> Tensor:
@@ -52,10 +67,30 @@ def int32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.int32 else values.clamp(-1, 2**31 - 1).to(torch.int32)
 
 
-def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
-    """Fill args.out, args.lse and args.max_logits; int64 indices and lengths are converted first, on the device.
+def ordered(indices: Tensor, lengths: Tensor | None, num_rows: int, wave: int) -> tuple[Tensor, Tensor]:
+    """(ids, counts): each token's ids that name a row, in the order of `kernels/hopper/order.py`."""
+    from flash_mla.kernels.hopper import store
+    from flash_mla.kernels.hopper.sparse_prefill import order
 
-    The first launch of a config loads its kernel, and the first ever on a machine compiles it.
+    ids, counts = torch.empty_like(indices), indices.new_empty(len(indices))
+    store.load("sparse_order", None, order.build)(
+        indices,
+        counts if lengths is None else lengths,
+        int(lengths is not None),
+        num_rows,
+        bin_shift(num_rows),
+        wave,
+        ids,
+        counts,
+    )
+    return ids, counts
+
+
+def launch(problem: SparseProblem, config: Choice, args: SparseArgs) -> None:
+    """Fill args.out, args.lse and args.max_logits. Allocates workspace: the ids in order, where they are ordered.
+
+    int64 indices and lengths are converted first, on the device. The first launch of a config loads its kernel, and the
+    first ever on a machine compiles it.
     """
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.sparse_prefill import kernel as sparse_prefill
@@ -67,17 +102,20 @@ def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
             cause="The running maximum is kept before scaling",
             fix="Scale q instead, or pass backend='triton'",
         )
-    kernel = store.load("sparse_prefill", config, sparse_prefill.build)
+    kernel = store.load("sparse_prefill", config.kernel, sparse_prefill.build)
     (keys,) = args.keys
-    indices = int32(keys.indices)
-    ctas = min(problem.B * -(-problem.Hq // TILE_M), multiprocessors(problem.device))
+    indices, lengths = int32(keys.indices), None if keys.lengths is None else int32(keys.lengths)
+    head_tiles = -(-problem.Hq // TILE_M)
+    ctas = min(problem.B * head_tiles, multiprocessors(problem.device))
     max_logits = torch.empty_like(args.lse) if args.max_logits is None else args.max_logits
     with device_of(problem.device):
+        if config.order:
+            indices, lengths = ordered(indices, lengths, problem.sets[0].page, max(1, ctas // head_tiles))
         kernel(
             args.q,
             keys.cache,
             indices,
-            indices[0, 0, :1] if keys.lengths is None else int32(keys.lengths),
+            indices[0, 0, :1] if lengths is None else lengths,
             args.lse.view(-1) if args.attn_sink is None else args.attn_sink,
             args.out,
             args.lse,
@@ -85,7 +123,7 @@ def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
             args.softmax_scale * math.log2(math.e),
             problem.q_strides[0],
             indices.stride(0),
-            int(keys.lengths is not None),
+            int(lengths is not None),
             int(args.attn_sink is not None),
             ctas,
         )

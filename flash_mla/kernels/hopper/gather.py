@@ -1,8 +1,8 @@
 """Rows that indices name, copied into the swizzled chunks that wgmma reads: `cp.async`, 16 bytes a thread.
 
 A block is 64 rows in shared memory, cut into chunks of 64 columns: 64 rows of 128 bytes, the 16-byte pieces of row r at
-places p ^ (r % 8) (the 128-byte swizzle). Four warps copy it, 16 rows each. A warp copies four rows with an instruction,
-eight threads a row: 128 bytes of each leave together, one L2 line.
+places p ^ (r % 8) (the 128-byte swizzle). Four warps copy it, 16 rows each. A warp copies four rows with one
+instruction, eight threads a row: 128 bytes of each, one L2 line.
 
 A lane holds one index of its warp's rows; a row that no key names (a negative index, or one past the last row) arrives
 as zeros and memory is not read there, so that V of a key with P = 0 is finite whatever the row holds.
@@ -38,7 +38,7 @@ def place(warp, lane, i):
 
 
 class Sources(NamedTuple):
-    """For each pass, the address of this thread's first piece in global memory, and the bytes to read there: 16 or 0."""
+    """For each pass, the address of this thread's first piece in global memory, and the bytes to read: 16 or 0."""
 
     addresses: list[Int64]
     sizes: list[Int32]
@@ -79,13 +79,3 @@ class Gather:
                     f"[{{$r0}} + {CHUNK_BYTES * chunk + 128 * PASS * i}], [{{$r1}} + {128 * chunk}], 16, {{$r2}};",
                     read_only_args=[target, sources.addresses[i], sources.sizes[i]],
                 )
-
-
-@cute.jit
-def prefetch_row(rows: cute.Pointer, row_bytes, index, num_bytes: cutlass.Constexpr) -> None:
-    """Ask L2 for the row of this lane's index, if it names one."""
-    address = Int64(rows.toint()) + Int64(cutlass.max(index, 0)) * Int64(row_bytes)
-    if index >= 0:
-        cute.arch.inline_ptx(
-            "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};", read_only_args=[address, Int32(num_bytes)]
-        )

@@ -62,3 +62,14 @@ class Config:
 def pairs(keys: int) -> int:
     """Steps that a token with so many indices takes."""
     return -(-keys // PAIR)
+
+
+BINS, ORDER_WARPS = 32, 8
+"""Ranges of rows that ids are ordered by (a bin a lane), and warps that order a token's."""
+MAX_ORDERED = 8192
+"""Ids of a token that fit into 32 KB of shared memory."""
+
+
+def bin_shift(num_rows: int) -> int:
+    """Row r falls into bin r >> shift, one of BINS."""
+    return max(0, (num_rows - 1).bit_length() - 5)

@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 from flash_mla.kernels.hopper.channel import Channel
-from flash_mla.kernels.hopper.sparse_prefill.config import BLOCK, CONSUMERS, DV, K_CHUNKS, STAGES, TILE_M, Config
+from flash_mla.kernels.hopper.sparse_prefill.config import BLOCK, CONSUMERS, DV, K_CHUNKS, TILE_M, Config
 
 CHUNK_ELEMENTS = BLOCK * 64
 HALF = DV // 2
