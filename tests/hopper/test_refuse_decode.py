@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -86,7 +84,6 @@ def test_refuses_with_a_reason(changes: dict, words: str) -> None:
     assert words in reason
 
 
-@pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
 @pytest.mark.parametrize(
     ("changes", "tile_n"),
     [({}, 8), ({"Hk": 32}, 8), ({"Hk": 1}, 32), ({"Hk": 1, "S_q": 3}, 64), ({"Hk": 1, "S_q": 3, "Dv": 256}, 32)],
