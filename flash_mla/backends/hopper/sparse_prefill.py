@@ -121,8 +121,6 @@ def launch(problem: SparseProblem, config: Choice, args: SparseArgs) -> None:
             args.lse,
             max_logits,
             args.softmax_scale * math.log2(math.e),
-            problem.q_strides[0],
-            indices.stride(0),
             int(lengths is not None),
             int(args.attn_sink is not None),
             ctas,

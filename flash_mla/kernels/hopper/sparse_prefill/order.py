@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils as utils
 from cutlass import Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from flash_mla.kernels.hopper.sparse_prefill.config import BINS, MAX_ORDERED, ORDER_WARPS
+from flash_mla.kernels.hopper.sparse_prefill.config import BINS, ORDER_WARPS
 from flash_mla.kernels.hopper.work import warp_scan, warp_sum
 
 
@@ -48,9 +47,9 @@ def order_kernel(
     token, _, _ = cute.arch.block_idx()
     tid, _, _ = cute.arch.thread_idx()
     warp, lane = tid // 32, tid % 32
-    allocator = utils.SmemAllocator()
-    sCount = allocator.allocate_tensor(Int32, cute.make_layout((ORDER_WARPS, BINS), stride=(BINS, 1)), 16)
-    sIds = allocator.allocate_tensor(Int32, cute.make_layout(MAX_ORDERED), 16)
+    memory = cute.arch.get_dyn_smem(Int32)
+    sCount = cute.make_tensor(memory, cute.make_layout((ORDER_WARPS, BINS), stride=(BINS, 1)))
+    sIds = cute.make_tensor(memory + ORDER_WARPS * BINS, cute.make_layout(ids.shape[1]))
 
     keys = ids.shape[1]
     if has_lengths != 0:
