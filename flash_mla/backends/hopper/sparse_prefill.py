@@ -10,15 +10,11 @@ from torch import Tensor
 
 from flash_mla.backends.hopper.device import device_of, multiprocessors
 from flash_mla.errors import ShapeError
-from flash_mla.kernels.hopper.sparse_prefill.config import DV, MAX_ORDERED, TILE_M, Config, bin_shift
+from flash_mla.kernels.hopper.limits import TILE_M, TMA_BYTES
+from flash_mla.kernels.hopper.sparse_prefill.config import MAX_ORDERED, MAX_ROWS, WIDTHS, Config, bin_shift
 from flash_mla.problem import SparseArgs, SparseProblem
 
 DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-WIDTHS = (576, 512)
-ALIGNMENT = 8
-"""Strides of q and of the rows must be multiples of 16 bytes: 8 elements."""
-MAX_ROWS = 2**31 - 1
-"""Row ids are 32 bits wide."""
 ORDER_BYTES, ORDER_TOKENS, ORDER_TOPK = 24 * 2**20, 264, 128
 """Ids are ordered first where rows take more bytes, for so many tokens and ids a token."""
 
@@ -27,8 +23,9 @@ def refuse(problem: SparseProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""
     if problem.dtype not in DTYPES or problem.format is not None:
         return f"rows of {problem.format or problem.dtype}: the kernel takes BF16 and FP16"
-    if problem.D not in WIDTHS or problem.Dv != DV:
-        return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 and 512/512"
+    if (problem.D, problem.Dv) not in WIDTHS:
+        widths = ", ".join(f"{D}/{Dv}" for D, Dv in WIDTHS)
+        return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes {widths}"
     if len(problem.sets) != 1 or problem.S_q != 1 or problem.sets[0].pages != 1:
         return "several caches, pages or query tokens a request: the kernel takes rows of one tensor"
     (keys,) = problem.sets
@@ -37,8 +34,8 @@ def refuse(problem: SparseProblem) -> str | None:
     if keys.page > MAX_ROWS:
         return f"{keys.page} rows: at most {MAX_ROWS}"
     for name, stride in (("q", problem.q_strides[0]), ("q", problem.q_strides[2]), ("kv", keys.cache_strides[1])):
-        if stride % ALIGNMENT:
-            return f"a {name} stride of {stride} elements: TMA and cp.async take multiples of {ALIGNMENT}"
+        if stride * problem.dtype.itemsize % TMA_BYTES:
+            return f"a {name} stride of {stride} elements: TMA and cp.async take multiples of {TMA_BYTES} bytes"
     if problem.q_strides[2] < problem.D and problem.Hq > 1:
         return f"q strides {problem.q_strides}: heads must not overlap"
     return None

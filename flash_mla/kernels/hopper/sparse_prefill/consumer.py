@@ -1,4 +1,4 @@
-"""The consumers of a sparse prefill: the products and the softmax of MLA decode, over keys some of which name no row."""
+"""The consumers of a sparse prefill: products and softmax of MLA decode, over keys of which some name no row."""
 
 from __future__ import annotations
 
