@@ -1,27 +1,25 @@
-"""Sparse prefill on Hopper: what `kernels/hopper/sparse_prefill` takes, and its launch."""
+"""Sparse prefill on Hopper: what `kernels/hopper/sparse_prefill/` takes, and its launch."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import device_of, multiprocessors
-from flash_mla.errors import ShapeError
+from flash_mla.backends.hopper.device import HALVES, device_of, int32, multiprocessors
 from flash_mla.kernels.hopper.limits import TILE_M, TMA_BYTES
 from flash_mla.kernels.hopper.sparse_prefill.config import MAX_ORDERED, MAX_ROWS, WIDTHS, Config, bin_shift
 from flash_mla.problem import SparseArgs, SparseProblem
 
-DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 ORDER_BYTES, ORDER_TOKENS, ORDER_TOPK = 24 * 2**20, 264, 128
 """Ids are ordered first where rows take more bytes, for so many tokens and ids a token."""
 
 
 def refuse(problem: SparseProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""
-    if problem.dtype not in DTYPES or problem.format is not None:
+    if problem.dtype not in HALVES or problem.format is not None:
         return f"rows of {problem.format or problem.dtype}: the kernel takes BF16 and FP16"
     if (problem.D, problem.Dv) not in WIDTHS:
         widths = ", ".join(f"{D}/{Dv}" for D, Dv in WIDTHS)
@@ -29,8 +27,6 @@ def refuse(problem: SparseProblem) -> str | None:
     if len(problem.sets) != 1 or problem.S_q != 1 or problem.sets[0].pages != 1:
         return "several caches, pages or query tokens a request: the kernel takes rows of one tensor"
     (keys,) = problem.sets
-    if min(problem.B, problem.Hq, keys.topk, keys.page) == 0:
-        return "no query, no index or no row"
     if keys.page > MAX_ROWS:
         return f"{keys.page} rows: at most {MAX_ROWS}"
     for name, stride in (("q", problem.q_strides[0]), ("q", problem.q_strides[2]), ("kv", keys.cache_strides[1])):
@@ -56,16 +52,11 @@ def config(problem: SparseProblem) -> Choice:
         and problem.B >= ORDER_TOKENS
         and ORDER_TOPK <= keys.topk <= MAX_ORDERED
     )
-    return Choice(Config(dtype=DTYPES[problem.dtype], D=problem.D), order)
-
-
-def int32(values: Tensor) -> Tensor:
-    """The same ids or counts in 32 bits; what does not fit stays on its side of the range."""
-    return values if values.dtype == torch.int32 else values.clamp(-1, 2**31 - 1).to(torch.int32)
+    return Choice(Config(dtype=HALVES[problem.dtype], D=problem.D), order)
 
 
 def ordered(indices: Tensor, lengths: Tensor | None, num_rows: int, wave: int) -> tuple[Tensor, Tensor]:
-    """(ids, counts): each token's ids that name a row, in the order of `kernels/hopper/order.py`."""
+    """(ids, counts): each token's ids that name a row, in the order of `kernels/hopper/sparse_prefill/order.py`."""
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.sparse_prefill import order
 
@@ -92,13 +83,6 @@ def launch(problem: SparseProblem, config: Choice, args: SparseArgs) -> None:
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.sparse_prefill import kernel as sparse_prefill
 
-    if not args.softmax_scale > 0:
-        raise ShapeError(
-            given=f"softmax_scale={args.softmax_scale}",
-            required="softmax_scale > 0 on the Hopper backend",
-            cause="The running maximum is kept before scaling",
-            fix="Scale q instead, or pass backend='triton'",
-        )
     kernel = store.load("sparse_prefill", config.kernel, sparse_prefill.build)
     (keys,) = args.keys
     indices, lengths = int32(keys.indices), None if keys.lengths is None else int32(keys.lengths)

@@ -1,6 +1,39 @@
-"""Sparse prefill on Hopper: out = softmax(scale * q K^T) V over the rows of kv that each token names, V = K[:, :512].
+"""Sparse prefill on Hopper: out = softmax(scale * q K^T) V over the rows of kv that a token names, V = K[:, :512].
 
-To be described.
+Grid: one CTA an SM, persistent. A tile is one token with 64 of its heads; CTA c takes tiles c, c + CTAs, and so on, so
+that the two tiles of a token with 128 heads run side by side and the L2 gives its rows to both.
+
+Bound. A block of 64 keys costs 2 * 64 * 64 * (576 + 512) = 8.9 MFLOP, 2176 cycles of an SM's tensor cores, and 64 *
+1152 = 73.7 KB out of the L2: 121 FLOP a byte. At 650 TFLOP/s the SMs together draw 5.4 TB/s; the gather alone reaches
+7.3 TB/s from the L2 and 5.9 TB/s at random from 75 MB (H200). With few heads the same bytes serve fewer FLOP: they
+bound.
+
+Roles (384 threads; entry 168 registers):
+    warpgroup 0   232 registers   S0 = Q K_even^T, softmax, O[:, 0:256]       `mla_decode/consumer.py`, with a mask
+    warpgroup 1   232 registers   S1 = Q K_odd^T, softmax, O[:, 256:512]
+    warps 8-11     40 registers   gather of K by cp.async, 16 rows of a block each (`gather.py`); warp 8: TMA of Q
+Shared memory is that of MLA decode: Q, two K buffers, P in the rope chunk of the buffer that its scores came from.
+
+Channels, producer -> consumer (full arrivals / empty arrivals):
+    K   warps 8-11 -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block   4 * 33 / 4 warps
+        Every thread arrives when its copies have landed, and a lane of each warp when it has stored `sSeen`. Stages
+        are freed as in MLA decode: 0 and 2 by warpgroup 0, 1 and 3 by warpgroup 1, each after its P V.
+    Q   warp 8 -> warpgroups 0, 1       1 stage                                                  1 + bytes / 8 warps
+    P0  warpgroup 0 -> 1, P1  warpgroup 1 -> 0   named barriers, with the running max beside P
+
+Steady state, a pair of blocks:
+    warps 8-11    ids of the next pair | wait for stage 0, copy, arrive | 1 | 2 | 3
+    warpgroup 0   softmax S0 | P0 -> smem | P0 V0 left  | wait P1 | P1 V1 left | S0 of the next pair
+    warpgroup 1   S1         | wait P0    | P0 V0 right, softmax S1 under it | P1 -> smem | P1 V1 right
+The gather runs on into the next tile while the consumers write a result.
+
+A key whose id is negative, past the last row, or not among the first `lengths` has S = -inf by a bit of `sSeen`, and a
+row of zeros in K: memory is not read for it, and no NaN of a row that no id names can come through V.
+
+Supports BF16 and FP16; D 576 or 512; any number of heads, ids and rows; strides of q and kv in multiples of 16 bytes.
+Where the rows do not fit into the L2, `order.py` puts the ids in the order of their rows first.
+
+Measured and rejected: docs/design/sparse.md.
 """
 
 from __future__ import annotations
