@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -29,12 +30,14 @@ from flash_mla.problem import (
 
 try:
     import triton
+    from triton.runtime.errors import OutOfResources
 
     from flash_mla.backends import triton_sparse
     from flash_mla.kernels.triton import append as append_rows
     from flash_mla.kernels.triton import combine, decode, prefill, sparse
     from flash_mla.kernels.triton.launcher import Launcher
     from flash_mla.kernels.triton.target import Target
+    from flash_mla.kernels.triton.tiles import smaller
 except ImportError as error:
     MISSING: str | None = f"triton cannot be imported: {error}"
 else:
@@ -54,6 +57,9 @@ class DecodeConfig(NamedTuple):
 
     decode: decode.Config
     combine: combine.Config | None
+
+
+Config = Union[DecodeConfig, "prefill.Config", "sparse.Config"]
 
 
 def interpreted() -> bool:
@@ -117,7 +123,7 @@ def refuse(problem: Problem) -> str | None:
     return None
 
 
-def config(problem: Problem, on: Target | None = None) -> DecodeConfig | prefill.Config | sparse.Config:
+def config(problem: Problem, on: Target | None = None) -> Config:
     """The kernels' tiles for a problem, on its device or on the target given."""
     on = on or target(problem.device)
     if isinstance(problem, SparseProblem):
@@ -139,25 +145,51 @@ def config(problem: Problem, on: Target | None = None) -> DecodeConfig | prefill
     return DecodeConfig(chosen, combine.config(items=problem.B * problem.Hk, programs=chosen.programs, Dv=problem.Dv))
 
 
-def launch(
-    problem: Problem,
-    config: DecodeConfig | prefill.Config | sparse.Config,
-    args: Args,
-) -> None:
+SMALLER: dict[tuple[Problem, Config], Config] = {}
+"""Configs that a device refused (shared memory, where a Triton takes more than `config` knows of), and what ran."""
+
+
+def launch(problem: Problem, config: Config, args: Args) -> None:
     """Fill args.out and args.lse. Allocates workspace only and reads no value."""
+    if not args.out.numel():
+        return
     with device_of(problem.device):
-        if isinstance(args, SparseArgs):
-            assert isinstance(problem, SparseProblem)
-            assert isinstance(config, sparse.Config)
-            triton_sparse.launch(problem, config, args)
-        elif isinstance(args, DecodeArgs):
-            assert isinstance(problem, DecodeProblem)
-            assert isinstance(config, DecodeConfig)
-            launch_decode(problem, config, args)
-        else:
-            assert isinstance(problem, PrefillProblem)
-            assert isinstance(config, prefill.Config)
-            launch_prefill(problem, config, args)
+        while True:
+            chosen = SMALLER.get((problem, config), config) if SMALLER else config
+            try:
+                return launch_config(problem, chosen, args)
+            except OutOfResources as refusal:
+                SMALLER[problem, config] = after(chosen, refusal)
+
+
+def after(config: Config, refusal: OutOfResources) -> Config:
+    """What to launch instead of a refused config, reported; the refusal is raised where nothing smaller is left."""
+    instead: Config | None
+    if isinstance(config, DecodeConfig):
+        kernel = smaller(config.decode)
+        instead = None if kernel is None else config._replace(decode=kernel)
+    else:
+        instead = smaller(config)
+    if instead is None:
+        raise refusal
+    warnings.warn(f"flash_mla: {refusal}; {instead} runs in place of {config}", RuntimeWarning, stacklevel=2)
+    return instead
+
+
+def launch_config(problem: Problem, config: Config, args: Args) -> None:
+    """Launch the kernels of one config."""
+    if isinstance(args, SparseArgs):
+        assert isinstance(problem, SparseProblem)
+        assert isinstance(config, sparse.Config)
+        triton_sparse.launch(problem, config, args)
+    elif isinstance(args, DecodeArgs):
+        assert isinstance(problem, DecodeProblem)
+        assert isinstance(config, DecodeConfig)
+        launch_decode(problem, config, args)
+    else:
+        assert isinstance(problem, PrefillProblem)
+        assert isinstance(config, prefill.Config)
+        launch_prefill(problem, config, args)
 
 
 def stored(tensor: Tensor, widen: str) -> Tensor:

@@ -316,7 +316,7 @@ def shared_faults(draw: Draw, x: dict[str, Any]) -> list[Fault]:
             (DTypeError,),
             lambda x: x.update(q=torch.zeros(q.shape, dtype=torch.int32, device=draw.device)),
         ),
-        ("q of 0 dims", (ShapeError,), lambda x: x.update(q=torch.tensor(1.0, device=draw.device))),
+        ("q of 0 dims", (ShapeError,), lambda x: x.update(q=torch.ones((), device=draw.device).to(q.dtype))),
         (f"softmax_scale {not_numbers}", (ShapeError,), lambda x: x.update(softmax_scale=not_numbers)),
         ("backend foo", (DeviceError,), lambda x: x.update(backend="foo")),
         (
@@ -621,8 +621,8 @@ def mha(draw: Draw, backend: str | None) -> Case:
             truth.append(
                 oracle.attention(
                     oracle.float64(q[b]) * factors[0],
-                    oracle.float64(rows[0][b]) * factors[1],
-                    oracle.float64(rows[0][b][..., :Dv] if alias else rows[1][b]) * factors[2],
+                    oracle.cached(full[0], table[b].tolist(), b, end) * factors[1],
+                    oracle.cached(full[1], table[b].tolist(), b, end) * factors[2],
                     scale, keep, bias,
                 )
             )  # fmt: skip

@@ -27,7 +27,7 @@ from torch import Tensor
 from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
 from flash_mla.kernels.triton.share import BLOCK, block_id, locate, request_length, slot, units
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, smem_bytes, widening
+from flash_mla.kernels.triton.tiles import head_tiles, least_columns, power_of_2, precision, smem_bytes, widening
 
 # --- Config ---
 
@@ -75,9 +75,10 @@ def config(
 ) -> Config:
     """The tiles for these dims: pure arithmetic, no device."""
     rows = S_q * (Hq // Hk)
-    d_main, d_rest = head_tiles(D)
+    least = least_columns(itemsize, target)
+    d_main, d_rest = head_tiles(D, least)
     reuse = alias and d_main >= Dv
-    dv_tile = d_main if reuse else max(power_of_2(Dv), 16)
+    dv_tile = d_main if reuse else max(power_of_2(Dv), least)
     dv_read = 0 if reuse else dv_tile
 
     # 64 rows fill Hopper's matrix instruction; elsewhere the accumulator's registers set the limit

@@ -24,7 +24,7 @@ from torch import Tensor
 from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
 from flash_mla.kernels.triton.share import BLOCK, block_id, slot
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, smem_bytes, widening
+from flash_mla.kernels.triton.tiles import head_tiles, least_columns, power_of_2, precision, smem_bytes, widening
 
 # --- Config ---
 
@@ -49,9 +49,10 @@ def config(
     *, P: int, D: int, Dv: int, paged: bool, alias: bool, mask: bool, block_mask: bool, itemsize: int, target: Target
 ) -> Config:
     """The tiles for these dims: pure arithmetic, no device."""
-    d_main, d_rest = head_tiles(D)
+    least = least_columns(itemsize, target)
+    d_main, d_rest = head_tiles(D, least)
     reuse = alias and d_main >= Dv
-    dv_tile = d_main if reuse else max(power_of_2(Dv), 16)
+    dv_tile = d_main if reuse else max(power_of_2(Dv), least)
     dv_read = 0 if reuse else dv_tile
 
     # rows: as many as the accumulator's registers allow, 256 a thread at 8 warps being the whole file
@@ -90,18 +91,18 @@ def config(
 
 @triton.jit
 def key_end(seq_lens_ptr, b, S_kv):
-    """Keys that request b has: seq_lens[b], no more than the cache or K holds."""
+    """Keys that request b has: seq_lens[b], no more than the cache or K holds; clamped before it is narrowed."""
     if seq_lens_ptr is not None:
-        return tl.minimum(tl.load(seq_lens_ptr + b), S_kv).to(tl.int32)
+        return tl.maximum(tl.minimum(tl.load(seq_lens_ptr + b), S_kv), 0).to(tl.int32)
     else:
         return S_kv
 
 
 @triton.jit
-def first_position(start_pos_ptr, b):
-    """Position of request b's first query."""
+def first_position(start_pos_ptr, b, S_kv):
+    """Position of request b's first query, inside the cache."""
     if start_pos_ptr is not None:
-        return tl.load(start_pos_ptr + b).to(tl.int32)
+        return tl.maximum(tl.minimum(tl.load(start_pos_ptr + b), S_kv), 0).to(tl.int32)
     else:
         return 0
 
@@ -143,7 +144,7 @@ def compact_kernel(
     end = key_end(seq_lens_ptr, b, S_kv)
     if CAUSAL:
         last_row = tl.minimum((block_row + 1) * BLOCK, P) - 1
-        end = tl.minimum(end, first_position(start_pos_ptr, b) + last_row + 1)
+        end = tl.minimum(end, first_position(start_pos_ptr, b, S_kv) + last_row + 1)
     flags = block_mask_ptr + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + block_row.to(tl.int64) * stride_m)
     row = (b.to(tl.int64) * H + h) * block_rows + block_row
     count = 0
@@ -249,7 +250,7 @@ def prefill_kernel(
     limit = tl.zeros([TILE_M], tl.int32) + end
     whole = end
     if CAUSAL:
-        start = first_position(start_pos_ptr, b)
+        start = first_position(start_pos_ptr, b, S_kv)
         limit = tl.minimum(limit, start + rows + 1)
         whole = tl.minimum(end, start + m_tile * TILE_M + 1)
         end = tl.minimum(end, start + tl.minimum((m_tile + 1) * TILE_M, P))

@@ -161,8 +161,8 @@ def sparse_wgmma_kernel(
     # this split's share of the key tiles
     count = topk
     if length_ptr is not None:
-        count = gl.minimum(gl.load(length_ptr + b).to(gl.int32), topk)
-    total = (gl.maximum(count, 0) + TILE_N - 1) // TILE_N
+        count = gl.maximum(gl.minimum(gl.load(length_ptr + b), topk), 0).to(gl.int32)
+    total = (count + TILE_N - 1) // TILE_N
     each = (total + SPLITS - 1) // SPLITS
     first = split * each
     last = gl.minimum(first + each, total)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, TypeVar
+
 from flash_mla.kernels.triton.target import Target
+
+Config = TypeVar("Config", bound=Any)
 
 
 def power_of_2(n: int) -> int:
@@ -10,17 +15,40 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def head_tiles(D: int) -> tuple[int, int]:
+def least_columns(itemsize: int, target: Target) -> int:
+    """Fewest columns of a tile of K or V: 16 for Triton's dot, 64 for FP8 where shared memory feeds the dots.
+
+    NOTE: FP8's widened tiles of K and V take turns in one buffer. Where their rows are not alike (128 bytes for 64
+    columns of FP16, fewer for fewer), the ptxas of Triton 3.6 computes the descriptors of V's later rows from a uniform
+    register that nothing has written: an illegal access, or another tile's values (H200: 0.4 to 0.8 of the largest
+    output; right with DISABLE_PTXAS_OPT=1). test_triton_compile looks for such registers.
+    """
+    return 64 if itemsize == 1 and target.in_place else 16
+
+
+def head_tiles(D: int, least: int = 16) -> tuple[int, int]:
     """(D_MAIN, D_REST): a head dimension as one power-of-two tile, or two: 576 is 512 + 64, 192 is 128 + 64.
 
-    D_REST is 0 where one padded tile is no larger. Triton's dot needs at least 16.
+    D_REST is 0 where one padded tile is no larger. A tile has at least `least` columns.
     """
-    whole = max(power_of_2(D), 16)
+    whole = max(power_of_2(D), least)
     main = whole // 2
-    rest = max(power_of_2(D - main), 16) if main < D else 0
-    if whole == D or main < 16 or rest == 0 or main + rest >= whole:
+    rest = max(power_of_2(D - main), least) if main < D else 0
+    if whole == D or main < least or rest == 0 or main + rest >= whole:
         return whole, 0
     return main, rest
+
+
+def smaller(config: Config) -> Config | None:
+    """The next config to try where a device refuses this one: fewer stages, then fewer keys, then fewer rows a tile."""
+    if getattr(config, "wgmma", False):
+        return replace(config, wgmma=False)
+    if config.stages > 1:
+        return replace(config, stages=config.stages - 1)
+    for name in ("tile_n", "tile_m"):
+        if getattr(config, name) > 16:
+            return replace(config, **{name: getattr(config, name) // 2})
+    return None
 
 
 def widening(itemsize: int, target: Target) -> str:
