@@ -37,7 +37,7 @@ try:
     from flash_mla.kernels.triton import combine, decode, prefill, sparse
     from flash_mla.kernels.triton.launcher import Launcher
     from flash_mla.kernels.triton.target import Target
-    from flash_mla.kernels.triton.tiles import smaller
+    from flash_mla.kernels.triton.tiles import MASK_BYTES, smaller
 except ImportError as error:
     MISSING: str | None = f"triton cannot be imported: {error}"
 else:
@@ -131,11 +131,12 @@ def config(problem: Problem, on: Target | None = None) -> Config:
     if isinstance(problem, PrefillProblem):
         return prefill.config(
             P=problem.P, D=problem.D, Dv=problem.Dv, paged=problem.paged, alias=problem.alias,
-            mask=problem.mask != "none", block_mask=problem.block_mask, itemsize=problem.dtype.itemsize, target=on,
+            mask=MASK_BYTES[problem.mask], block_mask=problem.block_mask, itemsize=problem.dtype.itemsize, target=on,
         )  # fmt: skip
     chosen = decode.config(
         B=problem.B, Hq=problem.Hq, Hk=problem.Hk, S_q=problem.S_q, D=problem.D, Dv=problem.Dv,
-        table_blocks=problem.table_blocks, alias=problem.alias, itemsize=problem.dtype.itemsize, target=on,
+        table_blocks=problem.table_blocks, alias=problem.alias, mask=MASK_BYTES[problem.mask],
+        itemsize=problem.dtype.itemsize, target=on,
     )  # fmt: skip
     if on.backend == "hip" and problem.mask == "float":
         # NOTE: Triton 3.6's AMD pipeliner destroys the mask's load ("operation destroyed but still has uses")

@@ -46,9 +46,9 @@ class Config:
 
 
 def config(
-    *, P: int, D: int, Dv: int, paged: bool, alias: bool, mask: bool, block_mask: bool, itemsize: int, target: Target
+    *, P: int, D: int, Dv: int, paged: bool, alias: bool, mask: int, block_mask: bool, itemsize: int, target: Target
 ) -> Config:
-    """The tiles for these dims: pure arithmetic, no device."""
+    """The tiles for these dims: pure arithmetic, no device. mask: bytes of an element (tiles.MASK_BYTES)."""
     least = least_columns(itemsize, target)
     d_main, d_rest = head_tiles(D, least)
     reuse = alias and d_main >= Dv
@@ -61,25 +61,20 @@ def config(
         tile_m = 32
     if block_mask:
         tile_m = min(tile_m, 64)  # one row of the block mask: a block that only a neighbour keeps is not computed
-    tile_m = min(tile_m, max(16, power_of_2(P)))
+    most_m = min(tile_m, max(16, power_of_2(P)))
 
-    warps = 8 if tile_m * dv_tile > 64 * 128 or (target.wgmma and tile_m == 128) else 4
-    in_place = target.in_place and tile_m >= 64 and itemsize < 4
+    def fits(tile_m: int, stages: int, tile_n: int) -> bool:
+        in_place = target.in_place and tile_m >= 64 and itemsize < 4
+        columns = (d_main + d_rest, dv_read, dv_tile)
+        return smem_bytes(tile_m, tile_n, *columns, itemsize, stages, in_place, mask) <= target.smem
 
-    stages, tile_n = 2, 16
     # 128 keys a tile on Hopper at D 128: 435 TFLOP/s causal on the H200 against 386 at 64; a page has 64
-    wide = (
-        ((3, 128),)
-        if target.wgmma and in_place and d_main == dv_tile == 128 and d_rest == 0 and not (paged or mask or block_mask)
-        else ()
-    )
-    for candidate in (*wide, (3, 64), (2, 64), (3, 32), (2, 32)):
-        # a mask's tiles, up to FP32, wait in shared memory like those of K and V
-        mask_bytes = 4 * candidate[0] * tile_m * candidate[1] if mask else 0
-        tiles = smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], in_place)
-        if tiles + mask_bytes <= target.smem:
-            stages, tile_n = candidate
-            break
+    plain = d_main == dv_tile == 128 and d_rest == 0 and not (paged or mask or block_mask)
+    wide = ((3, 128),) if target.wgmma and most_m >= 64 and itemsize < 4 and plain else ()
+    tries = [(most_m, *tiles) for tiles in (*wide, (3, 64), (2, 64), (3, 32), (2, 32), (2, 16))]
+    tries += [(m, *tiles) for m in (64, 32, 16) if m < most_m for tiles in ((3, 32), (2, 32), (2, 16), (1, 16))]
+    tile_m, stages, tile_n = next((tiles for tiles in tries if fits(*tiles)), (16, 1, 16))
+    warps = 8 if tile_m * dv_tile > 64 * 128 or (target.wgmma and tile_m == 128) else 4
     return Config(
         tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), precision(itemsize, target), warps,
         stages,

@@ -68,14 +68,28 @@ def precision(itemsize: int, target: Target) -> str:
     return "tf32x3" if target.backend == "cuda" and itemsize == 4 else "ieee"
 
 
-def smem_bytes(tile_m: int, tile_n: int, d: int, dv: int, itemsize: int, stages: int, in_place: bool) -> int:
-    """What a kernel keeps in shared memory: tiles of K and V, q, the probabilities, for FP8 one widened tile of each.
+def smem_bytes(
+    tile_m: int, tile_n: int, d: int, dv: int, dv_tile: int, itemsize: int, stages: int, in_place: bool, mask: int
+) -> int:
+    """The most that a kernel keeps in shared memory: test_triton_compile holds it against what Triton allocates.
 
-    Triton's pipeline of `stages` stages holds as many tiles where the matrix instruction reads them in place, and
-    one fewer where they are copied to registers; the former keeps the probabilities in registers.
+    In the loop: tiles of K and V, q, the probabilities, the mask; for FP8 one widened tile of each; for FP32 q and the
+    probabilities twice, as TF32 and the rest. After it: the accumulator on its way to rows.
+
+    Args:
+        d, dv: columns of K and V that are read (dv 0 where V is K's); dv_tile: of the accumulator.
+        in_place: the matrix instruction reads a tile where its copy put it: Triton's pipeline of `stages` stages then
+            holds as many tiles, else one fewer; and the probabilities stay in registers.
+        mask: bytes of a mask's element, 0 without one.
     """
     buffers = stages if in_place else stages - 1
-    wide = max(itemsize, 2)
+    wide, parts = max(itemsize, 2), 2 if itemsize == 4 else 1
+    tiles = buffers * (d + dv) if buffers else max(d, dv)  # without a pipeline, K and V take turns
     widened = tile_n * (d + dv) * 2 if itemsize == 1 else 0
-    probabilities = 0 if in_place else tile_m * tile_n * wide
-    return buffers * tile_n * (d + dv) * itemsize + tile_m * d * wide + probabilities + widened
+    probabilities = 0 if in_place else parts * tile_m * tile_n * wide
+    loop = tile_n * tiles * itemsize + parts * tile_m * d * wide + probabilities + widened
+    return max(loop + stages * tile_m * tile_n * mask, tile_m * dv_tile * 4)
+
+
+MASK_BYTES = {"none": 0, "bool": 1, "float": 4}
+"""Of a mask's element in shared memory; a wider or narrower floating one counts as FP32."""
