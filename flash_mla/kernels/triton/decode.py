@@ -93,7 +93,7 @@ def config(
     # programs an SM hide each other's waits (16 heads: 83 % of copy bandwidth against 80 with one); where not even
     # small tiles fit twice, one program with the largest that fits
     half = target.smem // 2 - 1024
-    tries = [(64, target.smem, WIDEST)] if most_m == 64 else []
+    tries: list[tuple[int, int, tuple[tuple[int, int], ...]]] = [(64, target.smem, WIDEST)]
     for m in (32, 16):
         tries += [(m, half, PIPELINED), (m, target.smem, PIPELINED + WIDEST)]
     fits = (
