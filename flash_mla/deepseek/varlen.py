@@ -201,7 +201,7 @@ def attend_batch(
     B, Hq, P, _ = q.shape
     S_kv, Dv = v.shape[2:]
     offset = S_kv - P if causal else 0
-    problem = prefill_problem(q, k, v, S_kv=S_kv, causal=causal, start_pos=offset > 0)
+    problem = prefill_problem(q, k, v, S_kv=S_kv, causal=causal, start_pos=offset > 0, scale_sign=check_scale(scale))
     args = PrefillArgs(
         q=q,
         k=k,

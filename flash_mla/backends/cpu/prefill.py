@@ -18,10 +18,22 @@ from flash_mla.backends.cpu.attend import (
     store,
     to_bias,
 )
+from flash_mla.backends.cpu.surroundings import undisturbed
 from flash_mla.problem import BLOCK, FP8, PrefillArgs, PrefillProblem
 
 
-def prefill(problem: PrefillProblem, args: PrefillArgs) -> None:
+def refuse(problem: PrefillProblem) -> str | None:
+    """It runs everything that the contract admits."""
+    return None
+
+
+def config(problem: PrefillProblem) -> None:
+    """Nothing is chosen ahead: the lengths decide."""
+    return
+
+
+@undisturbed
+def launch(problem: PrefillProblem, config: None, args: PrefillArgs) -> None:
     """Attend and store, request by request."""
     q = grouped_rows(problem, args)  # [B, Hk, ratio, P, D]
     dtype = compute_dtype(problem)

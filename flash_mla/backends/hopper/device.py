@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_mla.problem import ALIGNMENT, BLOCK, DecodeProblem, Problem
+
 
 @functools.cache
 def available() -> str | None:
@@ -34,6 +36,19 @@ def refuse_device(device: torch.device) -> str | None:
     return None
 
 
+def refuse(problem: Problem) -> str | None:
+    """Why no Hopper kernel runs on this device or with these facts, or None."""
+    if (reason := refuse_device(problem.device)) is not None:
+        return reason
+    if problem.scale_sign <= 0:
+        return "softmax_scale is not above 0: the running maximum is kept before scaling"
+    if not problem.aligned:
+        return f"a tensor does not begin on {ALIGNMENT} bytes, as TMA needs"
+    if isinstance(problem, DecodeProblem) and (problem.page != BLOCK or problem.rope_strides is not None):
+        return f"pages of {problem.page} tokens, or a split latent: a tile is one page of {BLOCK} whole rows"
+    return None
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """SMs of a device."""
@@ -41,8 +56,10 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def int32(values: Tensor) -> Tensor:
-    """The same integers in 32 bits."""
-    return values if values.dtype == torch.int32 else values.to(torch.int32)
+    """The same integers in 32 bits; those that do not fit at its ends, which no length, count or block id reaches."""
+    if values.dtype == torch.int32:
+        return values
+    return values.clamp(-(2**31), 2**31 - 1).to(torch.int32)
 
 
 def device_of(device: torch.device) -> contextlib.AbstractContextManager[Any]:
