@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def check_starts(q: Tensor, **starts: Tensor) -> None:
 
 def check_start_values(name: str, starts: list[int], rows: int) -> None:
     """cu_seqlens begin at 0, do not decrease and end at the rows that are there."""
-    for i, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for i, (start, end) in enumerate(pairwise(starts)):
         if end < start:
             raise SequenceLengthError(
                 f"{name}[{i}] = {start}, {name}[{i + 1}] = {end}",

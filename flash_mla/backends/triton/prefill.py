@@ -14,8 +14,9 @@ refuse = refuse_columns
 def config(problem: PrefillProblem, on: Target | None = None) -> prefill.Config:
     """The kernel's tiles for a problem, on its device or on the target given."""
     return prefill.config(
-        P=problem.P, D=problem.D, Dv=problem.Dv, paged=problem.paged, alias=problem.alias, mask=MASK_BYTES[problem.mask],
-        block_mask=problem.block_mask, itemsize=problem.dtype.itemsize, target=on or target(problem.device),
+        P=problem.P, D=problem.D, Dv=problem.Dv, paged=problem.paged, alias=problem.alias,
+        mask=MASK_BYTES[problem.mask], block_mask=problem.block_mask, itemsize=problem.dtype.itemsize,
+        target=on or target(problem.device),
     )  # fmt: skip
 
 

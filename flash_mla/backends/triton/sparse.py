@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from flash_mla.backends.triton.device import launch_fitting, target
@@ -16,8 +17,15 @@ from flash_mla.kernels.triton.tiles import power_of_2, smaller
 from flash_mla.problem import SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS, RowFormat
 
-GLUON = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
-"""Whether this Triton has the Gluon that sparse_wgmma.py is written in; earlier ones were not tried."""
+
+@functools.cache
+def gluon() -> bool:
+    """Whether this Triton has the names that sparse_wgmma.py is written in; Gluon is experimental, and changes."""
+    try:
+        importlib.import_module("flash_mla.kernels.triton.sparse_wgmma")
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 class Parts(NamedTuple):
@@ -59,8 +67,8 @@ def wgmma(problem: SparseProblem, on: Target) -> bool:
     shape = (problem.Dv, len(problem.sets), problem.dtype) == (512, 1, torch.bfloat16) and problem.D in (576, 512)
     strides = (*problem.q_strides[:3], *problem.sets[0].cache_strides)
     return (
-        GLUON
-        and on.wgmma
+        on.wgmma
+        and gluon()
         and problem.aligned
         and shape
         and problem.Hq > 32

@@ -102,7 +102,10 @@ def config(
         for tiles in candidates
         if m <= most_m and smem(m, *tiles) <= budget
     )
-    tile_m, stages, tile_n = next(fits, (16, *WIDEST[-1]))
+    found = next(fits, None)
+    tile_m, stages, tile_n = found or (16, *WIDEST[-1])
+    # FP32 rows of 576 on 99 KiB: exact products keep one copy of q instead of two
+    products = precision(itemsize, target) if found else "ieee"
     warps = 8 if tile_m * dv_tile > 32 * 256 else 4
     per_sm = max(1, min(2, target.smem // smem(tile_m, stages, tile_n)))
 
@@ -115,8 +118,8 @@ def config(
     idle = B * Hk * table_blocks <= target.multiprocessors
     pdl = target.backend == "cuda" and target.arch >= 90 and idle
     return Config(
-        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), precision(itemsize, target),
-        programs, pdl, warps, stages,
+        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), products, programs, pdl, warps,
+        stages,
     )  # fmt: skip
 
 

@@ -73,11 +73,12 @@ def config(
     wide = ((3, 128),) if target.wgmma and most_m >= 64 and itemsize < 4 and plain else ()
     tries = [(most_m, *tiles) for tiles in (*wide, (3, 64), (2, 64), (3, 32), (2, 32), (2, 16))]
     tries += [(m, *tiles) for m in (64, 32, 16) if m < most_m for tiles in ((3, 32), (2, 32), (2, 16), (1, 16))]
-    tile_m, stages, tile_n = next((tiles for tiles in tries if fits(*tiles)), (16, 1, 16))
+    found = next((tiles for tiles in tries if fits(*tiles)), None)
+    tile_m, stages, tile_n = found or (16, 1, 16)
+    products = precision(itemsize, target) if found else "ieee"  # see decode.config
     warps = 8 if tile_m * dv_tile > 64 * 128 or (target.wgmma and tile_m == 128) else 4
     return Config(
-        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), precision(itemsize, target), warps,
-        stages,
+        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), products, warps, stages,
     )  # fmt: skip
 
 
