@@ -203,13 +203,13 @@ def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
     problem, args = decode_case(**DECODE[case])
     config = decode_phase.config(problem, target).decode
     tensors = (
-        *(stored(x, config.widen) for x in (args.q, args.k, args.v)), args.block_table, args.seq_lens,
+        *(stored(x, config.widen) for x in (args.q, args.k, args.v)), None, args.block_table, args.seq_lens,
         args.mask, args.q_descale, args.k_descale, args.v_descale, None,
         args.out, args.lse, meta(1, dtype=torch.float32),
     )  # fmt: skip
     constants = decode.constants(
-        config, q=args.q, k=args.k, v=args.v, block_table=args.block_table, mask=args.mask, q_descale=args.q_descale,
-        k_descale=args.k_descale, v_descale=args.v_descale, flip=False,
+        config, q=args.q, k=args.k, v=args.v, k_rope=None, block_table=args.block_table, mask=args.mask,
+        q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale, out=args.out, flip=False,
     )  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return config, compile_for(decode.decode_kernel, (*tensors, 0.1, *constants), options, target)
@@ -259,8 +259,8 @@ def test_combine_and_append_compile(target: str) -> None:
     problem, args = decode_case(**DECODE["mla_16"])
     chosen = decode_phase.config(problem, on)
     constants = combine.constants(
-        chosen.combine, B=problem.B, Hk=1, table_blocks=problem.table_blocks, S_q=1, ratio=16, Dv=512,
-        pdl=chosen.decode.pdl, partial_rows=16, dv_tile=512,
+        chosen.combine, B=problem.B, Hk=1, capacity=64 * problem.table_blocks, S_q=1, ratio=16, Dv=512,
+        out_strides=args.out.stride(), pdl=chosen.decode.pdl, partial_rows=16, dv_tile=512,
     )  # fmt: skip
     tensors = (args.seq_lens, meta(1, dtype=torch.float32), None, args.out, args.lse)
     options = {"num_warps": chosen.combine.warps}
