@@ -41,7 +41,7 @@ class DecodeProblem(NamedTuple):
     of S_q sees keys `t <= seq_lens[b] - S_q + i`; with one (`mask`), the mask and `t < seq_lens[b]` decide. `descale`
     says that there is a descale of q, k or v. `scale_sign` is the sign of softmax_scale: -1, 0 or 1. `aligned`: q, K, V
     and out all begin on ALIGNMENT bytes. `rope_strides` is given for a split latent: K's last D - Dv columns then lie
-    in a page view of their own, and K's view holds the first Dv.
+    in a page view of their own, and K's view holds the first Dv. `out_strides` is given where out is not contiguous.
     """
 
     device: torch.device
@@ -67,6 +67,7 @@ class DecodeProblem(NamedTuple):
     aligned: bool = True
     page: int = BLOCK
     rope_strides: tuple[int, ...] | None = None
+    out_strides: tuple[int, ...] | None = None
 
     @property
     def ratio(self) -> int:
@@ -90,8 +91,9 @@ class DecodeArgs(NamedTuple):
     q [B, Hq, S_q, D]; k [B, Hk, Nblk, page, D] and v [B, Hk, Nblk, page, Dv] page views; block_table [B, table_blocks]
     and seq_lens [B], int32 or int64, of any value: a launch clamps both before it narrows them; mask [B, Hq, S_q, L]
     bool or floating, expanded (stride 0 on broadcast dims), keys past its end are hidden; q_descale, k_descale,
-    v_descale [B, Hk] FP32, expanded; attn_sink [Hq] FP32; out [B, Hq, S_q, Dv] contiguous; lse [B, Hq, S_q] FP32
-    contiguous, natural log; k_rope [B, Hk, Nblk, page, D - Dv] of a split latent, whose k has Dv columns, or None.
+    v_descale [B, Hk] FP32, expanded; attn_sink [Hq] FP32; out [B, Hq, S_q, Dv], contiguous but for out_strides; lse
+    [B, Hq, S_q] FP32 contiguous, natural log; k_rope [B, Hk, Nblk, page, D - Dv] of a split latent, whose k has Dv
+    columns, or None.
     """
 
     q: Tensor
