@@ -14,7 +14,7 @@ LAYERS = (
     "cache",
     "contract backends",
     "plan",
-    "api deepseek distributed",
+    "api deepseek distributed indexer",
     "testing __init__",
     "bench integrations",
     "demo",
