@@ -15,8 +15,6 @@ What stands for the scale of q, 1/sqrt(D) and 1/sqrt(H), the model multiplies in
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -109,8 +107,7 @@ def decode_indices(
     scores = paged_scores(q, k_cache, weights, limits, block_table, width, False, backend)
     out = torch.empty(B, S_q, topk, dtype=torch.int32, device=q.device)
     page = k_cache.shape[1]
-    N = min(width, block_table.shape[1] * page)
-    select(scores.flatten(0, 1), N, None, limits.flatten(), block_table, page, out.flatten(0, 1), backend)
+    select(scores.flatten(0, 1), width, None, limits.flatten(), block_table, page, out.flatten(0, 1), backend)
     return out
 
 
@@ -348,11 +345,10 @@ def ragged_scores(
     S_q, H, D = q.shape
     S_kv = kv[0].shape[0]
     out = aligned((1, S_q), S_kv, q.device)
-    problem = IndexProblem(q.device, 1, S_q, H, D, 1, S_kv, S_kv, paged=False, clean=clean)
+    problem = IndexProblem(q.device, 1, S_q, H, D, 1, S_kv, S_kv, None, clean)
     k, k_scale = kv[0].unsqueeze(0), kv[1].unsqueeze(0)
-    if not problem.empty:
-        args = IndexArgs(q[None], k, k_scale, weights[None], None, starts[None], ends[None], out)
-        plan(problem, backend).launch(args)
+    args = IndexArgs(q[None], k, k_scale, weights[None], None, starts[None], ends[None], out)
+    plan(problem, backend).launch(args)
     return out[0]
 
 
@@ -370,14 +366,11 @@ def paged_scores(
     B, S_q, H, D = q.shape
     out = aligned((B, S_q), width, q.device)
     pages, page = k_cache.shape[:2]
-    if not (pages and block_table.shape[1]):
-        return out.fill_(-math.inf)
-    problem = IndexProblem(q.device, B, S_q, H, D, pages, page, width, paged=True, clean=clean)
+    problem = IndexProblem(q.device, B, S_q, H, D, pages, page, width, block_table.shape[1], clean)
     parts = INDEX_ROWS.parts(k_cache)
     k, k_scale = parts.codes.view(FP8), parts.scales.view(torch.float32).squeeze(-1)
-    if not problem.empty:
-        args = IndexArgs(q, k, k_scale, weights.view(B, S_q, H), block_table, None, limits, out)
-        plan(problem, backend).launch(args)
+    args = IndexArgs(q, k, k_scale, weights.view(B, S_q, H), block_table, None, limits, out)
+    plan(problem, backend).launch(args)
     return out
 
 
@@ -396,16 +389,13 @@ def select(
     out: Tensor,
     backend: str | None,
 ) -> None:
-    """Fill out [rows, topk] from the first N of each row's scores."""
+    """Fill out [rows, topk] from the first N of each row's scores, of those that block_table covers."""
     rows, topk = out.shape
     queries = 1
     if block_table is None:
         page = 0
-    elif not block_table.shape[1]:
-        out.fill_(-1)
-        return
     else:
+        N = min(N, block_table.shape[1] * page)
         queries = max(1, rows // max(1, block_table.shape[0]))
     problem = TopkProblem(scores.device, rows, N, scores.shape[1], topk, page, queries)
-    if not problem.empty:
-        plan(problem, backend).launch(TopkArgs(scores, starts, ends, block_table, out))
+    plan(problem, backend).launch(TopkArgs(scores, starts, ends, block_table, out))

@@ -278,7 +278,7 @@ def test_decode_indices(lengths):
 
 
 def test_dsa_decode_layer():
-    """Index, select, attend over FP8 caches: as dense attention that a mask holds to the selected tokens, in float64."""
+    """Index, select, attend over FP8 caches, beside dense attention masked to the same tokens in float64."""
     lengths, S_q, topk, H = (300, 20, 129), 2, 64, 16
     index_q, index_cache, weights, context_lens, table = paged_case(lengths, S_q, 64, seed=1)
     g = generator(2)

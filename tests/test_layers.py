@@ -9,12 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
-    "errors problem",
+    "errors problem version",
     "blocks layout quant merge reference kernels",
     "cache",
     "contract backends",
-    "plan",
-    "api deepseek distributed indexer",
+    "plan autograd",
+    "launch",
+    "api",
+    "ops pages deepseek distributed indexer",
     "testing __init__",
     "bench integrations",
     "demo",

@@ -8,13 +8,14 @@ pytest.importorskip("triton")
 import torch
 from test_triton_compile import TARGETS, compile_for, meta, within
 
-from flash_mla.backends import triton_indexer, triton_topk
+from flash_mla.backends.triton import indexer as index_backend
+from flash_mla.backends.triton import topk as topk_backend
 from flash_mla.indexer import INDEX_ROWS
-from flash_mla.kernels.triton import indexer, topk
-from flash_mla.problem import FP8, IndexArgs, IndexProblem, TopkProblem
+from flash_mla.kernels.triton import topk
+from flash_mla.problem import FP8, IndexArgs, IndexProblem, TopkArgs, TopkProblem
 
 GPUS = ("sm_80", "sm_89", "sm_90", "sm_120", "gfx942")
-RAGGED = {"prefill": (4096, 64, 128, 32768), "few": (1, 64, 128, 131072), "narrow": (512, 32, 32, 4096)}
+RAGGED = {"prefill": (4096, 64, 128, 32768), "few": (1, 64, 128, 131072), "narrow": (512, 32, 16, 4096)}
 PAGED = {"decode": (64, 1, 64), "speculative": (64, 2, 64), "32-heads": (8, 4, 32)}
 
 
@@ -31,7 +32,9 @@ def index_problem(name):
         parts = INDEX_ROWS.parts(cache)
         k, scale = parts.codes.view(FP8), parts.scales.view(torch.float32).squeeze(-1)
         table, starts = meta(B, width // page, dtype=torch.int32), None
-    problem = IndexProblem(torch.device("meta"), B, S_q, H, D, pages, page, width, table is not None, True)
+    problem = IndexProblem(
+        torch.device("meta"), B, S_q, H, D, pages, page, width, None if table is None else table.shape[1], True
+    )
     args = IndexArgs(
         meta(B, S_q, H, D, dtype=FP8), k, scale, meta(B, S_q, H, dtype=torch.float32), table, starts,
         meta(B, S_q, dtype=torch.int32), meta(B, S_q, width, dtype=torch.float32),
@@ -43,10 +46,10 @@ def index_problem(name):
 @pytest.mark.parametrize("name", [*RAGGED, *PAGED])
 def test_scores_fit(name, gpu):
     problem, args = index_problem(name)
-    config = triton_indexer.config(problem, TARGETS[gpu])
-    kernel = indexer.ragged_kernel if args.block_table is None else indexer.paged_kernel
+    config = index_backend.config(problem, TARGETS[gpu])
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    built = compile_for(kernel, triton_indexer.arguments(problem, config, args), options, TARGETS[gpu])
+    arguments = index_backend.arguments(problem, config, args)
+    built = compile_for(index_backend.kernel(problem), arguments, options, TARGETS[gpu])
     print(name, gpu, built)
     within(name, built, TARGETS[gpu])
     if gpu == "sm_90":
@@ -57,24 +60,23 @@ def test_scores_fit(name, gpu):
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize(
-    ("rows", "N", "K"), [(4096, 32768, 2048), (64, 131072, 2048), (64, 131072, 512), (1, 4096, 512), (64, 32768, 4096)]
+    ("rows", "N", "K"), [(4096, 32768, 2048), (64, 131072, 512), (1, 4096, 512), (64, 32768, 4096)]
 )
 def test_topk_fits(rows, N, K, gpu):
     problem = TopkProblem(torch.device("meta"), rows, N, N, K, 64, 1)
-    config = triton_topk.config(problem, TARGETS[gpu])
+    config = topk_backend.config(problem, TARGETS[gpu])
     ints = meta(rows, dtype=torch.int32)
-    bounds = {"scores": meta(rows, N, dtype=torch.float32), "starts": ints, "ends": ints, "N": N}
-    candidates = counts = None
-    if config.parts:
-        candidates = meta(rows, config.parts, config.room, dtype=torch.int32)
-        counts = meta(rows, config.parts, dtype=torch.int32)
-        arguments = topk.narrow_arguments(config, **bounds, candidates=candidates, counts=counts, topk=K)
+    out, table = meta(rows, K, dtype=torch.int32), meta(rows, N // 64, dtype=torch.int32)
+    args = TopkArgs(meta(rows, N, dtype=torch.float32), ints, ints, table, out)
+    space = topk_backend.workspace(problem, config)
+    if space is not None:
+        arguments = topk_backend.pivot_arguments(problem, config, args, space)
+        built = compile_for(topk.pivot_kernel, arguments, {"num_warps": topk.PIVOT_WARPS}, TARGETS[gpu])
+        within("pivot", built, TARGETS[gpu])
+        arguments = topk_backend.narrow_arguments(problem, config, args, space)
         built = compile_for(topk.narrow_kernel, arguments, {"num_warps": topk.NARROW_WARPS}, TARGETS[gpu])
         within("narrow", built, TARGETS[gpu])
-    arguments = topk.select_arguments(
-        config, **bounds, candidates=candidates, counts=counts, block_table=meta(rows, N // 64, dtype=torch.int32),
-        out=meta(rows, K, dtype=torch.int32), queries=1, page=64,
-    )  # fmt: skip
+    arguments = topk_backend.select_arguments(problem, config, args, space)
     built = compile_for(topk.select_kernel, arguments, {"num_warps": config.warps}, TARGETS[gpu])
     print(config, gpu, built)
     within("select", built, TARGETS[gpu])

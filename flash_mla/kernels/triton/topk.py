@@ -1,13 +1,13 @@
 """Top-k: the columns of the k greatest scores of a row, in ascending order, the leftmost first where scores are equal.
 
-narrow_kernel, grid (rows, parts): a strided sample of the row gives a pivot that a little more than k scores are
-expected to reach; the columns of those that do, in order, are the part's candidates. Each score is read once, compared
-once and given a place by a running sum. select_kernel, grid (rows): a radix select of one bit a step among the
-candidates, which it holds in registers as integers that order as the scores do, halves the range of the threshold until
-k of them lie at or above it. Rows of at most `room` scores are all candidates, and the first kernel is left out.
+pivot_kernel, grid (rows): a strided sample of the row gives a pivot that a little more than k scores are expected to
+reach. narrow_kernel, grid (rows, parts): the columns of those that do, in order, are a part's candidates; each score is
+read once, compared once and given a place by a running sum. select_kernel, grid (rows): a radix select of one bit a
+step among the candidates, which it holds in registers as integers that order as the scores do, halves the range of the
+threshold until k of them lie at or above it. Rows of at most `room` scores are all candidates: the third kernel alone.
 
 The answer never depends on the sample: where too few or too many scores reach the pivot (many equal ones can), the
-second kernel takes the whole row instead, with a pass over it for every bit.
+third kernel takes the whole row instead, with a pass over it for every bit.
 
 Bound: bytes, one read of the scores.
 """
@@ -45,7 +45,8 @@ class Config:
 
 MAX_K = 4096
 MAX_PARTS = 16
-NARROW_WARPS = 8
+PIVOT_WARPS = 8
+NARROW_WARPS = 4
 
 
 def config(*, rows: int, N: int, topk: int, target: Target) -> Config:
@@ -54,7 +55,7 @@ def config(*, rows: int, N: int, topk: int, target: Target) -> Config:
     room = max(512 if interpreted else 4096, power_of_2(2 * topk))
     if room >= N:
         return Config(max(128, power_of_2(max(N, 1))), 0, 0, 0)
-    tile = 512 if interpreted else 4096
+    tile = 512 if interpreted else 2048
     # a sixteenth of the row: of 128k scores, 128 +- 9 of the sample are among the greatest 2048
     sample = min(16384, max(64 if interpreted else 2048, power_of_2(N) // 16))
     parts = min(-(-N // (2 * tile)), -(-4 * target.multiprocessors // rows), MAX_PARTS)
@@ -165,44 +166,55 @@ def bounds(start_ptr, end_ptr, row, N):
 
 
 @triton.jit
+def pivot_kernel(
+    score_ptr,  # [rows, width]
+    start_ptr,  # [rows]
+    end_ptr,  # [rows]
+    pivot_ptr,  # [rows]; -inf where every finite score is a candidate
+    N,
+    stride_row,
+    AIM: tl.constexpr,  # scores that are wanted to reach the pivot
+    ROOM: tl.constexpr,
+    SAMPLE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    begin, end = bounds(start_ptr, end_ptr, row, N)
+    length = tl.maximum(end - begin, 1)
+    offs = begin + (tl.arange(0, SAMPLE).to(tl.int64) * length // SAMPLE).to(tl.int32)
+    live = (offs < end) & (length > ROOM)
+    keys = ordered(tl.load(score_ptr + row * stride_row + offs, mask=live, other=float("-inf")), live)
+    wanted = tl.maximum(tl.cast(SAMPLE, tl.int64) * AIM // length, 1).to(tl.int32)
+    low, at_low, _, _ = threshold(keys, wanted, wanted + wanted // 16)
+    tl.store(pivot_ptr + row, tl.where(at_low < wanted, float("-inf"), score_of(low)))
+
+
+@triton.jit
 def narrow_kernel(
     score_ptr,  # [rows, width]
     start_ptr,  # [rows]
     end_ptr,  # [rows]
+    pivot_ptr,  # [rows]
     candidate_ptr,  # [rows, PARTS, ROOM]
-    count_ptr,  # [rows, PARTS]; -1 - count where the part has left nothing out
+    count_ptr,  # [rows, PARTS]
     N,
     width,
     stride_row,
-    K: tl.constexpr,
-    AIM: tl.constexpr,  # scores that are wanted to reach the pivot
     ROOM: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
-    SAMPLE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     begin, end = bounds(start_ptr, end_ptr, row, N)
-    score_row = score_ptr + row * stride_row
-    length = tl.maximum(end - begin, 1)
-
-    # the pivot, the same for every part
-    sampled = length > ROOM
-    spread = begin + (tl.arange(0, SAMPLE).to(tl.int64) * length // SAMPLE).to(tl.int32)
-    sample = tl.load(score_row + spread, mask=(spread < end) & sampled, other=float("-inf"))
-    wanted = tl.maximum(tl.cast(SAMPLE, tl.int64) * AIM // length, 1).to(tl.int32)
-    low, at_low, _, _ = threshold(ordered(sample, spread < end), wanted, wanted + wanted // 16)
-    complete = (sampled == 0) | (at_low < wanted)
-    pivot = score_of(tl.where(complete, LEAST, tl.maximum(low, LEAST)))
-
+    pivot = tl.maximum(tl.load(pivot_ptr + row), score_of(tl.cast(LEAST, tl.int32)))
     # this part's tiles, on multiples of TILE so that loads are wide
     base = begin // TILE * TILE
     each = ((end - base + TILE - 1) // TILE + PARTS - 1) // PARTS * TILE
     first = base + part * each
+    score_row = score_ptr + row * stride_row
     candidates = candidate_ptr + (row * PARTS + part) * ROOM
     count = 0
-    for t in tl.range(first, tl.minimum(first + each, end), TILE):
+    for t in tl.range(first, tl.minimum(first + each, end), TILE, num_stages=3):
         offs = t + tl.arange(0, TILE)
         # NOTE: the mask names width alone, so that four scores are one access where it is a multiple of 16
         scores = tl.load(score_row + offs, mask=offs < width, other=float("-inf"))
@@ -210,7 +222,7 @@ def narrow_kernel(
         before, total = running(kept)
         tl.store(candidates + count + before, offs, mask=(kept > 0) & (count + before < ROOM))
         count += total
-    tl.store(count_ptr + row * PARTS + part, tl.where(complete, -1 - count, count))
+    tl.store(count_ptr + row * PARTS + part, count)
 
 
 @triton.jit
@@ -218,6 +230,7 @@ def select_kernel(
     score_ptr,  # [rows, width]
     start_ptr,  # [rows]
     end_ptr,  # [rows]
+    pivot_ptr,  # [rows]
     candidate_ptr,  # [rows, PARTS, ROOM]
     count_ptr,  # [rows, PARTS]
     table_ptr,  # [rows / queries, table_blocks]
@@ -251,27 +264,24 @@ def select_kernel(
         fits = True
     else:
         total = 0
-        complete = 1
         most = 0
         place = offs
         for part in tl.static_range(PARTS):
             count = tl.load(count_ptr + row * PARTS + part)
-            complete = tl.where(count < 0, complete, 0)
-            count = tl.where(count < 0, -1 - count, count)
             place = tl.where(offs >= total, part * ROOM + offs - total, place)
             total += count
             most = tl.maximum(most, count)
         live = offs < total
         columns = tl.load(candidate_ptr + row * (PARTS * ROOM) + place, mask=live, other=0)
-        fits = (total <= ROOM) & ((total >= K) | (complete > 0))
+        fits = (total <= ROOM) & ((total >= K) | (tl.load(pivot_ptr + row) == float("-inf")))
         live = live & fits
         scores = tl.load(score_row + columns, mask=live, other=float("-inf"))
 
     keys = ordered(scores, live)
     low, at_low, high, at_high = threshold(keys, K, K)
-    if PARTS > 0:
+    if PARTS > 0:  # noqa: SIM102 (known when the kernel is compiled)
         if fits == 0:
-            # NOTE: 32 passes over the row; only rows with thousands of equal scores at the threshold come here
+            # NOTE: up to 32 passes over the row (H200, 64 rows of 128k scores of 50 values: 0.9 ms)
             low, high, at_high = tl.cast(LEAST, tl.int32), tl.cast(GREATEST, tl.int32) + 1, 0
             at_low = reaching_row(score_row, low, begin, end, width, TILE)
             while (at_low > K) & (high > low + 1):
@@ -288,7 +298,7 @@ def select_kernel(
     room = tl.where(at_low <= K, 0, K - at_high)
     high = tl.where(at_low <= K, low, high)
     aboves, equals = emit(out_row, keys, columns, low, high, room, 0, 0, table_row, table_blocks, PAGE)
-    if PARTS > 0:
+    if PARTS > 0:  # noqa: SIM102
         if fits == 0:
             for t in tl.range(begin // TILE * TILE, end, TILE):
                 offs_t = t + tl.arange(0, TILE)
@@ -315,25 +325,32 @@ def reaching_row(score_row, key, begin, end, width, TILE: tl.constexpr):
 # --- Launch ---
 
 
+def pivot_arguments(
+    config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, pivots: Tensor, N: int, topk: int
+) -> tuple[Tensor | int | None, ...]:
+    """pivot_kernel's arguments, in its order: the pivot aims at the mean of topk and room, as their ratio goes."""
+    aim = int((topk * config.room) ** 0.5)
+    return scores, starts, ends, pivots, N, scores.stride(0), aim, config.room, config.sample
+
+
 def narrow_arguments(
-    config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, candidates: Tensor, counts: Tensor,
-    N: int, topk: int,
+    config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, pivots: Tensor, candidates: Tensor,
+    counts: Tensor, N: int,
 ) -> tuple[Tensor | int | None, ...]:  # fmt: skip
     """narrow_kernel's arguments, in its order."""
-    aim = int((topk * config.room) ** 0.5)
     return (
-        scores, starts, ends, candidates, counts, N, scores.shape[1], scores.stride(0), topk, aim, config.room,
-        config.parts, config.tile, config.sample,
+        scores, starts, ends, pivots, candidates, counts, N, scores.shape[1], scores.stride(0), config.room,
+        config.parts, config.tile,
     )  # fmt: skip
 
 
 def select_arguments(
-    config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, candidates: Tensor | None,
-    counts: Tensor | None, block_table: Tensor | None, out: Tensor, N: int, queries: int, page: int,
+    config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, pivots: Tensor | None,
+    candidates: Tensor | None, counts: Tensor | None, block_table: Tensor | None, out: Tensor, N: int, queries: int, page: int,
 ) -> tuple[Tensor | int | None, ...]:  # fmt: skip
     """select_kernel's arguments, in its order."""
     table_blocks = 0 if block_table is None else block_table.shape[1]
     return (
-        scores, starts, ends, candidates, counts, block_table, out, N, scores.shape[1], scores.stride(0), queries,
+        scores, starts, ends, pivots, candidates, counts, block_table, out, N, scores.shape[1], scores.stride(0), queries,
         table_blocks, out.shape[1], power_of_2(out.shape[1]), page, config.room, config.parts, config.tile,
     )  # fmt: skip

@@ -1,0 +1,150 @@
+"""Sparse problems to the Triton kernels' arguments: a cache in q's dtype or in a row format, as strided parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from flash_mla.backends.triton.device import device_of, target
+from flash_mla.kernels.triton import sparse
+from flash_mla.kernels.triton.target import Target
+from flash_mla.kernels.triton.tiles import power_of_2
+from flash_mla.problem import SparseArgs, SparseProblem
+from flash_mla.quant import FORMATS, RowFormat
+
+GLUON = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
+"""Whether this Triton has the Gluon that sparse_wgmma.py is written in; earlier ones were not tried."""
+
+
+class Parts(NamedTuple):
+    """[pages, page, n] views: all columns in q's dtype, or a row format's e4m3 codes, BF16 rope and scales."""
+
+    codes: Tensor
+    rope: Tensor | None
+    scales: Tensor | None
+
+
+def refuse(problem: SparseProblem) -> str | None:
+    """Why the kernel cannot run this problem, or None."""
+    if problem.D > 576 or problem.D % 8:
+        return f"D must be a multiple of 8, at most 576; it is {problem.D}"
+    if problem.Dv > 512 or problem.Dv > sparse.head_tiles(problem.D)[0]:
+        return f"V must lie in K's first {sparse.head_tiles(problem.D)[0]} columns, one tile; Dv is {problem.Dv}"
+    return None
+
+
+def config(problem: SparseProblem, on: Target | None = None) -> sparse.Config:
+    """The kernel's tiles; max_logits is not kept through a merge, and its callers have tokens enough."""
+    on = on or target(problem.device)
+    chosen = sparse.config(
+        tokens=problem.B * problem.S_q,
+        Hq=problem.Hq,
+        D=problem.D,
+        topk=sum(keys.topk for keys in problem.sets),
+        itemsize=problem.dtype.itemsize,
+        quantised=0 if problem.format is None else FORMATS[problem.format].quantised,
+        flat=flat(problem),
+        split=not problem.max_logits,
+        target=on,
+    )
+    return replace(chosen, tile_m=64, tile_n=64, warps=8, wgmma=True) if wgmma(problem, on) else chosen
+
+
+def wgmma(problem: SparseProblem, on: Target) -> bool:
+    """Whether sparse_wgmma.py takes the problem, and with more heads than half of its 64 rows."""
+    shape = (problem.Dv, len(problem.sets), problem.dtype) == (512, 1, torch.bfloat16) and problem.D in (576, 512)
+    strides = (*problem.q_strides[:3], *problem.sets[0].cache_strides)
+    return (
+        GLUON
+        and on.wgmma
+        and problem.aligned
+        and shape
+        and problem.Hq > 32
+        and problem.format in (None, "fp8_ds_mla")
+        and flat(problem)
+        and all(n % 8 == 0 for n in strides)
+    )
+
+
+def flat(problem: SparseProblem) -> bool:
+    """Whether row i of a cache lies i rows after the first, whatever its page."""
+    together = all(s.pages == 1 or s.cache_strides[0] == s.page * s.cache_strides[1] for s in problem.sets)
+    return together and not (problem.format is not None and FORMATS[problem.format].page_split)
+
+
+def parts(cache: Tensor, fmt: RowFormat | None) -> Parts:
+    """The parts of a cache [pages, page, D or row_bytes], as views."""
+    if fmt is None:
+        return Parts(cache, None, None)
+    codes, scales, rope = fmt.parts(cache)
+    # e8m0 scales stay bytes
+    scales = scales.view(torch.float32) if fmt.scale_dtype == torch.float32 and fmt.scale_bytes else scales
+    return Parts(codes, rope.view(torch.bfloat16) if fmt.rope else codes, scales if fmt.scale_bytes else codes)
+
+
+def arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None) -> tuple:
+    """sparse_kernel's arguments, in its order."""
+    fmt = None if problem.format is None else FORMATS[problem.format]
+    tensors: list[Tensor | None] = []
+    numbers: list[int] = []
+    for keys in args.keys:
+        cache = parts(keys.cache, fmt)
+        tensors += [keys.indices, keys.lengths, *cache]
+        numbers += [keys.indices.shape[2], *keys.cache.shape[:2], *keys.indices.stride()[:2], *sparse.strides(*cache)]
+    if len(args.keys) == 1:
+        tensors += [None] * 5
+        numbers += [0] * 11
+    quantised, group, e8m0 = 0, 0, False
+    if fmt is not None:
+        quantised, group, e8m0 = fmt.quantised, fmt.tile or 0, fmt.scale_dtype != torch.float32
+    return (
+        args.q, *tensors, args.attn_sink, args.out, args.lse, args.max_logits, partial, args.softmax_scale,
+        problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], *numbers, problem.S_q, problem.D, problem.Dv,
+        quantised, group, e8m0, config.native, config.splits, config.tile_m, config.tile_n, config.d_main,
+        config.d_rest, config.precision, config.flat,
+    )  # fmt: skip
+
+
+def launch(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> None:
+    """One kernel, and a merge where the keys of a token are split."""
+    tokens = problem.B * problem.S_q
+    rows = tokens * problem.Hq
+    partial = None
+    if config.splits > 1:
+        partial = args.q.new_empty(config.splits * rows * (problem.Dv + 1), dtype=torch.float32)
+    with device_of(problem.device):
+        grid = sparse.grid(config, tokens, problem.Hq)
+        if config.wgmma:
+            # imported here: only Hopper needs Gluon
+            from flash_mla.kernels.triton.sparse_wgmma import sparse_wgmma_kernel
+
+            sparse_wgmma_kernel[grid](*wgmma_arguments(problem, config, args, partial), num_warps=config.warps)
+        else:
+            sparse.sparse_kernel[grid](
+                *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
+            )
+        if partial is not None:
+            sparse.merge_kernel[(rows,)](
+                partial, args.attn_sink, args.out, args.lse, rows, problem.Hq, problem.Dv, power_of_2(problem.Dv),
+                config.splits, num_warps=4,
+            )  # fmt: skip
+
+
+def wgmma_arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None) -> tuple:
+    """sparse_wgmma_kernel's arguments, in its order."""
+    fmt = None if problem.format is None else FORMATS[problem.format]
+    (keys,) = args.keys
+    codes, rope, scales = parts(keys.cache, fmt)
+    rope = codes if rope is None else rope
+    pages, page = keys.cache.shape[:2]
+    return (
+        args.q, keys.indices, keys.lengths, codes, rope, scales, args.attn_sink, args.out, args.lse, args.max_logits,
+        partial, args.softmax_scale, problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], keys.indices.shape[2],
+        pages * page, *keys.indices.stride()[:2], codes.stride(1), rope.stride(1),
+        0 if scales is None else scales.stride(1), problem.S_q, problem.D, 0 if fmt is None else fmt.tile,
+        config.splits,
+    )  # fmt: skip

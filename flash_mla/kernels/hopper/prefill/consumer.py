@@ -1,0 +1,354 @@
+"""A consumer warpgroup of a prefill: scores, softmax, products, and the result of 64 rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
+
+from flash_mla.kernels.hopper.barriers import arrive, sync
+from flash_mla.kernels.hopper.boxes import zero_rows
+from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.lanes import quad_sum
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARPGROUP
+from flash_mla.kernels.hopper.prefill.config import BITS, ROW_LIMITS, Bar, Config
+from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Task, Tensors, receive
+from flash_mla.kernels.hopper.softmax import LAZY, Rows
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A consumer warpgroup: 64 rows of the tile.
+
+    Registers of a thread: O [64, Dv] / 128 threads, S [64, TILE_N] / 128, P half of that, the scale of the tile's
+    scores (base 2), and for each of its two rows the running max (base 2), its share of the running sum, the factor of
+    the last move of the max, and the last key that the row may see.
+    """
+
+    config: Config
+    shared: Shared
+    wg: Int32
+    tid: Int32
+    qk: cute.TiledMma
+    pv: cute.TiledMma
+    rQ: cute.Tensor
+    rK: cute.Tensor
+    rV: cute.Tensor
+    store: cute.TiledCopy
+    O: cute.Tensor
+    S: cute.Tensor
+    P: cute.Tensor
+    scale: cute.Tensor
+    rows: Rows
+
+    @staticmethod
+    def over(shared: Shared, wg, tid) -> Consumer:
+        """tid: of the thread among all consumers."""
+        config = shared.config
+        dtype, atoms = DTYPES[config.dtype], (config.consumers, 1, 1)
+        K, MN = OperandMajorMode.K, OperandMajorMode.MN
+        registers = warpgroup.OperandSource.RMEM
+        qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, atoms, (TILE_M, config.tile_n))
+        # NOTE: a wgmma of 256 columns does not fit the 128 registers of a thread at entry where blocks are listed
+        columns = min(config.Dv, 128) if config.sparse else config.Dv
+        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, MN, Float32, atoms, (TILE_M, columns), registers)
+        # NOTE: from the warpgroup's number, not the thread's, so that descriptors stay in uniform registers
+        qk_slice, pv_slice = qk.get_slice(WARPGROUP * wg), pv.get_slice(WARPGROUP * wg)
+        sV = shared.sV
+        sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
+        store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), dtype)
+        role, warps = "consumers", 4 * config.consumers
+        for channel in (shared.tasks, shared.k, shared.v):
+            channel.read_by(role, warps)
+        shared.out.written_by(role, warps)
+        return Consumer(
+            config=config,
+            shared=shared,
+            wg=wg,
+            tid=tid,
+            qk=qk,
+            pv=pv,
+            rQ=qk.make_fragment_A(qk_slice.partition_A(shared.sQ)),
+            rK=qk.make_fragment_B(qk_slice.partition_B(shared.sK)),
+            rV=pv.make_fragment_B(pv_slice.partition_B(sVt)),
+            store=cute.make_tiled_copy_C(store, pv).get_slice(tid),
+            O=cute.make_rmem_tensor(pv.partition_shape_C((config.tile_m, config.Dv)), Float32),
+            S=cute.make_rmem_tensor(qk.partition_shape_C((config.tile_m, config.tile_n)), Float32),
+            P=cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, config.tile_n // 16)), dtype),
+            scale=cute.make_rmem_tensor(1, Float32),
+            rows=Rows.over(tid),
+        )
+
+    @cute.jit
+    def begin(self, tensors: Tensors, scalars: Scalars, tile: Task) -> None:
+        """Begin a tile."""
+        scale = scalars.scale_log2
+        if scalars.has_descale != 0:
+            scale = scale * tensors.score_scale[tile.request, tile.kv_head]
+        self.scale[0] = scale
+        self.rows.start()
+        for r in cutlass.range_constexpr(2):
+            last_key = tile.length - 1
+            if scalars.causal != 0:
+                last_key = cutlass.min(tile.length - 1, tile.start + tile.row0 + self.rows.first + 8 * r)
+            self.rows.last_key[r] = last_key
+
+    @cute.jit
+    def take_turn(self) -> None:
+        if const_expr(self.config.turns):
+            sync(Bar.TURN + self.wg, 2 * WARPGROUP)
+
+    @cute.jit
+    def pass_turn(self) -> None:
+        if const_expr(self.config.turns):
+            following = self.wg + 1 if self.wg + 1 < self.config.consumers else 0
+            arrive(Bar.TURN + following, 2 * WARPGROUP)
+
+    @cute.jit
+    def scores(self, q_stage, stage) -> None:
+        """Issue S = Q K^T of a block, as one group."""
+        atom = cute.make_mma_atom(self.qk.op)
+        atom.set(warpgroup.Field.ACCUMULATE, False)
+        warpgroup.fence()
+        for k in cutlass.range_constexpr(self.config.D // 16):
+            cute.gemm(atom, self.S, self.rQ[None, None, k, q_stage], self.rK[None, None, k, stage], self.S)
+            atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def values(self, stage) -> None:
+        """Issue O += P V of a block, as one group."""
+        atom = cute.make_mma_atom(self.pv.op)
+        atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.fence()
+        for k in cutlass.range_constexpr(self.config.tile_n // 16):
+            cute.gemm(atom, self.O, self.P[None, None, k], self.rV[None, None, k, stage], self.O)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def mask_bits(self, tensors: Tensors, Hq, tile: Task, key0) -> None:
+        """S = -inf where the tile's mask says so."""
+        S, bits = self.S, tensors.mask_bits
+        request = cutlass.min(tile.request, bits.shape[0] - 1)
+        head = cutlass.min(tile.head - tile.request * Hq, bits.shape[1] - 1)
+        for r in cutlass.range_constexpr(2):
+            row = cutlass.min(tile.row0 + self.rows.first + 8 * r, bits.shape[2] - 1)
+            for half in cutlass.range_constexpr(2):
+                keep = bits[request, head, row, key0 // 32 + half] >> self.rows.column
+                for j in cutlass.range_constexpr(4):
+                    for e in cutlass.range_constexpr(2):
+                        i = 16 * half + 4 * j + 2 * r + e
+                        S[i] = S[i] if (keep >> (8 * j + e)) & 1 != 0 else -Float32.inf
+
+    @cute.jit
+    def mask_listed(self, tensors: Tensors, Hq, tile: Task, word) -> None:
+        """Mask a listed block as its flags say."""
+        key0 = word // BLOCK * BLOCK
+        if word & ROW_LIMITS != 0:
+            self.rows.mask(self.S, key0)
+        if word & BITS != 0:
+            self.mask_bits(tensors, Hq, tile, key0)
+
+    @cute.jit
+    def softmax(self) -> None:
+        """S = 2^(S - max), the max moved first if it must be; the row sums take S before it is rounded to P."""
+        S = self.S
+        for r in cutlass.range_constexpr(2):
+            peak = self.rows.peak(S, r) * self.scale[0]
+            self.rows.move_max(r, peak if peak > self.rows.max[r] + LAZY else self.rows.max[r])
+        for r in cutlass.range_constexpr(2):
+            total = self.rows.sum[r] * self.rows.factor[r]
+            for j in cutlass.range_constexpr(self.config.tile_n // 8):
+                for e in cutlass.range_constexpr(2):
+                    i = 4 * j + 2 * r + e
+                    S[i] = cute.math.exp2(S[i] * self.scale[0] - self.rows.max[r], fastmath=True)
+                    total = total + S[i]
+            self.rows.sum[r] = total
+
+    @cute.jit
+    def round(self) -> None:
+        """P = S in the operand's dtype."""
+        for k in cutlass.range_constexpr(self.config.tile_n // 16):
+            S = cute.make_tensor(self.S.iterator + 8 * k, cute.make_layout(8))
+            P = cute.make_tensor(self.P.iterator + 8 * k, cute.make_layout(8))
+            P.store(S.load().to(DTYPES[self.config.dtype]))
+
+    @cute.jit
+    def clear_values(self, valid, count) -> None:
+        """Zero the V rows of block number `count` from row `valid` on: P is 0 there, but 0 * NaN is NaN."""
+        tile_n, shared = self.config.tile_n, self.shared
+        if valid < tile_n:
+            stage = count % self.config.stages
+            shared.v.wait(stage, count // self.config.stages)
+            block = shared.sV.iterator + stage * (tile_n * self.config.Dv)
+            zero_rows(block, tile_n, self.config.Dv // CHUNK, valid, self.tid)
+            sync(Bar.WARPGROUP + self.wg, WARPGROUP)
+
+    @cute.jit
+    def write(self, tensors: Tensors, scalars: Scalars, tile: Task, q_stage, row_max, row_sum) -> None:
+        """Normalise O, put it in place of Q for the storing warp, and write lse."""
+        O, P = self.O, tensors.lse.shape[1]
+        global_lse, sink = tensors.lse, tensors.sink
+        scale = cute.make_rmem_tensor(2, Float32)
+        for r in cutlass.range_constexpr(2):
+            total = quad_sum(row_sum[r])
+            row = tile.row0 + self.rows.first + 8 * r
+            if self.tid % 4 == 0 and row < P:
+                lse = (row_max[r] + cute.math.log2(total, fastmath=True)) * math.log(2.0)
+                global_lse[tile.head, row] = lse if total > 0.0 else -Float32.inf
+            denominator = total
+            if scalars.has_sink != 0:
+                sink_log2 = sink[tile.head - tile.request * scalars.Hq] * math.log2(math.e)
+                denominator = denominator + cute.math.exp2(sink_log2 - row_max[r], fastmath=True)
+            factor = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
+            if scalars.has_descale != 0:
+                factor = factor * tensors.value_scale[tile.request, tile.kv_head]
+            scale[r] = factor
+        rounded = cute.make_rmem_tensor(O.layout, DTYPES[self.config.dtype])
+        for i in cutlass.range_constexpr(self.config.Dv // 2):
+            O[i] = O[i] * scale[(i // 2) % 2]
+        rounded.store(O.load().to(DTYPES[self.config.dtype]))
+        # NOTE: the rows of Q that these overwrite, all four warps' wgmma have read by now
+        sync(Bar.WARPGROUP + self.wg, WARPGROUP)
+        sO = self.shared.sO[None, None, q_stage]
+        cute.copy(self.store, self.store.retile(rounded), self.store.partition_D(sO))
+        cute.arch.fence_view_async_shared()
+        self.shared.out.arrive_warp(q_stage)
+
+
+@cute.jit
+def next_block(
+    consumer: Consumer,
+    tensors: Tensors,
+    Hq,
+    tile: Task,
+    count,
+    q_stage,
+    word,
+    masked: cutlass.Constexpr,
+    crossing: cutlass.Constexpr,
+) -> Int32:
+    """P V of block number `count` beside the scores and softmax of the next, a block of `tile`.
+
+    word: the next block's first key; where blocks are listed, the list says it, with its flags. Returned. crossing: the
+    block is the first of the next tile, whose factor is none of this tile's O.
+    """
+    k, v, following, stages = consumer.shared.k, consumer.shared.v, count + 1, consumer.config.stages
+    k.wait(following % stages, following // stages)
+    if const_expr(consumer.config.sparse):
+        word = consumer.shared.sKeys[following % stages]
+    consumer.take_turn()
+    consumer.scores(q_stage, following % stages)
+    v.wait(count % stages, count // stages)
+    consumer.values(count % stages)
+    consumer.pass_turn()
+    warpgroup.wait_group(1)
+    k.release(following % stages)
+    if const_expr(consumer.config.sparse):
+        consumer.mask_listed(tensors, Hq, tile, word)
+    elif const_expr(masked):
+        consumer.rows.mask(consumer.S, word)
+    consumer.softmax()
+    warpgroup.wait_group(0)
+    v.release(count % stages)
+    consumer.round()
+    if const_expr(not crossing):
+        consumer.rows.rescale(consumer.O)
+    return word
+
+
+@cute.jit
+def first_block(consumer: Consumer, tensors: Tensors, Hq, tile: Task, count, q_stage) -> Int32:
+    """Scores and softmax of a tile's first block, with nothing beside them. Returns its word as `next_block` does."""
+    k, stages, word = consumer.shared.k, consumer.config.stages, Int32(0)
+    k.wait(count % stages, count // stages)
+    if const_expr(consumer.config.sparse):
+        word = consumer.shared.sKeys[count % stages]
+    consumer.take_turn()
+    consumer.scores(q_stage, count % stages)
+    consumer.pass_turn()
+    warpgroup.wait_group(0)
+    k.release(count % stages)
+    if const_expr(consumer.config.sparse):
+        consumer.mask_listed(tensors, Hq, tile, word)
+    else:
+        consumer.rows.mask(consumer.S, word)
+    consumer.softmax()
+    consumer.round()
+    return word
+
+
+@cute.jit
+def last_block(consumer: Consumer, count) -> None:
+    """P V of a tile's last block, with nothing beside it."""
+    v, stages = consumer.shared.v, consumer.config.stages
+    v.wait(count % stages, count // stages)
+    consumer.take_turn()
+    consumer.values(count % stages)
+    consumer.pass_turn()
+    warpgroup.wait_group(0)
+    v.release(count % stages)
+
+
+@cute.jit
+def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
+    """Compute tile after tile."""
+    config, shared = consumer.config, consumer.shared
+    q_stages, tile_n, Hq = config.q_stages, config.tile_n, scalars.Hq
+    if const_expr(config.turns):  # noqa: SIM102
+        if consumer.wg == config.consumers - 1:
+            consumer.pass_turn()
+    row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+    count, done, word = Int32(0), Int32(0), Int32(0)
+    row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
+    if blocks != 0:
+        tile = Task(row0, head, request, kv_head, length, start, blocks, whole)
+        consumer.O.fill(0.0)
+        consumer.begin(tensors, scalars, tile)
+        shared.q.wait(0, 0)
+        word = first_block(consumer, tensors, Hq, tile, count, 0)
+    while blocks != 0:
+        # all blocks of the tile but the last
+        tile = Task(row0, head, request, kv_head, length, start, blocks, whole)
+        q_stage, end = done % q_stages, blocks - 1
+        if const_expr(config.sparse):
+            for n in cutlass.range(end, unroll=1):
+                word = next_block(consumer, tensors, Hq, tile, count + n, q_stage, word, True, False)
+        else:
+            clear = cutlass.max(whole - 1, 0)
+            for n in cutlass.range(clear, unroll=1):
+                next_block(consumer, tensors, Hq, tile, count + n, q_stage, Int32(0), False, False)
+            for n in cutlass.range(clear, end, unroll=1):
+                next_block(consumer, tensors, Hq, tile, count + n, q_stage, (n + 1) * tile_n, True, False)
+            word = end * tile_n
+        count, done = count + end, done + 1
+
+        # the last, beside the first of the next tile where that tile's Q is there
+        row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
+        following = Task(row0, head, request, kv_head, length, start, blocks, whole)
+        for r in cutlass.range_constexpr(2):
+            row_max[r], row_sum[r] = consumer.rows.max[r], consumer.rows.sum[r]
+        consumer.clear_values(tile.length - word // BLOCK * BLOCK, count)
+        if const_expr(q_stages > 1):
+            if blocks != 0:
+                shared.q.wait(done % q_stages, done // q_stages)
+                consumer.begin(tensors, scalars, following)
+                word = next_block(consumer, tensors, Hq, following, count, done % q_stages, Int32(0), True, True)
+            else:
+                last_block(consumer, count)
+            consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
+            consumer.O.fill(0.0)
+        else:
+            last_block(consumer, count)
+            consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
+            consumer.O.fill(0.0)
+            if blocks != 0:
+                consumer.begin(tensors, scalars, following)
+                shared.q.wait(0, done)
+                word = first_block(consumer, tensors, Hq, following, count + 1, 0)
+        count = count + 1

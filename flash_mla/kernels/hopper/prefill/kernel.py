@@ -1,0 +1,239 @@
+"""Prefill on Hopper: out = softmax(scale * Q K^T) V for P query tokens a request, dense or over cache pages.
+
+Grid: one CTA an SM, persistent. A tile is TILE_M query rows of one head; tiles are handed out heaviest first by a
+counter in global memory (`schedule.py`).
+
+Bound. A block of N keys costs a tile of M rows 2 * M * N * (D + Dv) FLOP, at 4096 a cycle and SM: 2048 cycles for
+128 x 128 x (128 + 128), in which the softmax takes 1024 of exp2 (16 a cycle) and about 870 of a scheduler's 2048 issue
+slots, TMA writes 64 KB, and wgmma reads 96 bytes a cycle for Q K^T, 64 for P V, of the 128 that shared memory gives.
+So the tensor cores bound it, if the softmax of one warpgroup runs under the products of the others. With D 64 exp2
+takes as long as they do. 64 KB in 2048 cycles from each SM are 7 TB/s of L2 reads at 1.75 GHz.
+
+Roles (entry registers: 65536 / threads, rounded down to 8):
+    consumer warpgroups, 1 to 3   64 rows each: S = Q K^T, softmax, O += P V, lse     `consumer.py`
+    warp 0 of the last warpgroup  takes tiles; TMA of Q, K, V                         `producer.py`
+    warp 1 of the last warpgroup  TMA of out                                          `store`, below
+
+Channels, producer -> consumer (full arrivals / empty arrivals):
+    tasks  producer -> all        2 stages   1 / consumer warps and the storing warp
+    Q      producer -> consumers  q_stages   1 + bytes / 1, by the storing warp: out lies in place of the dead Q
+    K, V   producer -> consumers  stages     1 + bytes / consumer warps
+    out    consumers -> storing warp         consumer warps; refilling Q empties it
+
+Steady state of a consumer warpgroup, block n of a tile:
+    (D 64: wait for its turn) | issue S' = Q K[n+1]^T | issue O += P V[n] | (pass the turn on) | softmax of S' under
+    P V[n] and under the products of the other warpgroups
+With two Q stages this runs on across tiles: beside P V of a tile's last block goes Q K^T of the next tile's first, and
+out is written under the products of the others. With one (192/128 and 256/256, whose Q is too large), tiles begin
+afresh. The running max moves only when a block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after
+normalisation.
+
+Sparse: a map names the 64 x 64 blocks that count. A tile is then 64 rows of one consumer warpgroup, with a list of its
+own, and two CTAs share an SM, each hiding what the other waits for. The producer reads the tile's row of the map, 32
+blocks a ballot, and loads only what it names; beside a block goes a word, its first key and how to mask it. Bound: 32
+KB from L2 for 2.1 MFLOP, twice the bytes a FLOP of a dense tile. A bool mask is packed to bits beforehand
+(`pack_mask.py`), which gives a map, too: blocks where no key counts are skipped, and the bits are read only where some
+keys do.
+
+Supports BF16 and FP16; D/Dv 64/64, 128/128, 192/128, 256/256; any row and key counts; any strides that TMA takes; GQA;
+ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a table; maps and bool masks; factors of
+the scores and of V for each request and KV head. Unused slots may hold NaN: scores past the end are masked and V rows
+zeroed. Block ids are forced inside the cache, lengths inside the table.
+
+Measured: docs/kernels.md, "Hopper prefill".
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint8
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from flash_mla.kernels.hopper.boxes import row_layout, tma_boxes
+from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
+from flash_mla.kernels.hopper.memory import allocate
+from flash_mla.kernels.hopper.prefill.config import REGISTERS, TASK, TASK_STAGES, Config
+from flash_mla.kernels.hopper.prefill.consumer import Consumer, consume
+from flash_mla.kernels.hopper.prefill.producer import Producer
+from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Tensors, receive
+
+# ---------------------------------------------------------------------------------------------------------- Kernel
+
+
+class Prefill:
+    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # [B, Hq, P, D]
+        k: cute.Tensor,  # [B, Hk, S_kv, D], or pages [B or 1, Hk, Nblk, 64, D]
+        v: cute.Tensor,  # [B, Hk, S_kv, Dv], or pages [B or 1, Hk, Nblk, 64, Dv]
+        out: cute.Tensor,  # [B, Hq, P, Dv]
+        tensors: Tensors,
+        scalars: Scalars,
+        ctas: Int32,
+        stream,
+    ):
+        config = self.config
+
+        def rows_first(x: cute.Tensor, paged: bool) -> cute.Tensor:
+            order = [3, 4, 2, 1, 0] if paged else [2, 3, 1, 0]
+            return cute.make_tensor(x.iterator, cute.select(x.layout, mode=order))
+
+        def box(rows: int) -> cute.ComposedLayout:
+            return row_layout(DTYPES[config.dtype], rows, CHUNK)
+
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        m, n = config.tile_m, config.box_rows
+        tma_q, tQ = cpasync.make_tiled_tma_atom(load, rows_first(q, False), box(m), (m, CHUNK))
+        tma_k, tK = cpasync.make_tiled_tma_atom(load, rows_first(k, config.paged), box(n), (n, CHUNK))
+        tma_v, tV = cpasync.make_tiled_tma_atom(load, rows_first(v, config.paged), box(n), (n, CHUNK))
+        tma_o, tO = cpasync.make_tiled_tma_atom(store, rows_first(out, False), box(m), (m, CHUNK))
+        self.kernel(tma_q, tQ, tma_k, tK, tma_v, tV, tma_o, tO, tensors, scalars).launch(
+            grid=(ctas, 1, 1),
+            block=(config.threads, 1, 1),
+            smem=config.smem_bytes(),
+            # NOTE: 2 also bounds the registers at entry to what REGISTERS[1] adds up to, where one CTA fits
+            min_blocks_per_mp=2 if config.sparse else 1,
+            # NOTE: without it the DSL asks a driver for the default, and compiling wants a GPU
+            preferred_smem_carveout=100,
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        tQ: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        tK: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        tV: cute.Tensor,
+        tma_o: cute.CopyAtom,
+        tO: cute.Tensor,
+        tensors: Tensors,
+        scalars: Scalars,
+    ):
+        config = self.config
+        dtype = DTYPES[config.dtype]
+
+        @cute.struct
+        class Storage:
+            sQ: cute.struct.Align[cute.struct.MemRange[dtype, config.q_stages * config.tile_m * config.D], 1024]
+            sK: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.D], 1024]
+            sV: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.Dv], 1024]
+            sTask: cute.struct.MemRange[Int32, TASK_STAGES * TASK]
+            sKeys: cute.struct.MemRange[Int32, config.stages]
+            task_barriers: cute.struct.MemRange[Int64, Channel.words(TASK_STAGES)]
+            q_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
+            k_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]
+            v_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]
+            out_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
+
+        shared = Shared.over(config, allocate(Storage, config))
+        warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+
+        if warp_id == 0:
+            for tma in (tma_q, tma_k, tma_v, tma_o):
+                cpasync.prefetch_descriptor(tma)
+            with cute.arch.elect_one():
+                for channel in shared.channels:
+                    channel.init()
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        registers, few_registers = REGISTERS[config.consumers]
+        producer_warp = 4 * config.consumers
+        if warp_id >= producer_warp:
+            cute.arch.setmaxregister_decrease(few_registers)
+            if warp_id == producer_warp:
+                Producer.over(shared, tma_q, tQ, tma_k, tK, tma_v, tV).run(tensors, scalars, tQ)
+            elif warp_id == producer_warp + 1:
+                self.store(shared, tma_o, tO, scalars)
+        else:
+            cute.arch.setmaxregister_increase(registers)
+            tidx, _, _ = cute.arch.thread_idx()
+            consumer = Consumer.over(shared, warp_id // 4, tidx)
+            consume(consumer, tensors, scalars)
+        for channel in shared.channels:
+            channel.check()
+
+    @cute.jit
+    def store(self, shared: Shared, tma_o: cute.CopyAtom, tO: cute.Tensor, scalars: Scalars) -> None:
+        """Store each tile's out when all warps have written it, then free its Q stage."""
+        config = self.config
+        counts = (config.Dv // CHUNK, config.q_stages)
+        many = cute.make_layout(counts, stride=(config.tile_m * CHUNK, config.tile_m * config.D))
+        sO, gO = tma_boxes(tma_o, shared.sQ.iterator, many, tO, (config.tile_m, CHUNK), (None, None, None, None))
+        for channel in (shared.tasks, shared.q):
+            channel.read_by("storing warp", 1)
+        done = Int32(0)
+        row0, head, request, _kv_head, _length, _start, blocks, _whole = receive(shared, done)
+        while blocks != 0:
+            stage = done % config.q_stages
+            shared.out.wait(stage, done // config.q_stages)
+            for chunk in cutlass.range_constexpr(config.Dv // CHUNK):
+                target = gO[None, row0 // config.tile_m, chunk, head - request * scalars.Hq, request]
+                cute.copy(tma_o, sO[None, (chunk, stage)], target)
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            shared.q.release(stage)
+            done = done + 1
+            row0, head, request, _kv_head, _length, _start, blocks, _whole = receive(shared, done)
+
+
+# ---------------------------------------------------------------------------------------------------------- Launch
+
+
+def arguments(config: Config) -> tuple:
+    """Symbolic arguments of `Prefill.__call__`, for compiling without a GPU."""
+    dtype = DTYPES[config.dtype]
+
+    # NOTE: every size and stride is a symbol of its own: what shares one must be equal in every call
+    def tensor(*tail: int) -> cute.Tensor:
+        shape = (*(cute.sym_int32() for _ in range(3)), *tail)
+        strides = (*(cute.sym_int64(divisibility=8) for _ in shape[1:]), 1)
+        return make_fake_tensor(dtype, shape, strides, assumed_align=16)
+
+    def keys(columns: int) -> cute.Tensor:
+        return tensor(BLOCK, columns) if config.paged else tensor(columns)
+
+    def vector(kind, size=None) -> cute.Tensor:
+        return make_fake_tensor(kind, (cute.sym_int32() if size is None else size,), (1,), assumed_align=4)
+
+    def matrix(last_stride) -> cute.Tensor:
+        dims = (cute.sym_int32(), cute.sym_int32())
+        return make_fake_tensor(Float32, dims, (cute.sym_int64(), last_stride), assumed_align=4)
+
+    def blocks(kind) -> cute.Tensor:
+        strides = (*(cute.sym_int64() for _ in range(3)), 1)
+        return make_fake_tensor(kind, [cute.sym_int32() for _ in range(4)], strides, assumed_align=kind.width // 8)
+
+    tensors = Tensors(
+        table=make_fake_tensor(Int32, (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4),
+        seq_lens=vector(Int32),
+        start_pos=vector(Int32),
+        sink=vector(Float32),
+        score_scale=matrix(cute.sym_int64()),
+        value_scale=matrix(cute.sym_int64()),
+        lse=matrix(1),
+        counter=vector(Int32, 1),
+        block_map=blocks(Uint8),
+        mask_bits=blocks(Int32),
+    )
+    scalars = Scalars(Float32(1.0), *(Int32(1) for _ in Scalars._fields[1:]))
+    return tensor(config.D), keys(config.D), keys(config.Dv), tensor(config.Dv), tensors, scalars, Int32(1)
+
+
+def build(config: Config, options: str = ""):
+    """Compile the kernel for sm_90a; takes seconds."""
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(Prefill(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")

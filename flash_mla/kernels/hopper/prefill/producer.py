@@ -1,0 +1,254 @@
+"""The loading warp of a prefill: it takes tiles, describes them to the other roles, and fills Q, K and V by TMA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+
+from flash_mla.kernels.hopper.boxes import tma_boxes
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
+from flash_mla.kernels.hopper.prefill import schedule
+from flash_mla.kernels.hopper.prefill.config import BITS, NOWHERE, ROW_LIMITS, TASK_STAGES, Config
+from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Task, Tensors
+from flash_mla.kernels.hopper.table import block_of
+
+
+class Source(NamedTuple):
+    """Where a tile's K and V are: the table, the request, its KV head and its keys."""
+
+    table: cute.Tensor
+    request: Int32
+    kv_head: Int32
+    length: Int32
+
+
+@dataclass(frozen=True)
+class Producer:
+    """The warp that takes tiles and fills Q, K and V by TMA.
+
+    sQ [box, chunk, q_stage]; gQ [box, row tile, chunk, head, request]; sK, sV [box, box of the block, chunk, stage];
+    gK, gV [box, block, chunk, KV head, request], or of pages [box, chunk, page, KV head, request].
+    """
+
+    config: Config
+    shared: Shared
+    tma_q: cute.CopyAtom
+    tma_k: cute.CopyAtom
+    tma_v: cute.CopyAtom
+    sQ: cute.Tensor
+    gQ: cute.Tensor
+    sK: cute.Tensor
+    gK: cute.Tensor
+    sV: cute.Tensor
+    gV: cute.Tensor
+
+    @staticmethod
+    def over(shared: Shared, tma_q, tQ, tma_k, tK, tma_v, tV) -> Producer:
+        config = shared.config
+
+        def boxes(tma, sX, rows: int, box_rows: int, columns: int, stages: int, tensor, coordinate):
+            counts = (rows // box_rows, columns // CHUNK, stages)
+            many = cute.make_layout(counts, stride=(box_rows * CHUNK, rows * CHUNK, rows * columns))
+            return tma_boxes(tma, sX.iterator, many, tensor, (box_rows, CHUNK), coordinate)
+
+        free = (None, None, None, None)
+        key = (0, *free) if config.paged else free
+        m, n, box = config.tile_m, config.tile_n, config.box_rows
+        sQ, gQ = boxes(tma_q, shared.sQ, m, m, config.D, config.q_stages, tQ, free)
+        sK, gK = boxes(tma_k, shared.sK, n, box, config.D, config.stages, tK, key)
+        sV, gV = boxes(tma_v, shared.sV, n, box, config.Dv, config.stages, tV, key)
+        for channel in (shared.tasks, shared.q, shared.k, shared.v):
+            channel.written_by("producer")
+        return Producer(config, shared, tma_q, tma_k, tma_v, sQ, gQ, sK, gK, sV, gV)
+
+    @cute.jit
+    def load_q(self, row_tile, head, request, count) -> None:
+        """The tile's query rows; rows past the last arrive as zeros."""
+        q, stages = self.shared.q, self.config.q_stages
+        stage = count % stages
+        q.acquire(stage, count // stages)
+        with cute.arch.elect_one():
+            q.expect(stage, 2 * self.config.tile_m * self.config.D)
+        for chunk in cutlass.range_constexpr(self.config.D // CHUNK):
+            source = self.gQ[None, row_tile, chunk, head, request]
+            cute.copy(self.tma_q, source, self.sQ[None, (0, chunk, stage)], tma_bar_ptr=q.bar(stage))
+
+    @cute.jit
+    def load_block(self, values: cutlass.Constexpr, source: Source, pages: cute.Tensor, block, count, word) -> None:
+        """Block number `count` of the CTA: of K, or of V; keys past the last arrive as zeros, or as a page holds them.
+
+        word: what a list says of the block (K only).
+        """
+        config, shared = self.config, self.shared
+        channel = shared.v if const_expr(values) else shared.k
+        tma, sX, gX = (self.tma_v, self.sV, self.gV) if const_expr(values) else (self.tma_k, self.sK, self.gK)
+        columns = config.Dv if const_expr(values) else config.D
+        # NOTE: a broadcast dim has one element
+        head = cutlass.min(source.kv_head, cute.size(gX, mode=[3]) - 1)
+        request = cutlass.min(source.request, cute.size(gX, mode=[4]) - 1)
+        stage, sKeys = count % config.stages, shared.sKeys
+        channel.acquire(stage, count // config.stages)
+        with cute.arch.elect_one():
+            if const_expr(config.sparse and not values):
+                sKeys[stage] = word
+            channel.expect(stage, 2 * config.tile_n * columns)
+        bar = channel.bar(stage)
+        for chunk in cutlass.range_constexpr(columns // CHUNK):
+            if const_expr(config.paged):
+                for i in cutlass.range_constexpr(config.tile_n // BLOCK):
+                    target = sX[None, (i, chunk, stage)]
+                    cute.copy(tma, gX[None, chunk, pages[i], head, request], target, tma_bar_ptr=bar)
+            else:
+                cute.copy(tma, gX[None, block, chunk, head, request], sX[None, (0, chunk, stage)], tma_bar_ptr=bar)
+
+    @cute.jit
+    def find_pages(self, source: Source, block, pages: cute.Tensor) -> None:
+        """The physical pages of a block, forced inside the cache; past the request's last page, that page again."""
+        if const_expr(self.config.paged):
+            table, many = source.table, self.config.tile_n // BLOCK
+            last = cutlass.max(0, (source.length + BLOCK - 1) // BLOCK - 1)
+            for i in cutlass.range_constexpr(many):
+                logical = cutlass.min(block * many + i, last)
+                pages[i] = block_of(table, source.request, logical, cute.size(self.gK, mode=[2]))
+
+    @cute.jit
+    def load_all(self, source: Source, blocks, count) -> None:
+        """The first `blocks` blocks, K one ahead of V."""
+        pages, before = self.page_ids(), self.page_ids()
+        self.find_pages(source, 0, before)
+        self.load_block(False, source, before, 0, count, 0)
+        for n in cutlass.range(1, blocks, unroll=1):
+            self.find_pages(source, n, pages)
+            self.load_block(False, source, pages, n, count + n, 0)
+            self.load_block(True, source, before, n - 1, count + n - 1, 0)
+            before.store(pages.load())
+        self.load_block(True, source, before, blocks - 1, count + blocks - 1, 0)
+
+    def page_ids(self) -> cute.Tensor:
+        """Room for the page numbers of a block."""
+        return cute.make_rmem_tensor(self.config.tile_n // BLOCK, Int32)
+
+    @cute.jit
+    def load_listed(self, source: Source, row: cute.Tensor, blocks, limit, count) -> None:
+        """Those of the first `blocks` blocks that the tile's row of the map names, K one ahead of V; or one nowhere.
+
+        limit: keys that all rows see.
+        """
+        pages, before = self.page_ids(), self.page_ids()
+        taken, last_block = Int32(0), Int32(0)
+        for base in cutlass.range(0, blocks, 32, unroll=1):
+            flags, bits = self.listed(row, base, blocks)
+            while bits != 0:
+                lane = cute.arch.popc(~bits & (bits - 1))
+                block = base + lane
+                word = block * BLOCK | cute.arch.shuffle_sync(flags, lane)
+                if block * BLOCK + BLOCK > limit:
+                    word = word | ROW_LIMITS
+                bits = bits & (bits - 1)
+                self.find_pages(source, block, pages)
+                self.load_block(False, source, pages, block, count + taken, word)
+                if taken > 0:
+                    self.load_block(True, source, before, last_block, count + taken - 1, 0)
+                before.store(pages.load())
+                taken, last_block = taken + 1, block
+        if taken == 0:
+            self.find_pages(source, 0, before)
+            self.load_block(False, source, before, 0, count, Int32(NOWHERE | ROW_LIMITS))
+            taken = taken + 1
+        self.load_block(True, source, before, last_block, count + taken - 1, 0)
+
+    @cute.jit
+    def listed(self, row: cute.Tensor, base, blocks):
+        """32 blocks of a row of the map: the flags of this lane's block, and which blocks count."""
+        block, kind = base + cute.arch.lane_idx(), Int32(0)
+        if block < cutlass.min(blocks, row.shape[0]):
+            kind = Int32(row[block])
+        return BITS if kind == 2 else 0, Int32(cute.arch.vote_ballot_sync(kind != 0))
+
+    @cute.jit
+    def count_listed(self, row: cute.Tensor, blocks):
+        """How many of the first `blocks` blocks the tile's row of the map names; at least the one nowhere."""
+        total = Int32(0)
+        for base in cutlass.range(0, blocks, 32, unroll=1):
+            _, bits = self.listed(row, base, blocks)
+            total = total + cute.arch.popc(bits)
+        return cutlass.max(total, 1)
+
+    @cute.jit
+    def run(self, tensors: Tensors, scalars: Scalars, tQ: cute.Tensor) -> None:
+        """Take tiles, describe them to the others, and load them."""
+        config, sTask, tasks = self.config, self.shared.sTask, self.shared.tasks
+        P, heads = cute.size(tQ, mode=[0]), cute.size(tQ, mode=[2]) * cute.size(tQ, mode=[3])
+        row_tiles = (P + config.tile_m - 1) // config.tile_m
+        tiles = row_tiles * heads
+        index, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        count, done = Int32(0), Int32(0)
+        while index < tiles:
+            following = tiles
+            if tiles > ctas:
+                following = self.take(tensors.counter) + ctas
+            row_tile, head = schedule.tile(index, row_tiles, heads, scalars.section, cutlass.min)
+            request = head // scalars.Hq
+            q_head, row0 = head - request * scalars.Hq, row_tile * config.tile_m
+            start, length = self.span(tensors, scalars, request, P)
+            total, whole = self.blocks(scalars, row0, length, start)
+            kv_head = q_head // (scalars.Hq // scalars.Hk)
+            source = Source(tensors.table, request, kv_head, length)
+            blocks = total
+            block_map = tensors.block_map
+            map_request = cutlass.min(request, block_map.shape[0] - 1)
+            map_row = block_map[map_request, cutlass.min(q_head, block_map.shape[1] - 1), row_tile, None]
+            if const_expr(config.sparse):
+                blocks = self.count_listed(map_row, total)
+
+            stage = done % TASK_STAGES
+            tasks.acquire(stage, done // TASK_STAGES)
+            with cute.arch.elect_one():
+                for i, word in enumerate(Task(row0, head, request, kv_head, length, start, blocks, whole)):
+                    sTask[i, stage] = word
+                tasks.arrive(stage)
+            self.load_q(row_tile, q_head, request, done)
+            if const_expr(config.sparse):
+                self.load_listed(source, map_row, total, whole * config.tile_n, count)
+            else:
+                self.load_all(source, blocks, count)
+            count, done, index = count + blocks, done + 1, following
+        stage = done % TASK_STAGES
+        tasks.acquire(stage, done // TASK_STAGES)
+        with cute.arch.elect_one():
+            sTask[Task._fields.index("blocks"), stage] = Int32(0)
+            tasks.arrive(stage)
+
+    @cute.jit
+    def span(self, tensors: Tensors, scalars: Scalars, request, P):
+        """The position of a request's first query, and its keys."""
+        start, length = Int32(0), scalars.S_kv
+        if scalars.has_start != 0:
+            start = tensors.start_pos[request]
+        if const_expr(self.config.paged):
+            length = cutlass.min(length, start + P)
+        if scalars.has_lens != 0:
+            length = cutlass.min(length, tensors.seq_lens[request])
+        return start, cutlass.max(0, length)
+
+    @cute.jit
+    def take(self, counter: cute.Tensor):
+        """The next number of the counter, for the whole warp."""
+        number = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            number = cute.arch.atomic_add(counter.iterator, Int32(1))
+        return cute.arch.shuffle_sync(number, offset=0)
+
+    @cute.jit
+    def blocks(self, scalars: Scalars, row0, length, start) -> schedule.Blocks:
+        """The key blocks of a tile."""
+        config, least, most = self.config, cutlass.min, cutlass.max
+        total, whole = schedule.blocks(length, start + row0, config.tile_m, False, config.tile_n, least, most)
+        if scalars.causal != 0:
+            total, whole = schedule.blocks(length, start + row0, config.tile_m, True, config.tile_n, least, most)
+        return schedule.Blocks(total, whole)

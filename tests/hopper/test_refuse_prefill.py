@@ -1,0 +1,93 @@
+"""What the Hopper prefill refuses, and how its launch prepares tensors; no kernel runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_mla.backends.hopper import prefill
+from flash_mla.problem import FP8, PrefillProblem
+
+PROBLEM = PrefillProblem(
+    device=torch.device("cuda", 0),
+    dtype=torch.bfloat16,
+    out_dtype=torch.bfloat16,
+    B=2,
+    Hq=4,
+    Hk=2,
+    P=100,
+    S_kv=100,
+    D=128,
+    Dv=128,
+    q_strides=(4 * 100 * 128, 100 * 128, 128, 1),
+    k_strides=(2 * 100 * 128, 100 * 128, 128, 1),
+    v_strides=(2 * 100 * 128, 100 * 128, 128, 1),
+    paged=False,
+    alias=False,
+    causal=True,
+    mask="none",
+    block_mask=False,
+    seq_lens=False,
+    start_pos=False,
+    descale=False,
+    sink=False,
+)
+PAGES = {"paged": True, "k_strides": (0, 128, 64 * 256, 256, 1), "v_strides": (0, 128, 64 * 256, 256, 1)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": torch.float16},
+        {"dtype": FP8, "descale": True},
+        {"D": 192, "q_strides": (4 * 100 * 192, 100 * 192, 192, 1), "k_strides": (2 * 100 * 192, 100 * 192, 192, 1)},
+        {"mask": "bool", "block_mask": True},
+        PAGES,
+    ],
+)
+def test_takes(changes: dict) -> None:
+    assert prefill.refuse(PROBLEM._replace(**changes)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"dtype": FP8, **PAGES}, "FP8 pages"),
+        ({"D": 576, "Dv": 512}, "576"),
+        ({"D": 64, "Dv": 128}, "D = 64, Dv = 128"),
+        ({"mask": "float"}, "floating mask"),
+        ({"q_strides": (4 * 100 * 132, 100 * 132, 132, 1)}, "multiples of 8"),
+        ({"k_strides": (2 * 100 * 128, 100 * 128, 64, 1)}, "overlap"),
+        ({"v_strides": (2 * 100 * 128, 100 * 128, 1, 100)}, "contiguous"),
+    ],
+)
+def test_refuses(changes: dict, reason: str) -> None:
+    said = prefill.refuse(PROBLEM._replace(**changes))
+    assert said is not None
+    assert reason in said
+
+
+def test_narrow_leaves_one_element_of_broadcast_dims() -> None:
+    x = torch.arange(6.0).view(1, 1, 2, 3).expand(4, 5, 2, 3)
+    assert prefill.narrow(x).shape == (1, 1, 2, 3)
+    assert prefill.narrow(x[:, :1]).shape == (1, 1, 2, 3)
+    y = torch.zeros(4, 1, 2, 3).expand(4, 5, 2, 3)
+    assert prefill.narrow(y).shape == (4, 1, 2, 3)
+
+
+def test_readable_widens() -> None:
+    x = torch.arange(32, dtype=torch.bfloat16).view(1, 1, 2, 16)
+    assert prefill.readable(x).data_ptr() == x.data_ptr()
+    wide = prefill.readable(x.to(FP8))
+    assert wide.dtype == torch.bfloat16
+    assert torch.equal(wide, x.to(FP8).to(torch.bfloat16))
+
+
+def test_factors() -> None:
+    problem = PROBLEM._replace(device=torch.device("cpu"), descale=True)
+    a, b = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor(0.5).expand(2, 2)
+    assert torch.equal(prefill.factors(problem, a, b), a / 2)
+    assert torch.equal(prefill.factors(problem, None, a), a)
+    assert torch.equal(prefill.factors(problem, None), torch.ones(2, 2))

@@ -1,0 +1,112 @@
+"""The work split of the Hopper decode against brute force: every step once, balanced, split as combine reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash_mla.kernels.hopper import split
+
+
+def line(lengths: list[int], groups: int) -> list[tuple[int, int, int]]:
+    """The items in order: (request, group, pairs)."""
+    return [(b, g, -(-length // split.PAIR)) for b, length in enumerate(lengths) for g in range(groups)]
+
+
+def plan(lengths: list[int], groups: int, clusters: int, start: int) -> Any:
+    """The plan that the kernel chooses."""
+    pairs = [split.weight(split.pairs(length), 1) for length in lengths]
+    even = split.even(groups * sum(pairs), groups * len(pairs), clusters, start)
+    whole = split.unsplit(max(pairs), groups * len(pairs), -(-groups * len(pairs) // clusters))
+    return even if split.pays(even, whole) else whole
+
+
+def walk(lengths: list[int], groups: int, clusters: int, start: int) -> list[list[tuple[Any, Any, int]]]:
+    """What each cluster does, as its roles find it: (item, segment, offset in the item) in order."""
+    items = line(lengths, groups)
+    steps, total, floor, front = plan(lengths, groups, clusters, start)
+    starts = [0]
+    for _, _, pairs in items:
+        starts.append(starts[-1] + split.weight(pairs, floor, start=front))
+    assert starts[-1] == total
+    result = []
+    for cluster in range(clusters):
+        here, left, segments = cluster * steps, max(0, min(steps, total - cluster * steps)), []
+        i = next((i for i in range(len(items)) if starts[i] <= here < starts[i + 1]), len(items))
+        offset = here - starts[i] if i < len(items) else 0
+        while left > 0:
+            part = split.segment(items[i][2], offset, left, floor, start=front)
+            assert part.steps > 0
+            if part.last > part.first or part.whole:
+                segments.append((items[i], part, offset))
+            left, offset, i = left - part.steps, 0, i + 1
+        result.append(segments)
+    return result
+
+
+CASES = st.tuples(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.integers(1, 3), st.integers(1, 70), st.integers(0, 2)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(CASES)
+def test_every_pair_once_and_balanced(case: tuple[list[int], int, int, int]) -> None:
+    lengths, groups, clusters, start = case
+    seen: dict[tuple[int, int, int], list[int]] = {item: [] for item in line(lengths, groups)}
+    visits = dict.fromkeys(seen, 0)
+    total = sum(split.weight(pairs, 1) for _, _, pairs in seen)
+    chunk, _, _, front = plan(lengths, groups, clusters, start)
+    for segments in walk(lengths, groups, clusters, start):
+        computed = sum(part.last - part.first for _, part, _ in segments)
+        if front == 0:
+            assert computed <= -(-(total + start * len(seen)) // clusters) + split.SPLIT_COST
+        else:
+            # a range pays for each item that it begins; of the item that it starts inside, somebody else paid
+            assert computed + front * (len(segments) - 1) <= chunk
+        for item, part, _ in segments:
+            seen[item] += range(part.first, part.last)
+            visits[item] += 1
+    for item, pairs in seen.items():
+        assert visits[item] == 1 or item[2] > 0, "nobody else writes an empty request's zeros"
+        assert pairs == list(range(item[2]))
+        assert visits[item] >= 1, "an empty request must be visited, to write its zeros"
+
+
+@settings(max_examples=200, deadline=None)
+@given(CASES)
+def test_split_items_are_found_by_combine(case: tuple[list[int], int, int, int]) -> None:
+    lengths, groups, clusters, start = case
+    steps, _, _, front = plan(lengths, groups, clusters, start)
+    partials: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+    slots = set()
+    announced = {}
+    for cluster, segments in enumerate(walk(lengths, groups, clusters, start)):
+        for item, part, offset in segments:
+            if part.whole:
+                assert (part.first, part.last) == (0, item[2])
+                continue
+            partials.setdefault(item, []).append((cluster, part.slot))
+            assert (cluster, part.slot) not in slots, "a slot holds one partial result"
+            slots.add((cluster, part.slot))
+            assert part.last > part.first
+            if part.slot == 1:
+                begin = (cluster + 1) * steps - part.steps - offset
+                announced[item] = (cluster, split.last_cluster(begin, part.num_pairs + front, steps))
+    assert announced.keys() == partials.keys()
+    for item, (first, last) in announced.items():
+        assert partials[item] == [(first, 1)] + [(cluster, 0) for cluster in range(first + 1, last + 1)]
+
+
+def test_a_uniform_batch_is_not_split() -> None:
+    assert all(part.whole for segments in walk([4096] * 128, 1, 66, 1) for _, part, _ in segments)
+    assert all(part.whole for segments in walk([4096] * 128, 1, 132, 1) for _, part, _ in segments)
+    assert not all(part.whole for segments in walk([4096], 1, 66, 1) for _, part, _ in segments)
+
+
+@pytest.mark.parametrize(("length", "pairs"), [(0, 0), (1, 1), (128, 1), (129, 2), (4096, 32)])
+def test_pairs(length: int, pairs: int) -> None:
+    assert split.pairs(length) == pairs
