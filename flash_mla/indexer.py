@@ -398,4 +398,5 @@ def select(
         N = min(N, block_table.shape[1] * page)
         queries = max(1, rows // max(1, block_table.shape[0]))
     problem = TopkProblem(scores.device, rows, N, scores.shape[1], topk, page, queries)
+    starts, ends = (None if x is None else x.contiguous() for x in (starts, ends))
     plan(problem, backend).launch(TopkArgs(scores, starts, ends, block_table, out))

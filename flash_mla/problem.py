@@ -305,8 +305,8 @@ class TopkProblem(NamedTuple):
     """The columns of the topk greatest of N scores, in each of `rows` rows.
 
     Of a row, `width` columns may be read, so that loads are wide: N of them, or more. `page` is 0 where columns are
-    returned as they are; otherwise `queries` rows after one another share a row of the block table, and column t becomes
-    block_table[t // page] * page + t % page.
+    returned as they are; otherwise `queries` rows after one another share a row of the block table, and column t is
+    returned as block_table[t // page] * page + t % page.
     """
 
     device: torch.device

@@ -222,7 +222,7 @@ def test_topk_of_short_rows(index_dtype):
     ends = starts + torch.randint(-9, N, (28,), generator=g)
     far = FAR if index_dtype == torch.int64 else UNUSED
     starts[:3], ends[:3] = torch.tensor([-far, 0, far]), torch.tensor([far, -far, far])
-    starts, ends = starts.to(index_dtype), ends.to(index_dtype)
+    starts, ends = torch.stack([starts, ends], 1).to(index_dtype).T  # strided views
     t = torch.arange(N)
     seen = scores.masked_fill((t < starts[:, None]) | (t >= ends[:, None]), -math.inf)
     chosen = topk_indices(scores, topk, starts, ends, backend=BACKEND)

@@ -273,7 +273,8 @@ def select_kernel(
             most = tl.maximum(most, count)
         live = offs < total
         columns = tl.load(candidate_ptr + row * (PARTS * ROOM) + place, mask=live, other=0)
-        fits = (total <= ROOM) & ((total >= K) | (tl.load(pivot_ptr + row) == float("-inf")))
+        complete = tl.load(pivot_ptr + row) == float("-inf")
+        fits = (total <= ROOM) & (complete | (total >= K))
         live = live & fits
         scores = tl.load(score_row + columns, mask=live, other=float("-inf"))
 
@@ -346,11 +347,12 @@ def narrow_arguments(
 
 def select_arguments(
     config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, pivots: Tensor | None,
-    candidates: Tensor | None, counts: Tensor | None, block_table: Tensor | None, out: Tensor, N: int, queries: int, page: int,
+    candidates: Tensor | None, counts: Tensor | None, block_table: Tensor | None, out: Tensor, N: int,
+    queries: int, page: int,
 ) -> tuple[Tensor | int | None, ...]:  # fmt: skip
     """select_kernel's arguments, in its order."""
     table_blocks = 0 if block_table is None else block_table.shape[1]
     return (
-        scores, starts, ends, pivots, candidates, counts, block_table, out, N, scores.shape[1], scores.stride(0), queries,
-        table_blocks, out.shape[1], power_of_2(out.shape[1]), page, config.room, config.parts, config.tile,
+        scores, starts, ends, pivots, candidates, counts, block_table, out, N, scores.shape[1], scores.stride(0),
+        queries, table_blocks, out.shape[1], power_of_2(out.shape[1]), page, config.room, config.parts, config.tile,
     )  # fmt: skip
