@@ -5,7 +5,7 @@ what a request is in dense decode: its keys are its indices, in blocks of 64, th
 
 Grid: one CTA an SM, persistent. A CTA takes a tile of a token's heads: all of up to 16 (`few.py`), or 64 (`many.py`);
 two CTAs with 64 heads each of one token form a cluster. Every CTA finds its range of keys from the counts on the device
-(`split.py`); `combine.py` adds the pieces of tokens that were split. Nothing of it comes from the host: a captured graph
+Grid: one CTA an SM, persistent. A CTA takes a tile of a token's heads: all of up to 16 (`few.py`), or 64 (`many.py`);
 stays right when indices and counts change.
 
 Bound. 64 heads against a block are 8.9 MFLOP, 2176 cycles of an SM's tensor cores. Its 64 rows are 42 KB in
@@ -216,7 +216,9 @@ class SparseDecode:
             cute.arch.mbarrier_init_fence()
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
-        work = find_work(lengths, lengths, scalars.groups, cluster_id, clusters, config.warps, shared.sScan, START, SPLIT_COST)
+        work = find_work(
+            lengths, lengths, scalars.groups, cluster_id, clusters, config.warps, shared.sScan, START, SPLIT_COST
+        )
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
