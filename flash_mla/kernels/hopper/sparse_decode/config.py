@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -13,7 +12,6 @@ from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGED, STAGES
 TILES = (8, 16, 64)
 """Query heads of a CTA: as the N of the products, 64 as their M."""
 DV = 512
-ASYNC = "as" in os.environ.get("SDV", "")
 CHUNK_BYTES = 2 * BLOCK * CHUNK
 SPLIT_COST = 1
 """Steps that splitting costs a call: about 5 us, at 4.5 to 7 us a step."""

@@ -5,7 +5,7 @@ what a request is in dense decode: its keys are its indices, in blocks of 64, th
 
 Grid: one CTA an SM, persistent. A CTA takes a tile of a token's heads: all of up to 16 (`few.py`), or 64 (`many.py`);
 two CTAs with 64 heads each of one token form a cluster. Every CTA finds its range of keys from the counts on the device
-Grid: one CTA an SM, persistent. A CTA takes a tile of a token's heads: all of up to 16 (`few.py`), or 64 (`many.py`);
+(`split.py`); `combine.py` adds the pieces of tokens that were split. Nothing comes from the host: a captured graph
 stays right when indices and counts change.
 
 Bound. 64 heads against a block are 8.9 MFLOP, 2176 cycles of an SM's tensor cores. Its 64 rows are 42 KB in

@@ -20,7 +20,7 @@ from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import tma_boxes
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, ROW_BYTES
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES
-from flash_mla.kernels.hopper.sparse_decode.config import ASYNC, CHUNK_BYTES, Config
+from flash_mla.kernels.hopper.sparse_decode.config import CHUNK_BYTES, Config
 from flash_mla.kernels.hopper.sparse_decode.rows import (
     Keys,
     Lengths,
@@ -166,10 +166,12 @@ class Producer:
     def load_scales(
         self, r: cutlass.Constexpr, word: cutlass.Constexpr, buffer: cutlass.Constexpr, address, live
     ) -> None:
+        """Start to read a word of a row's scales."""
         self.scales[r, word % 2, buffer] = load_word(address, 4 * word, live)
 
     @cute.jit
     def load_one(self, at: cutlass.Constexpr, buffer: cutlass.Constexpr, address, offset, live) -> None:
+        """Start to read 16 bytes."""
         words = load_vector(address, offset, live)
         for i in cutlass.range_constexpr(4):
             self.words[i, at, buffer] = words[i]
@@ -200,24 +202,13 @@ class Producer:
                     for piece in cutlass.range_constexpr(2):
                         a, b = four_values(self.words[2 * piece, at, buffer], scale)
                         c, d = four_values(self.words[2 * piece + 1, at, buffer], scale)
-                        self.store_one(batch.stage, piece, offset, (a, b, c, d))
+                        store_vector(self.piece_address(piece), offset, (a, b, c, d))
                     at = at + 1
                 else:
                     for piece in cutlass.range_constexpr(2):
                         words = tuple(self.words[i, at, buffer] for i in range(4))
-                        self.store_one(batch.stage, piece, offset, words)
+                        store_vector(self.piece_address(piece), offset, words)
                         at = at + 1
-
-    @cute.jit
-    def store_one(self, stage: cutlass.Constexpr, piece: cutlass.Constexpr, offset, words) -> None:
-        address = self.piece_address(piece)
-        if const_expr(ASYNC):
-            bar = self.shared.k.bar(stage).toint()
-            store_async(address + offset, bar, words)
-            if const_expr(self.config.cluster == 2):
-                store_async(to_peer(address, self.rank ^ 1) + offset, to_peer(bar, self.rank ^ 1), words)
-        else:
-            store_vector(address, offset, words)
 
     @property
     def first_row(self):
@@ -309,29 +300,9 @@ class Producer:
                 self.shared.k.acquire(batch.stage, turn)
                 if const_expr(batch.stage % 2 == 0):
                     self.tell_live(batch.stage)
-                if const_expr(ASYNC):
-                    cute.arch.sync_warp()
-                    with cute.arch.elect_one():
-                        n = len(self.config.stage_chunks(batch.stage)) * 8 * ROW_BYTES
-                        self.shared.k.expect(batch.stage, n * self.config.thread_rows * self.config.cluster)
             self.store(batch, i % 2)
-            if const_expr(following.stage != batch.stage and not ASYNC):
+            if const_expr(following.stage != batch.stage):
                 self.finish(batch.stage)
-
-
-@cute.jit
-def to_peer(address, peer):
-    return cute.arch.inline_ptx(
-        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[address, peer]
-    )
-
-
-@cute.jit
-def store_async(address, bar, words) -> None:
-    cute.arch.inline_ptx(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}}, [{$r5}];",
-        read_only_args=[address, *words, bar],
-    )
 
 
 @cute.jit
