@@ -260,6 +260,85 @@ class SparseArgs(NamedTuple):
     max_logits: Tensor | None
 
 
+class IndexProblem(NamedTuple):
+    """The scores that an index (DeepSeek sparse attention) gives to S_q query tokens of each of B requests.
+
+    Keys lie in pages of `page` rows, e4m3 with one FP32 scale a row; a block table of `table_blocks` columns names a
+    request's pages. Where that is None, B is 1 and all keys are one page. `width` is a row of the output; `clean` wants
+    -inf in what a query does not see, which otherwise may hold anything.
+    """
+
+    device: torch.device
+    B: int
+    S_q: int
+    H: int
+    D: int
+    pages: int
+    page: int
+    width: int
+    table_blocks: int | None
+    clean: bool
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no score, or no key to score."""
+        return not (self.B and self.S_q and self.width and self.pages) or self.table_blocks == 0
+
+
+class IndexArgs(NamedTuple):
+    """The tensors of one call for scores, normalised.
+
+    q [B, S_q, H, D] e4m3, k [pages, page, D] e4m3, last dims contiguous; k_scale [pages, page] FP32; weights
+    [B, S_q, H] FP32; block_table [B, table_blocks], or None; query i of request b sees keys starts[b, i] <= t <
+    ends[b, i] (starts None: 0), int32 or int64 of any value; out [B, S_q, width] FP32, last dim contiguous.
+    """
+
+    q: Tensor
+    k: Tensor
+    k_scale: Tensor
+    weights: Tensor
+    block_table: Tensor | None
+    starts: Tensor | None
+    ends: Tensor
+    out: Tensor
+
+
+class TopkProblem(NamedTuple):
+    """The columns of the topk greatest of N scores, in each of `rows` rows.
+
+    Of a row, `width` columns may be read, so that loads are wide: N of them, or more. `page` is 0 where columns are
+    returned as they are; otherwise `queries` rows after one another share a row of the block table, and column t is
+    returned as block_table[t // page] * page + t % page.
+    """
+
+    device: torch.device
+    rows: int
+    N: int
+    width: int
+    topk: int
+    page: int
+    queries: int
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no row, or no column to select."""
+        return not (self.rows and self.N)
+
+
+class TopkArgs(NamedTuple):
+    """The tensors of one selection, normalised.
+
+    scores [rows, width] FP32, last dim contiguous; starts, ends [rows]: columns starts <= t < ends count (None: all),
+    int32 or int64 of any value; block_table [rows / queries, table_blocks], or None; out [rows, topk] int32 contiguous.
+    """
+
+    scores: Tensor
+    starts: Tensor | None
+    ends: Tensor | None
+    block_table: Tensor | None
+    out: Tensor
+
+
 class AppendArgs(NamedTuple):
     """New rows for a paged cache: token i of request b goes to position `start_pos[b] + i`.
 
@@ -277,5 +356,5 @@ class AppendArgs(NamedTuple):
     num_tokens: Tensor | None
 
 
-Problem = DecodeProblem | PrefillProblem | SparseProblem
-Args = DecodeArgs | PrefillArgs | SparseArgs
+Problem = DecodeProblem | PrefillProblem | SparseProblem | IndexProblem | TopkProblem
+Args = DecodeArgs | PrefillArgs | SparseArgs | IndexArgs | TopkArgs

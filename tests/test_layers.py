@@ -17,7 +17,7 @@ LAYERS = (
     "launch",
     "api",
     "ops pages",
-    "deepseek distributed",
+    "deepseek distributed indexer",
     "testing __init__",
     "bench integrations",
     "demo",

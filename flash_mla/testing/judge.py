@@ -21,8 +21,11 @@ from flash_mla.testing.budget import BUDGETS, Verdict, check, worst
 from flash_mla.testing.cases import DecodeCase, MhaCase, PrefillCase
 from flash_mla.testing.deepseek_cases import DropInCase
 from flash_mla.testing.hostile import Call, nan_filled, same_bits, storage_bytes
+from flash_mla.testing.index_cases import IndexCase
+from flash_mla.testing.index_cases import judge as judge_index
 
-Case = DecodeCase | PrefillCase | MhaCase | DropInCase
+AttentionCase = DecodeCase | PrefillCase | MhaCase | DropInCase
+Case = AttentionCase | IndexCase
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def run(case: Case) -> Result:
     An error that the call raises is a failure, except a DeviceError, which is a refusal.
     """
     begin = time.perf_counter()
+    if isinstance(case, IndexCase):
+        return run_index(case)
     call = case.call()
     want_caches = {name: storage_bytes(call.reference[name]) for name in CACHES if name in call.reference}
     before = {name: storage_bytes(x) for name, x in call.arguments.items() if isinstance(x, Tensor)}
@@ -85,6 +90,16 @@ def run(case: Case) -> Result:
     return Result(case, verdict, tuple(failures), seconds=time.perf_counter() - begin)
 
 
+def run_index(case: IndexCase) -> Result:
+    """As `run`, for what has scores and indices instead of out and lse."""
+    begin = time.perf_counter()
+    try:
+        verdict, failures = judge_index(case)
+    except DeviceError as error:
+        return Result(case, None, refused=error.given, seconds=time.perf_counter() - begin)
+    return Result(case, verdict, tuple(failures), seconds=time.perf_counter() - begin)
+
+
 def check_more(name: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> list[str]:
     """Judge what a drop-in returns beside out and lse: max_logits as lse is, a gradient as out is."""
     if got.shape != want.shape:
@@ -103,7 +118,7 @@ def check_more(name: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> list
 CACHES = ("k_cache", "v_cache")
 
 
-def truth(case: Case, call: Call) -> tuple[Tensor, ...]:
+def truth(case: AttentionCase, call: Call) -> tuple[Tensor, ...]:
     """(out, lse) of the case in float64, and what else the function returns."""
     if isinstance(case, DropInCase):
         return case.truth(call)
@@ -137,7 +152,7 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=only_warns)
 
 
-def invoke(case: Case, call: Call, poison: bool) -> tuple[Tensor, ...]:
+def invoke(case: AttentionCase, call: Call, poison: bool) -> tuple[Tensor, ...]:
     """(out, lse, ..) of the case's function, where `poison` says so into memory that holds NaN; else decode goes
     through metadata."""
     if isinstance(case, DropInCase):
