@@ -16,25 +16,18 @@ from flash_mla.kernels.hopper.limits import TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import CONSUMERS, HALF, STAGED, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer, consume_left, consume_right
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Tensors
-from flash_mla.kernels.hopper.walk import Done, Place, walk
-from flash_mla.kernels.hopper.work import Work
+from flash_mla.kernels.hopper.walk import Done, Place
 
 
 @dataclass(frozen=True)
 class Segments:
-    """A consumer warpgroup's way through the segments of its cluster, of which this CTA is number `rank`."""
+    """What a consumer warpgroup does with the segments of its cluster, of which this CTA is number `rank`."""
 
     consumer: Consumer
     tensors: Tensors
     scalars: Scalars
     rank: Int32
     cluster_id: Int32
-
-    @cute.jit
-    def run(self, work: Work) -> None:
-        """Compute and write the cluster's segments."""
-        tensors = self.tensors
-        walk(work, tensors.table, tensors.seq_lens, self.scalars.groups, self.compute, Done.nothing())
 
     @cute.jit
     def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:

@@ -82,6 +82,10 @@ class Shared:
             q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
         )
 
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        return self.q, self.k
+
     def rows_of(self, chunks: int) -> cute.Layout:
         """[64, 64 * chunks] from the pointer of a chunk on, which knows the swizzle."""
         return row_layout(DTYPES[self.config.dtype], BLOCK, CHUNK * chunks).outer

@@ -49,10 +49,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout, tma_boxes
-from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
 from flash_mla.kernels.hopper.memory import allocate
@@ -142,12 +142,7 @@ class Prefill:
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
 
         if warp_id == 0:
-            for tma in (tma_q, tma_k, tma_v, tma_o):
-                cpasync.prefetch_descriptor(tma)
-            with cute.arch.elect_one():
-                for channel in shared.channels:
-                    channel.init()
-            cute.arch.mbarrier_init_fence()
+            open_channels(shared.channels, (tma_q, tma_k, tma_v, tma_o))
         cute.arch.sync_threads()
 
         registers, few_registers = REGISTERS[config.consumers]
@@ -194,46 +189,34 @@ class Prefill:
 
 
 def arguments(config: Config) -> tuple:
-    """Symbolic arguments of `Prefill.__call__`, for compiling without a GPU."""
+    """Symbolic arguments of `Prefill.__call__`."""
     dtype = DTYPES[config.dtype]
 
-    # NOTE: every size and stride is a symbol of its own: what shares one must be equal in every call
     def tensor(*tail: int) -> cute.Tensor:
-        shape = (*(cute.sym_int32() for _ in range(3)), *tail)
-        strides = (*(cute.sym_int64(divisibility=8) for _ in shape[1:]), 1)
-        return make_fake_tensor(dtype, shape, strides, assumed_align=16)
+        return symbolic.tensor(dtype, (None, None, None, *tail), tma=range(2 + len(tail)))
 
     def keys(columns: int) -> cute.Tensor:
         return tensor(BLOCK, columns) if config.paged else tensor(columns)
 
-    def vector(kind, size=None) -> cute.Tensor:
-        return make_fake_tensor(kind, (cute.sym_int32() if size is None else size,), (1,), assumed_align=4)
-
-    def matrix(last_stride) -> cute.Tensor:
-        dims = (cute.sym_int32(), cute.sym_int32())
-        return make_fake_tensor(Float32, dims, (cute.sym_int64(), last_stride), assumed_align=4)
-
-    def blocks(kind) -> cute.Tensor:
-        strides = (*(cute.sym_int64() for _ in range(3)), 1)
-        return make_fake_tensor(kind, [cute.sym_int32() for _ in range(4)], strides, assumed_align=kind.width // 8)
+    def vector(kind, length: int | None = None) -> cute.Tensor:
+        return symbolic.tensor(kind, (length,))
 
     tensors = Tensors(
-        table=make_fake_tensor(Int32, (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4),
+        table=symbolic.tensor(Int32, (None, None)),
         seq_lens=vector(Int32),
         start_pos=vector(Int32),
         sink=vector(Float32),
-        score_scale=matrix(cute.sym_int64()),
-        value_scale=matrix(cute.sym_int64()),
-        lse=matrix(1),
+        score_scale=symbolic.tensor(Float32, (None, None), strided=True),
+        value_scale=symbolic.tensor(Float32, (None, None), strided=True),
+        lse=symbolic.tensor(Float32, (None, None)),
         counter=vector(Int32, 1),
-        block_map=blocks(Uint8),
-        mask_bits=blocks(Int32),
+        block_map=symbolic.tensor(Uint8, [None] * 4),
+        mask_bits=symbolic.tensor(Int32, [None] * 4),
     )
     scalars = Scalars(Float32(1.0), *(Int32(1) for _ in Scalars._fields[1:]))
     return tensor(config.D), keys(config.D), keys(config.Dv), tensor(config.Dv), tensors, scalars, Int32(1)
 
 
 def build(config: Config, options: str = ""):
-    """Compile the kernel for sm_90a; takes seconds."""
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(Prefill(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")
+    """Compile the kernel."""
+    return symbolic.compiled(Prefill(config), arguments(config), options)
