@@ -165,13 +165,14 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
         "block_map": block_map,
         "mask_bits": mask_bits,
     }
-    kv_bytes = problem.S_kv * (problem.D + problem.Dv) * problem.dtype.itemsize
+    kv_bytes = 2 * problem.S_kv * (problem.D + problem.Dv)
+    order = schedule.order(kv_bytes, problem.ratio, B * Hq, -(-P // config.tile_m), problem.causal)
     scalars: dict[str, Any] = {
         "scale_log2": args.softmax_scale * math.log2(math.e),
         "Hq": Hq,
         "Hk": problem.Hk,
         "S_kv": keys,
-        "section": schedule.section(kv_bytes, problem.ratio, B * Hq),
+        **order._asdict(),
         "causal": int(problem.causal),
         "has_lens": int(args.seq_lens is not None),
         "has_start": int(args.start_pos is not None),

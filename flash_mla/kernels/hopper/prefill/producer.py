@@ -26,6 +26,12 @@ class Source(NamedTuple):
     length: Int32
 
 
+@cute.jit
+def pick(condition, a, b):
+    """a if the condition holds, else b."""
+    return a if condition else b
+
+
 @dataclass(frozen=True)
 class Producer:
     """The warp that takes tiles and fills Q, K and V by TMA.
@@ -188,11 +194,12 @@ class Producer:
         index, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         count, done = Int32(0), Int32(0)
+        order = schedule.Order(scalars.section, scalars.late, scalars.tail)
         while index < tiles:
             following = tiles
             if tiles > ctas:
                 following = self.take(tensors.counter) + ctas
-            row_tile, head = schedule.tile(index, row_tiles, heads, scalars.section, cutlass.min)
+            row_tile, head = schedule.tile(index, row_tiles, heads, order, cutlass.min, pick)
             request = head // scalars.Hq
             q_head, row0 = head - request * scalars.Hq, row_tile * config.tile_m
             start, length = self.span(tensors, scalars, request, P)

@@ -37,13 +37,15 @@ class Tensors(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """scale * log2(e); dims; heads of a section; 0 or 1: whether the call is causal, and which inputs count."""
+    """scale * log2(e); dims; the order of tiles (`schedule.Order`); 0 or 1: is it causal, and which inputs count."""
 
     scale_log2: Float32
     Hq: Int32
     Hk: Int32
     S_kv: Int32
     section: Int32
+    late: Int32
+    tail: Int32
     causal: Int32
     has_lens: Int32
     has_start: Int32
