@@ -44,13 +44,23 @@ def refuse(problem: Problem) -> str | None:
     """Why no Hopper kernel runs on this device or with these facts, or None."""
     if (reason := refuse_device(problem.device)) is not None:
         return reason
-    if problem.scale_sign <= 0:
+    if problem.scale_sign <= 0 and not scales_first(problem):
         return "softmax_scale is not above 0: the running maximum is kept before scaling"
     if not problem.aligned:
         return f"a tensor does not begin on {ALIGNMENT} bytes, as TMA needs"
     if isinstance(problem, DecodeProblem) and (problem.page != BLOCK or problem.rope_strides is not None):
         return f"pages of {problem.page} tokens, or a split latent: a tile is one page of {BLOCK} whole rows"
     return None
+
+
+def is_latent(problem: DecodeProblem) -> bool:
+    """Whether K and V are one cache of one KV head, which the MLA kernels read once."""
+    return problem.alias and problem.Hk == 1
+
+
+def scales_first(problem: Problem) -> bool:
+    """Whether the kernel scales the scores before it looks for their maximum, as GQA decode does: any scale will do."""
+    return isinstance(problem, DecodeProblem) and not is_latent(problem)
 
 
 @functools.cache
