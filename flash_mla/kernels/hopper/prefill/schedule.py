@@ -43,13 +43,15 @@ class Order(NamedTuple):
 
 def order(kv_bytes: int, ratio: int, heads: int, row_tiles: int, causal: bool) -> Order:
     """The order of a call; kv_bytes: K and V of one KV head, which `ratio` query heads read."""
+    if kv_bytes * heads <= L2_BYTES * ratio:
+        return Order(heads, 0, 0)  # all K and V stay: balance alone counts
     # NOTE: a causal tile reads half of them, on average
-    fit = L2_BYTES // max(1, kv_bytes // 2 if causal else kv_bytes)
-    # a power of two, so that sections come out even
-    section = ratio * (SECTION_HEADS if fit >= SECTION_HEADS else 2 if fit >= 2 else 1)
+    fit = L2_BYTES // (kv_bytes // 2 if causal else kv_bytes)
+    # two at least: one head's lines would be asked for by all CTAs at once
+    section = ratio * (SECTION_HEADS if fit >= SECTION_HEADS else 2)
     if not causal or row_tiles < TAIL:
         return Order(section, 0, 0)
-    late = max(1, TAIL * L2_BYTES // max(1, kv_bytes) * ratio // section) * section
+    late = max(1, TAIL * L2_BYTES // kv_bytes * ratio // section) * section
     return Order(section, min(heads, late), row_tiles // TAIL)
 
 
