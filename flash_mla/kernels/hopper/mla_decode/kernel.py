@@ -51,7 +51,7 @@ from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARPGROUP
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import (
     CHUNK_ELEMENTS,
@@ -60,7 +60,6 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     DV,
     K_CHUNKS,
     PRODUCER_REGISTERS,
-    STAGED,
     STAGES,
     START,
     THREADS,

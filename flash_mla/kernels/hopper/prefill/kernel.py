@@ -12,11 +12,12 @@ takes as long as they do. 64 KB in 2048 cycles from each SM are 7 TB/s of L2 rea
 Roles (entry registers: 65536 / threads, rounded down to 8):
     consumer warpgroups, 1 to 3   64 rows each: S = Q K^T, softmax, O += P V, lse     `consumer.py`
     warp 0 of the last warpgroup  takes tiles; TMA of Q, K, V                         `producer.py`
-    warp 1 of the last warpgroup  TMA of out                                          `store`, below
+    warp 1 of the last warpgroup  TMA of out, where two Q stages fit                  `store`, below
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
     tasks  producer -> all        2 stages   1 / consumer warps and the storing warp
-    Q      producer -> consumers  q_stages   1 + bytes / 1, by the storing warp: out lies in place of the dead Q
+    Q      producer -> consumers  q_stages   1 + bytes / 1, by the storing warp: out lies in place of the dead Q;
+                                             one stage: consumer warps
     K, V   producer -> consumers  stages     1 + bytes / consumer warps
     out    consumers -> storing warp         consumer warps; refilling Q empties it
 
@@ -24,9 +25,9 @@ Steady state of a consumer warpgroup, block n of a tile:
     (D 64: wait for its turn) | issue S' = Q K[n+1]^T | issue O += P V[n] | (pass the turn on) | softmax of S' under
     P V[n] and under the products of the other warpgroups
 With two Q stages this runs on across tiles: beside P V of a tile's last block goes Q K^T of the next tile's first, and
-out is written under the products of the others. With one (192/128 and 256/256, whose Q is too large), tiles begin
-afresh. The running max moves only when a block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after
-normalisation.
+out is written under the products of the others. With one (192/128 and 256/256, whose Q is too large), the next tile's Q
+is on its way under the last P V, and out is written under the scores that it gives. The running max moves only when a
+block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after normalisation.
 
 Sparse: a map names the 64 x 64 blocks that count. A tile is then 64 rows of one consumer warpgroup, with a list of its
 own, and two CTAs share an SM, each hiding what the other waits for. The producer reads the tile's row of the map, 32
@@ -47,7 +48,7 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8
+from cutlass import Float32, Int32, Int64, Uint8, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from flash_mla.kernels.hopper import symbolic
@@ -97,7 +98,7 @@ class Prefill:
         tma_k, tK = cpasync.make_tiled_tma_atom(load, rows_first(k, config.paged), box(n), (n, CHUNK))
         tma_v, tV = cpasync.make_tiled_tma_atom(load, rows_first(v, config.paged), box(n), (n, CHUNK))
         tma_o, tO = cpasync.make_tiled_tma_atom(store, rows_first(out, False), box(m), (m, CHUNK))
-        self.kernel(tma_q, tQ, tma_k, tK, tma_v, tV, tma_o, tO, tensors, scalars).launch(
+        self.kernel(tma_q, tQ, tma_k, tK, tma_v, tV, tma_o, tO, out, tensors, scalars).launch(
             grid=(ctas, 1, 1),
             block=(config.threads, 1, 1),
             smem=config.smem_bytes(),
@@ -119,6 +120,7 @@ class Prefill:
         tV: cute.Tensor,
         tma_o: cute.CopyAtom,
         tO: cute.Tensor,
+        out: cute.Tensor,
         tensors: Tensors,
         scalars: Scalars,
     ):
@@ -130,6 +132,7 @@ class Prefill:
             sQ: cute.struct.Align[cute.struct.MemRange[dtype, config.q_stages * config.tile_m * config.D], 1024]
             sK: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.D], 1024]
             sV: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.Dv], 1024]
+            staged: cute.struct.Align[cute.struct.MemRange[dtype, config.staged_elements], 128]
             sTask: cute.struct.MemRange[Int32, TASK_STAGES * TASK]
             sKeys: cute.struct.MemRange[Int32, config.stages]
             task_barriers: cute.struct.MemRange[Int64, Channel.words(TASK_STAGES)]
@@ -151,13 +154,14 @@ class Prefill:
             cute.arch.setmaxregister_decrease(few_registers)
             if warp_id == producer_warp:
                 Producer.over(shared, tma_q, tQ, tma_k, tK, tma_v, tV).run(tensors, scalars, tQ)
-            elif warp_id == producer_warp + 1:
-                self.store(shared, tma_o, tO, scalars)
+            elif const_expr(not config.staged):  # noqa: SIM102
+                if warp_id == producer_warp + 1:
+                    self.store(shared, tma_o, tO, scalars)
         else:
             cute.arch.setmaxregister_increase(registers)
             tidx, _, _ = cute.arch.thread_idx()
             consumer = Consumer.over(shared, warp_id // 4, tidx)
-            consume(consumer, tensors, scalars)
+            consume(consumer, out, tensors, scalars)
         for channel in shared.channels:
             channel.check()
 

@@ -122,11 +122,12 @@ class Producer:
                 pages[i] = block_of(table, source.request, logical, cute.size(self.gK, mode=[2]))
 
     @cute.jit
-    def load_all(self, source: Source, blocks, count) -> None:
-        """The first `blocks` blocks, K one ahead of V."""
+    def load_all(self, source: Source, blocks, count, row_tile, head, done) -> None:
+        """The first `blocks` blocks, K one ahead of V, and Q, whose place may be freed later than K's."""
         pages, before = self.page_ids(), self.page_ids()
         self.find_pages(source, 0, before)
         self.load_block(False, source, before, 0, count, 0)
+        self.load_q(row_tile, head, source.request, done)
         for n in cutlass.range(1, blocks, unroll=1):
             self.find_pages(source, n, pages)
             self.load_block(False, source, pages, n, count + n, 0)
@@ -219,11 +220,11 @@ class Producer:
                 for i, word in enumerate(Task(row0, head, request, kv_head, length, start, blocks, whole)):
                     sTask[i, stage] = word
                 tasks.arrive(stage)
-            self.load_q(row_tile, q_head, request, done)
             if const_expr(config.sparse):
+                self.load_q(row_tile, q_head, request, done)
                 self.load_listed(source, map_row, total, whole * config.tile_n, count)
             else:
-                self.load_all(source, blocks, count)
+                self.load_all(source, blocks, count, row_tile, q_head, done)
             count, done, index = count + blocks, done + 1, following
         stage = done % TASK_STAGES
         tasks.acquire(stage, done // TASK_STAGES)
