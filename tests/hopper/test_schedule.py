@@ -46,24 +46,24 @@ MIB = 2**20
 @pytest.mark.parametrize(
     ("kv_bytes", "ratio", "heads", "row_tiles", "causal", "expected"),
     [
-        (2 * MIB, 1, 512, 32, False, (4, 0, 0)),  # 4096 keys of 128 + 128 BF16
-        (2 * MIB, 1, 512, 32, True, (4, 64, 8)),
-        (2 * MIB, 1, 20, 32, True, (4, 20, 8)),
+        (2 * MIB, 1, 512, 32, False, (8, 0, 0)),  # 4096 keys of 128 + 128 BF16
+        (2 * MIB, 1, 512, 32, True, (8, 64, 8)),
+        (2 * MIB, 1, 32, 32, True, (8, 32, 11)),
         (2 * MIB, 1, 16, 32, True, (16, 0, 0)),  # all of it stays in the L2
         (2 * MIB, 4, 64, 32, True, (64, 0, 0)),
-        (2 * MIB, 1, 512, 3, True, (4, 0, 0)),
+        (2 * MIB, 1, 512, 1, True, (8, 64, 0)),
         (8 * MIB, 1, 128, 128, True, (4, 16, 32)),  # 16384
-        (10 * MIB, 1, 128, 128, False, (2, 0, 0)),  # 16384 of 192 + 128
-        (10 * MIB, 1, 128, 128, True, (4, 12, 32)),
-        (8 * MIB, 4, 64, 128, True, (16, 64, 32)),  # GQA: query heads
-        (2**30, 4, 32, 128, True, (8, 8, 32)),
+        (8 * MIB, 1, 128, 128, False, (2, 0, 0)),
+        (10 * MIB, 1, 128, 128, True, (2, 12, 37)),  # 16384 of 192 + 128
+        (8 * MIB, 4, 64, 128, True, (16, 64, 16)),  # GQA: query heads
+        (2**30, 4, 32, 128, True, (8, 8, 45)),
         (0, 1, 3, 3, True, (3, 0, 0)),
     ],
 )
 def test_order(
     kv_bytes: int, ratio: int, heads: int, row_tiles: int, causal: bool, expected: tuple[int, int, int]
 ) -> None:
-    assert schedule.order(kv_bytes, ratio, heads, row_tiles, causal) == expected
+    assert schedule.order(kv_bytes, ratio, heads, row_tiles, causal, 132) == expected
 
 
 @settings(max_examples=300, deadline=None)

@@ -146,7 +146,7 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
         "mask_bits": mask_bits,
     }
     kv_bytes = 2 * problem.S_kv * (problem.D + problem.Dv)
-    order = schedule.order(kv_bytes, problem.ratio, B * Hq, -(-P // config.tile_m), problem.causal)
+    order = schedule.order(kv_bytes, problem.ratio, B * Hq, -(-P // config.tile_m), problem.causal, ctas)
     scalars: dict[str, Any] = {
         "scale_log2": args.softmax_scale * math.log2(math.e),
         "Hq": Hq,

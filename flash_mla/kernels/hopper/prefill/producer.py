@@ -197,9 +197,6 @@ class Producer:
         count, done = Int32(0), Int32(0)
         order = schedule.Order(scalars.section, scalars.late, scalars.tail)
         while index < tiles:
-            following = tiles
-            if tiles > ctas:
-                following = self.take(tensors.counter) + ctas
             row_tile, head = schedule.tile(index, row_tiles, heads, order, cutlass.min, pick)
             request = head // scalars.Hq
             q_head, row0 = head - request * scalars.Hq, row_tile * config.tile_m
@@ -225,6 +222,10 @@ class Producer:
                 self.load_listed(source, map_row, total, whole * config.tile_n, count)
             else:
                 self.load_all(source, blocks, count, row_tile, q_head, done)
+            # NOTE: not before the tile's loads: a CTA that has a heavy tile would take another too early
+            following = tiles
+            if tiles > ctas:
+                following = self.take(tensors.counter) + ctas
             count, done, index = count + blocks, done + 1, following
         stage = done % TASK_STAGES
         tasks.acquire(stage, done // TASK_STAGES)

@@ -4,17 +4,17 @@ A tile is TILE_M query rows of one head of one request; `heads` counts the heads
 tile of each of some heads. Tiles are handed out in the order of their numbers, each CTA taking the next when it is done
 (a counter in global memory). The order serves two ends.
 
-L2: heads are taken in sections of four KV heads or fewer, all tiles of a section before the next, so that the CTAs that
-run together read the K and V of few heads, which then come from DRAM once. With 32 heads a section, 128 heads of 4096
-keys read 20.9 GB of DRAM where 1.6 will do, and the power for that cost 12 % of the clock.
+L2: heads are taken in sections of eight KV heads or fewer, all tiles of a section before the next, so that the CTAs
+that run together read the K and V of few heads, which then come from DRAM once. With 32 heads a section, 128 heads of
+4096 keys read 20.9 GB of DRAM where 1.6 will do, and the power for that cost 12 % of the clock.
 
 Balance: the last rows of a causal call see the most keys, so a section begins with its heaviest level. What is uneven
-at the end of the call, small tiles must even out; so the lightest quarter of the levels of the last heads is kept for
-the end: of as many heads as keep those keys in the L2.
+at the end of the call, small tiles must even out; so the lightest levels of the last heads are kept for the end: of as
+many heads as keep those keys in the L2, and as many levels as there is to even out.
 
     heads 0 .. early             section | section | ...         all levels, heaviest first
-    heads early .. the last      section | section | ...         all but the lightest quarter
-                                 the lightest quarter, of all of these heads
+    heads early .. the last      section | section | ...         all but the lightest levels
+                                 the tail: the lightest levels, of all of these heads
 
 Every function takes Python ints (tests) or the DSL's Int32 (the kernel), with `least`, `most` and `pick` for min, max
 and `a if condition else b`.
@@ -22,15 +22,14 @@ and `a if condition else b`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 L2_BYTES = 32 * 2**20
 """K and V that stay in the L2 (50 MB) while other data pass through it."""
-SECTION_HEADS = 4
-"""KV heads of a section: 33 of 132 CTAs read each."""
-TAIL = 4
-"""The lightest of so many parts of a causal call's levels comes last."""
+SECTION_HEADS = 8
+"""KV heads of a section, at most."""
 
 
 class Order(NamedTuple):
@@ -41,18 +40,20 @@ class Order(NamedTuple):
     tail: Any
 
 
-def order(kv_bytes: int, ratio: int, heads: int, row_tiles: int, causal: bool) -> Order:
+def order(kv_bytes: int, ratio: int, heads: int, row_tiles: int, causal: bool, ctas: int) -> Order:
     """The order of a call; kv_bytes: K and V of one KV head, which `ratio` query heads read."""
     if kv_bytes * heads <= L2_BYTES * ratio:
         return Order(heads, 0, 0)  # all K and V stay: balance alone counts
-    # NOTE: a causal tile reads half of them, on average
-    fit = L2_BYTES // (kv_bytes // 2 if causal else kv_bytes)
-    # two at least: one head's lines would be asked for by all CTAs at once
-    section = ratio * (SECTION_HEADS if fit >= SECTION_HEADS else 2)
-    if not causal or row_tiles < TAIL:
+    # NOTE: a causal tile reads half of them, on average. Two heads at least: all CTAs would ask for one head's lines at
+    # once (614 against 661 TFLOP/s). A power of two, so that sections come out even
+    fit = L2_BYTES // (kv_bytes if causal else 2 * kv_bytes)
+    section = ratio * next(n for n in (SECTION_HEADS, 4, 2) if n <= max(2, fit))
+    if not causal:
         return Order(section, 0, 0)
-    late = max(1, TAIL * L2_BYTES // kv_bytes * ratio // section) * section
-    return Order(section, min(heads, late), row_tiles // TAIL)
+    late = min(heads, max(1, 4 * L2_BYTES // kv_bytes * ratio // section) * section)
+    # heavy tiles leave half of one uneven on each CTA, ctas * row_tiles / 2 blocks; the tail has late * tail^2 / 2
+    tail = math.isqrt(ctas * row_tiles // late)
+    return Order(section, late, min(tail, row_tiles // 2))
 
 
 class Tile(NamedTuple):
