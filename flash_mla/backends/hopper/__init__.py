@@ -10,7 +10,7 @@ from flash_mla.backends import Phase, module
 from flash_mla.backends.hopper.device import available as available
 from flash_mla.backends.hopper.device import is_latent
 from flash_mla.backends.hopper.device import refuse as refuse
-from flash_mla.problem import DecodeProblem, PrefillProblem, Problem
+from flash_mla.problem import DecodeProblem, PrefillProblem, Problem, SparseProblem
 
 
 def phase(problem: Problem) -> Phase | str:
@@ -19,4 +19,8 @@ def phase(problem: Problem) -> Phase | str:
         return module("hopper", "mla_decode" if is_latent(problem) else "gqa_decode")
     if isinstance(problem, PrefillProblem):
         return module("hopper", "prefill")
-    return "there is no kernel in CuTe DSL for sparse attention"
+    if not isinstance(problem, SparseProblem):
+        return "there is no kernel in CuTe DSL for the indexer"
+    if problem.max_logits:
+        return module("hopper", "sparse_prefill")
+    return "there is no kernel in CuTe DSL for sparse decode"

@@ -83,8 +83,7 @@ class Segments:
             # NOTE: a row without keys has O = 0 and, with a sink, a total above 0; without, 0 * inf would be NaN
             scales[r] = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
         if whole:
-            staged = consumer.shared.staged + (4 * side + consumer.tid // 32) * STAGED
-            store_rows(consumer.O, scales, staged, tensors.out[request, None, None], row0, HALF * side, consumer.tid)
+            store_out(consumer, tensors.out, request, row0, scales)
         else:
             for r in cutlass.range_constexpr(2):
                 tile_row = rows_of.first + 8 * r
@@ -116,3 +115,10 @@ def store_partial(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, sc
             two[e] = consumer.O[4 * j + 2 * r + e] * scale
         columns = HALF // 2 * consumer.side + 4 * j + consumer.rows.column // 2
         cute.autovec_copy(two, cute.local_tile(row, (2,), (columns,)))
+
+
+@cute.jit
+def store_out(consumer: Consumer, out: cute.Tensor, index, row0, scales: cute.Tensor) -> None:
+    """This warpgroup's half of the columns, scaled, to out[index, row0 ..]."""
+    staged = consumer.shared.staged + (4 * consumer.side + consumer.tid // 32) * STAGED
+    store_rows(consumer.O, scales, staged, out[index, None, None], row0, HALF * consumer.side, consumer.tid)
