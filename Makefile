@@ -22,7 +22,7 @@ unit: .venv/dev.stamp
 
 # The GPU kernels without a GPU: Triton's interpreter, then ahead-of-time compiles and their register gates.
 kernels: .venv/dev.stamp
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/test_triton.py tests/test_triton_sparse.py \
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/test_triton.py tests/test_triton_sparse.py tests/test_indexer.py \
 		tests/test_decode.py tests/test_prefill.py tests/test_mha.py
 	$(BIN)/pytest -n 2 -m compile
 
