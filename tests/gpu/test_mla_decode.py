@@ -47,7 +47,7 @@ CASES = {
     "requests": replace(FEW, lengths=MANY, layout="pool", S_q=2),
     "requests-heads-128": replace(MLA, lengths=MANY[:150], layout="pool"),
     "int64": replace(FEW, index_dtype=torch.int64),
-    "scale": replace(MLA, softmax_scale=3.0),
+    "scale": replace(MLA, softmax_scale=0.31),
 }
 
 
