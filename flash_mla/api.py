@@ -217,7 +217,7 @@ def flash_mla_prefill(
         contract.check_tensor(name, tensor)
     contract.check_rank("q", q.shape, 4, "[B, Hq, P, D]")
     blocks = contract.sparse_blocks(sparse_layout, q)
-    causal = attn_mask is None if causal is None else causal
+    causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
         result = torch.ops.flash_mla.flash_mla_prefill(
@@ -279,7 +279,7 @@ def mha_fwd_kvcache(
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("block_table", block_table)):
         contract.check_tensor(name, tensor)
-    causal = attn_mask is None if causal is None else causal
+    causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
         writes = k is not None or v is not None

@@ -439,6 +439,17 @@ def check_scale(softmax_scale: float | None) -> int:
     return (softmax_scale > 0) - (softmax_scale < 0)
 
 
+def settle_causal(causal: bool | None, mask: Tensor | None) -> bool:
+    """Whether a prefill is causal: as said, or else where no mask is given."""
+    if causal is None:
+        return mask is None
+    if not isinstance(causal, bool):
+        raise ShapeError(
+            f"causal = {causal!r}"[:200], "True, False or None", "`causal` says neither yes nor no", "Pass a bool"
+        )
+    return causal
+
+
 def is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -568,11 +579,14 @@ def check_cache_shape(name: str, shape: Sequence[int], B: int, D: int, q: str) -
         )
 
 
+def check_ranks(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    check_rank("q", q.shape, 4, "[B, Hq, S_q, D]")
+    check_rank("k_cache", k_cache.shape, 5, f"[B, Hk, Nblk, {BLOCK}, D]")
+    check_rank("v_cache", v_cache.shape, 5, f"[B, Hk, Nblk, {BLOCK}, Dv]")
+
+
 def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     """Shapes and layout of both caches against q; returns whether V aliases K."""
-    check_rank("q", q.shape, 4, "[B, Hq, S_q, D]")
-    check_rank("k_cache", k_cache.shape, 5, "[B, Hk, Nblk, 64, D]")
-    check_rank("v_cache", v_cache.shape, 5, "[B, Hk, Nblk, 64, Dv]")
     check_block_size("k_cache", k_cache.shape)
     check_cache_shape("k_cache", k_cache.shape, q.shape[0], q.shape[3], named(q=q))
     if v_cache.shape[:4] != k_cache.shape[:4]:
@@ -694,6 +708,7 @@ def checked_decode(
     check_tensor("block_table", block_table)
     check_tensor("seq_lens", seq_lens)
     check_on(q.device, k_cache=k_cache, v_cache=v_cache, block_table=block_table, seq_lens=seq_lens, mask=mask)
+    check_ranks(q, k_cache, v_cache)
     check_decode_dtypes(q, k_cache, v_cache)
     alias = check_caches(q, k_cache, v_cache)
     B, Hq, S_q, _ = q.shape
@@ -842,6 +857,7 @@ def mha(
     """The problem of a `mha_fwd_kvcache` call; reads no value."""
     check_on(q.device, k_cache=k_cache, v_cache=v_cache, block_table=block_table)
     check_on(q.device, start_pos=start_pos, k=k, v=v, attn_mask=attn_mask)
+    check_ranks(q, k_cache, v_cache)
     check_dtypes(q=q, k_cache=k_cache, v_cache=v_cache)
     alias = check_caches(q, k_cache, v_cache)
     B, Hq, P, _ = q.shape
@@ -859,7 +875,7 @@ def mha(
     check_start_pos(start_pos, B)
     table_blocks = block_table.shape[1]
     blocks = min(table_blocks, k_cache.shape[2]) if start_pos is None else table_blocks
-    if blocks * BLOCK < P:
+    if B and blocks * BLOCK < P:
         raise BlockCountError(
             f"P = {P} tokens, block_table {list(block_table.shape)}, Nblk = {k_cache.shape[2]}",
             f"at least ceil(P/64) = {-(-P // BLOCK)} blocks",

@@ -32,6 +32,8 @@ from flash_mla.kernels.triton import append, combine, decode, prefill  # noqa: E
 from flash_mla.kernels.triton.target import Target  # noqa: E402
 from flash_mla.problem import FP8, AppendArgs, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem  # noqa: E402
 
+pytestmark = pytest.mark.compile
+
 KIB = 1024
 TARGETS = {
     "sm_80": Target("cuda", 80, 163 * KIB, 108),

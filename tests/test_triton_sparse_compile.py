@@ -20,6 +20,8 @@ from flash_mla.kernels.triton import sparse, sparse_wgmma
 from flash_mla.problem import SparseArgs, SparseKeys, SparseProblem, SparseSet
 from flash_mla.quant import FORMATS
 
+pytestmark = pytest.mark.compile
+
 CASES = {
     "prefill/v3.2": (None, 576, 4096, 1, 128, (2048,), 131072, 1),
     "prefill/model1": (None, 512, 4096, 1, 64, (512,), 65536, 1),

@@ -35,6 +35,9 @@ def config(problem: PrefillProblem) -> None:
 @undisturbed
 def launch(problem: PrefillProblem, config: None, args: PrefillArgs) -> None:
     """Attend and store, request by request."""
+    if problem.scale_sign <= 0:  # the op hides keys by -inf times the scale
+        q = args.q.to(compute_dtype(problem)) * problem.scale_sign
+        args = args._replace(q=q, softmax_scale=abs(args.softmax_scale) or 1.0)
     q = grouped_rows(problem, args)  # [B, Hk, ratio, P, D]
     dtype = compute_dtype(problem)
     plain = args.mask is None and args.block_mask is None

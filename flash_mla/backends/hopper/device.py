@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from flash_mla.problem import ALIGNMENT, BLOCK, DecodeProblem, Problem
+from flash_mla.problem import ALIGNMENT, BLOCK, FP8, DecodeProblem, Problem
+
+HALVES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""torch's 16-bit dtypes and their names in the kernels' configs."""
+DTYPES: dict[torch.dtype, Literal["bf16", "fp16", "fp8"]] = {**HALVES, FP8: "fp8"}
 
 
 @functools.cache

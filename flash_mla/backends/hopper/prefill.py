@@ -1,24 +1,21 @@
-"""Prefill on Hopper: what `kernels/hopper/prefill.py` takes, and its launch."""
+"""Prefill on Hopper: what `kernels/hopper/prefill/` takes, and its launch."""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import int32, multiprocessors
+from flash_mla.backends.hopper.device import HALVES, int32, multiprocessors
+from flash_mla.kernels.hopper.prefill import schedule
+from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
 from flash_mla.problem import BLOCK, FP8, PrefillArgs, PrefillProblem
 
-if TYPE_CHECKING:
-    from flash_mla.kernels.hopper.prefill import Config
-
-DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16", FP8: "bf16"}
+DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {**HALVES, FP8: "bf16"}
 """What the kernel computes in. Every e4m3 is a BF16: FP8 inputs are converted beforehand, descales applied within."""
-WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
-"""(D, Dv) that the prefill kernel is written for."""
 ALIGNMENT = 8
 """Strides that TMA reads must be multiples of 16 bytes: 8 elements."""
 
@@ -57,8 +54,6 @@ def refuse_strides(problem: PrefillProblem) -> str | None:
 
 def config(problem: PrefillProblem) -> Config:
     """The kernel variant."""
-    from flash_mla.kernels.hopper.prefill import Config
-
     sparse = problem.block_mask or problem.mask == "bool"
     return Config(dtype=DTYPES[problem.dtype], D=problem.D, Dv=problem.Dv, paged=problem.paged, sparse=sparse)
 
@@ -124,9 +119,11 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
     An int64 table or lengths are converted first, on the device. The first launch of a config loads its kernel, and the
     first ever on a machine compiles it.
     """
-    from flash_mla.kernels.hopper import prefill, schedule, store
+    from flash_mla.kernels.hopper import store
+    from flash_mla.kernels.hopper.prefill.kernel import build
+    from flash_mla.kernels.hopper.prefill.shared import Scalars, Tensors
 
-    kernel = store.load("prefill", config, prefill.build)
+    kernel = store.load("prefill", config, build)
     B, Hq, P = problem.B, problem.Hq, problem.P
     tiles = -(-P // config.tile_m) * B * Hq
     ctas = min(tiles, config.ctas_sm * multiprocessors(problem.device))
@@ -173,7 +170,7 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
             readable(args.k),
             readable(args.v),
             args.out,
-            prefill.Tensors(**tensors),
-            prefill.Scalars(**scalars),
+            Tensors(**tensors),
+            Scalars(**scalars),
             ctas,
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -104,7 +102,6 @@ def test_facts_that_no_kernel_takes(changes: dict, words: str) -> None:
     assert words in str(device.refuse(problem(**changes)))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
 @pytest.mark.parametrize(
     ("changes", "tile_n"),
     [({}, 8), ({"Hk": 32}, 8), ({"Hk": 1}, 32), ({"Hk": 1, "S_q": 3}, 64), ({"Hk": 1, "S_q": 3, "Dv": 256}, 32)],
