@@ -511,6 +511,16 @@ def test_an_operation_that_fails_anywhere_is_undone(pool_blocks: int | None, ope
     assert n > 1
 
 
+def test_a_request_may_copy_a_block_and_grow_in_one_append() -> None:
+    cache = PagedKVCache(2, Hk, D, max_seq_len=256, v_head_dim=Dv, pool_blocks=8, dtype=torch.float32)
+    cache.append(torch.randn(2, Hk, 63, D), torch.randn(2, Hk, 63, Dv), [63, 0])
+    cache.fork(0, 1)
+    cache.extend(70)
+    assert cache.num_free_blocks == 8 - 2 * 3
+    cache.clear()
+    assert cache.num_free_blocks == 8
+
+
 @pytest.mark.parametrize("pool_blocks", [None, 12])
 def test_truncate_gives_blocks_back_and_copies_on_write(pool_blocks: int | None) -> None:
     cache = filled(pool_blocks)

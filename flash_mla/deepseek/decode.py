@@ -214,7 +214,7 @@ def dense(
     if fold:
         q = q.unflatten(2, (Hk, ratio)).transpose(1, 2).reshape(B, Hk * S_q * ratio, 1, D)
         if attn_sink is not None:
-            attn_sink = attn_sink.view(Hk, 1, ratio).expand(-1, S_q, -1).flatten()
+            attn_sink = attn_sink.view(Hk, 1, ratio).expand(-1, S_q, -1).flatten().contiguous()
     else:
         q = q.transpose(1, 2).contiguous()
     factors = [None if x is None else x.to(torch.float32).view(-1, 1).expand(B, Hk) for x in descales]
