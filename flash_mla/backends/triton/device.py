@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla.problem import DecodeProblem, PrefillProblem, Problem
+from flash_mla.problem import FP8, DecodeProblem, PrefillProblem, Problem
 
 try:
     import triton
@@ -110,4 +110,4 @@ def refuse_columns(problem: DecodeProblem | PrefillProblem) -> str | None:
 
 def stored(tensor: Tensor, widen: str) -> Tensor:
     """FP8 as the kernel reads it: bytes where the GPU does not convert e4m3."""
-    return tensor.view(torch.uint8) if widen == "fp8_bits" else tensor
+    return tensor.view(torch.uint8) if widen == "fp8_bits" and tensor.dtype == FP8 else tensor
