@@ -10,16 +10,18 @@ import importlib
 from collections.abc import Hashable
 from typing import Any
 
-from flash_mla.backends.hopper import gqa_decode, mla_decode, prefill
+from flash_mla.backends.hopper import gqa_decode, mla_decode, mla_decode_fp8, prefill
 from flash_mla.backends.hopper.device import available as available
 from flash_mla.backends.hopper.device import refuse_device
-from flash_mla.problem import AppendArgs, Args, DecodeProblem, PrefillProblem, Problem
+from flash_mla.problem import FP8, AppendArgs, Args, DecodeProblem, PrefillProblem, Problem
 
 
 def kernel(problem: Problem) -> Any:
     """The module that such problems go to, or None."""
     if isinstance(problem, DecodeProblem):
-        return mla_decode if problem.alias and problem.Hk == 1 else gqa_decode
+        if problem.alias and problem.Hk == 1:
+            return mla_decode_fp8 if problem.dtype == FP8 else mla_decode
+        return gqa_decode
     if isinstance(problem, PrefillProblem):
         return prefill
     return None
