@@ -17,15 +17,8 @@ It runs everything that the contract admits, forward only.
 
 from __future__ import annotations
 
-import torch
-
-from flash_mla.backends.cpu.append import append
-from flash_mla.backends.cpu.decode import decode
-from flash_mla.backends.cpu.prefill import prefill
-from flash_mla.backends.cpu.sparse import sparse
-from flash_mla.problem import Args, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem, Problem, SparseArgs
-
-__all__ = ["append", "available", "config", "launch", "refuse"]
+from flash_mla.backends import Phase, module
+from flash_mla.problem import DecodeProblem, PrefillProblem, Problem
 
 
 def available() -> str | None:
@@ -38,20 +31,8 @@ def refuse(problem: Problem) -> str | None:
     return None if problem.device.type == "cpu" else f"the tensors are on {problem.device}, not on the CPU"
 
 
-def config(problem: Problem) -> None:
-    """Nothing is chosen ahead: the runs of blocks decide."""
-    return
-
-
-@torch.no_grad()
-def launch(problem: Problem, config: None, args: Args) -> None:
-    """Fill args.out and args.lse."""
+def phase(problem: Problem) -> Phase | str:
+    """The module that such problems go to."""
     if isinstance(problem, DecodeProblem):
-        assert isinstance(args, DecodeArgs)
-        decode(problem, args)
-    elif isinstance(problem, PrefillProblem):
-        assert isinstance(args, PrefillArgs)
-        prefill(problem, args)
-    else:
-        assert isinstance(args, SparseArgs)
-        sparse(problem, args)
+        return module("cpu", "decode")
+    return module("cpu", "prefill" if isinstance(problem, PrefillProblem) else "sparse")

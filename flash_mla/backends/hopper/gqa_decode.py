@@ -23,12 +23,12 @@ def refuse(problem: DecodeProblem) -> str | None:
         )
     if max(problem.D, problem.Dv) > MAX_D:
         return f"D = {problem.D}, Dv = {problem.Dv}: at most {MAX_D}"
+    if problem.kv_dtype != problem.dtype:
+        return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
     if problem.S_q > MAX_S_Q:
         return f"S_q = {problem.S_q}: at most {MAX_S_Q} query tokens a request"
     if problem.mask != "none":
         return f"a {problem.mask} mask: only causal decode"
-    if min(problem.B, problem.Hq, problem.Nblk, problem.table_blocks, problem.D, problem.Dv) == 0:
-        return "an empty batch, head or cache"
     return refuse_strides(problem)
 
 
@@ -82,7 +82,7 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
         if not problem.descale:
             return workspace  # not read
         if descale is None:
-            return torch.ones((1, 1), device=problem.device).expand(problem.B, problem.Hk)
+            return torch.ones((1, 1), dtype=torch.float32, device=problem.device).expand(problem.B, problem.Hk)
         return descale
 
     # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own

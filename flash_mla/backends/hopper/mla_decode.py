@@ -7,7 +7,6 @@ import math
 import torch
 
 from flash_mla.backends.hopper.device import HALVES, device_of, int32, multiprocessors
-from flash_mla.errors import ShapeError
 from flash_mla.kernels.hopper import packing
 from flash_mla.kernels.hopper.limits import TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, WIDTHS, Config
@@ -23,14 +22,14 @@ def refuse(problem: DecodeProblem) -> str | None:
         return f"dtype {problem.dtype} -> {problem.out_dtype}: the kernel takes and gives BF16 or FP16"
     if (problem.D, problem.Dv) not in WIDTHS:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
+    if problem.kv_dtype != problem.dtype:
+        return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
     if problem.S_q > MAX_S_Q:
         return f"S_q = {problem.S_q}: at most {MAX_S_Q} query tokens a request"
     if problem.mask != "none":
         return f"a {problem.mask} mask: only causal decode"
     if problem.descale:
         return "descales"
-    if min(problem.B, problem.Nblk, problem.table_blocks) == 0:
-        return "an empty batch or cache"
     return refuse_strides(problem)
 
 
@@ -72,13 +71,6 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.mla_decode.kernel import build
 
-    if not args.softmax_scale > 0:
-        raise ShapeError(
-            given=f"softmax_scale={args.softmax_scale}",
-            required="softmax_scale > 0 on the Hopper backend",
-            cause="The running maximum is kept before scaling",
-            fix="Scale q instead, or pass backend='triton'",
-        )
     kernel = store.load("mla_decode", config, build)
     clusters = multiprocessors(problem.device) // config.cluster
     workspace = torch.empty(config.workspace_words(clusters), dtype=torch.float32, device=problem.device)

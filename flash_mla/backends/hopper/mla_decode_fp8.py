@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
+from flash_mla.backends.hopper.device import HALVES, device_of, int32, multiprocessors
 from flash_mla.kernels.hopper import packing
 from flash_mla.kernels.hopper.limits import TMA_BYTES
 from flash_mla.kernels.hopper.mla_decode_fp8.config import MAX_S_Q, TILES_N, WIDTHS, Config
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
 
+QUERIES: dict[torch.dtype, Literal["fp8", "bf16", "fp16"]] = {FP8: "fp8", **HALVES}
+"""Dtypes of q by the names that configs use."""
+
 
 def refuse(problem: DecodeProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""
-    if problem.dtype != FP8 or problem.out_dtype != torch.bfloat16:
-        return f"dtype {problem.dtype} -> {problem.out_dtype}: the kernel takes FP8 and gives BF16"
+    out_dtype = torch.bfloat16 if problem.dtype == FP8 else problem.dtype
+    if problem.kv_dtype != FP8 or problem.dtype not in QUERIES or problem.out_dtype != out_dtype:
+        return (
+            f"q {problem.dtype} over a {problem.kv_dtype} cache -> {problem.out_dtype}: the kernel takes FP8, BF16 and "
+            "FP16 over FP8, and gives q's dtype, BF16 for FP8"
+        )
     if (problem.D, problem.Dv) not in WIDTHS:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
     if problem.S_q > MAX_S_Q:
         return f"S_q = {problem.S_q}: at most {MAX_S_Q} query tokens a request"
     if problem.mask != "none":
         return f"a {problem.mask} mask: only causal decode"
-    if min(problem.B, problem.Nblk, problem.table_blocks) == 0:
-        return "an empty batch or cache"
     return refuse_strides(problem)
 
 
@@ -57,7 +63,7 @@ def config(problem: DecodeProblem) -> Config:
     """The kernel variant: the smallest tile that holds a request's rows; two CTAs share K when there are more."""
     rows = problem.Hq * problem.S_q
     tile_n = next((n for n in TILES_N if n >= rows), TILES_N[-1])
-    return Config(problem.D, tile_n, 2 if -(-rows // tile_n) % 2 == 0 else 1, problem.descale)
+    return Config(QUERIES[problem.dtype], problem.D, tile_n, 2 if -(-rows // tile_n) % 2 == 0 else 1, problem.descale)
 
 
 def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:

@@ -111,7 +111,7 @@ class Config:
 
     @property
     def exact(self) -> bool:
-        """Whether P has two terms as well and its products with V are added up in FP32: where bytes bound the kernel."""
+        """Whether P has two terms too and its products with V are added up in FP32: where bytes bound the kernel."""
         return self.q_terms == 2 and self.tile_n < TILE_M
 
     @property

@@ -138,9 +138,7 @@ class MlaDecodeFp8:
             sUnit: cute.struct.MemRange[Float32, TILE_M]
             sScale: cute.struct.MemRange[Float32, TILE_M]
             sScan: cute.struct.MemRange[Int32, scan_words(WARPS)]
-            barriers: cute.struct.MemRange[
-                Int64, Channel.words(MAX_STAGES) + Channel.words(P_STAGES) + 2 * Channel.words(1)
-            ]
+            barriers: cute.struct.MemRange[Int64, Channel.words(MAX_STAGES + P_STAGES + 2)]
 
         shared = Shared.over(config, allocate(Storage, config))
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())

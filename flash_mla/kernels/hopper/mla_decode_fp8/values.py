@@ -35,8 +35,8 @@ TILES = HALF // TILE_M
 class Values:
     """The warpgroup that holds 256 columns of out, O^T [256, tile_n] in four tiles; `side`: which half.
 
-    product: what wgmma adds to: O, or in exact configs a block's part of it. wgmma keeps some 14 bits of e4m3 sums, which
-    over 32768 keys costs as much as rounding P does.
+    product: what wgmma adds to: O, or in exact configs a block's part of it. wgmma keeps some 14 bits of sums of e4m3
+    products, which over 32768 keys costs as much as rounding P does.
     A thread's rows of tile t are columns `column(t)` and the next.
     """
 
