@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.limits import (
@@ -48,11 +48,10 @@ START = 2
 
 
 class Bar(IntEnum):
-    """Named barriers: each warpgroup's own."""
+    """Named barriers: of each values warpgroup alone."""
 
     LEFT = 1
     RIGHT = 2
-    SCORES = 3
 
 
 @dataclass(frozen=True)
@@ -100,19 +99,28 @@ class Config:
         return self.q_terms if self.tile_n == TILE_M else 1
 
     @property
+    def exact(self) -> bool:
+        """Whether P has two terms and its products with V are added up in FP32: where bytes bound the kernel."""
+        return self.tile_n < TILE_M
+
+    @property
     def thread_rows(self) -> int:
-        """Queries of a thread of the scores: two rows of the tile, or the two terms of one."""
-        return 1 if self.q_terms > self.q_tiles else 2
+        """Queries of a thread of the scores. Where they are few, the second of its two rows is free for a second term."""
+        return 1 if self.tile_n < TILE_M else 2
 
     @property
     def warp_rows(self) -> int:
         """Queries of a warp of the scores."""
         return 8 * self.thread_rows
 
+    def tile_row(self, query: Any) -> Any:
+        """The row of sQ that holds a query of the tile."""
+        return query // self.warp_rows * 16 + query % self.warp_rows
+
     @property
-    def exact(self) -> bool:
-        """Whether P has two terms too and its products with V are added up in FP32: where bytes bound the kernel."""
-        return self.q_terms == 2 and self.tile_n < TILE_M
+    def q_box(self) -> int:
+        """Queries that lie behind each other in sQ."""
+        return TILE_M if self.thread_rows == 2 else 8
 
     @property
     def p_parts(self) -> int:

@@ -36,6 +36,7 @@ from flash_mla.kernels.hopper.mla_decode_fp8.shared import Scalars, Shared, Tens
 from flash_mla.kernels.hopper.mla_decode_fp8.values import Values
 from flash_mla.kernels.hopper.partials import Partials, note_split
 from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.table import prefetch_table
 from flash_mla.kernels.hopper.work import find_work
 
 
@@ -95,8 +96,8 @@ class MlaDecodeFp8:
 
         share, has_rope, loads_q = BLOCK // config.cluster, config.rope > 0, config.q == "fp8"
         tmas = Tmas(
-            q=tma(load, gQ, config.tile_n, CHUNK) if loads_q else None,
-            q_rope=tma(load, gQ, config.tile_n, ROPE) if loads_q and has_rope else None,
+            q=tma(load, gQ, config.q_box, CHUNK) if loads_q else None,
+            q_rope=tma(load, gQ, config.q_box, ROPE) if loads_q and has_rope else None,
             k=tma(load_k, gK, share, CHUNK),
             k_rope=tma(load_k, gK, share, ROPE) if has_rope else None,
         )
@@ -157,6 +158,8 @@ class MlaDecodeFp8:
             cute.arch.mbarrier_init_fence()
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
+        if warp_id == 3 * WARPS_A_GROUP + 1:
+            prefetch_table(tensors.table, cluster_id, clusters)
         table, seq_lens, sScan = tensors.table, tensors.seq_lens, shared.sScan
         work = find_work(table, seq_lens, scalars.groups, cluster_id, clusters, WARPS, sScan, START)
         if const_expr(config.cluster > 1):

@@ -61,7 +61,7 @@ class Producer:
     @staticmethod
     def over(shared: Shared, tensors: Tensors, rank, tmas: Tmas, pages) -> Producer:
         config, loads_q = shared.config, shared.config.q == "fp8"
-        N, share, pieces = config.tile_n, BLOCK // config.cluster, config.stages * config.cluster
+        box, share, pieces = config.q_box, BLOCK // config.cluster, config.stages * config.cluster
 
         def boxes(tma, memory: cute.Tensor | None, count: int, stride: int, box, tiles: int) -> Boxes | None:
             if memory is None or tma is None:
@@ -77,8 +77,8 @@ class Producer:
             shared,
             tensors,
             rank,
-            boxes(tmas.q, shared.sQ, CHUNKS, TILE_M * CHUNK, (N, CHUNK), 3),
-            boxes(tmas.q_rope, shared.sQ_rope, 1, TILE_M * ROPE, (N, ROPE), 3),
+            boxes(tmas.q, shared.sQ, CHUNKS * TILE_M // box, box * CHUNK, (box, CHUNK), 3),
+            boxes(tmas.q_rope, shared.sQ_rope, TILE_M // box, box * ROPE, (box, ROPE), 3),
             boxes(tmas.k, shared.sK, CHUNKS * pieces, share * CHUNK, (share, CHUNK), 4),
             boxes(tmas.k_rope, shared.sK_rope, pieces, share * ROPE, (share, ROPE), 4),
             pages,
@@ -116,15 +116,22 @@ class Producer:
     @cute.jit
     def load_q(self, row_tile, request, count) -> None:
         """The CTA's query rows; rows past the request's arrive as zeros."""
-        channel, q, rope = self.shared.q, self.q, self.q_rope
+        config, channel, q, rope = self.config, self.shared.q, self.q, self.q_rope
         channel.acquire(0, count)
         with cute.arch.elect_one():
-            channel.expect(0, self.config.tile_n * self.config.D)
-        for chunk in cutlass.range_constexpr(CHUNKS):
-            cute.copy(q.tma, q.gmem[None, row_tile, chunk, request], q.smem[None, chunk], tma_bar_ptr=channel.bar(0))
-        if const_expr(self.config.rope > 0):
-            source = rope.gmem[None, row_tile, DV // ROPE, request]
-            cute.copy(rope.tma, source, rope.smem[None, 0], tma_bar_ptr=channel.bar(0))
+            channel.expect(0, config.tile_n * config.D)
+        boxes = config.tile_n // config.q_box
+        for i in cutlass.range_constexpr(boxes):
+            tile, place = boxes * row_tile + i, config.tile_row(i * config.q_box) // config.q_box
+            for chunk in cutlass.range_constexpr(CHUNKS):
+                source, target = (
+                    q.gmem[None, tile, chunk, request],
+                    q.smem[None, TILE_M // config.q_box * chunk + place],
+                )
+                cute.copy(q.tma, source, target, tma_bar_ptr=channel.bar(0))
+            if const_expr(config.rope > 0):
+                source = rope.gmem[None, tile, DV // ROPE, request]
+                cute.copy(rope.tma, source, rope.smem[None, place], tma_bar_ptr=channel.bar(0))
 
     @cute.jit
     def load_block(self, block, request, number) -> None:

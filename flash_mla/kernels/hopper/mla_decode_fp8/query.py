@@ -12,17 +12,16 @@ import cutlass.cute as cute
 from cutlass import Float32, const_expr
 
 from flash_mla.kernels.hopper.limits import TILE_M
-from flash_mla.kernels.hopper.mla_decode_fp8.config import CHUNK, DV, ROPE
+from flash_mla.kernels.hopper.mla_decode_fp8.config import CHUNK, DV, ROPE, WARPS_A_GROUP
 from flash_mla.kernels.hopper.mla_decode_fp8.e4m3 import pack_twice
 from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared
-from flash_mla.kernels.hopper.table import prefetch_line
 
-TOGETHER = 2
+QUERY_WARPS = 2 * WARPS_A_GROUP
+"""The values warps, who have nothing else to do before the first P."""
+TOGETHER = 4
 """Rows whose loads a warp has in flight."""
 PIECE = 8
 """Elements of a 16-byte load."""
-LINE = 128
-"""Bytes that L2 is asked for at once."""
 
 
 @cute.jit
@@ -37,33 +36,29 @@ def powers(peak):
 
 
 @cute.jit
-def load_query(shared: Shared, q: cute.Tensor, request, row0, tid) -> None:
-    """The scores warpgroup's tile of q [B, rows, D] from row `row0` on into sQ, and what to multiply scores by.
+def load_query(shared: Shared, q: cute.Tensor, request, row0, warp_id) -> None:
+    """The CTA's tile of q [B, rows, D], from row `row0` on, into sQ, and its units into sUnit; by eight warps.
 
-    A warp loads the rows that it computes; rows past the request's are zeros.
+    Rows past the request's are zeros.
     """
-    config, lane, warp_id, sUnit = shared.config, tid % 32, tid // 32, shared.sUnit
-    row0, pieces = row0 + warp_id * config.warp_rows, -(-config.D // (32 * PIECE))
-    # ask L2 for all of them: the loads below are few at a time
-    lines = 2 * config.D // LINE
-    for i in cutlass.range_constexpr(-(-config.warp_rows * lines // 32)):
-        line = 32 * i + lane
-        if line < config.warp_rows * lines and row0 + line // lines < q.shape[1]:
-            prefetch_line((q[request, row0 + line // lines, None].iterator + line % lines * (LINE // 2)).toint())
-    values = cute.make_rmem_tensor(cute.make_layout((PIECE, pieces, TOGETHER)), q.element_type)
-    for first in cutlass.range(0, config.warp_rows, TOGETHER, unroll=1):
+    config, lane, sUnit = shared.config, cute.arch.lane_idx(), shared.sUnit
+    own, pieces = config.tile_n // QUERY_WARPS, -(-config.D // (32 * PIECE))
+    together = min(TOGETHER, own)
+    first_query = own * warp_id
+    values = cute.make_rmem_tensor(cute.make_layout((PIECE, pieces, together)), q.element_type)
+    for first in cutlass.range(first_query, first_query + own, together, unroll=1):
         values.fill(0.0)
-        for i in cutlass.range_constexpr(TOGETHER):
-            row = row0 + first + i
-            if row < q.shape[1]:
+        for i in cutlass.range_constexpr(together):
+            if row0 + first + i < q.shape[1]:
                 for p in cutlass.range_constexpr(pieces):
                     if 32 * p + lane < config.D // PIECE:
-                        piece = cute.local_tile(q[request, row, None], (PIECE,), (32 * p + lane,))
+                        piece = cute.local_tile(q[request, row0 + first + i, None], (PIECE,), (32 * p + lane,))
                         cute.autovec_copy(piece, values[None, p, i])
-        for i in cutlass.range_constexpr(TOGETHER):
-            unit = store_row(shared, values[None, None, i], 16 * warp_id + first + i, lane)
+        for i in cutlass.range_constexpr(together):
+            unit = store_row(shared, values[None, None, i], config.tile_row(first + i), lane)
             if lane == 0:
-                sUnit[warp_id * config.warp_rows + first + i] = unit
+                sUnit[first + i] = unit
+    cute.arch.fence_view_async_shared()
 
 
 @cute.jit

@@ -12,12 +12,10 @@ from cutlass import Float8E4M3FN, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from flash_mla.kernels.hopper import packing, split
-from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.lanes import quad_sum
-from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP
-from flash_mla.kernels.hopper.mla_decode_fp8.config import DV, P_STAGES, WARPS_A_GROUP, Bar, Config
+from flash_mla.kernels.hopper.limits import BLOCK, TILE_M
+from flash_mla.kernels.hopper.mla_decode_fp8.config import DV, P_STAGES, WARPS_A_GROUP, Config
 from flash_mla.kernels.hopper.mla_decode_fp8.e4m3 import pack, pack_twice, sum_pairs
-from flash_mla.kernels.hopper.mla_decode_fp8.query import load_query
 from flash_mla.kernels.hopper.mla_decode_fp8.shared import Scalars, Shared, Tensors
 from flash_mla.kernels.hopper.softmax import LOW, Rows
 from flash_mla.kernels.hopper.walk import Done, Place, walk
@@ -64,8 +62,7 @@ class Scores:
         dtype, K = Float8E4M3FN, OperandMajorMode.K
         qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, (1, 1, 1), (TILE_M, BLOCK))
         own, rope = qk.get_slice(0), shared.config.rope > 0
-        if shared.q is not None:
-            shared.q.read_by("scores", WARPS_A_GROUP)
+        shared.q.read_by("scores", WARPS_A_GROUP)
         shared.p.written_by("scores", WARPS_A_GROUP)
         shared.scale.written_by("scores", WARPS_A_GROUP)
         return Scores(
@@ -106,7 +103,8 @@ class Scores:
                 scale = scale * self.tensors.q_descale[request, 0] * self.tensors.k_descale[request, 0]
                 v_scale = self.tensors.v_descale[request, 0]
             self.start(row0, length)
-            scales = self.take_query(request, row0, scale, done.segments)
+            self.shared.q.wait(0, done.segments)
+            scales = self.units(scale)
             self.multiply(done.items)
             for block in cutlass.range(first, last, unroll=1):
                 number, key0 = done.items + block - first, block * BLOCK
@@ -115,8 +113,7 @@ class Scores:
                 if block + 1 < last:
                     self.multiply(number + 1)
                 self.publish(number, key0, key0 + BLOCK > length - S_q + 1)
-            if const_expr(self.config.q == "fp8"):
-                self.shared.q.release(0)
+            self.shared.q.release(0)
             self.finish(request, row0, v_scale, part.whole, split.SLOTS * self.cluster_id + part.slot, done.segments)
             done = done.plus(last - first)
         elif part.whole:
@@ -137,21 +134,13 @@ class Scores:
         return self.tid // 32 * self.config.warp_rows + self.tid % 32 // 4 + 8 * r
 
     @cute.jit
-    def take_query(self, request, row0, scale, segments):
-        """Have Q in shared memory; return what each of this thread's rows of the product is multiplied by."""
+    def units(self, scale):
+        """What each of this thread's rows of the product is multiplied by."""
         scales = cute.make_rmem_tensor(2, Float32)
         scales.fill(scale)
-        if const_expr(self.config.q == "fp8"):
-            self.shared.q.wait(0, segments)
-        else:
-            # NOTE: the last product of the segment before has been waited for by all warps then
-            sync(Bar.SCORES, WARPGROUP)
-            if self.active():
-                load_query(self.shared, self.tensors.q, request, row0, self.tid)
-            cute.arch.fence_view_async_shared()
-            sync(Bar.SCORES, WARPGROUP)
+        if const_expr(self.config.q_terms == 2):
             for r in cutlass.range_constexpr(self.config.thread_rows):
-                scales[r] = scale * self.shared.sUnit[self.row(r) % TILE_M]
+                scales[r] = scale * self.shared.sUnit[self.row(r)]
         return scales
 
     def active(self):
@@ -182,7 +171,8 @@ class Scores:
             if const_expr(self.config.thread_rows == 2):
                 self.S[i] = self.raw[i] * scales[i // 2 % 2]
             elif const_expr(i // 2 % 2 == 0):
-                self.S[i] = (self.raw[i] + self.raw[i + 2]) * scales[0]
+                second = self.raw[i + 2] if const_expr(self.config.q_terms == 2) else Float32(0.0)
+                self.S[i] = (self.raw[i] + second) * scales[0]
 
     @cute.jit
     def publish(self, number, key0, masked) -> None:
@@ -225,7 +215,7 @@ class Scores:
         moved = cute.arch.vote_any_sync(moved)
         if moved and self.tid % 4 == 0:
             for r in cutlass.range_constexpr(self.config.thread_rows):
-                sFactor[self.row(r) % TILE_M, stage] = factor[r]
+                sFactor[self.row(r), stage] = factor[r]
         if self.tid % 32 == 0:
             sMoved[self.tid // 32, stage] = Int32(moved)
 

@@ -67,13 +67,13 @@ class Shared:
     sScale: cute.Tensor
     sScan: cute.Tensor
     k: Channel
-    q: Channel | None
+    q: Channel
     p: Channel
     scale: Channel
 
     @property
     def channels(self) -> tuple[Channel, ...]:
-        return tuple(channel for channel in (self.k, self.q, self.p, self.scale) if channel is not None)
+        return (self.k, self.q, self.p, self.scale)
 
     @staticmethod
     def over(config: Config, storage) -> Shared:
@@ -99,7 +99,9 @@ class Shared:
             sScale=storage.sScale.get_tensor(cute.make_layout(TILE_M)),
             sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(WARPS))),
             k=Channel.over("K", barriers, config.stages, readers=values_warps * config.cluster, cluster=config.cluster),
-            q=Channel.over("Q", barriers + at_q, 1, readers=WARPS_A_GROUP) if config.q == "fp8" else None,
+            q=Channel.over(
+                "Q", barriers + at_q, 1, readers=WARPS_A_GROUP, writers=1 if config.q == "fp8" else values_warps
+            ),
             p=Channel.over("P", barriers + at_p, P_STAGES, readers=values_warps, writers=WARPS_A_GROUP),
             scale=Channel.over("scale", barriers + at_scale, 1, readers=values_warps, writers=WARPS_A_GROUP),
         )

@@ -23,6 +23,7 @@ from flash_mla.kernels.hopper.mla_decode_fp8.config import (
     Config,
 )
 from flash_mla.kernels.hopper.mla_decode_fp8.e4m3 import separate, transpose_load
+from flash_mla.kernels.hopper.mla_decode_fp8.query import load_query
 from flash_mla.kernels.hopper.mla_decode_fp8.shared import Scalars, Shared, Tensors
 from flash_mla.kernels.hopper.walk import Done, Place, walk
 from flash_mla.kernels.hopper.work import Work
@@ -61,6 +62,8 @@ class Values:
         pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, (1, 1, 1), (TILE_M, N), registers)
         for channel in (shared.k, shared.p, shared.scale):
             channel.read_by("values", 2 * WARPS_A_GROUP)
+        if shared.config.q_terms == 2:
+            shared.q.written_by("values", 2 * WARPS_A_GROUP)
 
         def tiles() -> list[cute.Tensor]:
             return [cute.make_rmem_tensor(pv.partition_shape_C((TILE_M, N)), Float32) for _ in range(TILES)]
@@ -93,6 +96,12 @@ class Values:
         """All blocks of a segment, and their result."""
         if part.last > part.first:
             first, last = 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
+            if const_expr(self.config.q_terms == 2):
+                self.shared.q.acquire(0, done.segments)
+                row0 = (place.group * self.config.cluster + self.rank) * self.config.tile_n
+                warp_id = WARPS_A_GROUP * self.side + self.tid // 32
+                load_query(self.shared, self.tensors.q, place.request, row0, warp_id)
+                self.shared.q.arrive_warp(0)
             for t in cutlass.range_constexpr(TILES):
                 self.O[t].fill(0.0)
             for block in cutlass.range(first, last, unroll=1):
