@@ -5,7 +5,7 @@ in the order of their numbers, each CTA taking the next when it is done (a count
 two ends. Balance: the last rows of a causal call see the most keys, so tiles come heaviest first, and the light ones
 even out what is left. L2: heads are taken in sections, all tiles of a section before the next, so that several CTAs
 read the same K and V at about the same time and DRAM gives them once for all. Few heads a section are worse again: all
-CTAs then ask for the same lines at once, and the last section balances badly (docs/kernels.md, "Hopper prefill").
+CTAs then ask for the same lines at once, and the last section balances badly (docs/design/prefill.md).
 
 Every function takes Python ints (tests) or the DSL's Int32 (the kernel), with `least` and `most` for min and max.
 """
