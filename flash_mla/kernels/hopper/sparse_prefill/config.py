@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, ROW_BYTES, TILE_M, WARP, barrier_bytes, smem_bytes
-from flash_mla.kernels.hopper.mla_decode.config import CONSUMER_WARPS, K_CHUNKS, STAGED, STAGES
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, ROW_BYTES, STAGED, TILE_M, WARP, barrier_bytes, smem_bytes
+from flash_mla.kernels.hopper.mla_decode.config import CONSUMER_WARPS, K_CHUNKS, STAGES
 
 WIDTHS = ((576, 512), (512, 512))
 """(D, Dv): the latent with and without a rope part."""

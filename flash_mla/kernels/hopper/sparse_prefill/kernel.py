@@ -48,7 +48,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARPGROUP
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import (
     CHUNK_ELEMENTS,
@@ -57,7 +57,6 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     DV,
     K_CHUNKS,
     PRODUCER_REGISTERS,
-    STAGED,
     STAGES,
 )
 from flash_mla.kernels.hopper.sparse_prefill.config import PRODUCER_WARPS, THREADS, Config
