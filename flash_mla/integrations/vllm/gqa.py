@@ -72,12 +72,13 @@ class FlashMLAGQAImpl(CPUAttentionBackendImpl):
         if attn_metadata is None:  # a run that only measures memory
             return output
         D, starts = query.shape[-1], attn_metadata.query_start_loc.tolist()
-        pages = {"k_pages": kv_cache[..., :D], "v_pages": kv_cache[..., D:]}
         out = output.view(len(output), -1, D)
         for first, last in runs_of_equal_length(starts):
             rows = slice(starts[first], starts[last])
             decode_over_pages(
                 query[rows].unflatten(0, (last - first, -1)).transpose(1, 2),
+                kv_cache[..., :D],
+                kv_cache[..., D:],
                 block_table=attn_metadata.block_table[first:last],
                 seq_lens=attn_metadata.seq_lens[first:last],
                 layout="HND",
@@ -86,7 +87,6 @@ class FlashMLAGQAImpl(CPUAttentionBackendImpl):
                 softmax_scale=self.scale,
                 attn_sink=self.sinks,
                 out=out[rows].unflatten(0, (last - first, -1)).transpose(1, 2),
-                **pages,
             )
         return output
 
