@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from flash_mla.backends.triton.device import device_of, refuse_columns, stored, target
+from flash_mla.backends.triton.device import launch_fitting, refuse_columns, stored, target
 from flash_mla.kernels.triton import combine, decode
 from flash_mla.kernels.triton.launcher import Launcher
 from flash_mla.kernels.triton.target import Target
+from flash_mla.kernels.triton.tiles import MASK_BYTES, smaller
 from flash_mla.problem import BLOCK, DecodeArgs, DecodeProblem
 
 
@@ -36,7 +37,8 @@ def config(problem: DecodeProblem, on: Target | None = None) -> DecodeConfig:
     on = on or target(problem.device)
     chosen = decode.config(
         B=problem.B, Hq=problem.Hq, Hk=problem.Hk, S_q=problem.S_q, D=problem.D, Dv=problem.Dv,
-        table_blocks=problem.table_blocks, alias=problem.alias, itemsize=problem.dtype.itemsize, target=on,
+        table_blocks=problem.table_blocks, alias=problem.alias, mask=MASK_BYTES[problem.mask],
+        itemsize=problem.dtype.itemsize, target=on,
     )  # fmt: skip
     if on.backend == "hip" and problem.mask == "float":
         # NOTE: Triton 3.6's AMD pipeliner destroys the mask's load ("operation destroyed but still has uses")
@@ -59,7 +61,18 @@ def bound(
 
 
 def launch(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> None:
-    """One kernel, and the combine where requests are split."""
+    """One kernel, and the combine where requests are split; smaller tiles where the device refuses these."""
+    launch_fitting(launch_config, smaller_config, problem, config, args)
+
+
+def smaller_config(config: DecodeConfig) -> DecodeConfig | None:
+    """The next config to try."""
+    kernel = smaller(config.decode)
+    return None if kernel is None else config._replace(decode=kernel)
+
+
+def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> None:
+    """The kernels with these tiles."""
     rows = problem.S_q * problem.ratio
     partial = None
     if config.decode.programs:
@@ -74,16 +87,15 @@ def launch(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> No
         # a mask's length, and with it its strides, changes from step to step: nothing to bind
         main, merge = launchers(problem, config, args)
     widen = config.decode.widen
-    with device_of(problem.device):
-        main(
-            (
-                stored(args.q, widen), stored(args.k, widen), stored(args.v, widen), args.block_table, args.seq_lens,
-                args.mask, args.q_descale, args.k_descale, args.v_descale, args.attn_sink, args.out, args.lse, partial,
-            ),
-            (abs(args.softmax_scale),),
-        )  # fmt: skip
-        if merge is not None:
-            merge((args.seq_lens, partial, args.attn_sink, args.out, args.lse))
+    main(
+        (
+            stored(args.q, widen), stored(args.k, widen), stored(args.v, widen), args.block_table, args.seq_lens,
+            args.mask, args.q_descale, args.k_descale, args.v_descale, args.attn_sink, args.out, args.lse, partial,
+        ),
+        (abs(args.softmax_scale),),
+    )  # fmt: skip
+    if merge is not None:
+        merge((args.seq_lens, partial, args.attn_sink, args.out, args.lse))
 
 
 def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> tuple[Launcher, Launcher | None]:

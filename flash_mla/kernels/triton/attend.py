@@ -11,6 +11,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-2.0e38)
+"""In natural units; in base 2 it is -2.9e38, so that a score may be added to it in FP32."""
 
 
 @triton.jit
@@ -24,6 +26,14 @@ def widen(x, WIDEN: tl.constexpr):
         half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
         x = (half.to(tl.float16, bitcast=True) * 256.0).to(tl.float16)
     return x
+
+
+@triton.jit
+def bias(mask):
+    """A floating mask in base 2; -inf only where it is -inf, which finfo.min times log2(e) would be too."""
+    wide = mask if mask.dtype == tl.float64 else mask.to(tl.float32)
+    finite = tl.maximum(wide, LOWEST).to(tl.float32) * LOG2E
+    return tl.where(wide == float("-inf"), float("-inf"), finite)
 
 
 @triton.jit
@@ -92,7 +102,7 @@ def attend(
             if MASK == "bool":
                 keep = keep & (tl.load(mask_tile, mask=seen, other=0) != 0)
             else:
-                scores += tl.load(mask_tile, mask=seen, other=float("-inf")).to(tl.float32) * LOG2E
+                scores += bias(tl.load(mask_tile, mask=seen, other=float("-inf")))
         scores = tl.where(keep, scores, float("-inf"))
 
     # online softmax

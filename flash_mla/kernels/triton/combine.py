@@ -32,7 +32,7 @@ class Config:
 
 def config(*, items: int, programs: int, Dv: int) -> Config:
     """Few items are cut many times: then more partials a step and fewer columns, so that loads overlap."""
-    tile_s = min(32, max(4, power_of_2(-(-programs // items) + 1)))
+    tile_s = min(32, max(4, power_of_2(-(-programs // max(items, 1)) + 1)))
     return Config(tile_s, min(max(power_of_2(Dv), 16), 4096 // tile_s))
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
 from flash_mla.kernels.triton.share import BLOCK, block_id, locate, request_length, slot, units
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, smem_bytes, widening
+from flash_mla.kernels.triton.tiles import head_tiles, least_columns, power_of_2, precision, smem_bytes, widening
 
 # --- Config ---
 
@@ -57,7 +57,7 @@ class Config:
 
 PIPELINED = ((4, 64), (3, 64), (4, 32), (3, 32), (4, 16), (3, 16))
 """(stages, tile_n) that load a tile while another is computed, best first."""
-WIDEST = ((4, 64), (3, 64), (2, 64), (3, 32), (2, 32), (2, 16))
+WIDEST = ((4, 64), (3, 64), (2, 64), (3, 32), (2, 32), (2, 16), (1, 16))
 
 
 def config(
@@ -70,32 +70,44 @@ def config(
     Dv: int,
     table_blocks: int,
     alias: bool,
+    mask: int,
     itemsize: int,
     target: Target,
 ) -> Config:
-    """The tiles for these dims: pure arithmetic, no device."""
+    """The tiles for these dims: pure arithmetic, no device. mask: bytes of an element (tiles.MASK_BYTES)."""
     rows = S_q * (Hq // Hk)
-    d_main, d_rest = head_tiles(D)
+    least = least_columns(itemsize, target)
+    d_main, d_rest = head_tiles(D, least)
     reuse = alias and d_main >= Dv
-    dv_tile = d_main if reuse else max(power_of_2(Dv), 16)
+    dv_tile = d_main if reuse else max(power_of_2(Dv), least)
     dv_read = 0 if reuse else dv_tile
 
     # 64 rows fill Hopper's matrix instruction; elsewhere the accumulator's registers set the limit
-    tile_m = min(64 if target.wgmma and itemsize < 4 else 32, max(16, power_of_2(rows)))
-    wgmma = target.wgmma and tile_m == 64
-    warps = 8 if tile_m * dv_tile > 32 * 256 else 4
+    most_m = min(64 if target.wgmma and itemsize < 4 else 32, max(16, power_of_2(rows)))
 
-    def smem(stages: int, tile_n: int) -> int:
-        return smem_bytes(tile_m, tile_n, d_main + d_rest, dv_read, itemsize, stages, wgmma)
+    def smem(tile_m: int, stages: int, tile_n: int) -> int:
+        wgmma = target.wgmma and tile_m == 64
+        return smem_bytes(tile_m, tile_n, d_main + d_rest, dv_read, dv_tile, itemsize, stages, wgmma, mask)
 
     # 64 rows: the widest instruction first (H200, MLA of 128 heads: 214 TFLOP/s at 64 keys, 196 at 32). Fewer: two
     # programs an SM hide each other's waits (16 heads: 83 % of copy bandwidth against 80 with one); where not even
     # small tiles fit twice, one program with the largest that fits
     half = target.smem // 2 - 1024
-    tries = ((target.smem, WIDEST),) if wgmma else ((half, PIPELINED), (target.smem, PIPELINED + WIDEST))
-    fits = [c for budget, candidates in tries for c in candidates if smem(*c) <= budget]
-    stages, tile_n = fits[0] if fits else WIDEST[-1]
-    per_sm = max(1, min(2, target.smem // smem(stages, tile_n)))
+    tries: list[tuple[int, int, tuple[tuple[int, int], ...]]] = [(64, target.smem, WIDEST)]
+    for m in (32, 16):
+        tries += [(m, half, PIPELINED), (m, target.smem, PIPELINED + WIDEST)]
+    fits = (
+        (m, *tiles)
+        for m, budget, candidates in tries
+        for tiles in candidates
+        if m <= most_m and smem(m, *tiles) <= budget
+    )
+    found = next(fits, None)
+    tile_m, stages, tile_n = found or (16, *WIDEST[-1])
+    # FP32 rows of 576 on 99 KiB: exact products keep one copy of q instead of two
+    products = precision(itemsize, target) if found else "ieee"
+    warps = 8 if tile_m * dv_tile > 32 * 256 else 4
+    per_sm = max(1, min(2, target.smem // smem(tile_m, stages, tile_n)))
 
     # cut requests unless there are so many items that the last one's length does not matter
     programs = max(1, target.multiprocessors * per_sm // -(-rows // tile_m))
@@ -106,8 +118,8 @@ def config(
     idle = B * Hk * table_blocks <= target.multiprocessors
     pdl = target.backend == "cuda" and target.arch >= 90 and idle
     return Config(
-        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), precision(itemsize, target),
-        programs, pdl, warps, stages,
+        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), products, programs, pdl, warps,
+        stages,
     )  # fmt: skip
 
 

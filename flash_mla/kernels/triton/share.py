@@ -18,8 +18,8 @@ TILE_B = tl.constexpr(128)
 
 @triton.jit
 def request_length(seq_lens_ptr, b, table_blocks):
-    """Keys of request b, no more than its table row covers."""
-    return tl.minimum(tl.load(seq_lens_ptr + b), table_blocks * BLOCK).to(tl.int32)
+    """Keys of request b, no more than its table row covers; an int64 is clamped before it is narrowed."""
+    return tl.maximum(tl.minimum(tl.load(seq_lens_ptr + b), table_blocks * BLOCK), 0).to(tl.int32)
 
 
 @triton.jit
@@ -31,8 +31,8 @@ def units(length):
 @triton.jit
 def request_units(seq_lens_ptr, b, B, table_blocks):
     """Units of one KV head of the requests b [TILE_B]; 0 past the last."""
-    length = tl.minimum(tl.load(seq_lens_ptr + b, mask=b < B, other=0), table_blocks * BLOCK).to(tl.int32)
-    return tl.where(b < B, units(length), 0)
+    length = tl.minimum(tl.load(seq_lens_ptr + b, mask=b < B, other=0), table_blocks * BLOCK)
+    return tl.where(b < B, units(tl.maximum(length, 0).to(tl.int32)), 0)
 
 
 @triton.jit
