@@ -13,7 +13,7 @@ from flash_mla.kernels.triton import combine, decode
 from flash_mla.kernels.triton.launcher import Launcher
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import MASK_BYTES, smaller
-from flash_mla.problem import BLOCK, DecodeArgs, DecodeProblem
+from flash_mla.problem import BLOCK, FP8, DecodeArgs, DecodeProblem
 
 
 class DecodeConfig(NamedTuple):
@@ -25,8 +25,8 @@ class DecodeConfig(NamedTuple):
 
 def refuse(problem: DecodeProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""
-    if problem.kv_dtype != problem.dtype:
-        return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
+    if problem.kv_dtype != problem.dtype and (problem.kv_dtype != FP8 or problem.dtype.itemsize != 2):
+        return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype, or q 16 bits over FP8"
     if problem.page != BLOCK or problem.rope_strides is not None:
         return f"pages of {problem.page} tokens, or a split latent: pages must hold {BLOCK} whole rows"
     return refuse_columns(problem)
@@ -38,7 +38,7 @@ def config(problem: DecodeProblem, on: Target | None = None) -> DecodeConfig:
     chosen = decode.config(
         B=problem.B, Hq=problem.Hq, Hk=problem.Hk, S_q=problem.S_q, D=problem.D, Dv=problem.Dv,
         table_blocks=problem.table_blocks, alias=problem.alias, mask=MASK_BYTES[problem.mask],
-        itemsize=problem.dtype.itemsize, target=on,
+        itemsize=problem.kv_dtype.itemsize, target=on,
     )  # fmt: skip
     if on.backend == "hip" and problem.mask == "float":
         # NOTE: Triton 3.6's AMD pipeliner destroys the mask's load ("operation destroyed but still has uses")
@@ -74,6 +74,8 @@ def smaller_config(config: DecodeConfig) -> DecodeConfig | None:
 def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> None:
     """The kernels with these tiles."""
     rows = problem.S_q * problem.ratio
+    if config.decode.widen:
+        args = in_half(problem, args)
     partial = None
     if config.decode.programs:
         numel = decode.partial_numel(config.decode, rows)
@@ -89,13 +91,28 @@ def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs
     widen = config.decode.widen
     main(
         (
-            stored(args.q, widen), stored(args.k, widen), stored(args.v, widen), args.block_table, args.seq_lens,
-            args.mask, args.q_descale, args.k_descale, args.v_descale, args.attn_sink, args.out, args.lse, partial,
+            args.q, stored(args.k, widen), stored(args.v, widen), args.block_table, args.seq_lens, args.mask,
+            args.q_descale, args.k_descale, args.v_descale, args.attn_sink, args.out, args.lse, partial,
         ),
         (abs(args.softmax_scale),),
     )  # fmt: skip
     if merge is not None:
         merge((args.seq_lens, partial, args.attn_sink, args.out, args.lse))
+
+
+def in_half(problem: DecodeProblem, args: DecodeArgs) -> DecodeArgs:
+    """q in FP16, which FP8 is multiplied in: exact, but for a BF16 element below 2^-14 of its group's greatest.
+
+    NOTE: done here and not in the kernel: Hopper would take a q that was converted there from registers, anew for every
+    tile, and spill 1.7 KB a thread.
+    """
+    if problem.dtype != torch.bfloat16:
+        return args._replace(q=args.q.to(torch.float16))
+    groups = args.q.unflatten(1, (problem.Hk, problem.ratio))  # [B, Hk, ratio, S_q, D]
+    exponent = torch.frexp(groups.abs().amax((2, 3, 4)).float()).exponent  # [B, Hk]
+    factor = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    q = (groups.float() / factor[:, :, None, None, None]).to(torch.float16).flatten(1, 2)
+    return args._replace(q=q, q_descale=factor if args.q_descale is None else factor * args.q_descale)
 
 
 def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> tuple[Launcher, Launcher | None]:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
+from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor
 from flash_mla.kernels.triton.share import BLOCK, block_id, locate, request_length, slot, units
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import head_tiles, least_columns, power_of_2, precision, smem_bytes, widening
@@ -118,8 +118,8 @@ def config(
     idle = B * Hk * table_blocks <= target.multiprocessors
     pdl = target.backend == "cuda" and target.arch >= 90 and idle
     return Config(
-        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), products, programs, pdl, warps,
-        stages,
+        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target, once=True), products, programs, pdl,
+        warps, stages,
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def config(
 
 @triton.jit
 def decode_kernel(
-    q_ptr,  # [B, Hq, S_q, D]
+    q_ptr,  # [B, Hq, S_q, D], FP16 where K and V are FP8
     k_ptr,  # [B, Hk, Nblk, 64, D]
     v_ptr,  # [B, Hk, Nblk, 64, Dv]
     table_ptr,  # [B, table_blocks]
@@ -224,10 +224,10 @@ def decode_kernel(
         # load q
         q_rows = b64 * stride_qb + head.to(tl.int64) * stride_qh + query * stride_qs
         q_tile = q_ptr + q_rows[:, None]
-        q = widen(tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0), WIDEN)
+        q = tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0)
         if D_REST > 0:
             r_live = row_live[:, None] & (offs_r < D)[None, :]
-            q_rest = widen(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
+            q_rest = tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0)
         else:
             q_rest = q
 
