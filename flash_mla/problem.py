@@ -15,6 +15,7 @@ never raises an error of the contract.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class DecodeProblem(NamedTuple):
     of S_q sees keys `t <= seq_lens[b] - S_q + i`; with one (`mask`), the mask and `t < seq_lens[b]` decide. `descale`
     says that there is a descale of q, k or v. `scale_sign` is the sign of softmax_scale: -1, 0 or 1. `aligned`: q, K, V
     and out all begin on ALIGNMENT bytes. `rope_strides` is given for a split latent: K's last D - Dv columns then lie
-    in a page view of their own, and K's view holds the first Dv.
+    in a page view of their own, and K's view holds the first Dv. `out_strides` is given where out is not contiguous.
     """
 
     device: torch.device
@@ -67,6 +68,7 @@ class DecodeProblem(NamedTuple):
     aligned: bool = True
     page: int = BLOCK
     rope_strides: tuple[int, ...] | None = None
+    out_strides: tuple[int, ...] | None = None
 
     @property
     def ratio(self) -> int:
@@ -90,8 +92,9 @@ class DecodeArgs(NamedTuple):
     q [B, Hq, S_q, D]; k [B, Hk, Nblk, page, D] and v [B, Hk, Nblk, page, Dv] page views; block_table [B, table_blocks]
     and seq_lens [B], int32 or int64, of any value: a launch clamps both before it narrows them; mask [B, Hq, S_q, L]
     bool or floating, expanded (stride 0 on broadcast dims), keys past its end are hidden; q_descale, k_descale,
-    v_descale [B, Hk] FP32, expanded; attn_sink [Hq] FP32; out [B, Hq, S_q, Dv] contiguous; lse [B, Hq, S_q] FP32
-    contiguous, natural log; k_rope [B, Hk, Nblk, page, D - Dv] of a split latent, whose k has Dv columns, or None.
+    v_descale [B, Hk] FP32, expanded; attn_sink [Hq] FP32; out [B, Hq, S_q, Dv], contiguous but for out_strides; lse
+    [B, Hq, S_q] FP32 contiguous, natural log; k_rope [B, Hk, Nblk, page, D - Dv] of a split latent, whose k has Dv
+    columns, or None.
     """
 
     q: Tensor
@@ -245,8 +248,8 @@ class SparseArgs(NamedTuple):
     """The tensors of one sparse call, normalised.
 
     q [B, S_q, Hq, D], last dim contiguous; keys of one cache or two; attn_sink [Hq] FP32; out [B, S_q, Hq, Dv] in q's
-    dtype; lse [B, S_q, Hq] FP32, natural log, -inf on a row without keys; max_logits [B, S_q, Hq] FP32, the greatest
-    scaled score of the row. All outputs contiguous.
+    dtype; lse [B, S_q, Hq] FP32, natural log, `empty_lse` on a row without keys; max_logits [B, S_q, Hq] FP32, the
+    greatest scaled score of the row. All outputs contiguous.
     """
 
     q: Tensor
@@ -256,6 +259,12 @@ class SparseArgs(NamedTuple):
     out: Tensor
     lse: Tensor
     max_logits: Tensor | None
+    empty_lse: float = -math.inf
+
+    def mark_empty(self) -> None:
+        """Write `empty_lse`, for kernels that leave -inf; one kernel."""
+        if self.empty_lse != -math.inf:
+            torch.nan_to_num_(self.lse, nan=math.nan, posinf=math.inf, neginf=self.empty_lse)
 
 
 class IndexProblem(NamedTuple):

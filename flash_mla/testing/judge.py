@@ -15,8 +15,7 @@ from torch import Tensor
 from flash_mla import contract
 from flash_mla.api import flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
 from flash_mla.errors import DeviceError, FlashMLAError
-from flash_mla.plan import plan
-from flash_mla.problem import DecodeArgs
+from flash_mla.pages import decode_over_pages
 from flash_mla.reference import decode_reference, mha_reference, prefill_reference
 from flash_mla.testing.budget import BUDGETS, Verdict, check, worst
 from flash_mla.testing.cases import DecodeCase, MhaCase, PrefillCase
@@ -177,36 +176,21 @@ def invoke(case: AttentionCase, call: Call, poison: bool) -> tuple[Tensor, ...]:
 
 
 def launch_serving(case: DecodeCase, call: Call, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run a page view that the public functions refuse (an engine's [num_blocks, 64, Hk, D] pool), as vLLM's seam
-    does: a problem made by hand, through the plan."""
+    """Run a page view that the public functions refuse (an engine's [num_blocks, 64, Hk, D] pool) as engines do."""
     x = call.arguments
-    q, k, v, mask = x["q"], x["k_cache"], x["v_cache"], x["mask"]
-    B, Hq, S_q, D = q.shape
-    descales = {name: broadcast(x[name], B, case.Hk, q.device) for name in ("q_descale", "k_descale", "v_descale")}
-    kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
-    given = case.descale is not None
-    problem = contract.decode_problem(
-        q, k, v, x["block_table"], alias=case.alias, mask=kind, descale=given, sink=case.sink,
-        scale_sign=contract.check_scale(case.softmax_scale),
-    )  # fmt: skip
-    out = q.new_empty((B, Hq, S_q, v.shape[-1]), dtype=problem.out_dtype) if out is None else out
-    lse = q.new_empty((B, Hq, S_q), dtype=torch.float32)
-    args = DecodeArgs(
-        q=q,
-        k=k,
-        v=v,
-        block_table=x["block_table"],
-        seq_lens=x["seq_lens"],
-        mask=None if mask is None else mask.expand(B, Hq, S_q, -1),
-        **descales,
-        attn_sink=x["attn_sink"],
-        softmax_scale=D**-0.5 if case.softmax_scale is None else case.softmax_scale,
+    k, v = (x[name][0].permute(1, 2, 0, 3) for name in CACHES)
+    names = ("mask", "q_descale", "k_descale", "v_descale", "attn_sink", "softmax_scale")
+    result = decode_over_pages(
+        x["q"],
+        k,
+        v,
+        x["block_table"],
+        x["seq_lens"],
+        **{name: x[name] for name in names},
+        check_values=out is None,
+        return_lse=True,
         out=out,
-        lse=lse,
+        backend=case.backend,
     )
-    plan(problem, case.backend).launch(args)
-    return out, lse
-
-
-def broadcast(value: float | Tensor | None, B: int, Hk: int, device: torch.device) -> Tensor | None:
-    return None if value is None else torch.as_tensor(value, dtype=torch.float32, device=device).expand(B, Hk)
+    assert isinstance(result, tuple)
+    return result

@@ -8,12 +8,15 @@ from typing import NamedTuple
 
 import torch
 
-from flash_mla.backends.triton.device import launch_fitting, refuse_columns, stored, target
+from flash_mla.backends.triton.device import MAX_ROW_STRIDE, launch_fitting, refuse_columns, stored, target
 from flash_mla.kernels.triton import combine, decode
 from flash_mla.kernels.triton.launcher import Launcher
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import MASK_BYTES, smaller
-from flash_mla.problem import BLOCK, FP8, DecodeArgs, DecodeProblem
+from flash_mla.kernels.triton.tiles import MASK_BYTES, head_tiles, least_columns, smaller
+from flash_mla.problem import BLOCK, DecodeArgs, DecodeProblem
+
+MIN_PAGE = 16
+"""Tokens: the least tile of the kernels, so that no page is smaller than a tile can be."""
 
 
 class DecodeConfig(NamedTuple):
@@ -25,10 +28,16 @@ class DecodeConfig(NamedTuple):
 
 def refuse(problem: DecodeProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""
-    if problem.kv_dtype != problem.dtype and (problem.kv_dtype != FP8 or problem.dtype.itemsize != 2):
-        return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype, or q 16 bits over FP8"
-    if problem.page != BLOCK or problem.rope_strides is not None:
-        return f"pages of {problem.page} tokens, or a split latent: pages must hold {BLOCK} whole rows"
+    if BLOCK % problem.page and problem.page % BLOCK:
+        return f"pages of {problem.page} tokens: a tile of {BLOCK} tokens must be pages, or lie in one"
+    if problem.page < MIN_PAGE:
+        return f"pages of {problem.page} tokens: at least {MIN_PAGE}"
+    if problem.rope_strides is not None:
+        least = least_columns(problem.kv_dtype.itemsize, target(problem.device))
+        if head_tiles(problem.D, least)[0] != problem.Dv:
+            return f"a latent of {problem.Dv} beside {problem.D - problem.Dv} columns: the kernel's tiles cut elsewhere"
+        if problem.rope_strides[3] > MAX_ROW_STRIDE:
+            return f"the rope's rows are {problem.rope_strides[3]} elements apart; at most {MAX_ROW_STRIDE}"
     return refuse_columns(problem)
 
 
@@ -37,7 +46,7 @@ def config(problem: DecodeProblem, on: Target | None = None) -> DecodeConfig:
     on = on or target(problem.device)
     chosen = decode.config(
         B=problem.B, Hq=problem.Hq, Hk=problem.Hk, S_q=problem.S_q, D=problem.D, Dv=problem.Dv,
-        table_blocks=problem.table_blocks, alias=problem.alias, mask=MASK_BYTES[problem.mask],
+        capacity=problem.table_blocks * problem.page, alias=problem.alias, mask=MASK_BYTES[problem.mask],
         itemsize=problem.kv_dtype.itemsize, target=on,
     )  # fmt: skip
     if on.backend == "hip" and problem.mask == "float":
@@ -91,7 +100,8 @@ def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs
     widen = config.decode.widen
     main(
         (
-            args.q, stored(args.k, widen), stored(args.v, widen), args.block_table, args.seq_lens, args.mask,
+            stored(args.q, widen), stored(args.k, widen), stored(args.v, widen),
+            None if args.k_rope is None else stored(args.k_rope, widen), args.block_table, args.seq_lens, args.mask,
             args.q_descale, args.k_descale, args.v_descale, args.attn_sink, args.out, args.lse, partial,
         ),
         (abs(args.softmax_scale),),
@@ -122,8 +132,8 @@ def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) ->
         decode.decode_kernel,
         decode.grid(config.decode, rows, problem.B * problem.Hk),
         decode.constants(
-            config.decode, q=args.q, k=args.k, v=args.v, block_table=args.block_table, mask=args.mask,
-            q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale,
+            config.decode, q=args.q, k=args.k, v=args.v, k_rope=args.k_rope, block_table=args.block_table,
+            mask=args.mask, q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale, out=args.out,
             flip=problem.scale_sign < 0,
         ),
         {"num_warps": config.decode.warps, "num_stages": config.decode.stages},
@@ -134,8 +144,8 @@ def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) ->
         combine.combine_kernel,
         combine.grid(config.combine, rows, problem.Dv, config.decode.programs),
         combine.constants(
-            config.combine, B=problem.B, Hk=problem.Hk, table_blocks=problem.table_blocks, S_q=problem.S_q,
-            ratio=problem.ratio, Dv=problem.Dv, pdl=config.decode.pdl,
+            config.combine, B=problem.B, Hk=problem.Hk, capacity=problem.table_blocks * problem.page,
+            S_q=problem.S_q, ratio=problem.ratio, Dv=problem.Dv, out_strides=args.out.stride(), pdl=config.decode.pdl,
             partial_rows=-(-rows // config.decode.tile_m) * config.decode.tile_m, dv_tile=config.decode.dv_tile,
         ),
         {"num_warps": config.combine.warps} | ({"launch_pdl": True} if config.decode.pdl else {}),

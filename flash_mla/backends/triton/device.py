@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla.problem import DecodeProblem, PrefillProblem, Problem
+from flash_mla.problem import FP8, DecodeProblem, PrefillProblem, Problem
 
 try:
     import triton
@@ -110,4 +110,4 @@ def refuse_columns(problem: DecodeProblem | PrefillProblem) -> str | None:
 
 def stored(tensor: Tensor, widen: str) -> Tensor:
     """FP8 as the kernel reads it: bytes where PTX or integer arithmetic converts it."""
-    return tensor if widen in ("", "fp8") else tensor.view(torch.uint8)
+    return tensor.view(torch.uint8) if widen not in ("", "fp8") and tensor.dtype == FP8 else tensor

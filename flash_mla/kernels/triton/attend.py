@@ -97,6 +97,7 @@ def attend(
     FLIP: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    rest_rows=None,  # [TILE_N] likewise for the columns from D_MAIN on, as if column 0 lay there; None: k_rows
 ):
     """One key tile, one online-softmax step.
 
@@ -113,10 +114,12 @@ def attend(
         d_live = d_live & stored[:, None]
         r_live = r_live & stored[:, None]
         v_live = v_live & stored[:, None]
-    k = widen(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN)
+    k = widen(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN).to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
     if D_REST > 0:
-        k_rest = widen(tl.load(k_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
+        if rest_rows is None:
+            rest_rows = k_rows
+        k_rest = widen(tl.load(rest_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN).to(q.dtype)
         scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
 
     if FLIP:
@@ -147,7 +150,7 @@ def attend(
     acc = acc * rescale[:, None]
     v = k
     if not REUSE:
-        v = widen(tl.load(v_rows[:, None] + offs_v[None, :], mask=v_live, other=0.0), WIDEN)
+        v = widen(tl.load(v_rows[:, None] + offs_v[None, :], mask=v_live, other=0.0), WIDEN).to(q.dtype)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max_new, row_sum
 
