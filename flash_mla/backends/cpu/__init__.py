@@ -17,8 +17,12 @@ It runs everything that the contract admits, forward only.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 
+from flash_mla.backends.cpu import engine
 from flash_mla.backends.cpu.append import append
 from flash_mla.backends.cpu.decode import decode
 from flash_mla.backends.cpu.prefill import prefill
@@ -38,20 +42,20 @@ def refuse(problem: Problem) -> str | None:
     return None if problem.device.type == "cpu" else f"the tensors are on {problem.device}, not on the CPU"
 
 
-def config(problem: Problem) -> None:
-    """Nothing is chosen ahead: the runs of blocks decide."""
-    return
+def config(problem: Problem) -> Hashable:
+    """The spec of the compiled kernel, or None where torch serves: there the runs of blocks decide."""
+    return engine.spec(problem)
 
 
 @torch.no_grad()
-def launch(problem: Problem, config: None, args: Args) -> None:
+def launch(problem: Problem, config: Any, args: Args) -> None:
     """Fill args.out and args.lse."""
     if isinstance(problem, DecodeProblem):
         assert isinstance(args, DecodeArgs)
-        decode(problem, args)
+        engine.decode(problem, config, args) if config else decode(problem, args)
     elif isinstance(problem, PrefillProblem):
         assert isinstance(args, PrefillArgs)
-        prefill(problem, args)
+        engine.prefill(problem, config, args) if config else prefill(problem, args)
     else:
         assert isinstance(args, SparseArgs)
-        sparse(problem, args)
+        engine.sparse(problem, config, args) if config else sparse(problem, args)
