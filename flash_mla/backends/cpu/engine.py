@@ -1,7 +1,7 @@
 """The compiled kernels of `kernels/cpu`, bound to problems: what is compiled, the arguments, threads and splits.
 
-A call fills one array of 8-byte arguments and runs the kernel in torch's OpenMP team: nothing here grows with the number of
-requests, no value of a tensor is read, and nothing is allocated but a thread's memory, once.
+A call fills one array of 8-byte arguments and runs the kernel in torch's OpenMP team: nothing here grows with the
+number of requests, no value of a tensor is read, and nothing is allocated but a thread's memory, once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import struct
 import threading
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from flash_mla.problem import (
 
 if TYPE_CHECKING:
     from flash_mla.kernels.cpu.config import Spec
+
+Values = dict[str, Any]
+"""Arguments by the kernels' names: integers, floats, and tensors, which stand for their addresses."""
 
 NAMES = {
     torch.bfloat16: "bf16",
@@ -105,20 +108,21 @@ class Kernel:
     """A compiled kernel, and how its calls are cut into items."""
 
     def __init__(self, spec: Spec) -> None:
-        from flash_mla.kernels.cpu import attend, store, team
+        from flash_mla.kernels.cpu import store, team
+        from flash_mla.kernels.cpu.item import FIELDS
 
         run = team.team()
         assert run is not None
         self.spec, self.run, self.entries = spec, run, store.load(spec)
         self.alone = team.alone(self.entries["attend"])
         self.memory = spec.memory()[1]
-        self.fields = {name: i for i, name in enumerate(attend.FIELDS)}
+        self.fields = {name: i for i, name in enumerate(FIELDS)}
 
-    def launch(self, values: dict[str, int | float | Tensor | None], blocks: int, rows: int) -> None:
+    def launch(self, values: Values, blocks: int, rows: int) -> None:
         """Run items of `rows` rows (and requests x heads, in values) over at most `blocks` blocks of keys each."""
         spec = self.spec
         groups = -(-rows // spec.rows)
-        items = values.pop("B") * values["heads"] * groups  # type: ignore[operator]
+        items = values.pop("B") * values["heads"] * groups
         if not items:
             return
         splits = max(1, min(-(-ITEMS // items), blocks // SPLIT_BLOCKS)) if items < ITEMS else 1
@@ -155,7 +159,7 @@ class Memory(threading.local):
 MEMORY = Memory()
 
 
-def memory(threads: int, partial: int) -> dict[str, int | float | Tensor | None]:
+def memory(threads: int, partial: int) -> Values:
     """At least so many bytes for the threads and the splits, and the splits' counters, which every call leaves at 0."""
     if MEMORY.threads.numel() < threads + BLOCK:
         MEMORY.threads = torch.empty(threads + BLOCK, dtype=torch.uint8)
@@ -168,7 +172,7 @@ def memory(threads: int, partial: int) -> dict[str, int | float | Tensor | None]
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
 
-def strides(name: str, x: Tensor | None, **dims: int) -> dict[str, int | float | Tensor | None]:
+def strides(name: str, x: Tensor | None, **dims: int) -> Values:
     """The tensor and its strides in bytes: `dims` names the stride of each dim that is walked."""
     if x is None:
         return {}
@@ -176,7 +180,7 @@ def strides(name: str, x: Tensor | None, **dims: int) -> dict[str, int | float |
     return {name: x, **{f"{name}_{key}": steps[dim] * size for key, dim in dims.items()}}
 
 
-def integers(name: str, x: Tensor | None) -> dict[str, int | float | Tensor | None]:
+def integers(name: str, x: Tensor | None) -> Values:
     """Integers that lie one after another, int32 or int64."""
     if x is None:
         return {}
@@ -205,12 +209,12 @@ def decode(problem: DecodeProblem, spec: Spec, args: DecodeArgs) -> None:
     kernel(spec).launch(values, -(-keys // BLOCK), problem.ratio * problem.S_q)
 
 
-def paged(table: Tensor) -> dict[str, int | float | Tensor | None]:
+def paged(table: Tensor) -> Values:
     """The block table."""
     return {**strides("table", table, row=0), "table_wide": int(table.dtype == torch.int64)}
 
 
-def shared(args: DecodeArgs | PrefillArgs) -> dict[str, int | float | Tensor | None]:
+def shared(args: DecodeArgs | PrefillArgs) -> Values:
     """What decode and prefill pass alike."""
     cache = {"b": 0, "h": 1, "p": 2, "k": 3} if args.k.dim() == 5 else {"b": 0, "h": 1, "k": 2}
     return {
@@ -233,6 +237,8 @@ def prefill(problem: PrefillProblem, spec: Spec, args: PrefillArgs) -> None:
     keys = problem.S_kv
     if args.block_table is not None:
         keys = args.block_table.shape[1] * BLOCK if args.k.shape[2] else 0
+        if args.seq_lens is None:
+            keys = min(keys, problem.P)
     if args.mask is not None:
         keys = min(keys, args.mask.shape[-1])
         spec = replace(spec, mask=NAMES[args.mask.dtype])
@@ -251,13 +257,13 @@ def prefill(problem: PrefillProblem, spec: Spec, args: PrefillArgs) -> None:
     if args.block_table is not None:
         values |= {"Nblk": args.k.shape[2], **paged(args.block_table)}
     else:
-        values |= {f"{x}_p": BLOCK * values[f"{x}_k"] for x in "kv"}  # type: ignore[operator]
+        values |= {f"{x}_p": BLOCK * values[f"{x}_k"] for x in "kv"}
     kernel(spec).launch(values, -(-keys // BLOCK), problem.P)
 
 
 def sparse(problem: SparseProblem, spec: Spec, args: SparseArgs) -> None:
     """A sparse call: an item is a query token, its rows are the heads, each of which is a `query` of the item."""
-    values: dict[str, int | float | Tensor | None] = {
+    values: Values = {
         "B": problem.B,
         "heads": problem.S_q,
         "share": 1,

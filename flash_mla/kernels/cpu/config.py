@@ -2,8 +2,8 @@
 
 **Register tile.** Scores are computed for tile_m rows x tile_n keys at a time, one accumulator of W lanes each, and
 values for tile_m rows x 2 W columns. AVX2 has 16 registers: 4 x 3 scores leave four for a vector of K and the rows'
-loads, and reach 76 to 87 % of the FMA peak of a Zen 3 core; 4 x 2 reach 73 to 85 %, 2 x 4 half of it, 4 x 4 spill. AVX-512 and
-NEON have 32 registers.
+loads, and reach 76 to 87 % of the FMA peak of a Zen 3 core; 4 x 2 reach 73 to 85 %, 2 x 4 half of it, 4 x 4 spill.
+AVX-512 and NEON have 32 registers.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Part(NamedTuple):
 class Spec:
     """A kernel. D, Dv: columns of a row of K and of V; q, kv, out: element types (kv also a row format); alias: V is
     the first Dv columns of K; mask: the mask's element type; source: "table" (pages through a block table), "rows"
-    (keys one after another), "sparse" (each query names its rows, in `sets` caches); layout: blocks that a flag drops are
-    skipped. rows: of a work item, a multiple of tile_m.
+    (keys one after another), "sparse" (each query names its rows, in `sets` caches); layout: blocks that a flag drops
+    are skipped. rows: of a work item, a multiple of tile_m.
     """
 
     D: int
@@ -123,7 +123,7 @@ class Spec:
         return 2 * self.state + 4 * self.rows * self.padded(self.Dv)
 
     def memory(self) -> tuple[dict[str, Part], int]:
-        """The one ledger of a thread's memory, by name, and its bytes. max, sum and o adjoin: they are a partial result."""
+        """The one ledger of a thread's memory, by name, and its bytes. max, sum and o adjoin: a partial result."""
         width = BLOCK + self.lanes  # keys of a row of scores, with room for a vector past the end
         staged = BLOCK * SIZE[self.held] if self.staged else 0
         sizes = {

@@ -94,9 +94,10 @@ def store_pair(p: Value, even: Value, odd: Value) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A latent row of an FP8 cache (`quant.RowFormat`): `codes` e4m3 columns with a scale for each `tile` of them (0: no
-    scales; e8m0 or FP32), then `rope` BF16 columns. Offsets are bytes from the row; `scales_apart`: the scales of a
-    page lie behind its rows, `scale_bytes` a row. width: bytes from row to row."""
+    """A latent row of an FP8 cache (`quant.RowFormat`): `codes` e4m3 columns with a scale for each `tile` of them (0:
+    no scales; e8m0 or FP32), then `rope` BF16 columns. Offsets are bytes from the row; `scales_apart`: the scales of a
+    page lie behind its rows, `scale_bytes` a row. width: bytes from row to row.
+    """
 
     codes: int
     rope: int
@@ -143,8 +144,8 @@ def stage_row(g: Code, row: Value, to: Value, kv: str, columns: int, W: int, sca
         whole = size // (4 * W) * (4 * W)
         with g.loop(0, whole, 4 * W) as at:
             (to + at).store((row + at).load(vector(I32, W)))
-        for at in range(whole, size, 16):
-            (to + at).store((row + at).load(vector(I32, 4)))
+        for left in range(whole, size, 16):
+            (to + left).store((row + left).load(vector(I32, 4)))
 
 
 def decode_codes(g: Code, row: Value, to: Value, columns: int, factor: Value | None, W: int) -> None:

@@ -1,7 +1,7 @@
 """Run a kernel in torch's own OpenMP team: no second pool of threads competes with it for the cores.
 
-torch's library knows its OpenMP runtime, whichever that is: its entry points are looked up through torch's handle. GNU's
-(`GOMP_parallel`, which LLVM's and Intel's runtimes offer too) takes a function and its argument; LLVM's own
+torch's library knows its OpenMP runtime, whichever that is: its entry points are looked up through torch's handle.
+GNU's (`GOMP_parallel`, which LLVM's and Intel's runtimes offer too) takes a function and its argument; LLVM's own
 (`__kmpc_fork_call`, the one on Windows) passes two thread numbers first: a kernel's entry `member` ignores them.
 Linux is what this runs on here; macOS and Windows were written by reading their runtimes' sources, and never run.
 """
