@@ -16,8 +16,7 @@ from flash_mla.errors import (
     ShapeError,
 )
 from flash_mla.layout import BlockSparseLayout
-
-__version__ = "0.1.0"
+from flash_mla.version import __version__ as __version__
 
 __all__ = [
     "BlockCountError",

@@ -217,7 +217,7 @@ def bench(
             "name": device_name(device),
             "torch": torch.__version__,
             "flash_mla": __version__,
-            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "gbps": ceilings.gbps,
             "tflops": ceilings.tflops,
             "how": ceilings.how,

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
-    "errors problem",
+    "errors problem version",
     "blocks layout quant merge reference kernels",
     "cache",
     "contract backends",
