@@ -11,7 +11,7 @@ import llvmlite.binding as llvm
 import pytest
 import torch
 
-from flash_mla import contract, deepseek, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla import contract, deepseek, flash_mla_with_kvcache
 from flash_mla.backends.cpu import engine
 from flash_mla.kernels.cpu import config, store
 from flash_mla.kernels.cpu.config import Spec, Target
@@ -244,11 +244,13 @@ def test_a_huge_gap_between_scores():
     torch.testing.assert_close(lse[0, 0], torch.tensor([20000.0, math.log(63), -math.inf]))
 
 
-def test_metadata_of_a_call_is_read_once_per_plan():
-    """The same problem is bound once: its kernel is one object for all calls."""
+def test_a_problem_is_bound_once(monkeypatch):
+    """The second call of a problem finds the kernel of the first; another mask dtype is another kernel."""
+    specs = []
+    made = engine.Entries
+    monkeypatch.setattr(engine, "Entries", lambda spec: specs.append(spec.mask) or made(spec))
+    plan.cache_clear()
     x = DecodeCase("decode/bound", (70,)).call().arguments
-    metadata = get_mla_metadata(x["q"].shape, x["k_cache"].shape, x["block_table"], x["seq_lens"])
-    flash_mla_with_kvcache(**x, metadata=metadata)
-    before = engine.kernel.cache_info().misses
-    flash_mla_with_kvcache(**x, metadata=metadata)
-    assert engine.kernel.cache_info().misses == before
+    for mask in (None, None, torch.zeros(1, 1, 1, 70), torch.zeros(1, 1, 1, 70), torch.zeros(1, 1, 1, 70).half()):
+        flash_mla_with_kvcache(**x | {"mask": mask})
+    assert specs == [None, "f32", "f16"]

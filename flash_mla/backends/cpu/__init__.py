@@ -43,19 +43,27 @@ def refuse(problem: Problem) -> str | None:
 
 
 def config(problem: Problem) -> Hashable:
-    """The spec of the compiled kernel, or None where torch serves: there the runs of blocks decide."""
-    return engine.spec(problem)
+    """The problem bound to its compiled kernel, or None where torch serves: there the runs of blocks decide."""
+    return engine.bind(problem)
+
+
+def launch(problem: Problem, config: Any, args: Args) -> None:
+    """Fill args.out and args.lse."""
+    if config is None:
+        launch_torch(problem, args)
+    else:
+        config.launch(args)
 
 
 @torch.no_grad()
-def launch(problem: Problem, config: Any, args: Args) -> None:
-    """Fill args.out and args.lse."""
+def launch_torch(problem: Problem, args: Args) -> None:
+    """The same through torch's ops."""
     if isinstance(problem, DecodeProblem):
         assert isinstance(args, DecodeArgs)
-        engine.decode(problem, config, args) if config else decode(problem, args)
+        decode(problem, args)
     elif isinstance(problem, PrefillProblem):
         assert isinstance(args, PrefillArgs)
-        engine.prefill(problem, config, args) if config else prefill(problem, args)
+        prefill(problem, args)
     else:
         assert isinstance(args, SparseArgs)
-        engine.sparse(problem, config, args) if config else sparse(problem, args)
+        sparse(problem, args)

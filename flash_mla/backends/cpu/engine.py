@@ -1,7 +1,8 @@
 """The compiled kernels of `kernels/cpu`, bound to problems: what is compiled, the arguments, threads and splits.
 
-A call fills one array of 8-byte arguments and runs the kernel in torch's OpenMP team: nothing here grows with the
-number of requests, no value of a tensor is read, and nothing is allocated but a thread's memory, once.
+A problem is bound once: its kernel, its items, and the arguments that all its calls share. A call copies them, puts its
+addresses in, and runs the kernel in torch's OpenMP team: nothing here grows with the number of requests, no value of a
+tensor is read, and nothing is allocated but a thread's memory, once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import ctypes
 import struct
 import threading
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,9 +31,6 @@ from flash_mla.problem import (
 
 if TYPE_CHECKING:
     from flash_mla.kernels.cpu.config import Spec
-
-Values = dict[str, Any]
-"""Arguments by the kernels' names: integers, floats, and tensors, which stand for their addresses."""
 
 NAMES = {
     torch.bfloat16: "bf16",
@@ -104,195 +102,275 @@ def spec(problem: Problem) -> Spec | None:
     return made
 
 
-class Kernel:
-    """A compiled kernel, and how its calls are cut into items."""
+def bind(problem: Problem) -> Call | None:
+    """The problem bound to its kernel, which is compiled by the first call; None where torch serves."""
+    made = spec(problem)
+    if made is None:
+        return None
+    if isinstance(problem, SparseProblem):
+        return Sparse(problem, made)
+    return Decode(problem, made) if isinstance(problem, DecodeProblem) else Prefill(problem, made)
+
+
+# --- Calls ------------------------------------------------------------------------------------------------------------
+
+
+Arguments = Any
+"""The kernels' arguments: an array of 8-byte integers."""
+
+
+class Call:
+    """A problem bound to its kernel.
+
+    Args:
+        spec: the kernel.
+        requests, heads, rows: an item is a group of `rows` rows of one of the heads of one of the requests.
+        blocks: of keys, at most, that an item sees.
+        values: arguments that every call shares, by name.
+    """
+
+    def __init__(self, spec: Spec, requests: int, heads: int, rows: int, blocks: int, **values: int) -> None:
+        from flash_mla.kernels.cpu.item import FIELDS
+
+        self.spec, self.at = spec, {name: i for i, name in enumerate(FIELDS)}
+        groups = -(-rows // spec.rows)
+        items = requests * heads * groups
+        splits = max(1, min(-(-ITEMS // items), blocks // SPLIT_BLOCKS)) if 0 < items < ITEMS else 1
+        self.work = items * splits
+        self.partial = self.work * spec.partial if splits > 1 else 0
+        flops = 2 * BLOCK * blocks * items * min(rows, spec.rows) * (spec.D + spec.Dv)
+        self.alone = flops < TEAM_FLOPS
+        values |= {"work": self.work, "heads": heads, "groups": groups, "splits": splits, "R": rows}
+        self.template = (ctypes.c_int64 * len(FIELDS))(*(values.get(name, 0) for name in FIELDS))
+        self.entries: dict[str | None, Entries] = {}
+
+    def arguments(self, softmax_scale: float) -> Arguments:
+        """A copy of what all calls share, and the scale."""
+        packed = type(self.template).from_buffer_copy(self.template)
+        packed[self.at["scale"]] = FLOAT_BITS.unpack(FLOAT.pack(softmax_scale))[0]
+        return packed
+
+    def put(self, packed: Arguments, name: str, x: Tensor | None, dims: str) -> None:
+        """The address of a tensor that may be missing, and its strides: `dims` names that of each dim."""
+        if x is None:
+            return
+        at, size = self.at, x.element_size()
+        packed[at[name]] = x.data_ptr()
+        for dim, stride in zip(dims, x.stride(), strict=True):
+            packed[at[f"{name}_{dim}"]] = stride * size
+
+    def integers(self, packed: Arguments, name: str, x: Tensor | None) -> Tensor | None:
+        """The address of [B] integers, int32 or int64; gives back what lies there, to be kept during the call."""
+        if x is None:
+            return None
+        x = x.contiguous()
+        packed[self.at[name]] = x.data_ptr()
+        packed[self.at[f"{name}_wide"]] = x.dtype == torch.int64
+        return x
+
+    def run(self, packed: Arguments, mask: torch.dtype | None = None) -> None:
+        """Run the kernel for masks of this dtype."""
+        if not self.work:
+            return
+        kind = None if mask is None else NAMES[mask]
+        entries = self.entries.get(kind)
+        if entries is None:
+            entries = self.entries[kind] = Entries(replace(self.spec, mask=kind))
+        at, threads = self.at, 1 if self.alone else min(torch.get_num_threads(), self.work)
+        packed[at["memory"]], packed[at["partial"]], packed[at["done"]] = MEMORY.reserve(
+            threads * entries.memory, self.partial
+        )
+        if threads == 1:
+            entries.alone(ctypes.addressof(packed))
+        else:
+            entries.team(entries.addresses, ctypes.addressof(packed), threads)
+
+
+FLOAT, FLOAT_BITS = struct.Struct("<f"), struct.Struct("<i")
+
+
+class Entries:
+    """A compiled kernel: how to run it in this thread and in a team, and the bytes a thread needs."""
 
     def __init__(self, spec: Spec) -> None:
         from flash_mla.kernels.cpu import store, team
-        from flash_mla.kernels.cpu.item import FIELDS
 
         run = team.team()
         assert run is not None
-        self.spec, self.run, self.entries = spec, run, store.load(spec)
-        self.alone = team.alone(self.entries["attend"])
-        self.memory = spec.memory()[1]
-        self.fields = {name: i for i, name in enumerate(FIELDS)}
-
-    def launch(self, values: Values, blocks: int, rows: int) -> None:
-        """Run items of `rows` rows (and requests x heads, in values) over at most `blocks` blocks of keys each."""
-        spec = self.spec
-        groups = -(-rows // spec.rows)
-        items = values.pop("B") * values["heads"] * groups
-        if not items:
-            return
-        splits = max(1, min(-(-ITEMS // items), blocks // SPLIT_BLOCKS)) if items < ITEMS else 1
-        work = items * splits
-        flops = 2 * BLOCK * blocks * items * min(rows, spec.rows) * (spec.D + spec.Dv)
-        threads = min(torch.get_num_threads(), work) if flops > TEAM_FLOPS else 1
-        own = memory(threads * self.memory, work * spec.partial if splits > 1 else 0)
-        packed = (ctypes.c_int64 * len(self.fields))()
-        values |= {"work": work, "groups": groups, "splits": splits, "R": rows, **own}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                value = value.data_ptr()
-            elif isinstance(value, float):
-                value = struct.unpack("<i", struct.pack("<f", value))[0]
-            packed[self.fields[name]] = value or 0
-        if threads == 1:
-            self.alone(ctypes.addressof(packed))
-        else:
-            self.run(self.entries, ctypes.addressof(packed), threads)
-
-
-kernel = lru_cache(maxsize=None)(Kernel)
+        self.team, self.memory = run, spec.memory()[1]
+        self.addresses = store.load(spec)
+        self.alone = team.alone(self.addresses["attend"])
 
 
 class Memory(threading.local):
     """What the calls of one Python thread work in; it grows to the largest call."""
 
     def __init__(self) -> None:
-        self.threads = torch.empty(0, dtype=torch.uint8)
-        self.partial = torch.empty(0, dtype=torch.uint8)
         self.done = torch.zeros(ITEMS, dtype=torch.int64)
+        self.threads = self.partial = torch.empty(0, dtype=torch.uint8)
+        self.addresses = (0, 0, self.done.data_ptr())
+
+    def reserve(self, threads: int, partial: int) -> tuple[int, int, int]:
+        """The addresses of at least so many bytes for the threads, for the splits, and of the splits' counters, which
+        every call leaves at 0."""
+        if self.threads.numel() < threads + BLOCK or self.partial.numel() < partial:
+            self.threads = torch.empty(max(threads + BLOCK, self.threads.numel()), dtype=torch.uint8)
+            self.partial = torch.empty(max(partial, self.partial.numel()), dtype=torch.uint8)
+            aligned = -(-self.threads.data_ptr() // BLOCK) * BLOCK
+            self.addresses = (aligned, self.partial.data_ptr(), self.done.data_ptr())
+        return self.addresses
 
 
 MEMORY = Memory()
 
 
-def memory(threads: int, partial: int) -> Values:
-    """At least so many bytes for the threads and the splits, and the splits' counters, which every call leaves at 0."""
-    if MEMORY.threads.numel() < threads + BLOCK:
-        MEMORY.threads = torch.empty(threads + BLOCK, dtype=torch.uint8)
-    if MEMORY.partial.numel() < partial:
-        MEMORY.partial = torch.empty(partial, dtype=torch.uint8)
-    start = -(-MEMORY.threads.data_ptr() // BLOCK) * BLOCK
-    return {"memory": start, "partial": MEMORY.partial, "done": MEMORY.done}
+# --- Phases -----------------------------------------------------------------------------------------------------------
 
 
-# --- Arguments --------------------------------------------------------------------------------------------------------
+def strides(name: str, steps: tuple[int, ...], dtype: torch.dtype, dims: str) -> dict[str, int]:
+    """Strides in bytes, by the kernels' names."""
+    return {f"{name}_{dim}": step * dtype.itemsize for dim, step in zip(dims, steps, strict=True)}
 
 
-def strides(name: str, x: Tensor | None, **dims: int) -> Values:
-    """The tensor and its strides in bytes: `dims` names the stride of each dim that is walked."""
-    if x is None:
-        return {}
-    size, steps = x.element_size(), x.stride()
-    return {name: x, **{f"{name}_{key}": steps[dim] * size for key, dim in dims.items()}}
+def packed_strides(heads: int, rows: int, columns: int) -> tuple[int, int, int]:
+    """Strides of a contiguous [B, heads, rows, columns], the last dim left out."""
+    return heads * rows * columns, rows * columns, columns
 
 
-def integers(name: str, x: Tensor | None) -> Values:
-    """Integers that lie one after another, int32 or int64."""
-    if x is None:
-        return {}
-    return {name: x.contiguous(), f"{name}_wide": int(x.dtype == torch.int64)}
+class Decode(Call):
+    """Decode: the rows of an item are all queries of a KV head."""
+
+    def __init__(self, problem: DecodeProblem, spec: Spec) -> None:
+        p = problem
+        self.cap = p.table_blocks * BLOCK if p.Nblk else 0
+        outer = packed_strides(p.Hq, p.S_q, p.Dv)
+        super().__init__(
+            spec,
+            p.B,
+            p.Hk,
+            p.ratio * p.S_q,
+            -(-self.cap // BLOCK),
+            S_q=p.S_q,
+            share=1,
+            from_end=1,
+            causal=int(p.mask == "none"),
+            cap=self.cap,
+            Nblk=p.Nblk,
+            **strides("q", p.q_strides[:3], p.dtype, "bhr"),
+            **strides("k", p.k_strides[:4], p.dtype, "bhpk"),
+            **strides("v", p.v_strides[:4], p.dtype, "bhpk"),
+            **strides("out", outer, p.out_dtype, "bhr"),
+            **strides("lse", packed_strides(p.Hq, p.S_q, 1), torch.float32, "bhr"),
+            sink_h=torch.float32.itemsize,
+        )
+
+    def launch(self, args: DecodeArgs) -> None:
+        packed = self.arguments(args.softmax_scale)
+        kept = self.integers(packed, "lens", args.seq_lens)
+        self.run(packed, share_arguments(self, packed, args))
+        del kept
 
 
-def decode(problem: DecodeProblem, spec: Spec, args: DecodeArgs) -> None:
-    """A decode call: the rows of an item are all queries of a KV head."""
-    keys = problem.table_blocks * BLOCK if problem.Nblk else 0
-    if args.mask is not None:
-        keys = min(keys, args.mask.shape[-1])
-        spec = replace(spec, mask=NAMES[args.mask.dtype])
-    values = {
-        "B": problem.B,
-        "heads": problem.Hk,
-        "share": 1,
-        "S_q": problem.S_q,
-        "cap": keys,
-        "causal": int(args.mask is None),
-        "from_end": 1,
-        "Nblk": problem.Nblk,
-        **integers("lens", args.seq_lens),
-        **paged(args.block_table),
-        **shared(args),
-    }
-    kernel(spec).launch(values, -(-keys // BLOCK), problem.ratio * problem.S_q)
+class Prefill(Call):
+    """Prefill: the rows of an item are queries of one head, so that a group of them ends at one key."""
+
+    def __init__(self, problem: PrefillProblem, spec: Spec) -> None:
+        p = problem
+        self.cap = p.S_kv
+        outer = packed_strides(p.Hq, p.P, p.Dv)
+        values: dict[str, int] = {}
+        for name, steps in (("k", p.k_strides), ("v", p.v_strides)):
+            if not p.paged:
+                steps = (*steps[:2], BLOCK * steps[2], steps[2])
+            values |= strides(name, steps[:4], p.dtype, "bhpk")
+        super().__init__(
+            spec,
+            p.B,
+            p.Hq,
+            p.P,
+            -(-self.cap // BLOCK),
+            S_q=p.P,
+            share=p.ratio,
+            causal=int(p.causal),
+            cap=self.cap,
+            **values,
+            **strides("q", p.q_strides[:3], p.dtype, "bhr"),
+            **strides("out", outer, p.out_dtype, "bhr"),
+            **strides("lse", packed_strides(p.Hq, p.P, 1), torch.float32, "bhr"),
+            sink_h=torch.float32.itemsize,
+        )
+
+    def launch(self, args: PrefillArgs) -> None:
+        packed, at = self.arguments(args.softmax_scale), self.at
+        if args.block_table is not None:
+            packed[at["Nblk"]] = args.k.shape[2]
+            packed[at["cap"]] = min(self.cap, BLOCK * args.block_table.shape[1]) if args.k.shape[2] else 0
+        kept = [self.integers(packed, "lens", args.seq_lens), self.integers(packed, "starts", args.start_pos)]
+        self.put(packed, "layout", args.block_mask, "bhrk")
+        self.run(packed, share_arguments(self, packed, args))
+        del kept
 
 
-def paged(table: Tensor) -> Values:
-    """The block table."""
-    return {**strides("table", table, row=0), "table_wide": int(table.dtype == torch.int64)}
+def share_arguments(call: Call, packed: Arguments, args: DecodeArgs | PrefillArgs) -> torch.dtype | None:
+    """The addresses that decode and prefill pass alike; the mask's dtype."""
+    at = call.at
+    packed[at["q"]], packed[at["out"]] = args.q.data_ptr(), args.out.data_ptr()
+    packed[at["k"]], packed[at["v"]] = args.k.data_ptr(), args.v.data_ptr()
+    if args.lse is not None:
+        packed[at["lse"]] = args.lse.data_ptr()
+    if args.attn_sink is not None:
+        packed[at["sink"]] = args.attn_sink.data_ptr()
+    if (table := args.block_table) is not None:
+        packed[at["table"]] = table.data_ptr()
+        packed[at["table_row"]] = table.stride(0) * table.element_size()
+        packed[at["table_wide"]] = table.dtype == torch.int64
+    call.put(packed, "q_descale", args.q_descale, "bh")
+    call.put(packed, "k_descale", args.k_descale, "bh")
+    call.put(packed, "v_descale", args.v_descale, "bh")
+    if args.mask is None:
+        return None
+    call.put(packed, "mask", args.mask, "bhrk")
+    packed[at["cap"]] = min(packed[at["cap"]], args.mask.shape[-1])
+    return args.mask.dtype
 
 
-def shared(args: DecodeArgs | PrefillArgs) -> Values:
-    """What decode and prefill pass alike."""
-    cache = {"b": 0, "h": 1, "p": 2, "k": 3} if args.k.dim() == 5 else {"b": 0, "h": 1, "k": 2}
-    return {
-        "scale": float(args.softmax_scale),
-        **strides("q", args.q, b=0, h=1, r=2),
-        **strides("k", args.k, **cache),
-        **strides("v", args.v, **cache),
-        **strides("out", args.out, b=0, h=1, r=2),
-        **strides("lse", args.lse, b=0, h=1, r=2),
-        **strides("mask", args.mask, b=0, h=1, r=2, k=3),
-        **strides("sink", args.attn_sink, h=0),
-        **strides("q_descale", args.q_descale, b=0, h=1),
-        **strides("k_descale", args.k_descale, b=0, h=1),
-        **strides("v_descale", args.v_descale, b=0, h=1),
-    }
+class Sparse(Call):
+    """Sparse: an item is a query token; its rows are the heads, which stand where queries do elsewhere."""
 
+    def __init__(self, problem: SparseProblem, spec: Spec) -> None:
+        p = problem
+        values: dict[str, int] = {}
+        for n, keys in enumerate(p.sets):
+            size = p.dtype.itemsize if p.format is None else 1
+            values |= {f"c_p{n}": keys.cache_strides[0] * size, f"c_k{n}": keys.cache_strides[1] * size}
+            values |= {f"topk{n}": keys.topk, f"page{n}": max(keys.page, 1), f"limit{n}": keys.pages * keys.page}
+        super().__init__(
+            spec,
+            p.B,
+            p.S_q,
+            p.Hq,
+            sum(-(-keys.topk // BLOCK) for keys in p.sets),
+            S_q=p.Hq,
+            share=1,
+            **values,
+            **strides("q", p.q_strides[:3], p.dtype, "bhr"),
+            **strides("out", packed_strides(p.S_q, p.Hq, p.Dv), p.dtype, "bhr"),
+            **strides("lse", packed_strides(p.S_q, p.Hq, 1), torch.float32, "bhr"),
+            sink_r=torch.float32.itemsize,
+        )
 
-def prefill(problem: PrefillProblem, spec: Spec, args: PrefillArgs) -> None:
-    """A prefill call: the rows of an item are queries of one head, so that a group of them ends at one key."""
-    keys = problem.S_kv
-    if args.block_table is not None:
-        keys = args.block_table.shape[1] * BLOCK if args.k.shape[2] else 0
-        if args.seq_lens is None:
-            keys = min(keys, problem.P)
-    if args.mask is not None:
-        keys = min(keys, args.mask.shape[-1])
-        spec = replace(spec, mask=NAMES[args.mask.dtype])
-    values = {
-        "B": problem.B,
-        "heads": problem.Hq,
-        "share": problem.ratio,
-        "S_q": problem.P,
-        "cap": keys,
-        "causal": int(problem.causal),
-        **integers("lens", args.seq_lens),
-        **integers("starts", args.start_pos),
-        **shared(args),
-        **strides("layout", args.block_mask, b=0, h=1, r=2, k=3),
-    }
-    if args.block_table is not None:
-        values |= {"Nblk": args.k.shape[2], **paged(args.block_table)}
-    else:
-        values |= {f"{x}_p": BLOCK * values[f"{x}_k"] for x in "kv"}
-    kernel(spec).launch(values, -(-keys // BLOCK), problem.P)
-
-
-def sparse(problem: SparseProblem, spec: Spec, args: SparseArgs) -> None:
-    """A sparse call: an item is a query token, its rows are the heads, each of which is a `query` of the item."""
-    values: Values = {
-        "B": problem.B,
-        "heads": problem.S_q,
-        "share": 1,
-        "S_q": problem.Hq,
-        "scale": float(args.softmax_scale),
-        "max_logits": args.max_logits,
-        **strides("q", args.q, b=0, h=1, r=2),
-        **strides("out", args.out, b=0, h=1, r=2),
-        **strides("lse", args.lse, b=0, h=1, r=2),
-        **strides("sink", args.attn_sink, r=0),
-    }
-    blocks = 0
-    for n, keys in enumerate(args.keys):
-        pages, page = keys.cache.shape[:2]
-        size = keys.cache.element_size()
-        index = keys.indices.element_size()
-        values |= {
-            f"cache{n}": keys.cache,
-            f"c_p{n}": keys.cache.stride(0) * size,
-            f"c_k{n}": keys.cache.stride(1) * size,
-            f"page{n}": max(page, 1),
-            f"limit{n}": pages * page,
-            f"indices{n}": keys.indices,
-            f"wide{n}": int(keys.indices.dtype == torch.int64),
-            f"i_b{n}": keys.indices.stride(0) * index,
-            f"i_h{n}": keys.indices.stride(1) * index,
-            f"topk{n}": keys.indices.shape[2],
-        }
-        if keys.lengths is not None:
-            values |= {f"count{n}": keys.lengths.contiguous(), f"count_wide{n}": int(keys.lengths.dtype == torch.int64)}
-        blocks += -(-keys.indices.shape[2] // BLOCK)
-    kernel(spec).launch(values, blocks, problem.Hq)
+    def launch(self, args: SparseArgs) -> None:
+        packed, at = self.arguments(args.softmax_scale), self.at
+        packed[at["q"]], packed[at["out"]], packed[at["lse"]] = (x.data_ptr() for x in (args.q, args.out, args.lse))
+        for name, x in (("max_logits", args.max_logits), ("sink", args.attn_sink)):
+            if x is not None:
+                packed[at[name]] = x.data_ptr()
+        kept = []
+        for n, keys in enumerate(args.keys):
+            packed[at[f"cache{n}"]], packed[at[f"indices{n}"]] = keys.cache.data_ptr(), keys.indices.data_ptr()
+            size = keys.indices.element_size()
+            packed[at[f"wide{n}"]] = size == torch.int64.itemsize
+            packed[at[f"i_b{n}"]], packed[at[f"i_h{n}"]] = (step * size for step in keys.indices.stride()[:2])
+            kept.append(self.integers(packed, f"count{n}", keys.lengths))
+        self.run(packed)
+        del kept

@@ -226,6 +226,7 @@ def build(spec: Spec) -> ir.Module:
     """The module with `attend(args)`, args as FIELDS names them, and `member(_, _, args)` for LLVM's OpenMP."""
     module = Attend(spec).build()
     member = Code(module, "member", [POINTER] * 3)
+    module.globals["attend"].attributes.add("noinline")  # its code once
     member.b.call(module.globals["attend"], [member.args[2].v])
     member.finish()
     return module

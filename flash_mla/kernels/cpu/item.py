@@ -29,8 +29,8 @@ ARGUMENTS = (
     "mask_b mask_h mask_r mask_k layout_b layout_h layout_r layout_k "
     "q_descale_b q_descale_h k_descale_b k_descale_h v_descale_b v_descale_h "
     # rows named by index, in one cache or two
-    "cache0 indices0 wide0 topk0 count0 count_wide0 limit0 page0 c_p0 c_k0 i_b0 i_h0 "
-    "cache1 indices1 wide1 topk1 count1 count_wide1 limit1 page1 c_p1 c_k1 i_b1 i_h1 "
+    "cache0 indices0 wide0 topk0 count0 count0_wide limit0 page0 c_p0 c_k0 i_b0 i_h0 "
+    "cache1 indices1 wide1 topk1 count1 count1_wide limit1 page1 c_p1 c_k1 i_b1 i_h1 "
     # memory: of the threads, of the splits, and how many parts of each item are done
     "memory partial done "
 )

@@ -86,7 +86,7 @@ def walk_named(item: Item, step: Step) -> None:
     for n in range(s.sets):
         count = g.variable(a[f"topk{n}"])
         with g.when(a[f"count{n}"].differs(0)):
-            given = item.integer(item.pointer(f"count{n}"), item.b, a[f"count_wide{n}"])
+            given = item.integer(item.pointer(f"count{n}"), item.b, a[f"count{n}_wide"])
             count.set(given.max(0).min(a[f"topk{n}"]))
         counts.append(count.get())
     blocks = [(count + (BLOCK - 1)) // BLOCK for count in counts]
