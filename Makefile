@@ -18,13 +18,13 @@ types: .venv/dev.stamp
 	$(BIN)/mypy
 
 unit: .venv/dev.stamp
-	$(BIN)/pytest --ignore-glob='tests/test_*_compile.py'
+	$(BIN)/pytest -m "not compile"
 
 # The GPU kernels without a GPU: Triton's interpreter, then ahead-of-time compiles and their register gates.
 kernels: .venv/dev.stamp
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/test_triton.py tests/test_triton_sparse.py \
 		tests/test_decode.py tests/test_prefill.py tests/test_mha.py
-	$(BIN)/pytest -n 2 tests/test_*_compile.py
+	$(BIN)/pytest -n 2 -m compile
 
 bench: .venv/demo.stamp
 	$(BIN)/flash-mla bench --device cpu --jsonl docs/bench/cpu.jsonl --markdown docs/bench/cpu.md

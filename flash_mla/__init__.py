@@ -1,5 +1,6 @@
 """Attention kernels for multi-head latent attention and grouped-query attention over paged KV caches."""
 
+from flash_mla import ops as ops  # its custom ops must exist before a graph is traced
 from flash_mla.api import MLAMetadata, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
 from flash_mla.cache import PagedKVCache
 from flash_mla.errors import (
@@ -9,6 +10,7 @@ from flash_mla.errors import (
     DeviceError,
     DTypeError,
     FlashMLAError,
+    GradientError,
     HeadGroupingError,
     LayoutError,
     MaskShapeError,
@@ -26,6 +28,7 @@ __all__ = [
     "DTypeError",
     "DeviceError",
     "FlashMLAError",
+    "GradientError",
     "HeadGroupingError",
     "LayoutError",
     "MLAMetadata",

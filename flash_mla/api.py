@@ -1,24 +1,27 @@
-"""The public functions, and the torch custom ops behind them.
+"""The reference's four functions.
 
-A call checks its arguments (`contract`), finds its plan (`plan`) and launches. Outside of torch.compile this is plain
-Python; while a graph is traced, the same work is done by the custom ops `torch.ops.flash_mla.*`, which the functions
-call instead.
+A call checks its arguments (`contract`), finds its plan (`plan`) and launches (`launch`). Outside of torch.compile this
+is plain Python; while a graph is traced, the functions call the custom ops of `ops` instead, which do the same work
+when the graph runs.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from flash_mla import contract
 from flash_mla.contract import MLAMetadata
+from flash_mla.errors import ShapeError
+from flash_mla.launch import launch
 from flash_mla.layout import BlockSparseLayout
-from flash_mla.plan import plan
-from flash_mla.problem import AppendArgs, DecodeArgs, PrefillArgs
+from flash_mla.plan import Plan, plan
+from flash_mla.problem import AppendArgs
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -29,8 +32,21 @@ P_ = ParamSpec("P_")
 R_ = TypeVar("R_")
 
 
-def points_to_deepseek(function: Callable[P_, R_]) -> Callable[P_, R_]:
-    """Turn the TypeError of a call with DeepSeek's arguments into a ShapeError that names flash_mla.deepseek."""
+ELSEWHERE = {
+    "scale": "Pass softmax_scale",
+    "sm_scale": "Pass softmax_scale",
+    "causal": "Leave it out: decode is causal, and a mask says otherwise",
+    "window_size": "Pass mask (attn_mask in prefill), True where a key is in the window",
+    "softcap": "Leave it out: there is no kernel with a soft cap",
+    "cache_seqlens": "Pass seq_lens",
+    "page_table": "Pass block_table",
+}
+"""Names of FlashAttention's that a call here may carry, and what to do instead."""
+
+
+def explains(function: Callable[P_, R_]) -> Callable[P_, R_]:
+    """Turn the TypeError of a call with DeepSeek's or FlashAttention's arguments into a ShapeError that says what to
+    do."""
 
     @wraps(function)
     def call(*args: P_.args, **kwargs: P_.kwargs) -> R_:
@@ -38,14 +54,22 @@ def points_to_deepseek(function: Callable[P_, R_]) -> Callable[P_, R_]:
             return function(*args, **kwargs)
         except TypeError:
             contract.refuse_deepseek_order(*args)
-            if not (args or kwargs) or contract.DEEPSEEK_NAMES & kwargs.keys():
+            unknown = kwargs.keys() - inspect.signature(function).parameters
+            if not (args or kwargs) or contract.DEEPSEEK_NAMES & unknown:
                 contract.deepseek_order([*args, *kwargs.values()])
+            for name in sorted(unknown & ELSEWHERE.keys()):
+                raise ShapeError(
+                    f"{name} = {kwargs[name]!r}"[:200],
+                    f"the arguments of {function.__name__}: {', '.join(inspect.signature(function).parameters)}",
+                    f"`{name}` is an argument of FlashAttention's functions",
+                    ELSEWHERE[name],
+                ) from None
             raise
 
     return call
 
 
-@points_to_deepseek
+@explains
 def get_mla_metadata(
     q_shape: Sequence[int],
     kv_shape: Sequence[int],
@@ -79,7 +103,7 @@ def get_mla_metadata(
     return contract.metadata(q_shape, kv_shape, block_table, seq_lens, v_head_dim, check_values)
 
 
-@points_to_deepseek
+@explains
 def flash_mla_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -102,69 +126,53 @@ def flash_mla_with_kvcache(
 
     Args:
         q: [B, Hq, S_q, D] contiguous; S_q 1, or 2..8 for speculative decoding. FP8 (e4m3), BF16, FP16 or FP32.
-        k_cache: [B, Hk, Nblk, 64, D] of q's dtype; a block is contiguous, leading dims strided (batch stride 0: pool).
+        k_cache: [B, Hk, Nblk, 64, D] of q's dtype, or FP8 under BF16 or FP16 q; a block is contiguous, leading dims
+            strided (batch stride 0: pool).
         v_cache: [B, Hk, Nblk, 64, Dv] likewise; for MLA the view k_cache[..., :Dv], whose rows are then read once.
         block_table: [B, Nblk] int32 or int64, contiguous: token t of request b is at
             k_cache[b, h, block_table[b, t // 64], t % 64]. Entries past ceil(seq_lens[b]/64) may hold anything.
         seq_lens: [B] int32 or int64, tokens in the cache, the new ones included. 0: out 0, lse -inf.
         mask: [B|1, Hq|1, S_q|1, L], L >= max(seq_lens); bool (True = attend) or floating (added to the scaled scores);
-            applied together with the length limit. None (default): causal, query i sees t <= seq_lens[b] - S_q + i.
+            applied together with the length limit. With metadata L is not checked, and keys at or past L are not seen.
+            None (default): causal, query i sees t <= seq_lens[b] - S_q + i.
         metadata: from get_mla_metadata. With it no value is read and the GPU is never waited for; without it
             (None, default) the values are checked in this call, which waits for the GPU.
-        softmax_scale: default D ** -0.5.
-        q_descale, k_descale, v_descale: factor from stored to real value, a float or FP32 broadcasting to [B, Hk];
-            default 1.
+        softmax_scale: any finite number, 0 and negative ones too. Default D ** -0.5.
+        q_descale, k_descale, v_descale: factor from stored to real value, not negative, a float or FP32 broadcasting to
+            [B, Hk]; default 1.
         attn_sink: [Hq] FP32, one extra logit a head that takes weight and gives no value. Default none.
         return_lse: also return the natural-log sum of exponentials (without the sink). Default False.
-        out: [B, Hq, S_q, Dv] contiguous to write into, apart from the inputs. Default: a new tensor.
+        out: [B, Hq, S_q, Dv] contiguous to write into, apart from every other tensor. Default: a new tensor.
         backend: "hopper", "triton" or "cpu", which then never falls back. Default: the first that can.
 
     Returns:
-        out [B, Hq, S_q, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32).
+        out [B, Hq, S_q, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32). Forward only: a backward
+        through them raises GradientError.
 
     Raises:
         FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
     """
-    contract.refuse_deepseek_order(q, k_cache, v_cache)
-    if metadata is not None:
-        contract.check_metadata(metadata, q, k_cache, v_cache, block_table)
-        contract.check_mask_length("mask", mask, metadata.max_seq_len or 0)
+    descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
-        descales = [expand_descale(x, q, k_cache) for x in (q_descale, k_descale, v_descale)]
+        if metadata is not None:
+            contract.check_metadata(metadata, q, k_cache, v_cache, block_table)
         check_values = metadata is None
         result = torch.ops.flash_mla.flash_mla_with_kvcache(
-            q, k_cache, v_cache, block_table, seq_lens, mask, softmax_scale, *descales, attn_sink, check_values, backend
-        )
+            q, k_cache, v_cache, block_table, seq_lens, mask, softmax_scale, *as_tensors(descales, q), attn_sink,
+            check_values, backend, out,
+        )  # fmt: skip
         return give_back(result, return_lse, out)
 
-    problem = contract.decode(
-        q, k_cache, v_cache, block_table, seq_lens, mask, (q_descale, k_descale, v_descale), attn_sink
+    chosen = plan_decode(
+        q, k_cache, v_cache, block_table, seq_lens, mask, metadata, softmax_scale, descales, attn_sink, backend, out
     )
-    rows = (problem.B, problem.Hq, problem.S_q)
-    contract.check_out(out, (*rows, problem.Dv), problem.out_dtype, q=q, k_cache=k_cache, v_cache=v_cache)
-    chosen = plan(problem, backend)
-    if metadata is None:
-        longest = contract.check_values(block_table, seq_lens, problem.Nblk)
-        contract.check_mask_length("mask", mask, longest)
-    args = DecodeArgs(
-        q=q,
-        k=k_cache,
-        v=v_cache,
-        block_table=block_table,
-        seq_lens=seq_lens,
-        mask=None if mask is None else mask.expand(*rows, -1),
-        q_descale=expand_descale(q_descale, q, k_cache),
-        k_descale=expand_descale(k_descale, q, k_cache),
-        v_descale=expand_descale(v_descale, q, k_cache),
-        attn_sink=attn_sink,
-        softmax_scale=problem.D**-0.5 if softmax_scale is None else softmax_scale,
-        out=q.new_empty((*rows, problem.Dv), dtype=problem.out_dtype) if out is None else out,
-        lse=q.new_empty(rows, dtype=torch.float32) if return_lse else None,
-    )
-    chosen.launch(args)
-    return args.out if args.lse is None else (args.out, args.lse)
+    return launch(
+        chosen, "flash_mla_with_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
+        mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=out, return_lse=return_lse,
+    )  # fmt: skip
 
 
+@explains
 def flash_mla_prefill(
     q: Tensor,
     k: Tensor,
@@ -209,50 +217,26 @@ def flash_mla_prefill(
         contract.check_tensor(name, tensor)
     contract.check_rank("q", q.shape, 4, "[B, Hq, P, D]")
     blocks = contract.sparse_blocks(sparse_layout, q)
-    causal = attn_mask is None if causal is None else causal
+    causal = contract.settle_causal(causal, attn_mask)
+    descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
-        descales = [expand_descale(x, q, k) for x in (q_descale, k_descale, v_descale)]
         result = torch.ops.flash_mla.flash_mla_prefill(
-            q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, *descales, attn_sink, backend
-        )
+            q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, *as_tensors(descales, q), attn_sink, backend,
+            out,
+        )  # fmt: skip
         return give_back(result, return_lse, out)
 
-    problem = contract.prefill(
-        q,
-        k,
-        v,
-        seq_lens,
-        attn_mask,
-        (q_descale, k_descale, v_descale),
-        attn_sink,
-        causal=causal,
-        block_mask=blocks is not None,
+    chosen = plan_prefill(
+        q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, descales, attn_sink, backend, out
     )
-    rows = (problem.B, problem.Hq, problem.P)
-    contract.check_mask_length("attn_mask", attn_mask, problem.P)
-    contract.check_out(out, (*rows, problem.Dv), problem.out_dtype, q=q, k=k, v=v)
-    chosen = plan(problem, backend)
-    args = PrefillArgs(
-        q=q,
-        k=k,
-        v=v,
-        block_table=None,
-        seq_lens=seq_lens,
-        start_pos=None,
-        mask=None if attn_mask is None else attn_mask.expand(*rows, -1),
-        block_mask=blocks,
-        q_descale=expand_descale(q_descale, q, k),
-        k_descale=expand_descale(k_descale, q, k),
-        v_descale=expand_descale(v_descale, q, k),
-        attn_sink=attn_sink,
-        softmax_scale=problem.D**-0.5 if softmax_scale is None else softmax_scale,
-        out=q.new_empty((*rows, problem.Dv), dtype=problem.out_dtype) if out is None else out,
-        lse=q.new_empty(rows, dtype=torch.float32) if return_lse else None,
-    )
-    chosen.launch(args)
-    return args.out if args.lse is None else (args.out, args.lse)
+    return launch(
+        chosen, "flash_mla_prefill", q=q, k=k, v=v, block_table=None, seq_lens=seq_lens, mask=attn_mask,
+        softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=out, return_lse=return_lse,
+        start_pos=None, block_mask=blocks,
+    )  # fmt: skip
 
 
+@explains
 def mha_fwd_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -295,147 +279,104 @@ def mha_fwd_kvcache(
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("block_table", block_table)):
         contract.check_tensor(name, tensor)
-    causal = attn_mask is None if causal is None else causal
+    causal = contract.settle_causal(causal, attn_mask)
+    descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
-        descales = [expand_descale(x, q, k_cache) for x in (q_descale, k_descale, v_descale)]
-        result = torch.ops.flash_mla.mha_fwd_kvcache(
-            q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, causal, softmax_scale, *descales, backend
-        )
+        writes = k is not None or v is not None
+        if writes and (is_pool(k_cache) or is_pool(v_cache)):
+            # NOTE: a graph cannot declare that it writes to an expanded tensor: it breaks here, and the call is eager
+            return mha_outside_of_graphs(
+                q, k_cache, v_cache, block_table, attn_mask, k=k, v=v, start_pos=start_pos, causal=causal,
+                softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+                return_lse=return_lse, out=out, backend=backend,
+            )  # fmt: skip
+        more = (attn_mask, k, v, start_pos, causal, softmax_scale, *as_tensors(descales, q), backend, out)
+        if writes:
+            torch.ops.flash_mla.mha_fwd_kvcache_append(q, k_cache, v_cache, block_table, *more)
+        result = torch.ops.flash_mla.mha_fwd_kvcache(q, k_cache, v_cache, block_table, *more)
         return give_back(result, return_lse, out)
 
-    problem = contract.mha(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        start_pos,
-        k,
-        v,
-        attn_mask,
-        (q_descale, k_descale, v_descale),
-        causal=causal,
+    chosen = plan_mha(
+        q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, causal, softmax_scale, descales, backend, out
     )
-    rows = (problem.B, problem.Hq, problem.P)
-    contract.check_out(out, (*rows, problem.Dv), problem.out_dtype, q=q, k_cache=k_cache, v_cache=v_cache)
-    chosen = plan(problem, backend)
-    longest = contract.check_prompt_values(block_table, start_pos, problem, k_cache.shape[2])
-    contract.check_mask_length("attn_mask", attn_mask, longest)
-    if k is not None:
-        chosen.backend.append(AppendArgs(k, v, k_cache, v_cache, block_table, start_pos, None))
-    args = PrefillArgs(
-        q=q,
-        k=k_cache,
-        v=v_cache,
-        block_table=block_table,
-        seq_lens=None if start_pos is None else start_pos + problem.P,
-        start_pos=start_pos,
-        mask=None if attn_mask is None else attn_mask.expand(*rows, -1),
-        block_mask=None,
-        q_descale=expand_descale(q_descale, q, k_cache),
-        k_descale=expand_descale(k_descale, q, k_cache),
-        v_descale=expand_descale(v_descale, q, k_cache),
-        attn_sink=None,
-        softmax_scale=problem.D**-0.5 if softmax_scale is None else softmax_scale,
-        out=q.new_empty((*rows, problem.Dv), dtype=problem.out_dtype) if out is None else out,
-        lse=q.new_empty(rows, dtype=torch.float32) if return_lse else None,
+    if k is not None and v is not None:
+        chosen.append(AppendArgs(k, v, k_cache, v_cache, block_table, start_pos, None))
+    return attend_mha(
+        chosen, q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, softmax_scale, descales, out, return_lse
     )
-    chosen.launch(args)
-    return args.out if args.lse is None else (args.out, args.lse)
 
 
-def expand_descale(value: float | Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """A checked descale as an FP32 tensor [B, Hk]."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        value = torch.full((), value, dtype=torch.float32, device=q.device)
-    return value.expand(q.shape[0], k.shape[1])
+mha_outside_of_graphs = torch.compiler.disable(mha_fwd_kvcache)
 
 
-# --- Custom ops -------------------------------------------------------------------------------------------------------
+def is_pool(cache: Tensor) -> bool:
+    return cache.dim() == 5 and cache.stride(0) == 0 and cache.shape[0] > 1
 
 
-def give_back(result: tuple[Tensor, Tensor], return_lse: bool, out: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-    """What a public function returns, from what its op returned."""
-    first = result[0] if out is None else out.copy_(result[0])
-    return (first, result[1]) if return_lse else first
+# --- Parts ------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("flash_mla::flash_mla_with_kvcache", mutates_args=())
-def decode_op(
+def plan_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
     mask: Tensor | None,
+    metadata: MLAMetadata | None,
     softmax_scale: float | None,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
+    descales: contract.Descales,
     attn_sink: Tensor | None,
-    check_values: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """flash_mla_with_kvcache; check_values says whether the call had no metadata."""
-    metadata = None
-    if not check_values:
-        metadata = contract.metadata(q.shape, k_cache.shape, block_table, seq_lens, None, read_values=False)
-    return flash_mla_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        seq_lens,
-        mask,
-        metadata,
-        softmax_scale=softmax_scale,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        attn_sink=attn_sink,
-        return_lse=True,
-        backend=backend,
-    )  # type: ignore[return-value]
+    out: Tensor | None,
+    check_values: bool = True,
+) -> Plan:
+    """Every check of a `flash_mla_with_kvcache` call, and its plan. Values are checked where nobody has."""
+    problem = contract.decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale)
+    if out is not None:
+        q_descale, k_descale, v_descale = descales
+        problem = contract.check_out(
+            out, problem, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, seq_lens=seq_lens, mask=mask,
+            q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
+        )  # fmt: skip
+    chosen = plan(problem, backend)
+    if metadata is not None:
+        if not (isinstance(metadata, MLAMetadata) and metadata.fits(problem)):
+            contract.check_metadata(metadata, q, k_cache, v_cache, block_table)
+    elif check_values:
+        longest = contract.check_values(block_table, seq_lens, problem.Nblk)
+        contract.check_mask_length("mask", mask, longest)
+    return chosen
 
 
-@torch.library.custom_op("flash_mla::flash_mla_prefill", mutates_args=())
-def prefill_op(
+def plan_prefill(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sparse_layout: Tensor | None,
+    blocks: Tensor | None,
     attn_mask: Tensor | None,
     causal: bool,
     softmax_scale: float | None,
     seq_lens: Tensor | None,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
+    descales: contract.Descales,
     attn_sink: Tensor | None,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """flash_mla_prefill, with causal settled."""
-    return flash_mla_prefill(
-        q,
-        k,
-        v,
-        sparse_layout,
-        attn_mask,
-        causal=causal,
-        softmax_scale=softmax_scale,
-        seq_lens=seq_lens,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        attn_sink=attn_sink,
-        return_lse=True,
-        backend=backend,
-    )  # type: ignore[return-value]
+    out: Tensor | None,
+) -> Plan:
+    """Every check of a `flash_mla_prefill` call, and its plan."""
+    problem = contract.prefill(
+        q, k, v, seq_lens, attn_mask, descales, attn_sink, softmax_scale, causal=causal, block_mask=blocks is not None
+    )
+    contract.check_mask_length("attn_mask", attn_mask, problem.P)
+    q_descale, k_descale, v_descale = descales
+    problem = contract.check_out(
+        out, problem, q=q, k=k, v=v, sparse_layout=blocks, attn_mask=attn_mask, seq_lens=seq_lens, q_descale=q_descale,
+        k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
+    )  # fmt: skip
+    return plan(problem, backend)
 
 
-@torch.library.custom_op("flash_mla::mha_fwd_kvcache", mutates_args=("k_cache", "v_cache"))
-def mha_op(
+def plan_mha(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -446,36 +387,59 @@ def mha_op(
     start_pos: Tensor | None,
     causal: bool,
     softmax_scale: float | None,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
+    descales: contract.Descales,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """mha_fwd_kvcache, with causal settled; declared to write both caches, which it does when k and v are given."""
-    return mha_fwd_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        attn_mask,
-        k=k,
-        v=v,
-        start_pos=start_pos,
-        causal=causal,
-        softmax_scale=softmax_scale,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        return_lse=True,
-        backend=backend,
-    )  # type: ignore[return-value]
+    out: Tensor | None,
+) -> Plan:
+    """Every check of an `mha_fwd_kvcache` call, and its plan. Nothing is written yet."""
+    problem = contract.mha(
+        q, k_cache, v_cache, block_table, start_pos, k, v, attn_mask, descales, softmax_scale, causal=causal
+    )
+    q_descale, k_descale, v_descale = descales
+    problem = contract.check_out(
+        out, problem, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, attn_mask=attn_mask, k=k, v=v,
+        start_pos=start_pos, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+    )  # fmt: skip
+    chosen = plan(problem, backend)
+    longest = contract.check_prompt_values(block_table, start_pos, problem, k_cache, writes=k is not None)
+    contract.check_mask_length("attn_mask", attn_mask, longest)
+    return chosen
 
 
-def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of (out, lse), for q [B, Hq, rows, D] and v [..., Dv]."""
-    dtype = contract.out_dtype(q.dtype)
-    return q.new_empty((*q.shape[:3], v.shape[-1]), dtype=dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+def attend_mha(
+    chosen: Plan,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    attn_mask: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    start_pos: Tensor | None,
+    softmax_scale: float | None,
+    descales: contract.Descales,
+    out: Tensor | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The attention of an `mha_fwd_kvcache` call, after its rows are written. A gradient to k and v is refused."""
+    seq_lens = None if start_pos is None else start_pos + q.shape[2]
+    start_pos = None if start_pos is None else start_pos.contiguous()
+    return launch(
+        chosen, "mha_fwd_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
+        mask=attn_mask, softmax_scale=softmax_scale, descales=descales, attn_sink=None, out=out, return_lse=return_lse,
+        also=(k, v), start_pos=start_pos, block_mask=None,
+    )  # fmt: skip
 
 
-for op in (decode_op, prefill_op, mha_op):
-    op.register_fake(fake)
+def as_tensors(descales: contract.Descales, q: Tensor) -> list[Tensor | None]:
+    """The descales as a custom op takes them; it checks them."""
+    return [
+        x if x is None or isinstance(x, Tensor) else torch.full((), x, dtype=torch.float32, device=q.device)
+        for x in descales
+    ]
+
+
+def give_back(result: tuple[Tensor, Tensor], return_lse: bool, out: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """What a public function returns, from what its op returned."""
+    first = result[0] if out is None else out.copy_(result[0])
+    return (first, result[1]) if return_lse else first

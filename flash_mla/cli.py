@@ -176,16 +176,11 @@ def usable(out: Console, device: str) -> list[str]:
     """The backends that run here and take a device's tensors at all; why the others do not is printed."""
     names = []
     for name in ORDER:
-        module = backends.backend(name)
-        reasons = (
-            [module.available()]
-            if module.available()
-            else [module.refuse(build()._replace(device=torch.device(device))) for build in PROBLEMS.values()]
-        )
-        if None in reasons:
-            names.append(name)
+        chosen = [backends.choose(name, build()._replace(device=torch.device(device))) for build in PROBLEMS.values()]
+        if all(isinstance(reason, str) for reason in chosen):
+            out.print(Text(f"- backend {name} does not run on {device}: {chosen[0]}", style="yellow"))
         else:
-            out.print(Text(f"- backend {name} does not run on {device}: {reasons[0]}", style="yellow"))
+            names.append(name)
     return names
 
 
@@ -348,8 +343,8 @@ def serving_table(device: str, names: list[str]) -> Table:
         problem = build()._replace(device=target)
         cells, served = [], False
         for name in names:
-            reason = backends.backend(name).refuse(problem)
-            if reason is not None:
+            reason = backends.choose(name, problem)
+            if isinstance(reason, str):
                 cells.append(Text(reason, style="dim"))
             else:
                 cells.append(Text("could", style="dim") if served else Text("serves", style="green"))

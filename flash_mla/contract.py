@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from numbers import Real
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from flash_mla.errors import (
     BlockTableError,
     DeviceError,
     DTypeError,
+    GradientError,
     HeadGroupingError,
     LayoutError,
     MaskShapeError,
@@ -26,10 +28,11 @@ from flash_mla.errors import (
     ShapeError,
 )
 from flash_mla.layout import BlockSparseLayout
-from flash_mla.problem import BLOCK, DTYPES, FP8, DecodeProblem, MaskKind, PrefillProblem
+from flash_mla.problem import ALIGNMENT, BLOCK, DTYPES, FP8, DecodeProblem, MaskKind, PrefillProblem
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 Descales = tuple[float | Tensor | None, float | Tensor | None, float | Tensor | None]
+NO_DESCALES: Descales = (None, None, None)
 DEEPSEEK_NAMES = {
     "cache_seqlens",
     "head_dim_v",
@@ -40,6 +43,9 @@ DEEPSEEK_NAMES = {
     "num_splits",
     "tile_scheduler_metadata",
 }
+UNABSORBED = (
+    "Give q the D of the cache's rows; over an MLA latent (512 + 64 columns) absorb W_UK into q's nope columns first"
+)
 DEEPSEEK = "Call flash_mla.deepseek, which has DeepSeek's names and argument order"
 
 
@@ -67,6 +73,19 @@ class MLAMetadata:
     def ratio(self) -> int:
         """Query heads that share one KV head, Hq / Hk."""
         return self.Hq // self.Hk
+
+    def fits(self, problem: DecodeProblem) -> bool:
+        """Whether it was made for such a call."""
+        return (
+            self.B == problem.B
+            and self.Hq == problem.Hq
+            and self.Hk == problem.Hk
+            and self.S_q == problem.S_q
+            and self.D == problem.D
+            and self.Nblk == problem.Nblk
+            and self.table_blocks == problem.table_blocks
+            and self.Dv in (None, problem.Dv)
+        )
 
     @property
     def q_shape(self) -> tuple[int, int, int, int]:
@@ -148,6 +167,13 @@ def check_dtypes(**tensors: Tensor) -> torch.dtype:
     )
 
 
+def check_decode_dtypes(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """One dtype for all, or 16-bit queries over FP8 caches."""
+    if q.dtype in (torch.bfloat16, torch.float16) and k_cache.dtype == v_cache.dtype == FP8:
+        return
+    check_dtypes(q=q, k_cache=k_cache, v_cache=v_cache)
+
+
 def check_index(name: str, tensor: Tensor, shape: Sequence[int], layout: str) -> None:
     """An integer tensor of exactly that shape; a -1 in `shape` admits any size."""
     fits = tensor.dim() == len(shape) and all(
@@ -216,18 +242,18 @@ def is_alias(k_cache: Tensor, v_cache: Tensor) -> bool:
         v_cache.stride() == k_cache.stride()
         and v_cache.shape[-1] <= k_cache.shape[-1]
         and v_cache.data_ptr() == k_cache.data_ptr()
+        # without memory (meta tensors, tensors without an element) every address is 0
+        and (v_cache.data_ptr() != 0 or v_cache.untyped_storage()._cdata == k_cache.untyped_storage()._cdata)
     )
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether each tensor's first element lies on ALIGNMENT bytes."""
+    return not any(tensor.data_ptr() % ALIGNMENT for tensor in tensors)
 
 
 def out_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == FP8 else dtype
-
-
-def check_queries(S_q: int) -> None:
-    if S_q < 1:
-        raise ShapeError(
-            f"S_q = {S_q} query tokens", "S_q >= 1", "A decode call without a query has nothing to compute"
-        )
 
 
 def check_head_dims(D: int, Dv: int) -> None:
@@ -241,29 +267,50 @@ def check_head_dims(D: int, Dv: int) -> None:
             )
 
 
-def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, **inputs: Tensor) -> None:
-    """`out` has the output's shape, dtype, device and layout, and shares no memory with the inputs (q first)."""
+Some = TypeVar("Some", DecodeProblem, PrefillProblem)
+
+
+def check_out(out: Tensor | None, problem: Some, **inputs: Tensor | float | None) -> Some:
+    """`out` has the output's shape, dtype, device and layout, and shares no memory with any tensor of the call.
+
+    Returns the problem, whose `aligned` counts out too.
+    """
     if out is None:
-        return
+        return problem
     check_tensor("out", out)
-    if tuple(out.shape) != shape:
-        raise ShapeError(named(out=out), f"out {list(shape)}", "`out` does not have the output's shape")
-    if out.dtype != dtype:
-        raise DTypeError(f"out {out.dtype}", f"out {dtype}", "`out` does not have the output's dtype")
+    if tuple(out.shape) != problem.out_shape:
+        raise ShapeError(named(out=out), f"out {list(problem.out_shape)}", "`out` does not have the output's shape")
+    if out.dtype != problem.out_dtype:
+        raise DTypeError(f"out {out.dtype}", f"out {problem.out_dtype}", "`out` does not have the output's dtype")
     if not out.is_contiguous():
         raise LayoutError(
             f"out with strides {out.stride()}", "out contiguous", "`out` is not contiguous", "Pass a contiguous out"
         )
-    check_on(inputs["q"].device, out=out)
-    first, last = reach(out)
+    check_on(problem.device, out=out)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise GradientError(
+            "out, which requires grad",
+            "an out that does not",
+            "`out` is written in place, and what it held has then no gradient",
+            "Pass out.detach(), or none",
+        )
+    check_apart("out", out, **inputs)
+    return problem if is_aligned(out) else problem._replace(aligned=False)
+
+
+def check_apart(written: str, target: Tensor, **inputs: Tensor | float | None) -> None:
+    """What is written shares no memory with what the call reads."""
+    first, last = reach(target)
     for name, tensor in inputs.items():
+        if not isinstance(tensor, Tensor):
+            continue
         start, end = reach(tensor)
         if first < end and start < last:
             raise LayoutError(
-                f"out at bytes {first:#x} to {last:#x}, {name} at {start:#x} to {end:#x}",
-                "out in memory of its own",
-                f"`out` overlaps `{name}`, which is read while out is written",
-                "Pass another tensor, or none",
+                f"{written} at bytes {first:#x} to {last:#x}, {name} at {start:#x} to {end:#x}",
+                f"{written} in memory of its own",
+                f"`{written}` overlaps `{name}`, which is read while {written} is written",
+                "Pass another tensor, or none" if written == "out" else f"Pass a copy: {name}.clone()",
             )
 
 
@@ -378,10 +425,48 @@ def check_mask_length(name: str, mask: Tensor | None, keys: int) -> None:
         )
 
 
+def check_scale(softmax_scale: float | None) -> int:
+    """The sign of softmax_scale: -1, 0 or 1 (None: D ** -0.5, which is above 0)."""
+    if softmax_scale is None:
+        return 1
+    if not is_finite(softmax_scale):
+        raise ShapeError(
+            f"softmax_scale = {softmax_scale!r}"[:200],
+            "a finite real number, or None for D ** -0.5",
+            f"`softmax_scale` is a {type(softmax_scale).__name__} and no finite number",
+            "Pass a float",
+        )
+    return (softmax_scale > 0) - (softmax_scale < 0)
+
+
+def settle_causal(causal: bool | None, mask: Tensor | None) -> bool:
+    """Whether a prefill is causal: as said, or else where no mask is given."""
+    if causal is None:
+        return mask is None
+    if not isinstance(causal, bool):
+        raise ShapeError(
+            f"causal = {causal!r}"[:200], "True, False or None", "`causal` says neither yes nor no", "Pass a bool"
+        )
+    return causal
+
+
+def is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_descale(name: str, value: float | Tensor | None, B: int, Hk: int, device: torch.device) -> bool:
-    """Whether there is a descale; a tensor must be FP32 and broadcast to [B, Hk]."""
+    """Whether there is a descale: a finite number, not negative, or an FP32 tensor that broadcasts to [B, Hk]."""
+    if value is None:
+        return False
     if not isinstance(value, Tensor):
-        return value is not None
+        if not is_finite(value) or value < 0:
+            raise ShapeError(
+                f"{name} = {value!r}"[:200],
+                "a finite number, 0 or more, or a float32 tensor that broadcasts to [B, Hk]",
+                f"`{name}` is no factor from stored to real values",
+                "Pass the scale that the values were divided by",
+            )
+        return True
     if value.dtype != torch.float32:
         raise DTypeError(f"{name} {value.dtype}", "float32", f"`{name}` is not FP32", f"Call {name}.float()")
     check_on(device, **{name: value})
@@ -419,11 +504,13 @@ def check_sink(attn_sink: Tensor | None, Hq: int, device: torch.device) -> None:
 
 
 def refuse_deepseek_order(*args: object) -> None:
-    """A call in DeepSeek's order has a 4-dim pool as second argument, or an integer table as third."""
-    pool = len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 4
-    table = len(args) > 2 and isinstance(args[2], Tensor) and args[2].dtype in INDEX_DTYPES and args[2].dim() == 2
-    lengths_first = len(args) > 0 and isinstance(args[0], Tensor) and args[0].dtype in INDEX_DTYPES
-    if (pool and table) or lengths_first:
+    """A call in DeepSeek's order has a 4-dim pool as second argument and an integer table as third; its
+    get_mla_metadata begins with lengths."""
+    first, second, third = (*args, None, None, None)[:3]
+    pool = isinstance(second, Tensor) and second.dim() == 4
+    table = isinstance(third, Tensor) and third.dtype in INDEX_DTYPES and third.dim() == 2
+    lengths = isinstance(first, Tensor) and first.dtype in INDEX_DTYPES and first.dim() == 1
+    if (pool and table) or lengths:
         deepseek_order([a for a in args if a is not None])
 
 
@@ -438,6 +525,20 @@ def deepseek_order(args: Sequence[object]) -> NoReturn:
     )
 
 
+def check_shape(name: str, shape: Sequence[int], rank: int, layout: str) -> None:
+    """A tuple (or torch.Size, or list) of `rank` sizes, none negative."""
+    sizes = isinstance(shape, Sequence) and all(isinstance(x, (int, torch.SymInt)) for x in shape)
+    if isinstance(shape, str) or not sizes or any(x < 0 for x in shape):
+        given = f"is a {type(shape).__name__}" if isinstance(shape, Tensor) else f"= {shape!r}"
+        raise ShapeError(
+            f"{name} {given}"[:200],
+            f"{name} {layout}, a tuple of ints, none negative",
+            f"`{name}` is not a shape",
+            "Pass q.shape and k_cache.shape",
+        )
+    check_rank(name, shape, rank, layout)
+
+
 def metadata(
     q_shape: Sequence[int],
     kv_shape: Sequence[int],
@@ -447,16 +548,12 @@ def metadata(
     read_values: bool,
 ) -> MLAMetadata:
     """See `flash_mla.get_mla_metadata`."""
-    for name, shape in (("q_shape", q_shape), ("kv_shape", kv_shape)):
-        if isinstance(shape, Tensor) or not isinstance(shape, Sequence):
-            raise ShapeError(
-                f"{name} is a {type(shape).__name__}",
-                f"{name} is a tuple of ints",
-                f"`{name}` is not a shape",
-                DEEPSEEK,
-            )
-    check_rank("q_shape", q_shape, 4, "[B, Hq, S_q, D]")
-    check_rank("kv_shape", kv_shape, 5, "[B, Hk, Nblk, 64, D]")
+    check_shape("q_shape", q_shape, 4, "[B, Hq, S_q, D]")
+    check_shape("kv_shape", kv_shape, 5, f"[B, Hk, Nblk, {BLOCK}, D]")
+    if v_head_dim is not None and not isinstance(v_head_dim, int):
+        raise ShapeError(
+            f"v_head_dim = {v_head_dim!r}"[:200], "an int, or None", "`v_head_dim` is no number of columns", "Pass Dv"
+        )
     check_tensor("block_table", block_table)
     check_tensor("seq_lens", seq_lens)
     B, Hq, S_q, D = (int(x) for x in q_shape)
@@ -464,7 +561,6 @@ def metadata(
     check_block_size("kv_shape", kv_shape)
     check_cache_shape("kv_shape", kv_shape, B, D, shape_of("q_shape", q_shape))
     check_grouping(Hq, Hk)
-    check_queries(S_q)
     check_head_dims(D, D if v_head_dim is None else v_head_dim)
     check_table(block_table, B)
     check_seq_lens_shape(seq_lens, B)
@@ -479,14 +575,18 @@ def check_cache_shape(name: str, shape: Sequence[int], B: int, D: int, q: str) -
             f"{shape_of(name, shape)}, {q}",
             f"{name} [B, Hk, Nblk, 64, D] with B = {B} and D = {D}",
             f"`{name}` and q differ in " + ("B" if shape[0] != B else "D"),
+            None if shape[0] != B else UNABSORBED,
         )
+
+
+def check_ranks(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    check_rank("q", q.shape, 4, "[B, Hq, S_q, D]")
+    check_rank("k_cache", k_cache.shape, 5, f"[B, Hk, Nblk, {BLOCK}, D]")
+    check_rank("v_cache", v_cache.shape, 5, f"[B, Hk, Nblk, {BLOCK}, Dv]")
 
 
 def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     """Shapes and layout of both caches against q; returns whether V aliases K."""
-    check_rank("q", q.shape, 4, "[B, Hq, S_q, D]")
-    check_rank("k_cache", k_cache.shape, 5, "[B, Hk, Nblk, 64, D]")
-    check_rank("v_cache", v_cache.shape, 5, "[B, Hk, Nblk, 64, Dv]")
     check_block_size("k_cache", k_cache.shape)
     check_cache_shape("k_cache", k_cache.shape, q.shape[0], q.shape[3], named(q=q))
     if v_cache.shape[:4] != k_cache.shape[:4]:
@@ -505,7 +605,12 @@ def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
 def check_metadata(metadata: MLAMetadata, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> None:
     """The metadata was made for these shapes."""
     if not isinstance(metadata, MLAMetadata):
-        deepseek_order([q, k_cache, v_cache, block_table, metadata])
+        raise ShapeError(
+            f"metadata is a {type(metadata).__name__}",
+            "metadata is a flash_mla.MLAMetadata",
+            "`metadata` does not come from flash_mla.get_mla_metadata",
+            "Pass get_mla_metadata(q.shape, k_cache.shape, block_table, seq_lens), or none",
+        )
     table_blocks, Dv = block_table.shape[-1], v_cache.shape[-1]
     if (
         q.shape == metadata.q_shape
@@ -528,33 +633,61 @@ def decode(
     v_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    mask: Tensor | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
+    mask: Tensor | None = None,
+    descales: Descales = NO_DESCALES,
+    attn_sink: Tensor | None = None,
+    softmax_scale: float | None = None,
 ) -> DecodeProblem:
     """The problem of a `flash_mla_with_kvcache` call; reads no value.
 
-    A plain call (no mask, descale, sink) whose shapes, strides, dtypes and devices passed before is not checked again.
+    A call without a mask whose shapes, strides, dtypes and devices passed before is not checked again.
     """
-    if mask is not None or attn_sink is not None or descales != (None, None, None):
-        return checked_decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink)
-    try:
-        tensors = (q, k_cache, v_cache, block_table, seq_lens)
-        key = (*[(x.shape, x.stride(), x.dtype, x.device) for x in tensors], k_cache.data_ptr() == v_cache.data_ptr())
-    except AttributeError:  # not a tensor: the checks say which
-        return checked_decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink)
-    problem = PASSED.get(key)
-    if problem is None:
-        problem = checked_decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink)
+    scale_sign = check_scale(softmax_scale)
+    key = None if mask is not None else passing(q, k_cache, v_cache, block_table, seq_lens, descales, attn_sink)
+    problem = None if key is None else PASSED.get((scale_sign, key))
+    if problem is not None:
+        return problem
+    refuse_deepseek_order(q, k_cache, v_cache)
+    problem = checked_decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, scale_sign)
+    if key is not None:
         if len(PASSED) >= MOST_PASSED:
             PASSED.clear()
-        PASSED[key] = problem
+        PASSED[scale_sign, key] = problem
     return problem
 
 
 # NOTE: 4 us against 16 for the checks; a whole call without its launch then takes 13 us (Zen 4).
-PASSED: dict[tuple[object, ...], DecodeProblem] = {}
+PASSED: dict[tuple[int, tuple[object, ...]], DecodeProblem] = {}
 MOST_PASSED = 4096
+
+
+def passing(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    descales: Descales,
+    attn_sink: Tensor | None,
+) -> tuple[object, ...] | None:
+    """All that the checks of a call look at, as a key; None where an argument is not what it should be."""
+    try:
+        q_start, k_start, v_start = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
+        tensors = [(x.shape, x.stride(), x.dtype, x.device) for x in (q, k_cache, v_cache, block_table, seq_lens)]
+    except AttributeError:  # not a tensor: the checks say which
+        return None
+    if not k_start:  # without memory, addresses do not tell what is an alias
+        return None
+    more: tuple[object, ...] = ()
+    if attn_sink is not None or descales != NO_DESCALES:
+        for value in (attn_sink, *descales):
+            if isinstance(value, Tensor):
+                more = (*more, (value.shape, value.dtype, value.device))
+            elif value is None:
+                more = (*more, None)
+            else:  # a number, whose value counts
+                return None
+    return (*tensors, k_start == v_start, (q_start | k_start | v_start) % ALIGNMENT, more)
 
 
 def checked_decode(
@@ -566,6 +699,7 @@ def checked_decode(
     mask: Tensor | None,
     descales: Descales,
     attn_sink: Tensor | None,
+    scale_sign: int,
 ) -> DecodeProblem:
     """As `decode`, every check made."""
     check_tensor("q", q)
@@ -574,10 +708,10 @@ def checked_decode(
     check_tensor("block_table", block_table)
     check_tensor("seq_lens", seq_lens)
     check_on(q.device, k_cache=k_cache, v_cache=v_cache, block_table=block_table, seq_lens=seq_lens, mask=mask)
-    check_dtypes(q=q, k_cache=k_cache, v_cache=v_cache)
+    check_ranks(q, k_cache, v_cache)
+    check_decode_dtypes(q, k_cache, v_cache)
     alias = check_caches(q, k_cache, v_cache)
     B, Hq, S_q, _ = q.shape
-    check_queries(S_q)
     check_table(block_table, B)
     check_seq_lens_shape(seq_lens, B)
     check_sink(attn_sink, Hq, q.device)
@@ -592,15 +726,18 @@ def checked_decode(
         mask=check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, P+T]"),
         descale=check_descales(descales, B, k_cache.shape[1], q.device),
         sink=attn_sink is not None,
+        scale_sign=scale_sign,
     )
 
 
 def decode_problem(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, **inputs: Any) -> DecodeProblem:
-    """The problem of q [B, Hq, S_q, D] over page views; `inputs` are the fields of DecodeProblem from `alias` on."""
+    """The problem of q [B, Hq, S_q, D] over page views; `inputs` are the fields of DecodeProblem from `alias` on, but
+    for `aligned` and `page`, which the tensors tell."""
     B, Hq, S_q, D = q.shape
     return DecodeProblem(
         device=q.device,
         dtype=q.dtype,
+        kv_dtype=k.dtype,
         out_dtype=out_dtype(q.dtype),
         B=B,
         Hq=Hq,
@@ -613,6 +750,8 @@ def decode_problem(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, **input
         q_strides=q.stride(),
         k_strides=k.stride(),
         v_strides=v.stride(),
+        aligned=is_aligned(q, k, v),
+        page=k.shape[3],
         **inputs,
     )
 
@@ -645,6 +784,7 @@ def prefill_problem(q: Tensor, k: Tensor, v: Tensor, *, S_kv: int, causal: bool,
         paged=k.dim() == 5,
         alias=is_alias(k, v),
         causal=causal,
+        aligned=is_aligned(q, k, v),
         **inputs,
     )
 
@@ -653,10 +793,11 @@ def prefill(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    seq_lens: Tensor | None,
-    attn_mask: Tensor | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
+    seq_lens: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    descales: Descales = NO_DESCALES,
+    attn_sink: Tensor | None = None,
+    softmax_scale: float | None = None,
     *,
     causal: bool,
     block_mask: bool,
@@ -671,7 +812,13 @@ def prefill(
     B, Hq, P, D = q.shape
     Hk, Dv = k.shape[1], v.shape[3]
     if (k.shape[0], k.shape[2], k.shape[3]) != (B, P, D) or v.shape[:3] != k.shape[:3]:
-        raise ShapeError(named(q=q, k=k, v=v), "q [B, Hq, P, D], k [B, Hk, P, D], v [B, Hk, P, Dv]")
+        tokens_first = q.shape[1] == k.shape[1] == v.shape[1] and k.shape[2] == v.shape[2] and k.shape[3] == D
+        raise ShapeError(
+            named(q=q, k=k, v=v),
+            "q [B, Hq, P, D], k [B, Hk, P, D], v [B, Hk, P, Dv]",
+            "The tensors look like [B, P, H, D], as FlashAttention takes them" if tokens_first else None,
+            "Call .transpose(1, 2) on q, k, v and on what is returned" if tokens_first else None,
+        )
     check_grouping(Hq, Hk)
     check_head_dims(D, Dv)
     if seq_lens is not None:
@@ -689,6 +836,7 @@ def prefill(
         seq_lens=seq_lens is not None,
         descale=check_descales(descales, B, Hk, q.device),
         sink=attn_sink is not None,
+        scale_sign=check_scale(softmax_scale),
     )
 
 
@@ -702,16 +850,18 @@ def mha(
     v: Tensor | None,
     attn_mask: Tensor | None,
     descales: Descales,
+    softmax_scale: float | None,
     *,
     causal: bool,
 ) -> PrefillProblem:
     """The problem of a `mha_fwd_kvcache` call; reads no value."""
     check_on(q.device, k_cache=k_cache, v_cache=v_cache, block_table=block_table)
     check_on(q.device, start_pos=start_pos, k=k, v=v, attn_mask=attn_mask)
-    dtype = check_dtypes(q=q, k_cache=k_cache, v_cache=v_cache)
+    check_ranks(q, k_cache, v_cache)
+    check_dtypes(q=q, k_cache=k_cache, v_cache=v_cache)
     alias = check_caches(q, k_cache, v_cache)
-    B, Hq, P, D = q.shape
-    Hk, Dv, table_blocks = k_cache.shape[1], v_cache.shape[4], block_table.shape[-1]
+    B, Hq, P, _ = q.shape
+    Hk = k_cache.shape[1]
     if Hq != Hk:
         raise HeadGroupingError(
             f"q has {Hq} heads, k_cache has {Hk}",
@@ -723,16 +873,16 @@ def mha(
     check_monotonic("q", q.shape[:3], q.stride()[:3], "B H P")
     check_table(block_table, B)
     check_start_pos(start_pos, B)
+    table_blocks = block_table.shape[1]
     blocks = min(table_blocks, k_cache.shape[2]) if start_pos is None else table_blocks
-    if blocks * BLOCK < P:
+    if B and blocks * BLOCK < P:
         raise BlockCountError(
             f"P = {P} tokens, block_table {list(block_table.shape)}, Nblk = {k_cache.shape[2]}",
             f"at least ceil(P/64) = {-(-P // BLOCK)} blocks",
             "P does not align with block_table coverage (`ceil(P/64)` blocks)",
         )
-    # caches without an element all start at address 0: no alias
-    latent = alias and k_cache.numel() > 0
-    check_new_rows(q, k, v, (B, Hk, P, D), (B, Hk, P, Dv), dtype, latent)
+    if k is not None or v is not None:
+        check_new_rows(q, k, v, k_cache, v_cache, alias)
     return prefill_problem(
         q,
         k_cache,
@@ -743,21 +893,14 @@ def mha(
         seq_lens=start_pos is not None,
         start_pos=start_pos is not None,
         descale=check_descales(descales, B, Hk, q.device),
+        scale_sign=check_scale(softmax_scale),
     )
 
 
 def check_new_rows(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    k_shape: tuple[int, ...],
-    v_shape: tuple[int, ...],
-    dtype: torch.dtype,
-    alias: bool,
+    q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor, alias: bool
 ) -> None:
-    """The rows that `mha_fwd_kvcache` writes into the cache before it attends."""
-    if k is None and v is None:
-        return
+    """The rows that `mha_fwd_kvcache` writes into the caches before it attends; each has a place of its own."""
     if k is None or v is None or alias:
         raise ShapeError(
             f"k {'omitted' if k is None else 'given'}, v {'omitted' if v is None else 'given'}"
@@ -766,28 +909,115 @@ def check_new_rows(
             "`k` and `v` are written together, each to its own cache",
             "Pass both, or write the cache beforehand and pass neither",
         )
-    for name, rows, shape in (("k", k, k_shape), ("v", v, v_shape)):
+    (B, Hk), P = k_cache.shape[:2], q.shape[2]
+    for name, rows, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        shape = (B, Hk, P, cache.shape[4])
         if tuple(rows.shape) != shape:
             raise ShapeError(
                 named(q=q, **{name: rows}), f"{name} {list(shape)}", f"`{name}` does not fit q and the cache"
             )
         check_last_dim(name, rows)
     check_dtypes(q=q, k=k, v=v)
-
-
-def check_prompt_values(block_table: Tensor, start_pos: Tensor | None, problem: PrefillProblem, Nblk: int) -> int:
-    """Check the table's entries over each prompt, and start_pos; returns the most keys of a request, in tokens."""
-    if start_pos is not None and start_pos.numel() and int(start_pos.min()) < 0:
-        raise SequenceLengthError(
-            f"start_pos has {int(start_pos.min())}",
-            "start_pos[b] >= 0",
-            "`start_pos[b]` is negative",
-            "Pass the tokens that the cache holds before this chunk",
+    check_writable("k_cache", k_cache)
+    check_writable("v_cache", v_cache)
+    if share_memory(k_cache, v_cache):
+        raise LayoutError(
+            f"{named(k_cache=k_cache, v_cache=v_cache)} with strides {k_cache.stride()} and {v_cache.stride()}",
+            "caches in memory of their own",
+            "`k_cache` and `v_cache` overlap, and both are written",
+            "Pass separate caches",
         )
-    ends = (
-        torch.full((problem.B,), problem.P, device=block_table.device) if start_pos is None else start_pos + problem.P
-    )
-    return check_values(block_table, ends, Nblk, "start_pos + P" if start_pos is not None else "P")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_apart(name, cache, q=q, k=k, v=v)
+
+
+def check_writable(name: str, cache: Tensor) -> None:
+    """No two heads or blocks of a request lie on the same memory; requests may all share one pool (stride 0)."""
+    extent = BLOCK * cache.shape[4]
+    for dim in (2, 1, 0):
+        size, stride = cache.shape[dim], cache.stride(dim)
+        if size > 1 and stride < extent and not (dim == 0 and stride == 0):
+            raise LayoutError(
+                f"{named(**{name: cache})} with strides {cache.stride()}",
+                f"a {('batch', 'head', 'block')[dim]} stride of at least {extent}" + (", or 0" if dim == 0 else ""),
+                f"`{name}` is written, and has several names for the same memory",
+                "Pass a cache whose heads and blocks lie apart",
+            )
+        extent = max(extent, stride * (size - 1) + extent if stride else extent)
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two written caches meet. Exact where both have the same strides, as parts of one tensor have."""
+    (start, end), (first, last) = reach(one), reach(other)
+    if start >= last or first >= end:
+        return False
+    if one.stride()[:3] != other.stride()[:3]:
+        return True
+    low, high = (one, other) if start <= first else (other, one)
+    dims = sorted(((s, n) for s, n in zip(one.stride()[:3], one.shape[:3], strict=True) if s and n > 1), reverse=True)
+    slabs = (BLOCK * low.shape[4], BLOCK * high.shape[4])
+    return slabs_meet(abs(first - start) // one.element_size(), slabs, dims)
+
+
+def slabs_meet(distance: int, slabs: tuple[int, int], dims: Sequence[tuple[int, int]]) -> bool:
+    """Whether a slab of the lower tensor meets one of the higher, which begins `distance` elements later.
+
+    dims (stride, size) from the largest stride on; each stride is at least the extent of what it steps over.
+    """
+    if not dims:
+        return -slabs[1] < distance < slabs[0]
+    (stride, size), *rest = dims
+    steps = distance // stride
+    return any(slabs_meet(distance - i * stride, slabs, rest) for i in (steps, steps + 1) if i < size)
+
+
+def check_prompt_values(
+    block_table: Tensor, start_pos: Tensor | None, problem: PrefillProblem, k_cache: Tensor, writes: bool
+) -> int:
+    """Check the table's entries over each prompt, and start_pos; returns the most keys of a request, in tokens."""
+    if not problem.B:
+        return 0
+    Nblk = k_cache.shape[2]
+    if start_pos is None:
+        starts = torch.zeros(problem.B, dtype=torch.int64, device=block_table.device)
+    else:
+        starts = start_pos.long()
+        if int(starts.min()) < 0:
+            raise SequenceLengthError(
+                f"start_pos has {int(starts.min())}",
+                "start_pos[b] >= 0",
+                "`start_pos[b]` is negative",
+                "Pass the tokens that the cache holds before this chunk",
+            )
+        starts = starts.clamp(max=2**62)
+    ends = starts + problem.P
+    longest = check_values(block_table, ends, Nblk, "start_pos + P" if start_pos is not None else "P")
+    if writes and problem.P:
+        check_written_blocks(block_table, starts, ends, Nblk, pool=k_cache.stride(0) == 0)
+    return longest
+
+
+def check_written_blocks(block_table: Tensor, starts: Tensor, ends: Tensor, Nblk: int, pool: bool) -> None:
+    """No block that a call writes stands anywhere else in the part of the table that it uses."""
+    B, columns = block_table.shape
+    index = torch.arange(columns, device=block_table.device)
+    used = index * BLOCK < ends[:, None]
+    written = used & ((index + 1) * BLOCK > starts[:, None])
+    ids = block_table.long()
+    if not pool:  # each request has blocks of its own
+        ids = ids + torch.arange(B, device=ids.device)[:, None] * Nblk
+    ids = ids.masked_fill(~used, B * Nblk)
+    counts = torch.zeros(B * Nblk + 1, dtype=torch.int64, device=ids.device)
+    counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids).flatten())
+    bad = written & (counts[ids] > 1)
+    if bad.any():
+        b, i = (int(x) for x in bad.nonzero()[0])
+        raise BlockTableError(
+            f"block_table[{b}, {i}] = {int(block_table[b, i])}, which is written and named more than once",
+            "each written block once in the used part of block_table",
+            "Two tokens would be written to one place, or one read where another is written",
+            "Give each request blocks of its own for its new tokens; copy a shared block before writing to it",
+        )
 
 
 def sparse_blocks(sparse_layout: object, q: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ __all__ = [
     "DTypeError",
     "DeviceError",
     "FlashMLAError",
+    "GradientError",
     "HeadGroupingError",
     "LayoutError",
     "MaskShapeError",
@@ -111,6 +112,13 @@ class ShapeError(FlashMLAError):
 
     cause = "The shapes of the arguments do not fit together"
     fix = "Compare the shapes with docs/contract.md"
+
+
+class GradientError(FlashMLAError):
+    """A gradient is asked of a function that has none."""
+
+    cause = "The function has no backward"
+    fix = "Call it under torch.no_grad(), or detach its inputs"
 
 
 class CacheFullError(FlashMLAError):

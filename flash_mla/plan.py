@@ -1,4 +1,4 @@
-"""Problem and device -> (backend, config), cached: a call that repeats a problem pays one dict look-up."""
+"""Problem -> (backend, its module, config), cached: a call that repeats a problem pays one dict look-up."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ from collections.abc import Hashable
 from functools import lru_cache
 from typing import NamedTuple
 
-from flash_mla.backends import ORDER, Backend, backend
+from flash_mla.backends import ORDER, Phase, append, choose, empty
 from flash_mla.errors import DeviceError
-from flash_mla.problem import Args, Problem
+from flash_mla.problem import AppendArgs, Args, Problem
 
 
 class Plan(NamedTuple):
-    """The backend that runs a problem, and its kernel config."""
+    """The backend's module that runs a problem, and its kernel config. `name` is "empty" where there is no work."""
 
     name: str
-    backend: Backend
+    phase: Phase
     problem: Problem
     config: Hashable
 
     def launch(self, args: Args) -> None:
         """Fill args.out and args.lse."""
-        self.backend.launch(self.problem, self.config, args)
+        self.phase.launch(self.problem, self.config, args)
+
+    def append(self, args: AppendArgs) -> None:
+        """Write rows into their pages; nothing where there is no row."""
+        if args.k.numel():
+            append(self.name, args)
 
 
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, name: str | None = None) -> Plan:
-    """The first backend that does not refuse; an explicit name never falls back."""
+    """The first backend that does not refuse; an explicit name never falls back. Work of no size needs no backend."""
     if name is not None and name not in ORDER:
         raise DeviceError(
             f"backend={name!r}",
@@ -34,13 +39,14 @@ def plan(problem: Problem, name: str | None = None) -> Plan:
             "There is no such backend",
             "Omit backend= or name another",
         )
+    if problem.empty:
+        return Plan("empty", empty, problem, None)
     refusals = {}
     for candidate in ORDER if name is None else (name,):
-        module = backend(candidate)
-        reason = module.available() or module.refuse(problem)
-        if reason is None:
-            return Plan(candidate, module, problem, module.config(problem))
-        refusals[candidate] = reason
+        phase = choose(candidate, problem)
+        if not isinstance(phase, str):
+            return Plan(candidate, phase, problem, phase.config(problem))
+        refusals[candidate] = phase
     raise DeviceError(
         "; ".join(f"{candidate}: {reason}" for candidate, reason in refusals.items()),
         f"a backend that runs this {type(problem).__name__} on {problem.device}",

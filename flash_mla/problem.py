@@ -4,9 +4,13 @@ A problem holds everything that selects a kernel and its config (dims, dtypes, s
 there) and nothing that lives in device memory. Beside it stand the arguments: the tensors of one call, already
 normalised by `contract`, in the form that every backend's `launch` takes.
 
-A paged cache is always a strided page view, a tensor `[B, Hk, Nblk, 64, D]`: token t of request b and KV head h is at
-`view[b, h, block_table[b, t // 64], t % 64]`. The reference's per-request slabs, a pool that all requests share (batch
-stride 0) and a serving engine's `[num_blocks, 64, Hk, D]` pool differ only in its strides.
+A paged cache is always a strided page view, a tensor `[B, Hk, Nblk, page, D]`: token t of request b and KV head h is
+at `view[b, h, block_table[b, t // page], t % page]`. The reference's per-request slabs, a pool that all requests share
+(batch stride 0) and a serving engine's `[num_blocks, page, Hk, D]` pool differ only in its strides. `page` is 64 but
+for `pages.decode_over_pages`.
+
+What `refuse` must decide on is here too: the sign of the scale, and whether the addresses are aligned. A launch then
+never raises an error of the contract.
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ BLOCK = 64
 
 FP8 = torch.float8_e4m3fn
 DTYPES = (FP8, torch.bfloat16, torch.float16, torch.float32)
-"""The dtypes that q, k, v and caches may have, all the same in one call."""
+"""The dtypes that q, k, v and caches may have: all the same in one call, but that decode takes 16-bit q over FP8."""
+
+ALIGNMENT = 16
+"""Bytes: what TMA and vector loads want the first element of a tensor to lie on."""
 
 MaskKind = Literal["none", "bool", "float"]
 
@@ -29,13 +36,17 @@ MaskKind = Literal["none", "bool", "float"]
 class DecodeProblem(NamedTuple):
     """A decode call: S_q query tokens a request against its paged cache.
 
-    Strides are in elements. `alias` says that V is the first Dv columns of K's memory (MLA), so that a backend reads
-    each row once. Without a mask, query i of S_q sees keys `t <= seq_lens[b] - S_q + i`; with one (`mask`), the mask
-    and `t < seq_lens[b]` decide.
+    Strides are in elements. `dtype` is q's; `kv_dtype` differs where 16-bit queries meet an FP8 cache. `alias` says
+    that V is the first Dv columns of K's memory (MLA), so that a backend reads each row once. Without a mask, query i
+    of S_q sees keys `t <= seq_lens[b] - S_q + i`; with one (`mask`), the mask and `t < seq_lens[b]` decide. `descale`
+    says that there is a descale of q, k or v. `scale_sign` is the sign of softmax_scale: -1, 0 or 1. `aligned`: q, K, V
+    and out all begin on ALIGNMENT bytes. `rope_strides` is given for a split latent: K's last D - Dv columns then lie
+    in a page view of their own, and K's view holds the first Dv.
     """
 
     device: torch.device
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     out_dtype: torch.dtype
     B: int
     Hq: int
@@ -49,23 +60,38 @@ class DecodeProblem(NamedTuple):
     k_strides: tuple[int, ...]
     v_strides: tuple[int, ...]
     alias: bool
-    mask: MaskKind
-    descale: bool
-    sink: bool
+    mask: MaskKind = "none"
+    descale: bool = False
+    sink: bool = False
+    scale_sign: int = 1
+    aligned: bool = True
+    page: int = BLOCK
+    rope_strides: tuple[int, ...] | None = None
 
     @property
     def ratio(self) -> int:
         """Query heads that share one KV head."""
         return self.Hq // self.Hk
 
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """[B, Hq, S_q, Dv]."""
+        return (self.B, self.Hq, self.S_q, self.Dv)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no output row, or no row of K that one could see."""
+        return not (self.B and self.S_q and self.Nblk and self.table_blocks)
+
 
 class DecodeArgs(NamedTuple):
     """The tensors of one decode call, normalised.
 
-    q [B, Hq, S_q, D]; k [B, Hk, Nblk, 64, D] and v [B, Hk, Nblk, 64, Dv] page views; block_table [B, table_blocks]
-    and seq_lens [B], int32 or int64; mask [B, Hq, S_q, L] bool or floating, expanded (stride 0 on broadcast dims);
-    q_descale, k_descale, v_descale [B, Hk] FP32, expanded; attn_sink [Hq] FP32; out [B, Hq, S_q, Dv] contiguous;
-    lse [B, Hq, S_q] FP32 contiguous, natural log.
+    q [B, Hq, S_q, D]; k [B, Hk, Nblk, page, D] and v [B, Hk, Nblk, page, Dv] page views; block_table [B, table_blocks]
+    and seq_lens [B], int32 or int64, of any value: a launch clamps both before it narrows them; mask [B, Hq, S_q, L]
+    bool or floating, expanded (stride 0 on broadcast dims), keys past its end are hidden; q_descale, k_descale,
+    v_descale [B, Hk] FP32, expanded; attn_sink [Hq] FP32; out [B, Hq, S_q, Dv] contiguous; lse [B, Hq, S_q] FP32
+    contiguous, natural log; k_rope [B, Hk, Nblk, page, D - Dv] of a split latent, whose k has Dv columns, or None.
     """
 
     q: Tensor
@@ -81,6 +107,7 @@ class DecodeArgs(NamedTuple):
     softmax_scale: float
     out: Tensor
     lse: Tensor | None
+    k_rope: Tensor | None = None
 
 
 class PrefillProblem(NamedTuple):
@@ -88,7 +115,7 @@ class PrefillProblem(NamedTuple):
 
     `paged` tells whether k and v are page views or `[B, Hk, S_kv, D]`. `causal` keeps, for the query at position p,
     the keys `t <= p`, where p is its row plus `start_pos[b]`. The mask, the block mask, causality and the key length
-    combine by AND.
+    combine by AND. `descale`, `scale_sign` and `aligned` are as in DecodeProblem.
     """
 
     device: torch.device
@@ -113,11 +140,23 @@ class PrefillProblem(NamedTuple):
     start_pos: bool = False
     descale: bool = False
     sink: bool = False
+    scale_sign: int = 1
+    aligned: bool = True
 
     @property
     def ratio(self) -> int:
         """Query heads that share one KV head."""
         return self.Hq // self.Hk
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """[B, Hq, P, Dv]."""
+        return (self.B, self.Hq, self.P, self.Dv)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no output row, or no key."""
+        return not (self.B and self.P and self.S_kv)
 
 
 class PrefillArgs(NamedTuple):
@@ -164,7 +203,8 @@ class SparseProblem(NamedTuple):
     """Token-sparse attention with one KV head: each query names the rows it attends to, in one cache or in two.
 
     `format` names the row format (`quant.FORMATS`) of the caches; None: rows of D in q's dtype. V is the first Dv
-    columns of a row. Prefill is the case S_q = 1 with one page, B the number of query tokens.
+    columns of a row. Prefill is the case S_q = 1 with one page, B the number of query tokens. `scale_sign` is as in
+    DecodeProblem; `aligned`: q and the caches begin on ALIGNMENT bytes.
     """
 
     device: torch.device
@@ -179,6 +219,13 @@ class SparseProblem(NamedTuple):
     q_strides: tuple[int, ...]
     sink: bool
     max_logits: bool
+    scale_sign: int = 1
+    aligned: bool = True
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no output row, or no row of a cache that one could name."""
+        return not (self.B and self.S_q and any(keys.topk and keys.pages and keys.page for keys in self.sets))
 
 
 class SparseKeys(NamedTuple):

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from flash_mla import flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
-from flash_mla.backends import backend
+from flash_mla import GradientError, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
+from flash_mla.backends import backend, module
 from flash_mla.reference import decode_reference
 from flash_mla.testing import DecodeCase, MhaCase, PrefillCase, check, nan_filled, same_bits
 
@@ -35,7 +35,7 @@ def decode_op_arguments(case, check_values=True):
     x = case.call().arguments
     names = ("q", "k_cache", "v_cache", "block_table", "seq_lens", "mask", "softmax_scale")
     descales = ("q_descale", "k_descale", "v_descale")
-    return (*(x[n] for n in names), *(x[n] for n in descales), x["attn_sink"], check_values, None)
+    return (*(x[n] for n in names), *(x[n] for n in descales), x["attn_sink"], check_values, None, None)
 
 
 DECODE = {
@@ -66,7 +66,7 @@ def test_opcheck_prefill(case):
     x = case.call().arguments
     names = ("sparse_layout", "attn_mask")
     arguments = (x["q"], x["k"], x["v"], *(x[n] for n in names), case.mask is None, None, x["seq_lens"])
-    opcheck(OPS.flash_mla_prefill.default, (*arguments, None, None, None, x["attn_sink"], None), case)
+    opcheck(OPS.flash_mla_prefill.default, (*arguments, None, None, None, x["attn_sink"], None, None), case)
 
 
 MHA = {
@@ -80,7 +80,11 @@ MHA = {
 def test_opcheck_mha(case):
     x = case.call().arguments
     arguments = (x["q"], x["k_cache"], x["v_cache"], x["block_table"], None, x.get("k"), x.get("v"), x["start_pos"])
-    opcheck(OPS.mha_fwd_kvcache.default, (*arguments, True, None, None, None, None, None), case)
+    arguments = (*arguments, True, None, None, None, None, None, None)
+    if x.get("k") is not None:
+        opcheck(OPS.mha_fwd_kvcache_append.default, arguments, case)
+        OPS.mha_fwd_kvcache_append(*arguments)
+    opcheck(OPS.mha_fwd_kvcache.default, arguments, case)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
@@ -89,14 +93,14 @@ def test_opcheck_mha(case):
 @pytest.fixture
 def launches(monkeypatch):
     """The (problem, args) that reach the CPU backend."""
-    cpu, seen = backend("cpu"), []
-    launch = cpu.launch
+    seen = []
+    for phase in (module("cpu", "decode"), module("cpu", "prefill")):
 
-    def recorded(problem, config, args):
-        seen.append((problem, args))
-        launch(problem, config, args)
+        def recorded(problem, config, args, launch=phase.launch):
+            seen.append((problem, args))
+            launch(problem, config, args)
 
-    monkeypatch.setattr(cpu, "launch", recorded)
+        monkeypatch.setattr(phase, "launch", recorded)
     return seen
 
 
@@ -210,7 +214,7 @@ def test_compiled_mha_writes_the_callers_cache(launches):
 
 def test_call_overhead(monkeypatch):
     """Everything but the launch of a decode step takes less than 30 us."""
-    monkeypatch.setattr(backend("cpu"), "launch", lambda problem, config, args: None)
+    monkeypatch.setattr(module("cpu", "decode"), "launch", lambda problem, config, args: None)
     x = DecodeCase("", (70, 130), Hq=16, Hk=1, D=576, Dv=512, alias=True).call().arguments
     metadata = get_mla_metadata(x["q"].shape, x["k_cache"].shape, x["block_table"], x["seq_lens"])
     tensors = [x[name] for name in ("q", "k_cache", "v_cache", "block_table", "seq_lens")]
@@ -234,7 +238,7 @@ def test_call_overhead(monkeypatch):
 def test_metadata_call_reads_no_value(monkeypatch):
     """With metadata, contract and plan run on tensors whose values cannot be read: nothing waits for a GPU."""
     seen = []
-    monkeypatch.setattr(backend("cpu"), "launch", lambda problem, config, args: seen.append(problem))
+    monkeypatch.setattr(module("cpu", "decode"), "launch", lambda problem, config, args: seen.append(problem))
     monkeypatch.setattr(backend("cpu"), "refuse", lambda problem: None)
     x = DecodeCase("", (70, 130), mask="bool", sink=True, descale="tensor").call().arguments
     metadata = get_mla_metadata(x["q"].shape, x["k_cache"].shape, x["block_table"], x["seq_lens"])
@@ -243,16 +247,54 @@ def test_metadata_call_reads_no_value(monkeypatch):
     assert len(seen) == 1
 
 
-def test_no_gradient_is_promised():
-    """Forward only: inputs that require grad give an output that does not, in all three functions."""
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+FUNCTIONS = {
+    "flash_mla_with_kvcache": (flash_mla_with_kvcache, DecodeCase("", (70, 3), dtype=torch.float32, sink=True), "q"),
+    "flash_mla_with_kvcache/cache": (flash_mla_with_kvcache, DecodeCase("", (70,), dtype=torch.float32), "v_cache"),
+    "flash_mla_with_kvcache/sink": (flash_mla_with_kvcache, DecodeCase("", (70,), sink=True), "attn_sink"),
+    "flash_mla_prefill": (flash_mla_prefill, PrefillCase("", 30, dtype=torch.float32), "k"),
+    "mha_fwd_kvcache": (mha_fwd_kvcache, MhaCase("", 30, dtype=torch.float32), "q"),
+    "mha_fwd_kvcache/rows": (mha_fwd_kvcache, MhaCase("", 30, dtype=torch.float32), "v"),
+}
+
+
+@pytest.mark.parametrize("which", ["out", "lse"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_gradient_is_refused_not_dropped(name, compiled, which):
+    """out and lse of inputs that require grad require it too, and their backward says that there is none."""
+    function, case, leaf = FUNCTIONS[name]
+    x = case.call().arguments
+    want = function(**x, return_lse=True)
+    x = case.call().arguments
+    x[leaf].requires_grad_()
+    call = torch.compile(function, backend="aot_eager", fullgraph=True) if compiled else function
+    out, lse = call(**x, return_lse=True)
+    assert torch.equal(out, want[0])
+    assert torch.equal(lse, want[1])
+    result = {"out": out, "lse": lse}[which]
+    with pytest.raises(GradientError, match="forward only"):
+        result.sum().backward()
+
+
+def test_out_that_is_given_carries_the_refusal():
+    """`out`, a view here, is written and attached in place; one that requires grad itself is refused."""
     x = DecodeCase("", (70,), dtype=torch.float32).call().arguments
+    want = flash_mla_with_kvcache(**x)
     x["q"].requires_grad_()
+    memory = torch.full((2, *want.shape), float("nan"))
+    out = flash_mla_with_kvcache(**x, out=memory[1])
+    assert torch.equal(memory[1], want)
+    with pytest.raises(GradientError):
+        out.sum().backward()
+    with pytest.raises(GradientError, match="written in place"):
+        flash_mla_with_kvcache(**x, out=torch.zeros_like(want).requires_grad_())
+
+
+def test_without_gradients_nothing_is_attached():
+    x = DecodeCase("", (70,), dtype=torch.float32).call().arguments
     assert not flash_mla_with_kvcache(**x).requires_grad
-    y = PrefillCase("", 30, dtype=torch.float32).call().arguments
-    for name in ("q", "k", "v"):
-        y[name].requires_grad_()
-    assert not flash_mla_prefill(**y).requires_grad
-    z = MhaCase("", 30, dtype=torch.float32).call().arguments
-    for name in ("q", "k", "v"):
-        z[name].requires_grad_()
-    assert not mha_fwd_kvcache(**z).requires_grad
+    x["q"].requires_grad_()
+    with torch.no_grad():
+        assert not flash_mla_with_kvcache(**x).requires_grad

@@ -25,6 +25,7 @@ from flash_mla import (
     get_mla_metadata,
     mha_fwd_kvcache,
 )
+from flash_mla.reference import decode_reference
 from flash_mla.testing import DecodeCase, MhaCase, PrefillCase, nan_filled, storage_bytes
 
 # The fixes of the reference's table, word for word.
@@ -452,14 +453,26 @@ def test_metadata_with_a_wider_table():
         flash_mla_with_kvcache(**x, metadata=metadata)
 
 
-@pytest.mark.parametrize("change", [{"mask": 100}, {"out": None}], ids=["mask-short", "out-shape"])
-def test_metadata_does_not_skip_the_shapes_of_the_rest(change):
+@pytest.mark.parametrize("extra", [{"mask": zeros(2, 3, 1, 200)}, {"out": zeros(2, 4, 1, 32)}], ids=["mask", "out"])
+def test_metadata_does_not_skip_the_shapes_of_the_rest(extra):
     """Metadata vouches for what it saw: mask and out are still checked in the call."""
-    x = decode()
     metadata = get_mla_metadata(**metadata_arguments())
-    extra = {"mask": zeros(2, 1, 1, 100)} if "mask" in change else {"out": zeros(2, 4, 1, 32)}
     with pytest.raises(FlashMLAError):
-        flash_mla_with_kvcache(**{**x, **extra}, metadata=metadata)
+        flash_mla_with_kvcache(**{**decode(), **extra}, metadata=metadata)
+
+
+def test_a_mask_is_held_against_the_lengths_of_the_call():
+    """With metadata no value is read: keys past a mask's end are hidden, and a mask that is long enough now serves."""
+    x = DecodeCase("", (200, 130), dtype=torch.float32).call().arguments
+    metadata = get_mla_metadata(x["q"].shape, x["k_cache"].shape, x["block_table"], x["seq_lens"])
+    x["mask"] = torch.ones(2, 1, 1, 150, dtype=torch.bool)
+    short = flash_mla_with_kvcache(**x, metadata=metadata)
+    x["seq_lens"].fill_(150)
+    assert torch.equal(short[0], flash_mla_with_kvcache(**x, metadata=metadata)[0])
+    x["seq_lens"].fill_(60)
+    x["mask"] = torch.ones(2, 1, 1, 60, dtype=torch.bool)
+    want, _ = decode_reference(**x)
+    torch.testing.assert_close(flash_mla_with_kvcache(**x, metadata=metadata).double(), want, rtol=1e-4, atol=1e-5)
 
 
 # --- DeepSeek's order -------------------------------------------------------------------------------------------------
@@ -500,8 +513,23 @@ def test_deepseeks_order(call):
 
 def test_a_wrong_keyword_is_a_type_error():
     """A call in our order with a misspelt keyword is Python's own error, not a word about DeepSeek."""
-    with pytest.raises(TypeError, match="scale"):
-        flash_mla_with_kvcache(**{k: v for k, v in decode().items() if k != "softmax_scale"}, scale=1.0)
+    with pytest.raises(TypeError, match="softmax_skale"):
+        flash_mla_with_kvcache(**{k: v for k, v in decode().items() if k != "softmax_scale"}, softmax_skale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fix"),
+    [
+        ("scale", 1.0, "softmax_scale"),
+        ("causal", True, "decode is causal"),
+        ("window_size", (128, 0), "mask"),
+        ("softcap", 30.0, "no kernel with a soft cap"),
+    ],
+)
+def test_flash_attentions_keywords_are_explained(name, value, fix):
+    with pytest.raises(ShapeError, match=fix) as caught:
+        flash_mla_with_kvcache(**decode(), **{name: value})
+    assert_legible(caught.value)
 
 
 # --- Legal, and easily refused by mistake -----------------------------------------------------------------------------

@@ -254,3 +254,34 @@ def test_a_problem_is_bound_once(monkeypatch):
     for mask in (None, None, torch.zeros(1, 1, 1, 70), torch.zeros(1, 1, 1, 70), torch.zeros(1, 1, 1, 70).half()):
         flash_mla_with_kvcache(**x | {"mask": mask})
     assert specs == [None, "f32", "f16"]
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["rows", "split-latent"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("page", [16, 32, 128, 192])
+def test_pages_of_other_sizes_and_split_latents(page, dtype, split):
+    """An engine's pool, NaN in the slots past the lengths, K and its rope part in one row or in two caches."""
+    B, Hq, D, Dv = 2, 16, 96, 64
+    generator = torch.Generator().manual_seed(page)
+    blocks = 768 // page
+    rows = torch.randn(B, blocks * page, D, generator=generator).to(dtype)
+    lengths = torch.tensor([700, 333], dtype=torch.int32)
+    table = torch.randperm(B * blocks, generator=generator).view(B, blocks).int()
+    unused = torch.arange(blocks * page)[None, :, None] >= lengths[:, None, None]
+    stored = rows.float().masked_fill(unused, math.nan).to(dtype)
+    pool = torch.zeros(B * blocks, page, 1, D, dtype=dtype)
+    pool.view(torch.uint8)[table.long()] = stored.view(torch.uint8).view(B, blocks, page, 1, -1)
+    parts = [x.contiguous() if split else x for x in (pool[..., :Dv], pool[..., Dv:])]
+    view, k, rope = (x.permute(2, 0, 1, 3)[None].expand(B, -1, -1, -1, -1) for x in (pool, *parts))
+    q = torch.randn(B, Hq, 1, D, generator=generator).to(dtype)
+    problem = contract.decode_problem(q, view, k, table, alias=True, page=page)
+    if split:
+        problem = problem._replace(k_strides=k.stride(), v_strides=k.stride(), rope_strides=rope.stride())
+    out = torch.full((B, Hq, 1, Dv), math.nan, dtype=torch.bfloat16)
+    keys = (k, k, rope) if split else (view, k, None)
+    args = DecodeArgs(q, *keys[:2], table, lengths, None, None, None, None, None, 0.1, out, None, keys[2])
+    plan(problem, "cpu").launch(args)
+    scores = torch.einsum("bhd,btd->bht", q[:, :, 0].double(), rows.double()) * 0.1
+    weights = scores.masked_fill(unused[..., 0][:, None], -math.inf).softmax(-1)
+    verdict = check(out[:, :, 0], None, weights @ rows[..., :Dv].double(), torch.zeros(B, Hq).double(), dtype)
+    assert verdict.passed, verdict.failures

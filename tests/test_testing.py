@@ -90,15 +90,16 @@ def test_a_seed_is_a_problem():
 @pytest.fixture
 def wrong_launch(monkeypatch):
     """Let `spoil(args)` follow the CPU backend's launch."""
-    cpu = backends.backend("cpu")
-    launch = cpu.launch
 
     def install(spoil):
-        def spoiled(problem, config, args):
-            launch(problem, config, args)
-            spoil(args)
+        for name in ("decode", "prefill", "sparse"):
+            phase = backends.module("cpu", name)
 
-        monkeypatch.setattr(cpu, "launch", spoiled)
+            def spoiled(problem, config, args, launch=phase.launch):
+                launch(problem, config, args)
+                spoil(args)
+
+            monkeypatch.setattr(phase, "launch", spoiled)
 
     return install
 
@@ -156,7 +157,7 @@ def test_run_sees_a_wrong_sparse_launch(wrong_launch, case, spoil, words):
 
 def test_run_sees_outputs_left_unwritten(monkeypatch):
     """The first call finds NaN where the launch does not write."""
-    monkeypatch.setattr(backends.backend("cpu"), "launch", lambda problem, config, args: None)
+    monkeypatch.setattr(backends.module("cpu", "sparse"), "launch", lambda problem, config, args: None)
     result = run(SparsePrefillCase("spoiled"))
     assert any("are NaN" in failure for failure in result.failures), result.failures
 

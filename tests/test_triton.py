@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from flash_mla import backends
 from flash_mla.backends import triton as backend
+from flash_mla.kernels.triton import combine
 from flash_mla.kernels.triton.target import Target
 from flash_mla.problem import AppendArgs, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem
 
@@ -106,12 +108,26 @@ def decode_problem(args: DecodeArgs, alias: bool) -> DecodeProblem:
     B, Hq, S_q, D = args.q.shape
     _, Hk, Nblk, _, Dv = args.v.shape
     return DecodeProblem(
-        device=args.q.device, dtype=args.q.dtype, out_dtype=args.out.dtype, B=B, Hq=Hq, Hk=Hk, S_q=S_q, D=D, Dv=Dv,
+        device=args.q.device, dtype=args.q.dtype, kv_dtype=args.k.dtype, out_dtype=args.out.dtype, B=B, Hq=Hq, Hk=Hk,
+        S_q=S_q, D=D, Dv=Dv,
         Nblk=Nblk, table_blocks=args.block_table.shape[1], q_strides=args.q.stride(), k_strides=args.k.stride(),
         v_strides=args.v.stride(), alias=alias,
         mask="none" if args.mask is None else "float" if args.mask.is_floating_point() else "bool",
         descale=args.q_descale is not None, sink=args.attn_sink is not None,
+        scale_sign=(args.softmax_scale > 0) - (args.softmax_scale < 0),
     )  # fmt: skip
+
+
+def chosen(problem):
+    """The module that takes the problem."""
+    phase = backends.choose("triton", problem)
+    assert not isinstance(phase, str), phase
+    return phase
+
+
+def run(problem, args) -> None:
+    phase = chosen(problem)
+    phase.launch(problem, phase.config(problem), args)
 
 
 def run_decode(
@@ -169,13 +185,13 @@ def run_decode(
         lse=poisoned((B, Hq, S_q), torch.float32) if lse else None,
     )  # fmt: skip
     problem = decode_problem(args, alias)
-    assert backend.refuse(problem) is None
-    config = backend.config(problem)
-    backend.launch(problem, config, args)
+    phase = chosen(problem)
+    config = phase.config(problem)
+    phase.launch(problem, config, args)
     close(args.out.cpu(), None if args.lse is None else args.lse.cpu(), want, want_lse, dtype)
     first = args.out.clone()
     args.out.fill_(math.nan)
-    backend.launch(problem, config, args)
+    phase.launch(problem, config, args)
     assert torch.equal(first, args.out)
 
 
@@ -216,7 +232,7 @@ def test_decode(case: str) -> None:
 @pytest.mark.parametrize("on", [Target("cuda", 80, 163 * 1024, 3), Target("hip", 0, 64 * 1024, 3)])
 def test_decode_with_the_tiles_of_other_gpus(case: str, on: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configs that other GPUs get, FP8 by integer arithmetic on sm_80 among them."""
-    monkeypatch.setattr(backend, "target", lambda device: on)
+    monkeypatch.setattr("flash_mla.backends.triton.decode.target", lambda device: on)
     run_decode(**DECODE[case])
 
 
@@ -237,11 +253,12 @@ def test_decode_is_right_for_every_cut(programs: int) -> None:
         poisoned((4, Hq, 1), FP32),
     )  # fmt: skip
     problem = decode_problem(args, True)
-    config = backend.config(problem)._replace(combine=backend.combine.Config(tile_s=4, tile_c=16))
+    phase = chosen(problem)
+    config = phase.config(problem)._replace(combine=combine.Config(tile_s=4, tile_c=16))
     config = config._replace(decode=dataclasses.replace(config.decode, programs=programs))
     if programs == 1:
         config = config._replace(combine=None)
-    backend.launch(problem, config, args)
+    phase.launch(problem, config, args)
     close(args.out.cpu(), args.lse.cpu(), want, want_lse, FP32)
 
 
@@ -256,7 +273,7 @@ def test_decode_reads_only_the_cache() -> None:
         poisoned((2, 1, 1, 16), FP32), None,
     )  # fmt: skip
     problem = decode_problem(args, True)
-    backend.launch(problem, backend.config(problem), args)
+    run(problem, args)
     assert torch.isfinite(args.out).all()
 
 
@@ -339,8 +356,7 @@ def run_prefill(
         lse=poisoned((B, Hq, P), FP32),
     )  # fmt: skip
     problem = prefill_problem(args, causal, alias)
-    assert backend.refuse(problem) is None
-    backend.launch(problem, backend.config(problem), args)
+    run(problem, args)
     close(args.out.cpu(), args.lse.cpu(), want, want_lse, dtype)
 
 
@@ -386,7 +402,7 @@ def test_prefill_loads_no_false_block() -> None:
         q, k, v, None, None, None, None, kept.expand(1, 1, 3, 3), None, None, None, None, 0.25, out, None
     )
     problem = prefill_problem(args, False, False)
-    backend.launch(problem, backend.config(problem), args)
+    run(problem, args)
     assert torch.isfinite(out).all()
 
 
@@ -417,7 +433,8 @@ def test_append(dtype: torch.dtype, latent: bool, layout: str) -> None:
                 want_v[b, :, block, slot] = v[b, :, i]
     k_cache, v_cache = to_device(k_cache), to_device(v_cache)
     ints = lambda x: torch.tensor(x, dtype=torch.int32, device=DEVICE)  # noqa: E731
-    backend.append(
+    backends.append(
+        "triton",
         AppendArgs(
             to_device(k),
             None if latent else to_device(v),
@@ -426,7 +443,7 @@ def test_append(dtype: torch.dtype, latent: bool, layout: str) -> None:
             to_device(table),
             ints(starts),
             ints(counts),
-        )
+        ),
     )
     raw = {FP8: torch.uint8}.get(dtype, torch.int16)
     assert torch.equal(k_cache.cpu().view(raw), want_k.view(raw))
@@ -469,7 +486,7 @@ def test_decode_addresses_above_2_31_elements(which: str) -> None:
         poisoned((2, 2, 1, D), FP16), poisoned((2, 2, 1), FP32),
     )  # fmt: skip
     problem = decode_problem(args, True)
-    backend.launch(problem, backend.config(problem), args)
+    run(problem, args)
     want, want_lse = attention(q, rows, rows, torch.ones(2, 2, 1, 64, dtype=torch.bool), None, 0.25, None)
     close(args.out.cpu(), args.lse.cpu(), want, want_lse, FP16)
 
@@ -483,7 +500,9 @@ def test_refuses_with_a_reason() -> None:
     ints = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
     args = DecodeArgs(q, k, k, ints, ints[0], None, None, None, None, None, 1.0, q, None)
     problem = decode_problem(args, True)
-    assert "multiple of 8" in str(backend.refuse(problem))
-    assert "tensors are on" in str(backend.refuse(problem._replace(D=16, Dv=16, device=torch.device("meta"))))
+    assert "multiple of 8" in str(backends.choose("triton", problem))
+    assert "tensors are on" in str(
+        backends.choose("triton", problem._replace(D=16, Dv=16, device=torch.device("meta")))
+    )
     far = (*problem.k_strides[:3], 2**26, 1)
-    assert "elements apart" in str(backend.refuse(problem._replace(D=16, Dv=16, k_strides=far)))
+    assert "elements apart" in str(backends.choose("triton", problem._replace(D=16, Dv=16, k_strides=far)))

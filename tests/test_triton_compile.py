@@ -25,10 +25,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from flash_mla.backends import triton as backend  # noqa: E402
+from flash_mla.backends.triton import decode as decode_phase  # noqa: E402
+from flash_mla.backends.triton import prefill as prefill_phase  # noqa: E402
+from flash_mla.backends.triton.device import stored  # noqa: E402
 from flash_mla.kernels.triton import append, combine, decode, prefill  # noqa: E402
 from flash_mla.kernels.triton.target import Target  # noqa: E402
 from flash_mla.problem import FP8, AppendArgs, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem  # noqa: E402
+
+pytestmark = pytest.mark.compile
 
 KIB = 1024
 TARGETS = {
@@ -128,8 +132,8 @@ def decode_case(
         out=meta(B, Hq, S_q, Dv, dtype=out_dtype), lse=meta(B, Hq, S_q, dtype=torch.float32),
     )  # fmt: skip
     problem = DecodeProblem(
-        device=torch.device("meta"), dtype=dtype, out_dtype=out_dtype, B=B, Hq=Hq, Hk=Hk, S_q=S_q, D=D, Dv=Dv,
-        Nblk=4096, table_blocks=table_blocks, q_strides=args.q.stride(), k_strides=k.stride(),
+        device=torch.device("meta"), dtype=dtype, kv_dtype=dtype, out_dtype=out_dtype, B=B, Hq=Hq, Hk=Hk,
+        S_q=S_q, D=D, Dv=Dv, Nblk=4096, table_blocks=table_blocks, q_strides=args.q.stride(), k_strides=k.stride(),
         v_strides=v.stride(), alias=alias,
         mask=MASK_KINDS[mask], descale=dtype == FP8, sink=False,
     )  # fmt: skip
@@ -197,9 +201,9 @@ PREFILL = {
 
 def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
     problem, args = decode_case(**DECODE[case])
-    config = backend.config(problem, target).decode
+    config = decode_phase.config(problem, target).decode
     tensors = (
-        *(backend.stored(x, config.widen) for x in (args.q, args.k, args.v)), args.block_table, args.seq_lens,
+        *(stored(x, config.widen) for x in (args.q, args.k, args.v)), args.block_table, args.seq_lens,
         args.mask, args.q_descale, args.k_descale, args.v_descale, None,
         args.out, args.lse, meta(1, dtype=torch.float32),
     )  # fmt: skip
@@ -213,12 +217,12 @@ def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
 
 def build_prefill(case: str, target: Target) -> tuple[prefill.Config, Built]:
     problem, args = prefill_case(**PREFILL[case])
-    config = backend.config(problem, target)
+    config = prefill_phase.config(problem, target)
     kept = meta(1, 1, 64, 64, dtype=torch.int32) if args.block_mask is not None else None
     num_kept = meta(1, 1, 64, dtype=torch.int32) if args.block_mask is not None else None
     arguments = prefill.arguments(
-        config, S_kv=problem.S_kv, q=backend.stored(args.q, config.widen), k=backend.stored(args.k, config.widen),
-        v=backend.stored(args.v, config.widen), block_table=args.block_table, seq_lens=args.seq_lens,
+        config, S_kv=problem.S_kv, q=stored(args.q, config.widen), k=stored(args.k, config.widen),
+        v=stored(args.v, config.widen), block_table=args.block_table, seq_lens=args.seq_lens,
         start_pos=args.start_pos, mask=args.mask, kept=kept, num_kept=num_kept, q_descale=args.q_descale,
         k_descale=args.k_descale, v_descale=args.v_descale, attn_sink=None, softmax_scale=0.1, out=args.out,
         lse=args.lse, causal=True,
@@ -253,7 +257,7 @@ def test_prefill_compiles(case: str, target: str) -> None:
 def test_combine_and_append_compile(target: str) -> None:
     on = TARGETS[target]
     problem, args = decode_case(**DECODE["mla_16"])
-    chosen = backend.config(problem, on)
+    chosen = decode_phase.config(problem, on)
     constants = combine.constants(
         chosen.combine, B=problem.B, Hk=1, table_blocks=problem.table_blocks, S_q=1, ratio=16, Dv=512,
         pdl=chosen.decode.pdl, partial_rows=16, dv_tile=512,
@@ -271,6 +275,6 @@ def test_the_early_combine_compiles() -> None:
     """One short request on Hopper: decode releases the combine, which waits (programmatic dependent launch)."""
     on = TARGETS["sm_90"]
     problem, _ = decode_case(B=1, Hq=16, Hk=1, D=576, Dv=512, alias=True, table_blocks=16)
-    assert backend.config(problem, on).decode.pdl
+    assert decode_phase.config(problem, on).decode.pdl
     DECODE["early"] = {"B": 1, "Hq": 16, "Hk": 1, "D": 576, "Dv": 512, "alias": True, "table_blocks": 16}
     assert "griddepcontrol.launch_dependents" in build_decode("early", on)[1].kernel.asm["ptx"]

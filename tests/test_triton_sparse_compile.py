@@ -15,10 +15,12 @@ import triton
 from test_triton_compile import TARGETS, compile_for
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from flash_mla.backends import triton_sparse
+from flash_mla.backends.triton import sparse as phase
 from flash_mla.kernels.triton import sparse, sparse_wgmma
 from flash_mla.problem import SparseArgs, SparseKeys, SparseProblem, SparseSet
 from flash_mla.quant import FORMATS
+
+pytestmark = pytest.mark.compile
 
 CASES = {
     "prefill/v3.2": (None, 576, 4096, 1, 128, (2048,), 131072, 1),
@@ -54,14 +56,14 @@ def build(name, target):
     problem = SparseProblem(
         q.device, q.dtype, B, S_q, Hq, D, 512, format_name, sets, q.stride(), True, prefill
     )  # fmt: skip
-    config = triton_sparse.config(problem, target)
+    config = phase.config(problem, target)
     with torch.device("meta"):
         partial = torch.empty(1, dtype=torch.float32) if config.splits > 1 else None
     if config.wgmma:
-        arguments = triton_sparse.wgmma_arguments(problem, config, args, partial)
+        arguments = phase.wgmma_arguments(problem, config, args, partial)
         options = {"num_warps": config.warps}
         return compile_for(sparse_wgmma.sparse_wgmma_kernel, arguments, options, target, GluonASTSource)
-    arguments = triton_sparse.arguments(problem, config, args, partial)
+    arguments = phase.arguments(problem, config, args, partial)
     return compile_for(
         sparse.sparse_kernel, arguments, {"num_warps": config.warps, "num_stages": config.stages}, target
     )
@@ -120,5 +122,5 @@ def test_what_the_wgmma_kernel_takes(change, takes):
         sets=(SparseSet(64, 9, 64, (64 * 576, 576), (1, 1), False),), q_strides=(576 * 128, 576 * 128, 576, 1),
         sink=False, max_logits=True,
     )._replace(**change)  # fmt: skip
-    assert triton_sparse.config(problem, TARGETS["sm_90"]).wgmma is takes
-    assert not triton_sparse.config(problem, TARGETS["sm_100"]).wgmma
+    assert phase.config(problem, TARGETS["sm_90"]).wgmma is takes
+    assert not phase.config(problem, TARGETS["sm_100"]).wgmma

@@ -1,12 +1,19 @@
 """The backends, in order of preference, and what each must offer.
 
-A backend is a module of this package, imported when it is first asked, with
+A backend is a folder of this package, imported when it is first asked. Its package has
+
+    available() -> str | None           why the backend cannot run on this machine at all, or None
+    refuse(problem) -> str | None       why no kernel of it runs on this device or with these facts, or None
+    phase(problem) -> Phase | str       the module that such problems go to, or why there is none
+
+and a phase's module (decode, prefill, sparse, or one for each kernel) has
 
     refuse(problem) -> str | None          why it cannot run this problem, or None
     config(problem) -> Hashable            the kernel and tile choice: a pure function that needs no device
-    launch(problem, config, args) -> None  fill args.out and args.lse; allocate nothing but workspace, read no value
-    append(args) -> None                   write AppendArgs' rows into the pages
-    available() -> str | None              why the backend cannot run on this machine at all, or None
+    launch(problem, config, args) -> None  fill args.out and args.lse; allocate nothing but workspace, read no value,
+                                           raise nothing of the contract: what it cannot do, refuse has said
+
+Its module `append` has `launch(args)`, which writes AppendArgs' rows into the pages.
 
 Selection (see `plan`) takes the first that does not refuse.
 """
@@ -15,23 +22,50 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Hashable
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
-from flash_mla.problem import AppendArgs, Args, Problem
+from flash_mla.problem import AppendArgs, Problem
 
 ORDER = ("hopper", "triton", "cpu")
 
 
+class Phase(Protocol):
+    """The functions of a phase's module. Each module takes the problems and arguments of its own phase alone."""
+
+    def refuse(self, problem: Any) -> str | None: ...
+    def config(self, problem: Any) -> Hashable: ...
+    def launch(self, problem: Any, config: Any, args: Any) -> None: ...
+
+
 class Backend(Protocol):
-    """The functions of a backend module."""
+    """The functions of a backend's package."""
 
     def available(self) -> str | None: ...
     def refuse(self, problem: Problem) -> str | None: ...
-    def config(self, problem: Problem) -> Hashable: ...
-    def launch(self, problem: Problem, config: Hashable, args: Args) -> None: ...
-    def append(self, args: AppendArgs) -> None: ...
+    def phase(self, problem: Problem) -> Phase | str: ...
 
 
 def backend(name: str) -> Backend:
-    """The backend module of that name, imported on first use."""
+    """The backend's package of that name, imported on first use."""
     return cast(Backend, importlib.import_module(f"flash_mla.backends.{name}"))
+
+
+def module(name: str, phase: str) -> Phase:
+    """A phase's module of a backend, imported on first use."""
+    return cast(Phase, importlib.import_module(f"flash_mla.backends.{name}.{phase}"))
+
+
+def append(name: str, args: AppendArgs) -> None:
+    """Write rows into their pages by the backend of that name."""
+    importlib.import_module(f"flash_mla.backends.{name}.append").launch(args)
+
+
+def choose(name: str, problem: Problem) -> Phase | str:
+    """The module of backend `name` that runs this problem, or why it does not."""
+    candidate = backend(name)
+    if reason := candidate.available() or candidate.refuse(problem):
+        return reason
+    phase = candidate.phase(problem)
+    if isinstance(phase, str):
+        return phase
+    return phase.refuse(problem) or phase

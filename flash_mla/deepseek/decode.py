@@ -15,6 +15,7 @@ from flash_mla.contract import (
     check_last_dim,
     check_on,
     check_rank,
+    check_scale,
     check_sink,
     check_tensor,
     decode_problem,
@@ -220,8 +221,9 @@ def dense(
     rows = q.shape[:3]
     v = k[..., :Dv]
     problem = decode_problem(
-        q, k, v, table, alias=True, mask="none", descale=factors != [None, None], sink=attn_sink is not None
-    )
+        q, k, v, table, alias=True, descale=factors != [None, None], sink=attn_sink is not None,
+        scale_sign=check_scale(softmax_scale),
+    )  # fmt: skip
     args = DecodeArgs(
         q=q,
         k=k,

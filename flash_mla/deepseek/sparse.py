@@ -11,8 +11,10 @@ from flash_mla.contract import (
     check_last_dim,
     check_on,
     check_rank,
+    check_scale,
     check_sink,
     check_tensor,
+    is_aligned,
     named,
 )
 from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
@@ -147,6 +149,8 @@ def sparse(
         q_strides=q.stride(),
         sink=attn_sink is not None,
         max_logits=max_logits,
+        scale_sign=check_scale(softmax_scale),
+        aligned=is_aligned(q, *(x.cache for x in keys)),
     )
     args = SparseArgs(
         q=q,

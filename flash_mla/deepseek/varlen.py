@@ -16,6 +16,7 @@ from flash_mla.contract import (
     check_last_dim,
     check_on,
     check_rank,
+    check_scale,
     check_tensor,
     named,
     prefill_problem,
@@ -185,7 +186,7 @@ def attend_batch(
     B, Hq, P, _ = q.shape
     S_kv, Dv = v.shape[2:]
     offset = S_kv - P if causal else 0
-    problem = prefill_problem(q, k, v, S_kv=S_kv, causal=causal, start_pos=offset > 0)
+    problem = prefill_problem(q, k, v, S_kv=S_kv, causal=causal, start_pos=offset > 0, scale_sign=check_scale(scale))
     args = PrefillArgs(
         q=q,
         k=k,

@@ -171,8 +171,9 @@ def launch_serving(case: DecodeCase, call: Call, out: Tensor | None) -> tuple[Te
     kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
     given = case.descale is not None
     problem = contract.decode_problem(
-        q, k, v, x["block_table"], alias=case.alias, mask=kind, descale=given, sink=case.sink
-    )
+        q, k, v, x["block_table"], alias=case.alias, mask=kind, descale=given, sink=case.sink,
+        scale_sign=contract.check_scale(case.softmax_scale),
+    )  # fmt: skip
     out = q.new_empty((B, Hq, S_q, v.shape[-1]), dtype=problem.out_dtype) if out is None else out
     lse = q.new_empty((B, Hq, S_q), dtype=torch.float32)
     args = DecodeArgs(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from flash_mla.backends.cpu.surroundings import undisturbed
 from flash_mla.problem import BLOCK, FP8, AppendArgs
 
 
-@torch.no_grad()
-def append(args: AppendArgs) -> None:
+@undisturbed
+def launch(args: AppendArgs) -> None:
     """Token i of request b goes to position start_pos[b] + i."""
     B, _, P, _ = args.k.shape
     token = torch.arange(P).expand(B, P)

@@ -42,7 +42,8 @@ def attend(
         causal: row i sees keys t <= i.
 
     Returns:
-        out [N, H, M, Dv] (FP32 over few keys: it may be merged) and the natural-log lse [N, H, M] FP32; rows whose bias is -inf throughout give 0 and -inf.
+        out [N, H, M, Dv] (FP32 over few keys: it may be merged) and the natural-log lse [N, H, M] FP32; rows whose bias
+            is -inf throughout give 0 and -inf.
     """
     if q.dtype != torch.float32 and few_keys(k.shape[2], bias):
         return attend(q.float(), k.float(), None if v is None else v.float(), Dv, scale, bias, causal)

@@ -20,6 +20,7 @@ from flash_mla.backends.cpu.attend import (
     store,
     to_bias,
 )
+from flash_mla.backends.cpu.surroundings import undisturbed
 from flash_mla.merge import merge
 from flash_mla.problem import BLOCK, FP8, DecodeArgs, DecodeProblem
 
@@ -44,7 +45,20 @@ class Reads:
     """Logical blocks to gather."""
 
 
-def decode(problem: DecodeProblem, args: DecodeArgs) -> None:
+def refuse(problem: DecodeProblem) -> str | None:
+    """Why the pages cannot be read as they lie, or None."""
+    if problem.page != BLOCK or problem.rope_strides is not None:
+        return f"pages of {problem.page} tokens, or a split latent: pages must hold {BLOCK} whole rows"
+    return None
+
+
+def config(problem: DecodeProblem) -> None:
+    """Nothing is chosen ahead: the runs of blocks decide."""
+    return
+
+
+@undisturbed
+def launch(problem: DecodeProblem, config: None, args: DecodeArgs) -> None:
     """Plan each request's reads, attend to them, merge, store."""
     table = args.block_table.long().clamp(0, max(problem.Nblk - 1, 0))
     reads = plan_reads(problem, args, table)
@@ -94,7 +108,7 @@ def plan_request(length: int, ids: np.ndarray, S_q: int, in_place: bool) -> Read
 def readable_in_place(problem: DecodeProblem, args: DecodeArgs) -> bool:
     """Whether consecutive blocks are one strided view that the op takes, with no mask to permute."""
     evenly = all(strides[2] == BLOCK * strides[3] for strides in (problem.k_strides, problem.v_strides))
-    plain = args.mask is None and compute_dtype(problem) == problem.dtype
+    plain = args.mask is None and compute_dtype(problem) == problem.dtype == problem.kv_dtype
     return evenly and plain and (problem.alias or problem.D == problem.Dv)
 
 

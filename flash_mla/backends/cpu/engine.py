@@ -20,6 +20,7 @@ from torch import Tensor
 from flash_mla.problem import (
     BLOCK,
     FP8,
+    Args,
     DecodeArgs,
     DecodeProblem,
     PrefillArgs,
@@ -64,52 +65,38 @@ def missing() -> str | None:
     return config.lacks(config.host()) or (None if team.team() else "torch's OpenMP runtime has no known entry point")
 
 
-# --- What is compiled -------------------------------------------------------------------------------------------------
+def refuse(problem: Problem) -> str | None:
+    """Why torch must serve, or None."""
+    return missing()
 
 
-def spec(problem: Problem) -> Spec | None:
-    """The kernel of a problem, its mask's element type left open; None where torch serves."""
-    if missing():
-        return None
+def config(problem: Problem) -> Call:
+    """The problem bound to its kernel, which the first call compiles."""
+    if isinstance(problem, SparseProblem):
+        return Sparse(problem)
+    return Decode(problem) if isinstance(problem, DecodeProblem) else Prefill(problem)
+
+
+def launch(problem: Problem, config: Call, args: Args) -> None:
+    """Fill args.out and args.lse."""
+    config.launch(args)
+
+
+def spec(problem: Problem, rows: int, **more: Any) -> Spec:
+    """The kernel for items of so many rows, its mask's element type left open; `more` are fields of Spec."""
     from flash_mla.kernels.cpu.config import Spec, host, tile
 
-    if isinstance(problem, SparseProblem):
-        rows, alias, out = problem.Hq, True, problem.dtype
-    else:
-        rows = problem.ratio * problem.S_q if isinstance(problem, DecodeProblem) else problem.P
-        alias, out = problem.alias, problem.out_dtype
-    rows = max(rows, 1)
     tile_m, tile_n = tile(rows, host())
-    kv = NAMES[problem.dtype]
-    if isinstance(problem, SparseProblem) and problem.format is not None:
-        kv = problem.format
-    made = Spec(
+    return Spec(
         D=problem.D,
         Dv=problem.Dv,
         q=NAMES[problem.dtype],
-        kv=kv,
-        out=NAMES[out],
         rows=min(-(-rows // tile_m) * tile_m, ROWS),
         tile_m=tile_m,
         tile_n=tile_n,
         lanes=host().lanes,
-        alias=alias,
+        **more,
     )
-    if isinstance(problem, SparseProblem):
-        return replace(made, source="sparse", sets=len(problem.sets))
-    if isinstance(problem, PrefillProblem):
-        return replace(made, source="table" if problem.paged else "rows", layout=problem.block_mask)
-    return made
-
-
-def bind(problem: Problem) -> Call | None:
-    """The problem bound to its kernel, which is compiled by the first call; None where torch serves."""
-    made = spec(problem)
-    if made is None:
-        return None
-    if isinstance(problem, SparseProblem):
-        return Sparse(problem, made)
-    return Decode(problem, made) if isinstance(problem, DecodeProblem) else Prefill(problem, made)
 
 
 # --- Calls ------------------------------------------------------------------------------------------------------------
@@ -143,6 +130,10 @@ class Call:
         values |= {"work": self.work, "heads": heads, "groups": groups, "splits": splits, "R": rows}
         self.template = (ctypes.c_int64 * len(FIELDS))(*(values.get(name, 0) for name in FIELDS))
         self.entries: dict[str | None, Entries] = {}
+
+    def launch(self, args: Any) -> None:
+        """One call."""
+        raise NotImplementedError
 
     def arguments(self, softmax_scale: float) -> Arguments:
         """A copy of what all calls share, and the scale."""
@@ -206,16 +197,16 @@ class Memory(threading.local):
     """What the calls of one Python thread work in; it grows to the largest call."""
 
     def __init__(self) -> None:
-        self.done = torch.zeros(ITEMS, dtype=torch.int64)
-        self.threads = self.partial = torch.empty(0, dtype=torch.uint8)
+        self.done = torch.zeros(ITEMS, dtype=torch.int64, device="cpu")
+        self.threads = self.partial = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.addresses = (0, 0, self.done.data_ptr())
 
     def reserve(self, threads: int, partial: int) -> tuple[int, int, int]:
         """The addresses of at least so many bytes for the threads, for the splits, and of the splits' counters, which
         every call leaves at 0."""
         if self.threads.numel() < threads + BLOCK or self.partial.numel() < partial:
-            self.threads = torch.empty(max(threads + BLOCK, self.threads.numel()), dtype=torch.uint8)
-            self.partial = torch.empty(max(partial, self.partial.numel()), dtype=torch.uint8)
+            self.threads = torch.empty(max(threads + BLOCK, self.threads.numel()), dtype=torch.uint8, device="cpu")
+            self.partial = torch.empty(max(partial, self.partial.numel()), dtype=torch.uint8, device="cpu")
             aligned = -(-self.threads.data_ptr() // BLOCK) * BLOCK
             self.addresses = (aligned, self.partial.data_ptr(), self.done.data_ptr())
         return self.addresses
@@ -240,12 +231,15 @@ def packed_strides(heads: int, rows: int, columns: int) -> tuple[int, int, int]:
 class Decode(Call):
     """Decode: the rows of an item are all queries of a KV head."""
 
-    def __init__(self, problem: DecodeProblem, spec: Spec) -> None:
+    def __init__(self, problem: DecodeProblem) -> None:
         p = problem
-        self.cap = p.table_blocks * BLOCK if p.Nblk else 0
+        self.cap = p.table_blocks * p.page if p.Nblk else 0
+        rope = 0 if p.rope_strides is None else p.D - p.Dv
+        more = strides("rope", p.rope_strides[:4], p.kv_dtype, "bhpk") if p.rope_strides else {}
         outer = packed_strides(p.Hq, p.S_q, p.Dv)
+        kv, out = NAMES[p.kv_dtype], NAMES[p.out_dtype]
         super().__init__(
-            spec,
+            spec(p, p.ratio * p.S_q, kv=kv, out=out, alias=p.alias, page=p.page, rope=rope),
             p.B,
             p.Hk,
             p.ratio * p.S_q,
@@ -257,8 +251,9 @@ class Decode(Call):
             cap=self.cap,
             Nblk=p.Nblk,
             **strides("q", p.q_strides[:3], p.dtype, "bhr"),
-            **strides("k", p.k_strides[:4], p.dtype, "bhpk"),
-            **strides("v", p.v_strides[:4], p.dtype, "bhpk"),
+            **strides("k", p.k_strides[:4], p.kv_dtype, "bhpk"),
+            **strides("v", p.v_strides[:4], p.kv_dtype, "bhpk"),
+            **more,
             **strides("out", outer, p.out_dtype, "bhr"),
             **strides("lse", packed_strides(p.Hq, p.S_q, 1), torch.float32, "bhr"),
             sink_h=torch.float32.itemsize,
@@ -266,6 +261,8 @@ class Decode(Call):
 
     def launch(self, args: DecodeArgs) -> None:
         packed = self.arguments(args.softmax_scale)
+        if args.k_rope is not None:
+            packed[self.at["rope"]] = args.k_rope.data_ptr()
         kept = self.integers(packed, "lens", args.seq_lens)
         self.run(packed, share_arguments(self, packed, args))
         del kept
@@ -274,7 +271,7 @@ class Decode(Call):
 class Prefill(Call):
     """Prefill: the rows of an item are queries of one head, so that a group of them ends at one key."""
 
-    def __init__(self, problem: PrefillProblem, spec: Spec) -> None:
+    def __init__(self, problem: PrefillProblem) -> None:
         p = problem
         self.cap = p.S_kv
         outer = packed_strides(p.Hq, p.P, p.Dv)
@@ -283,8 +280,17 @@ class Prefill(Call):
             if not p.paged:
                 steps = (*steps[:2], BLOCK * steps[2], steps[2])
             values |= strides(name, steps[:4], p.dtype, "bhpk")
+        made = spec(
+            p,
+            p.P,
+            kv=NAMES[p.dtype],
+            out=NAMES[p.out_dtype],
+            alias=p.alias,
+            source="table" if p.paged else "rows",
+            layout=p.block_mask,
+        )
         super().__init__(
-            spec,
+            made,
             p.B,
             p.Hq,
             p.P,
@@ -337,15 +343,16 @@ def share_arguments(call: Call, packed: Arguments, args: DecodeArgs | PrefillArg
 class Sparse(Call):
     """Sparse: an item is a query token; its rows are the heads, which stand where queries do elsewhere."""
 
-    def __init__(self, problem: SparseProblem, spec: Spec) -> None:
+    def __init__(self, problem: SparseProblem) -> None:
         p = problem
         values: dict[str, int] = {}
         for n, keys in enumerate(p.sets):
             size = p.dtype.itemsize if p.format is None else 1
             values |= {f"c_p{n}": keys.cache_strides[0] * size, f"c_k{n}": keys.cache_strides[1] * size}
             values |= {f"topk{n}": keys.topk, f"page{n}": max(keys.page, 1), f"limit{n}": keys.pages * keys.page}
+        kv, out = p.format or NAMES[p.dtype], NAMES[p.dtype]
         super().__init__(
-            spec,
+            spec(p, p.Hq, kv=kv, out=out, alias=True, source="sparse", sets=len(p.sets)),
             p.B,
             p.S_q,
             p.Hq,

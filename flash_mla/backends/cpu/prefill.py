@@ -18,11 +18,26 @@ from flash_mla.backends.cpu.attend import (
     store,
     to_bias,
 )
+from flash_mla.backends.cpu.surroundings import undisturbed
 from flash_mla.problem import BLOCK, FP8, PrefillArgs, PrefillProblem
 
 
-def prefill(problem: PrefillProblem, args: PrefillArgs) -> None:
+def refuse(problem: PrefillProblem) -> str | None:
+    """It runs everything that the contract admits."""
+    return None
+
+
+def config(problem: PrefillProblem) -> None:
+    """Nothing is chosen ahead: the lengths decide."""
+    return
+
+
+@undisturbed
+def launch(problem: PrefillProblem, config: None, args: PrefillArgs) -> None:
     """Attend and store, request by request."""
+    if problem.scale_sign <= 0:  # the op hides keys by -inf times the scale
+        q = args.q.to(compute_dtype(problem)) * problem.scale_sign
+        args = args._replace(q=q, softmax_scale=abs(args.softmax_scale) or 1.0)
     q = grouped_rows(problem, args)  # [B, Hk, ratio, P, D]
     dtype = compute_dtype(problem)
     plain = args.mask is None and args.block_mask is None

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from flash_mla.backends.cpu.surroundings import undisturbed
 from flash_mla.problem import SparseArgs, SparseKeys, SparseProblem
 from flash_mla.quant import FORMATS, gather_rows
 
@@ -19,7 +20,18 @@ SLICE_BYTES = 32 << 20
 """Of K in FP32 and of the scores together: a dozen tokens at topk 2048, so that few large products are made."""
 
 
-def sparse(problem: SparseProblem, args: SparseArgs) -> None:
+def refuse(problem: SparseProblem) -> str | None:
+    """It runs everything that the contract admits."""
+    return None
+
+
+def config(problem: SparseProblem) -> None:
+    """Nothing is chosen ahead: the indices decide."""
+    return
+
+
+@undisturbed
+def launch(problem: SparseProblem, config: None, args: SparseArgs) -> None:
     """The whole call, slice after slice of the query tokens."""
     tokens = problem.B * problem.S_q
     topk = sum(keys.topk for keys in problem.sets)

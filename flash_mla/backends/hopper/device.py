@@ -5,10 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from flash_mla.problem import ALIGNMENT, BLOCK, FP8, DecodeProblem, Problem
+
+HALVES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""torch's 16-bit dtypes and their names in the kernels' configs."""
+DTYPES: dict[torch.dtype, Literal["bf16", "fp16", "fp8"]] = {**HALVES, FP8: "fp8"}
 
 
 @functools.cache
@@ -34,6 +40,19 @@ def refuse_device(device: torch.device) -> str | None:
     return None
 
 
+def refuse(problem: Problem) -> str | None:
+    """Why no Hopper kernel runs on this device or with these facts, or None."""
+    if (reason := refuse_device(problem.device)) is not None:
+        return reason
+    if problem.scale_sign <= 0:
+        return "softmax_scale is not above 0: the running maximum is kept before scaling"
+    if not problem.aligned:
+        return f"a tensor does not begin on {ALIGNMENT} bytes, as TMA needs"
+    if isinstance(problem, DecodeProblem) and (problem.page != BLOCK or problem.rope_strides is not None):
+        return f"pages of {problem.page} tokens, or a split latent: a tile is one page of {BLOCK} whole rows"
+    return None
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """SMs of a device."""
@@ -41,8 +60,10 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def int32(values: Tensor) -> Tensor:
-    """The same integers in 32 bits."""
-    return values if values.dtype == torch.int32 else values.to(torch.int32)
+    """The same integers in 32 bits; those that do not fit at its ends, which no length, count or block id reaches."""
+    if values.dtype == torch.int32:
+        return values
+    return values.clamp(-(2**31), 2**31 - 1).to(torch.int32)
 
 
 def device_of(device: torch.device) -> contextlib.AbstractContextManager[Any]:

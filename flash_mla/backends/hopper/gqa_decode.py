@@ -1,30 +1,17 @@
-"""GQA decode on Hopper: what `kernels/hopper/gqa_decode.py` takes, and its launch."""
+"""GQA decode on Hopper: what `kernels/hopper/gqa_decode/` takes, and its launch."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
+from flash_mla.backends.hopper.device import DTYPES, device_of, int32, multiprocessors
+from flash_mla.kernels.hopper import packing
+from flash_mla.kernels.hopper.gqa_decode.config import MAX_D, MAX_S_Q, TILES_N, WIDE_DV, Config
+from flash_mla.kernels.hopper.limits import TMA_BYTES
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
-
-if TYPE_CHECKING:
-    from flash_mla.kernels.hopper.gqa_decode import Config
-
-DTYPES: dict[torch.dtype, Literal["bf16", "fp16", "fp8"]] = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    FP8: "fp8",
-}
-MAX_D = 256
-WIDE_DV = 128
-"""Dv that a tile of 64 rows may have: O of a wider one does not fit into the registers."""
-MAX_S_Q = 8
-TMA_BYTES = 16
-"""TMA takes strides that are multiples of this."""
 
 
 def refuse(problem: DecodeProblem) -> str | None:
@@ -36,24 +23,25 @@ def refuse(problem: DecodeProblem) -> str | None:
         )
     if max(problem.D, problem.Dv) > MAX_D:
         return f"D = {problem.D}, Dv = {problem.Dv}: at most {MAX_D}"
+    if problem.kv_dtype != problem.dtype:
+        return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
     if problem.S_q > MAX_S_Q:
         return f"S_q = {problem.S_q}: at most {MAX_S_Q} query tokens a request"
     if problem.mask != "none":
         return f"a {problem.mask} mask: only causal decode"
-    if min(problem.B, problem.Hq, problem.Nblk, problem.table_blocks, problem.D, problem.Dv) == 0:
-        return "an empty batch, head or cache"
     return refuse_strides(problem)
 
 
 def refuse_strides(problem: DecodeProblem) -> str | None:
     """Why TMA cannot read these layouts, or None."""
-    q_request, q_head, q_token, q_column = problem.q_strides
-    if q_column != 1 or (problem.S_q > 1 and problem.ratio > 1 and q_head != problem.S_q * q_token):
+    q_request, q_head, _, q_column = problem.q_strides
+    q_row = query_row_stride(problem)
+    if q_column != 1 or q_row is None:
         return f"q strides {problem.q_strides}: (head, token) must pack into evenly spaced rows"
     for name, strides, width in (("k", problem.k_strides, problem.D), ("v", problem.v_strides, problem.Dv)):
         if strides[4] != 1 or strides[3] < width:
             return f"{name}_cache strides {strides}: rows must be contiguous and must not overlap"
-    q = (q_request, q_head * problem.ratio, query_row_stride(problem))
+    q = (q_request, q_head * problem.ratio, q_row)
     for name, strides in (("q", q), ("k_cache", problem.k_strides[:4]), ("v_cache", problem.v_strides[:4])):
         for stride in strides:
             if stride * problem.dtype.itemsize % TMA_BYTES:
@@ -61,16 +49,14 @@ def refuse_strides(problem: DecodeProblem) -> str | None:
     return None
 
 
-def query_row_stride(problem: DecodeProblem) -> int:
-    """Elements between the packed query rows of a KV head; row = head of the group * S_q + token."""
+def query_row_stride(problem: DecodeProblem) -> int | None:
+    """Elements between the packed query rows of a KV head; None where they are not evenly spaced."""
     _, head, token, _ = problem.q_strides
-    return token if problem.S_q > 1 else head
+    return packing.row_stride(head, token, problem.ratio, problem.S_q, problem.D)
 
 
 def config(problem: DecodeProblem) -> Config:
     """The kernel variant: the smallest tile that holds a KV head's rows, or several of the largest."""
-    from flash_mla.kernels.hopper.gqa_decode import TILES_N, Config
-
     rows, tiles = problem.ratio * problem.S_q, TILES_N if problem.Dv <= WIDE_DV else TILES_N[:-1]
     tile_n = next((n for n in tiles if n >= rows), tiles[-1])
     return Config(DTYPES[problem.dtype], problem.D, problem.Dv, tile_n, problem.descale)
@@ -82,9 +68,10 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
     An int64 table or lengths are converted first, on the device. The first launch of a config loads its kernel, and the
     first ever on a machine compiles it.
     """
-    from flash_mla.kernels.hopper import gqa_decode, store
+    from flash_mla.kernels.hopper import store
+    from flash_mla.kernels.hopper.gqa_decode.kernel import build
 
-    kernel = store.load("gqa_decode", config, gqa_decode.build)
+    kernel = store.load("gqa_decode", config, build)
     ctas = multiprocessors(problem.device)
     workspace = torch.empty(config.workspace_words(ctas), dtype=torch.float32, device=problem.device)
     lse = args.lse
@@ -95,7 +82,7 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
         if not problem.descale:
             return workspace  # not read
         if descale is None:
-            return torch.ones((1, 1), device=problem.device).expand(problem.B, problem.Hk)
+            return torch.ones((1, 1), dtype=torch.float32, device=problem.device).expand(problem.B, problem.Hk)
         return descale
 
     # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own

@@ -1,53 +1,48 @@
-"""MLA decode on Hopper: what `kernels/hopper/mla_decode.py` takes, and its launch."""
+"""MLA decode on Hopper: what `kernels/hopper/mla_decode/` takes, and its launch."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
-from flash_mla.errors import ShapeError
+from flash_mla.backends.hopper.device import HALVES, device_of, int32, multiprocessors
+from flash_mla.kernels.hopper import packing
+from flash_mla.kernels.hopper.limits import TILE_M
+from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, WIDTHS, Config
 from flash_mla.problem import DecodeArgs, DecodeProblem
 
-if TYPE_CHECKING:
-    from flash_mla.kernels.hopper.mla_decode import Config
-
-DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-WIDTHS = ((576, 512), (512, 512))
-"""(D, Dv) that the MLA decode kernel is written for."""
-MAX_S_Q = 8
 ALIGNMENT = 8
 """Strides that TMA reads must be multiples of 16 bytes: 8 elements."""
 
 
 def refuse(problem: DecodeProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""
-    if problem.dtype not in DTYPES or problem.out_dtype != problem.dtype:
+    if problem.dtype not in HALVES or problem.out_dtype != problem.dtype:
         return f"dtype {problem.dtype} -> {problem.out_dtype}: the kernel takes and gives BF16 or FP16"
     if (problem.D, problem.Dv) not in WIDTHS:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
+    if problem.kv_dtype != problem.dtype:
+        return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
     if problem.S_q > MAX_S_Q:
         return f"S_q = {problem.S_q}: at most {MAX_S_Q} query tokens a request"
     if problem.mask != "none":
         return f"a {problem.mask} mask: only causal decode"
     if problem.descale:
         return "descales"
-    if min(problem.B, problem.Nblk, problem.table_blocks) == 0:
-        return "an empty batch or cache"
     return refuse_strides(problem)
 
 
 def refuse_strides(problem: DecodeProblem) -> str | None:
     """Why TMA cannot read these layouts, or None."""
-    q_request, q_head, q_token, q_column = problem.q_strides
-    if q_column != 1 or (problem.S_q > 1 and problem.Hq > 1 and q_head != problem.S_q * q_token):
+    q_request, _, _, q_column = problem.q_strides
+    q_row = query_row_stride(problem)
+    if q_column != 1 or q_row is None:
         return f"q strides {problem.q_strides}: (head, token) must pack into evenly spaced rows"
     k_request, _, k_block, k_row, k_column = problem.k_strides
     if k_column != 1 or k_row < problem.D:
         return f"k_cache strides {problem.k_strides}: rows must be contiguous and must not overlap"
-    for name, stride in (("q", q_request), ("q", query_row_stride(problem)), ("k_cache", k_row), ("k_cache", k_block)):
+    for name, stride in (("q", q_request), ("q", q_row), ("k_cache", k_row), ("k_cache", k_block)):
         if stride % ALIGNMENT:
             return f"a {name} stride of {stride} elements: TMA takes multiples of {ALIGNMENT}"
     if k_request % ALIGNMENT:
@@ -55,17 +50,16 @@ def refuse_strides(problem: DecodeProblem) -> str | None:
     return None
 
 
-def query_row_stride(problem: DecodeProblem) -> int:
-    """Elements between packed query rows; row = head * S_q + token."""
-    return problem.q_strides[2] if problem.S_q > 1 else problem.q_strides[1] if problem.Hq > 1 else problem.D
+def query_row_stride(problem: DecodeProblem) -> int | None:
+    """Elements between packed query rows; None where they are not evenly spaced."""
+    _, head, token, _ = problem.q_strides
+    return packing.row_stride(head, token, problem.Hq, problem.S_q, problem.D)
 
 
 def config(problem: DecodeProblem) -> Config:
     """The kernel variant: two CTAs share K when there are two row tiles to share it."""
-    from flash_mla.kernels.hopper.mla_decode import TILE_M, Config
-
     tiles = -(-problem.Hq * problem.S_q // TILE_M)
-    return Config(dtype=DTYPES[problem.dtype], D=problem.D, cluster=2 if tiles % 2 == 0 else 1)
+    return Config(dtype=HALVES[problem.dtype], D=problem.D, cluster=2 if tiles % 2 == 0 else 1)
 
 
 def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
@@ -74,16 +68,10 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
     An int64 table or lengths are converted first, on the device. The first launch of a config loads its kernel, and the
     first ever on a machine compiles it.
     """
-    from flash_mla.kernels.hopper import mla_decode, store
+    from flash_mla.kernels.hopper import store
+    from flash_mla.kernels.hopper.mla_decode.kernel import build
 
-    if not args.softmax_scale > 0:
-        raise ShapeError(
-            given=f"softmax_scale={args.softmax_scale}",
-            required="softmax_scale > 0 on the Hopper backend",
-            cause="The running maximum is kept before scaling",
-            fix="Scale q instead, or pass backend='triton'",
-        )
-    kernel = store.load("mla_decode", config, mla_decode.build)
+    kernel = store.load("mla_decode", config, build)
     clusters = multiprocessors(problem.device) // config.cluster
     workspace = torch.empty(config.workspace_words(clusters), dtype=torch.float32, device=problem.device)
     lse = args.lse

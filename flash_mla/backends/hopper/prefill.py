@@ -1,25 +1,21 @@
-"""Prefill on Hopper: what `kernels/hopper/prefill.py` takes, and its launch."""
+"""Prefill on Hopper: what `kernels/hopper/prefill/` takes, and its launch."""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import multiprocessors
-from flash_mla.errors import ShapeError
+from flash_mla.backends.hopper.device import HALVES, int32, multiprocessors
+from flash_mla.kernels.hopper.prefill import schedule
+from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
 from flash_mla.problem import BLOCK, FP8, PrefillArgs, PrefillProblem
 
-if TYPE_CHECKING:
-    from flash_mla.kernels.hopper.prefill import Config
-
-DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16", FP8: "bf16"}
+DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {**HALVES, FP8: "bf16"}
 """What the kernel computes in. Every e4m3 is a BF16: FP8 inputs are converted beforehand, descales applied within."""
-WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
-"""(D, Dv) that the prefill kernel is written for."""
 ALIGNMENT = 8
 """Strides that TMA reads must be multiples of 16 bytes: 8 elements."""
 
@@ -35,8 +31,6 @@ def refuse(problem: PrefillProblem) -> str | None:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes {widths}"
     if problem.mask == "float":
         return "a floating mask: the kernel takes bool masks and block layouts"
-    if min(problem.B, problem.P, problem.S_kv) == 0:
-        return "no query or no key"
     return refuse_strides(problem)
 
 
@@ -60,8 +54,6 @@ def refuse_strides(problem: PrefillProblem) -> str | None:
 
 def config(problem: PrefillProblem) -> Config:
     """The kernel variant."""
-    from flash_mla.kernels.hopper.prefill import Config
-
     sparse = problem.block_mask or problem.mask == "bool"
     return Config(dtype=DTYPES[problem.dtype], D=problem.D, Dv=problem.Dv, paged=problem.paged, sparse=sparse)
 
@@ -75,11 +67,9 @@ def narrow(x: Tensor) -> Tensor:
 
 
 def readable(x: Tensor) -> Tensor:
-    """x as TMA reads it: 16 bits an element, 16-byte aligned."""
+    """x as TMA reads it: 16 bits an element."""
     x = narrow(x)
-    if x.dtype == FP8:
-        return x.contiguous().to(torch.bfloat16)
-    return x if x.data_ptr() % (2 * ALIGNMENT) == 0 else x.clone()
+    return x.contiguous().to(torch.bfloat16) if x.dtype == FP8 else x
 
 
 def factors(problem: PrefillProblem, *descales: Tensor | None) -> Tensor:
@@ -124,33 +114,26 @@ def list_blocks(problem: PrefillProblem, args: PrefillArgs) -> tuple[Tensor, Ten
 
 def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
     """Fill args.out and args.lse. Allocates workspace: a counter; lse where the call wants none; what
-    `list_blocks` says; a copy of any tensor that is not aligned to 16 bytes.
+    `list_blocks` says.
 
     An int64 table or lengths are converted first, on the device. The first launch of a config loads its kernel, and the
     first ever on a machine compiles it.
     """
-    from flash_mla.kernels.hopper import prefill, schedule, store
+    from flash_mla.kernels.hopper import store
+    from flash_mla.kernels.hopper.prefill.kernel import build
+    from flash_mla.kernels.hopper.prefill.shared import Scalars, Tensors
 
-    if not args.softmax_scale > 0:
-        raise ShapeError(
-            given=f"softmax_scale={args.softmax_scale}",
-            required="softmax_scale > 0 on the Hopper backend",
-            cause="The running maximum is kept before scaling",
-            fix="Scale q instead, or pass backend='triton'",
-        )
-    kernel = store.load("prefill", config, prefill.build)
+    kernel = store.load("prefill", config, build)
     B, Hq, P = problem.B, problem.Hq, problem.P
     tiles = -(-P // config.tile_m) * B * Hq
     ctas = min(tiles, config.ctas_sm * multiprocessors(problem.device))
     lse = args.lse if args.lse is not None else args.q.new_empty((B, Hq, P), dtype=torch.float32)
     # NOTE: nobody takes a second tile where each CTA has one: the counter is not read then
     counter = (torch.zeros if tiles > ctas else torch.empty)(1, dtype=torch.int32, device=problem.device)
-    ints = counter if args.block_table is None else args.block_table.to(torch.int32)
+    ints = counter if args.block_table is None else int32(args.block_table)
     keys = min(problem.S_kv, args.block_table.shape[1] * BLOCK) if args.block_table is not None else problem.S_kv
     # NOTE: the kernel counts its heads on q, so that a broadcast q must have them all
     q = args.q.contiguous() if 0 in problem.q_strides else args.q
-    aligned = args.out.data_ptr() % (2 * ALIGNMENT) == 0
-    out = args.out if aligned else torch.empty_like(args.out)
     nothing = counter.view(1, 1, 1, 1)
     block_map, mask_bits = (nothing.view(torch.uint8), nothing)
     if config.sparse:
@@ -158,8 +141,8 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
             block_map, mask_bits = list_blocks(problem, args)
     tensors: dict[str, Any] = {
         "table": ints.view(1, 1) if args.block_table is None else ints,
-        "seq_lens": counter if args.seq_lens is None else args.seq_lens.to(torch.int32),
-        "start_pos": counter if args.start_pos is None else args.start_pos.to(torch.int32),
+        "seq_lens": counter if args.seq_lens is None else int32(args.seq_lens),
+        "start_pos": counter if args.start_pos is None else int32(args.start_pos),
         "score_scale": factors(problem, args.q_descale, args.k_descale),
         "value_scale": factors(problem, args.v_descale),
         "sink": lse.view(-1) if args.attn_sink is None else args.attn_sink,
@@ -186,10 +169,8 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
             readable(q),
             readable(args.k),
             readable(args.v),
-            out,
-            prefill.Tensors(**tensors),
-            prefill.Scalars(**scalars),
+            args.out,
+            Tensors(**tensors),
+            Scalars(**scalars),
             ctas,
         )
-    if not aligned:
-        args.out.copy_(out)

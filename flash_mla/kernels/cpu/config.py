@@ -71,7 +71,8 @@ class Spec:
     """A kernel. D, Dv: columns of a row of K and of V; q, kv, out: element types (kv also a row format); alias: V is
     the first Dv columns of K; mask: the mask's element type; source: "table" (pages through a block table), "rows"
     (keys one after another), "sparse" (each query names its rows, in `sets` caches); layout: blocks that a flag drops
-    are skipped. rows: of a work item, a multiple of tile_m.
+    are skipped. rows: of a work item, a multiple of tile_m. page: keys of a page. rope: the last columns of a row of K
+    that lie in a cache of their own (a split latent).
     """
 
     D: int
@@ -88,11 +89,18 @@ class Spec:
     source: str = "table"
     sets: int = 1
     layout: bool = False
+    page: int = BLOCK
+    rope: int = 0
 
     @property
     def staged(self) -> bool:
         """Whether rows are copied to the thread's memory first: decoded there, or gathered."""
-        return self.source == "sparse" or self.kv == "fp8"
+        return self.source == "sparse" or self.kv == "fp8" or self.rope > 0
+
+    @property
+    def block(self) -> int:
+        """Keys of a step: of a block, or of a page where pages are smaller."""
+        return min(self.page, BLOCK)
 
     @property
     def held(self) -> str:

@@ -10,7 +10,7 @@ import math
 
 from llvmlite import ir
 
-from flash_mla.kernels.cpu.config import BLOCK, Spec
+from flash_mla.kernels.cpu.config import Spec
 from flash_mla.kernels.cpu.formats import SIZE, chunk, narrow, store_pair, tail, widen
 from flash_mla.kernels.cpu.ir import F32, I32, I64, POINTER, Code, Value, vector
 from flash_mla.kernels.cpu.lanes import exp, log
@@ -23,9 +23,10 @@ ARGUMENTS = (
     # keys: lengths and starts [B] (or 0: `cap` keys, start 0), 8-byte ones where wide; from_end: start = length - S_q
     "lens lens_wide cap starts starts_wide causal from_end "
     "table table_wide table_row Nblk "
-    "q k v out lse max_logits sink mask layout q_descale k_descale v_descale scale "
+    "q k v rope out lse max_logits sink mask layout q_descale k_descale v_descale scale "
     # strides in bytes: b request, h head, r query, p page, k row of a page or key
-    "q_b q_h q_r k_b k_h k_p k_k v_b v_h v_p v_k out_b out_h out_r lse_b lse_h lse_r sink_h sink_r "
+    "q_b q_h q_r k_b k_h k_p k_k v_b v_h v_p v_k rope_b rope_h rope_p rope_k "
+    "out_b out_h out_r lse_b lse_h lse_r sink_h sink_r "
     "mask_b mask_h mask_r mask_k layout_b layout_h layout_r layout_k "
     "q_descale_b q_descale_h k_descale_b k_descale_h v_descale_b v_descale_h "
     # rows named by index, in one cache or two
@@ -100,7 +101,7 @@ class Item:
         last = self.r0 % a["S_q"] + self.nr
         reach = (self.start + last.min(a["S_q"])).max(0).min(self.length)
         self.n = self.causal.pick(reach, self.length)
-        self.first, self.stop = self.part_of((self.n + (BLOCK - 1)) // BLOCK)
+        self.first, self.stop = self.part_of((self.n + (self.spec.block - 1)) // self.spec.block)
 
     def part_of(self, blocks: Value) -> tuple[Value, Value]:
         """This split's blocks."""

@@ -33,50 +33,58 @@ def walk_pages(item: Item, step: Step) -> None:
     """Blocks [first, stop) of this item's KV head, through the table or one after another."""
     g, a, s, m = item.g, item.a, item.spec, item.m
     head = item.h // a["share"]
-    k, v = (item.pointer(x) + item.b * a[f"{x}_b"] + head * a[f"{x}_h"] for x in "kv")
+    names = ["k", "v", *(["rope"] if s.rope else [])]
+    bases = {x: item.pointer(x) + item.b * a[f"{x}_b"] + head * a[f"{x}_h"] for x in names}
     table = item.pointer("table") + item.b * a["table_row"]
 
-    def page(i: Value) -> Value:
-        if s.source == "rows":
-            return i
-        return item.integer(table, i, a["table_wide"]).max(0).min(a["Nblk"] - 1)
+    def rows(i: Value) -> dict[str, Value]:
+        """The first rows of block i: a page, or 64 rows of a larger one."""
+        number, inside = i // (s.page // s.block), i % (s.page // s.block) * s.block
+        if s.source == "table":
+            number = item.integer(table, number, a["table_wide"]).max(0).min(a["Nblk"] - 1)
+        return {x: base + number * a[f"{x}_p"] + inside * a[f"{x}_k"] for x, base in bases.items()}
 
     with g.loop(item.first, item.stop) as i:
         kept = g.const(True, I1)
         if s.layout:
             kept = (item.row("layout", item.r0 // BLOCK) + i * a["layout_k"]).load(I8).differs(0)
         with g.when(kept):
-            here, following = page(i), page((i + 1).min(item.stop - 1))
-            pages = k + here * a["k_p"], v + here * a["v_p"]
-            ahead = k + following * a["k_p"], v + following * a["v_p"]
-            count = (item.n - i * BLOCK).min(BLOCK)
+            here, ahead = rows(i), rows((i + 1).min(item.stop - 1))
+            first = i * s.block
+            count = (item.n - first).min(s.block)
 
-            def limit(t: Value, i: Value = i) -> tuple[Value, Value]:
-                own = (m["limit"] + t * (4 * s.lanes)).load(item.I, 4) - (i * BLOCK).index().splat(s.lanes)
-                return own, (m["low"] + t * 8).load(I64, 8) - i * BLOCK
+            def limit(t: Value, first: Value = first) -> tuple[Value, Value]:
+                own = (m["limit"] + t * (4 * s.lanes)).load(item.I, 4) - first.index().splat(s.lanes)
+                return own, (m["low"] + t * 8).load(I64, 8) - first
 
-            rows: tuple[Value, Any, Value, Any] = (pages[0], a["k_k"], pages[1], a["v_k"])
             if s.staged:
-                rows = stage_pages(item, pages, count, ahead)
-            step(Block(*rows, count, limit, i * BLOCK, None if s.staged else ahead))
+                step(Block(*stage_pages(item, here, count, ahead), count, limit, first, None))
+            else:
+                following = ahead["k"], ahead["v"]
+                step(Block(here["k"], a["k_k"], here["v"], a["v_k"], count, limit, first, following))
 
 
 def stage_pages(
-    item: Item, pages: tuple[Value, Value], count: Value, ahead: tuple[Value, Value]
-) -> tuple[Value, Any, Value, Any]:
-    """Decode the rows of a block into the thread's memory; ask for the next block's."""
-    g, s, a = item.g, item.spec, item.a
-    strides = []
-    for name, page, following, columns in zip("kv", pages, ahead, (s.D, s.Dv), strict=True):
-        stride = columns * SIZE[s.held]
-        strides.append(stride)
-        if name == "v" and s.alias:
-            return item.m["k"], strides[0], item.m["k"], strides[0]
+    item: Item, here: dict[str, Value], count: Value, ahead: dict[str, Value]
+) -> tuple[Value, int, Value, int]:
+    """Decode the rows of a block into the thread's memory; ask for the next block's. Gives K, V and their strides."""
+    g, s, m = item.g, item.spec, item.m
+    size = SIZE[s.held]
+
+    def stage(name: str, to: Value, columns: int, stride: int) -> None:
+        step = item.a[f"{name}_k"]
         with g.loop(0, count) as j:
             for line in range(0, columns * SIZE[s.kv], 64):
-                g.prefetch(following + j * a[f"{name}_k"] + line, 2)
-            stage_row(g, page + j * a[f"{name}_k"], item.m[name] + j * stride, s.kv, columns, s.lanes)
-    return item.m["k"], strides[0], item.m["v"], strides[1]
+                g.prefetch(ahead[name] + j * step + line, 2)
+            stage_row(g, here[name] + j * step, to + j * stride, s.kv, columns, s.lanes)
+
+    stage("k", m["k"], s.D - s.rope, s.D * size)
+    if s.rope:
+        stage("rope", m["k"] + (s.D - s.rope) * size, s.rope, s.D * size)
+    if s.alias:
+        return m["k"], s.D * size, m["k"], s.D * size
+    stage("v", m["v"], s.Dv, s.Dv * size)
+    return m["k"], s.D * size, m["v"], s.Dv * size
 
 
 def walk_named(item: Item, step: Step) -> None:

@@ -12,6 +12,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from flash_mla.kernels.hopper.lanes import column_of, quad_max, row_of
+
 LOW = -1.0e30
 """A running max below every score, finite so that LOW - LOW is 0."""
 LAZY = 8.0
@@ -36,12 +38,17 @@ class Rows:
     @property
     def first(self):
         """The first of this thread's rows in the tile; the second is 8 below."""
-        return (self.tid // 32) * 16 + (self.tid % 32) // 4
+        return row_of(self.tid)
 
     @property
     def column(self):
         """The first of this thread's columns in every 8."""
-        return 2 * (self.tid % 4)
+        return column_of(self.tid)
+
+    def start(self) -> None:
+        """Begin with no key seen; the caller sets `last_key`."""
+        self.max.fill(LOW)
+        self.sum.fill(0.0)
 
     @cute.jit
     def mask(self, S: cute.Tensor, key0) -> None:
@@ -61,9 +68,7 @@ class Rows:
         for j in cutlass.range_constexpr(2, cute.size(S) // 4, 2):
             a = fmax(a, fmax(S[4 * j + 2 * r], S[4 * j + 2 * r + 1]))
             b = fmax(b, fmax(S[4 * j + 4 + 2 * r], S[4 * j + 5 + 2 * r]))
-        a = fmax(a, b)
-        a = fmax(a, cute.arch.shuffle_sync_bfly(a, offset=1))
-        return fmax(a, cute.arch.shuffle_sync_bfly(a, offset=2))
+        return quad_max(fmax(a, b))
 
     @cute.jit
     def move_max(self, r: cutlass.Constexpr, new_max) -> None:

@@ -29,6 +29,18 @@ LONG = 8
 """Steps of a range from which on its items have `start` steps in front."""
 SLOTS = 2
 """Partial results that one cluster may leave."""
+NOTE = 4
+"""Words of a cluster's note of its split item."""
+
+
+def scan_words(warps: int) -> int:
+    """32-bit words of shared memory in which a CTA's warps find its work: two a warp, and two for what they find."""
+    return 2 * warps + 2
+
+
+def workspace_words(clusters: int, rows: int, columns: int) -> int:
+    """32-bit words of a call's workspace: partial results of `rows` rows, their lse, notes of split items."""
+    return clusters * (SLOTS * rows * (columns + 1) + NOTE)
 
 
 def pairs(length: Any) -> Any:

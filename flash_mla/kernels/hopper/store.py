@@ -1,6 +1,6 @@
 """Where compiled kernels are kept: `cute.compile` takes seconds and keeps nothing, so every process would pay again.
 
-A kernel is compiled once for each (kernel, config, architecture, version of the DSL, sources of this folder), written
+A kernel is compiled once for each (kernel, config, architecture, version of the DSL, sources of this tree), written
 to an object file under `$XDG_CACHE_HOME/flash_mla` (default `~/.cache/flash_mla`), and loaded from there by every later
 process in tens of milliseconds. A changed source is a new key; old files are left alone.
 """
@@ -30,7 +30,7 @@ def directory() -> Path:
 def path(name: str, config: Hashable) -> Path:
     """The object file of a kernel."""
     key = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         key.update(source.read_bytes())
     for part in (name, config, ARCH, importlib.metadata.version("nvidia-cutlass-dsl")):
         key.update(repr(part).encode())

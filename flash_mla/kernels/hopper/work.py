@@ -9,11 +9,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from flash_mla.kernels.hopper import split
-
-BLOCK = 64
-"""Tokens of a block: one cache page."""
-NOTE = 4
-"""Words of a cluster's note of its split item."""
+from flash_mla.kernels.hopper.table import length_of
 
 
 class Work(NamedTuple):
@@ -26,17 +22,6 @@ class Work(NamedTuple):
     chunk: Int32
     floor: Int32
     start: Int32
-
-
-def scan_words(warps: int) -> int:
-    """32-bit words of shared memory that `find_work` needs: two a warp, and two for what it finds."""
-    return 2 * warps + 2
-
-
-@cute.jit
-def length_of(table: cute.Tensor, seq_lens: cute.Tensor, request):
-    """The request's length, kept inside what its row of the table covers."""
-    return cutlass.max(0, cutlass.min(seq_lens[request], table.shape[1] * BLOCK))
 
 
 @cute.jit
@@ -81,7 +66,7 @@ def find_work(
     cluster_id,
     clusters,
     warps: cutlass.Constexpr,
-    sScan: cute.Tensor,  # [scan_words(warps)] int32
+    sScan: cute.Tensor,  # [split.scan_words(warps)] int32
     start: cutlass.Constexpr = 0,  # steps that beginning an item costs
 ):
     """This cluster's range of the line of steps, found by all `warps` warps of a CTA.
@@ -157,82 +142,3 @@ def find_work(
     if groups > 1:
         group = (here - begin) // item
     return Work(request, group, here - begin - group * item, left, chunk, floor, start)
-
-
-class Place(NamedTuple):
-    """Where a cluster stands in its range: `left` steps to go, from `offset` steps into item (request, group) on."""
-
-    request: Int32
-    group: Int32
-    offset: Int32
-    left: Int32
-
-
-def first_place(work: Work) -> Place:
-    """The beginning of a cluster's range."""
-    return Place(work.request, work.group, work.offset, work.steps)
-
-
-@cute.jit
-def segment_at(place: Place, work: Work, table: cute.Tensor, seq_lens: cute.Tensor):
-    """The request's length, and the segment that begins at a place."""
-    length = length_of(table, seq_lens, place.request)
-    pairs = split.pairs(length)
-    return length, split.segment(pairs, place.offset, place.left, work.floor, cutlass.min, cutlass.max, work.start)
-
-
-@cute.jit
-def place_after(place: Place, part: split.Segment, groups) -> Place:
-    """The place behind a segment: the next group of query rows, or the next request."""
-    request, group = place.request, place.group + 1
-    if group == groups:
-        request, group = request + 1, Int32(0)
-    return Place(request, group, Int32(0), place.left - part.steps)
-
-
-class Partials(NamedTuple):
-    """What split items leave in the workspace.
-
-    out [2 * clusters, rows, Dv] and lse [2 * clusters, rows] FP32, base 2; split_of [clusters, 4] int32: the split item
-    that begins in a cluster (request, group, last cluster; -1: none).
-    """
-
-    out: cute.Tensor
-    lse: cute.Tensor
-    split_of: cute.Tensor
-
-    @staticmethod
-    def words(clusters: int, rows: int, Dv: int) -> int:
-        """32-bit words of workspace."""
-        return clusters * (split.SLOTS * rows * (Dv + 1) + NOTE)
-
-    @staticmethod
-    def over(workspace: cute.Tensor, clusters, rows: int, Dv: int) -> Partials:
-        """Views of a workspace of so many words."""
-        slots, parts = split.SLOTS * clusters, workspace.iterator
-        lses = parts + slots * (rows * Dv)
-        notes = cute.recast_ptr(lses + slots * rows, dtype=Int32)
-        return Partials(
-            out=cute.make_tensor(parts, cute.make_layout((slots, rows, Dv), stride=(rows * Dv, Dv, 1))),
-            lse=cute.make_tensor(lses, cute.make_layout((slots, rows), stride=(rows, 1))),
-            split_of=cute.make_tensor(notes, cute.make_layout((clusters, NOTE), stride=(NOTE, 1))),
-        )
-
-
-@cute.jit
-def note_split(partials: Partials, work: Work, table: cute.Tensor, seq_lens: cute.Tensor, groups, cluster_id) -> None:
-    """Note, for the combine kernel, the item that the next cluster goes on with; by one warp."""
-    split_request, split_group, split_last = Int32(-1), Int32(0), Int32(0)
-    place = first_place(work)
-    while place.left > 0:
-        _, part = segment_at(place, work, table, seq_lens)
-        if part.slot == 1 and not part.whole and part.last > part.first:
-            begin = (cluster_id + 1) * work.chunk - part.steps - place.offset
-            split_request, split_group = place.request, place.group
-            split_last = split.last_cluster(begin, part.num_pairs + work.start, work.chunk)
-        place = place_after(place, part, groups)
-    split_of = partials.split_of
-    with cute.arch.elect_one():
-        split_of[cluster_id, 0] = split_request
-        split_of[cluster_id, 1] = split_group
-        split_of[cluster_id, 2] = split_last

@@ -58,7 +58,6 @@ def test_takes(changes: dict) -> None:
         ({"D": 576, "Dv": 512}, "576"),
         ({"D": 64, "Dv": 128}, "D = 64, Dv = 128"),
         ({"mask": "float"}, "floating mask"),
-        ({"S_kv": 0}, "no key"),
         ({"q_strides": (4 * 100 * 132, 100 * 132, 132, 1)}, "multiples of 8"),
         ({"k_strides": (2 * 100 * 128, 100 * 128, 64, 1)}, "overlap"),
         ({"v_strides": (2 * 100 * 128, 100 * 128, 1, 100)}, "contiguous"),
@@ -78,12 +77,9 @@ def test_narrow_leaves_one_element_of_broadcast_dims() -> None:
     assert prefill.narrow(y).shape == (4, 1, 2, 3)
 
 
-def test_readable_aligns_and_widens() -> None:
-    x = torch.arange(40, dtype=torch.bfloat16)[4:36].view(1, 1, 2, 16)
-    assert x.data_ptr() % 16
-    aligned = prefill.readable(x)
-    assert aligned.data_ptr() % 16 == 0
-    assert torch.equal(aligned, x)
+def test_readable_widens() -> None:
+    x = torch.arange(32, dtype=torch.bfloat16).view(1, 1, 2, 16)
+    assert prefill.readable(x).data_ptr() == x.data_ptr()
     wide = prefill.readable(x.to(FP8))
     assert wide.dtype == torch.bfloat16
     assert torch.equal(wide, x.to(FP8).to(torch.bfloat16))

@@ -11,22 +11,14 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
-from flash_mla.kernels.hopper.prefill_shared import (
-    BAR_TURN,
-    BAR_WG,
-    BITS,
-    CHUNK,
-    DTYPES,
-    PAGE,
-    ROW_LIMITS,
-    Config,
-    Scalars,
-    Shared,
-    Tensors,
-    Work,
-    receive,
-)
-from flash_mla.kernels.hopper.softmax import LAZY, LOW, Rows
+from flash_mla.kernels.hopper.barriers import arrive, sync
+from flash_mla.kernels.hopper.boxes import zero_rows
+from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.lanes import quad_sum
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARPGROUP
+from flash_mla.kernels.hopper.prefill.config import BITS, ROW_LIMITS, Bar, Config
+from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Task, Tensors, receive
+from flash_mla.kernels.hopper.softmax import LAZY, Rows
 
 
 @dataclass(frozen=True)
@@ -55,20 +47,25 @@ class Consumer:
     rows: Rows
 
     @staticmethod
-    def over(config: Config, shared: Shared, wg, tid) -> Consumer:
+    def over(shared: Shared, wg, tid) -> Consumer:
         """tid: of the thread among all consumers."""
+        config = shared.config
         dtype, atoms = DTYPES[config.dtype], (config.consumers, 1, 1)
         K, MN = OperandMajorMode.K, OperandMajorMode.MN
         registers = warpgroup.OperandSource.RMEM
-        qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, atoms, (64, config.tile_n))
+        qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, atoms, (TILE_M, config.tile_n))
         # NOTE: a wgmma of 256 columns does not fit the 128 registers of a thread at entry where blocks are listed
         columns = min(config.Dv, 128) if config.sparse else config.Dv
-        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, MN, Float32, atoms, (64, columns), registers)
+        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, MN, Float32, atoms, (TILE_M, columns), registers)
         # NOTE: from the warpgroup's number, not the thread's, so that descriptors stay in uniform registers
-        qk_slice, pv_slice = qk.get_slice(128 * wg), pv.get_slice(128 * wg)
+        qk_slice, pv_slice = qk.get_slice(WARPGROUP * wg), pv.get_slice(WARPGROUP * wg)
         sV = shared.sV
         sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
         store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), dtype)
+        role, warps = "consumers", 4 * config.consumers
+        for channel in (shared.tasks, shared.k, shared.v):
+            channel.read_by(role, warps)
+        shared.out.written_by(role, warps)
         return Consumer(
             config=config,
             shared=shared,
@@ -88,14 +85,13 @@ class Consumer:
         )
 
     @cute.jit
-    def begin(self, tensors: Tensors, scalars: Scalars, tile: Work) -> None:
+    def begin(self, tensors: Tensors, scalars: Scalars, tile: Task) -> None:
         """Begin a tile."""
         scale = scalars.scale_log2
         if scalars.has_descale != 0:
             scale = scale * tensors.score_scale[tile.request, tile.kv_head]
         self.scale[0] = scale
-        self.rows.max.fill(LOW)
-        self.rows.sum.fill(0.0)
+        self.rows.start()
         for r in cutlass.range_constexpr(2):
             last_key = tile.length - 1
             if scalars.causal != 0:
@@ -105,13 +101,13 @@ class Consumer:
     @cute.jit
     def take_turn(self) -> None:
         if const_expr(self.config.turns):
-            cute.arch.barrier(barrier_id=BAR_TURN + self.wg, number_of_threads=256)
+            sync(Bar.TURN + self.wg, 2 * WARPGROUP)
 
     @cute.jit
     def pass_turn(self) -> None:
         if const_expr(self.config.turns):
             following = self.wg + 1 if self.wg + 1 < self.config.consumers else 0
-            cute.arch.barrier_arrive(barrier_id=BAR_TURN + following, number_of_threads=256)
+            arrive(Bar.TURN + following, 2 * WARPGROUP)
 
     @cute.jit
     def scores(self, q_stage, stage) -> None:
@@ -135,7 +131,7 @@ class Consumer:
         warpgroup.commit_group()
 
     @cute.jit
-    def mask_bits(self, tensors: Tensors, Hq, tile: Work, key0) -> None:
+    def mask_bits(self, tensors: Tensors, Hq, tile: Task, key0) -> None:
         """S = -inf where the tile's mask says so."""
         S, bits = self.S, tensors.mask_bits
         request = cutlass.min(tile.request, bits.shape[0] - 1)
@@ -150,9 +146,9 @@ class Consumer:
                         S[i] = S[i] if (keep >> (8 * j + e)) & 1 != 0 else -Float32.inf
 
     @cute.jit
-    def mask_listed(self, tensors: Tensors, Hq, tile: Work, word) -> None:
+    def mask_listed(self, tensors: Tensors, Hq, tile: Task, word) -> None:
         """Mask a listed block as its flags say."""
-        key0 = word // PAGE * PAGE
+        key0 = word // BLOCK * BLOCK
         if word & ROW_LIMITS != 0:
             self.rows.mask(self.S, key0)
         if word & BITS != 0:
@@ -189,29 +185,18 @@ class Consumer:
         if valid < tile_n:
             stage = count % self.config.stages
             shared.v.wait(stage, count // self.config.stages)
-            chunks = cute.make_tensor(
-                cute.recast_ptr(shared.sV.iterator, dtype=Int32),
-                cute.make_layout(
-                    (32, tile_n, self.config.Dv // CHUNK, self.config.stages),
-                    stride=(1, 32, 32 * tile_n, tile_n * self.config.Dv // 2),
-                ),
-            )
-            for row in cutlass.range(cutlass.max(valid, 0) + self.tid % 128 // 32, tile_n, 4, unroll=1):
-                for c in cutlass.range_constexpr(self.config.Dv // CHUNK):
-                    chunks[self.tid % 32, row, c, stage] = Int32(0)
-            cute.arch.fence_view_async_shared()
-            cute.arch.barrier(barrier_id=BAR_WG + self.wg, number_of_threads=128)
+            block = shared.sV.iterator + stage * (tile_n * self.config.Dv)
+            zero_rows(block, tile_n, self.config.Dv // CHUNK, valid, self.tid)
+            sync(Bar.WARPGROUP + self.wg, WARPGROUP)
 
     @cute.jit
-    def write(self, tensors: Tensors, scalars: Scalars, tile: Work, q_stage, row_max, row_sum) -> None:
+    def write(self, tensors: Tensors, scalars: Scalars, tile: Task, q_stage, row_max, row_sum) -> None:
         """Normalise O, put it in place of Q for the storing warp, and write lse."""
         O, P = self.O, tensors.lse.shape[1]
         global_lse, sink = tensors.lse, tensors.sink
         scale = cute.make_rmem_tensor(2, Float32)
         for r in cutlass.range_constexpr(2):
-            total = row_sum[r]
-            total = total + cute.arch.shuffle_sync_bfly(total, offset=1)
-            total = total + cute.arch.shuffle_sync_bfly(total, offset=2)
+            total = quad_sum(row_sum[r])
             row = tile.row0 + self.rows.first + 8 * r
             if self.tid % 4 == 0 and row < P:
                 lse = (row_max[r] + cute.math.log2(total, fastmath=True)) * math.log(2.0)
@@ -229,21 +214,19 @@ class Consumer:
             O[i] = O[i] * scale[(i // 2) % 2]
         rounded.store(O.load().to(DTYPES[self.config.dtype]))
         # NOTE: the rows of Q that these overwrite, all four warps' wgmma have read by now
-        cute.arch.barrier(barrier_id=BAR_WG + self.wg, number_of_threads=128)
+        sync(Bar.WARPGROUP + self.wg, WARPGROUP)
         sO = self.shared.sO[None, None, q_stage]
         cute.copy(self.store, self.store.retile(rounded), self.store.partition_D(sO))
         cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(self.shared.out.full + q_stage)
+        self.shared.out.arrive_warp(q_stage)
 
 
 @cute.jit
-def step(
+def next_block(
     consumer: Consumer,
     tensors: Tensors,
     Hq,
-    tile: Work,
+    tile: Task,
     count,
     q_stage,
     word,
@@ -280,8 +263,8 @@ def step(
 
 
 @cute.jit
-def first(consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage) -> Int32:
-    """Scores and softmax of a tile's first block, with nothing beside them. Returns its word as `step` does."""
+def first_block(consumer: Consumer, tensors: Tensors, Hq, tile: Task, count, q_stage) -> Int32:
+    """Scores and softmax of a tile's first block, with nothing beside them. Returns its word as `next_block` does."""
     k, stages, word = consumer.shared.k, consumer.config.stages, Int32(0)
     k.wait(count % stages, count // stages)
     if const_expr(consumer.config.sparse):
@@ -301,7 +284,7 @@ def first(consumer: Consumer, tensors: Tensors, Hq, tile: Work, count, q_stage) 
 
 
 @cute.jit
-def last(consumer: Consumer, count) -> None:
+def last_block(consumer: Consumer, count) -> None:
     """P V of a tile's last block, with nothing beside it."""
     v, stages = consumer.shared.v, consumer.config.stages
     v.wait(count % stages, count // stages)
@@ -324,48 +307,48 @@ def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
     count, done, word = Int32(0), Int32(0), Int32(0)
     row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
     if blocks != 0:
-        tile = Work(row0, head, request, kv_head, length, start, blocks, whole)
+        tile = Task(row0, head, request, kv_head, length, start, blocks, whole)
         consumer.O.fill(0.0)
         consumer.begin(tensors, scalars, tile)
         shared.q.wait(0, 0)
-        word = first(consumer, tensors, Hq, tile, count, 0)
+        word = first_block(consumer, tensors, Hq, tile, count, 0)
     while blocks != 0:
         # all blocks of the tile but the last
-        tile = Work(row0, head, request, kv_head, length, start, blocks, whole)
+        tile = Task(row0, head, request, kv_head, length, start, blocks, whole)
         q_stage, end = done % q_stages, blocks - 1
         if const_expr(config.sparse):
             for n in cutlass.range(end, unroll=1):
-                word = step(consumer, tensors, Hq, tile, count + n, q_stage, word, True, False)
+                word = next_block(consumer, tensors, Hq, tile, count + n, q_stage, word, True, False)
         else:
             clear = cutlass.max(whole - 1, 0)
             for n in cutlass.range(clear, unroll=1):
-                step(consumer, tensors, Hq, tile, count + n, q_stage, Int32(0), False, False)
+                next_block(consumer, tensors, Hq, tile, count + n, q_stage, Int32(0), False, False)
             for n in cutlass.range(clear, end, unroll=1):
-                step(consumer, tensors, Hq, tile, count + n, q_stage, (n + 1) * tile_n, True, False)
+                next_block(consumer, tensors, Hq, tile, count + n, q_stage, (n + 1) * tile_n, True, False)
             word = end * tile_n
         count, done = count + end, done + 1
 
         # the last, beside the first of the next tile where that tile's Q is there
         row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
-        following = Work(row0, head, request, kv_head, length, start, blocks, whole)
+        following = Task(row0, head, request, kv_head, length, start, blocks, whole)
         for r in cutlass.range_constexpr(2):
             row_max[r], row_sum[r] = consumer.rows.max[r], consumer.rows.sum[r]
-        consumer.clear_values(tile.length - word // PAGE * PAGE, count)
+        consumer.clear_values(tile.length - word // BLOCK * BLOCK, count)
         if const_expr(q_stages > 1):
             if blocks != 0:
                 shared.q.wait(done % q_stages, done // q_stages)
                 consumer.begin(tensors, scalars, following)
-                word = step(consumer, tensors, Hq, following, count, done % q_stages, Int32(0), True, True)
+                word = next_block(consumer, tensors, Hq, following, count, done % q_stages, Int32(0), True, True)
             else:
-                last(consumer, count)
+                last_block(consumer, count)
             consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
             consumer.O.fill(0.0)
         else:
-            last(consumer, count)
+            last_block(consumer, count)
             consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
             consumer.O.fill(0.0)
             if blocks != 0:
                 consumer.begin(tensors, scalars, following)
                 shared.q.wait(0, done)
-                word = first(consumer, tensors, Hq, following, count + 1, 0)
+                word = first_block(consumer, tensors, Hq, following, count + 1, 0)
         count = count + 1

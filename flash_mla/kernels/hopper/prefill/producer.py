@@ -8,23 +8,13 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
-from cutlass.cute.nvgpu import cpasync
 
-from flash_mla.kernels.hopper import schedule
-from flash_mla.kernels.hopper.prefill_shared import (
-    BITS,
-    CHUNK,
-    NOWHERE,
-    PAGE,
-    ROW_LIMITS,
-    WORK_STAGES,
-    Config,
-    Scalars,
-    Shared,
-    Tensors,
-    Work,
-    row_layout,
-)
+from flash_mla.kernels.hopper.boxes import tma_boxes
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
+from flash_mla.kernels.hopper.prefill import schedule
+from flash_mla.kernels.hopper.prefill.config import BITS, NOWHERE, ROW_LIMITS, TASK_STAGES, Config
+from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Task, Tensors
+from flash_mla.kernels.hopper.table import block_of
 
 
 class Source(NamedTuple):
@@ -37,7 +27,7 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Loader:
+class Producer:
     """The warp that takes tiles and fills Q, K and V by TMA.
 
     sQ [box, chunk, q_stage]; gQ [box, row tile, chunk, head, request]; sK, sV [box, box of the block, chunk, stage];
@@ -57,15 +47,13 @@ class Loader:
     gV: cute.Tensor
 
     @staticmethod
-    def over(config: Config, shared: Shared, tma_q, tQ, tma_k, tK, tma_v, tV) -> Loader:
+    def over(shared: Shared, tma_q, tQ, tma_k, tK, tma_v, tV) -> Producer:
+        config = shared.config
+
         def boxes(tma, sX, rows: int, box_rows: int, columns: int, stages: int, tensor, coordinate):
-            box = cute.select(row_layout(config, box_rows, CHUNK, 1).outer, [0, 1])
             counts = (rows // box_rows, columns // CHUNK, stages)
             many = cute.make_layout(counts, stride=(box_rows * CHUNK, rows * CHUNK, rows * columns))
-            smem = cute.make_tensor(sX.iterator, cute.append(box, many))
-            gmem = cute.local_tile(tensor, (box_rows, CHUNK), coordinate)
-            one = cute.make_layout(1)
-            return cpasync.tma_partition(tma, 0, one, cute.group_modes(smem, 0, 2), cute.group_modes(gmem, 0, 2))
+            return tma_boxes(tma, sX.iterator, many, tensor, (box_rows, CHUNK), coordinate)
 
         free = (None, None, None, None)
         key = (0, *free) if config.paged else free
@@ -73,7 +61,9 @@ class Loader:
         sQ, gQ = boxes(tma_q, shared.sQ, m, m, config.D, config.q_stages, tQ, free)
         sK, gK = boxes(tma_k, shared.sK, n, box, config.D, config.stages, tK, key)
         sV, gV = boxes(tma_v, shared.sV, n, box, config.Dv, config.stages, tV, key)
-        return Loader(config, shared, tma_q, tma_k, tma_v, sQ, gQ, sK, gK, sV, gV)
+        for channel in (shared.tasks, shared.q, shared.k, shared.v):
+            channel.written_by("producer")
+        return Producer(config, shared, tma_q, tma_k, tma_v, sQ, gQ, sK, gK, sV, gV)
 
     @cute.jit
     def load_q(self, row_tile, head, request, count) -> None:
@@ -85,7 +75,7 @@ class Loader:
             q.expect(stage, 2 * self.config.tile_m * self.config.D)
         for chunk in cutlass.range_constexpr(self.config.D // CHUNK):
             source = self.gQ[None, row_tile, chunk, head, request]
-            cute.copy(self.tma_q, source, self.sQ[None, (0, chunk, stage)], tma_bar_ptr=q.full + stage)
+            cute.copy(self.tma_q, source, self.sQ[None, (0, chunk, stage)], tma_bar_ptr=q.bar(stage))
 
     @cute.jit
     def load_block(self, values: cutlass.Constexpr, source: Source, pages: cute.Tensor, block, count, word) -> None:
@@ -106,10 +96,10 @@ class Loader:
             if const_expr(config.sparse and not values):
                 sKeys[stage] = word
             channel.expect(stage, 2 * config.tile_n * columns)
-        bar = channel.full + stage
+        bar = channel.bar(stage)
         for chunk in cutlass.range_constexpr(columns // CHUNK):
             if const_expr(config.paged):
-                for i in cutlass.range_constexpr(config.tile_n // PAGE):
+                for i in cutlass.range_constexpr(config.tile_n // BLOCK):
                     target = sX[None, (i, chunk, stage)]
                     cute.copy(tma, gX[None, chunk, pages[i], head, request], target, tma_bar_ptr=bar)
             else:
@@ -119,11 +109,11 @@ class Loader:
     def find_pages(self, source: Source, block, pages: cute.Tensor) -> None:
         """The physical pages of a block, forced inside the cache; past the request's last page, that page again."""
         if const_expr(self.config.paged):
-            table, many = source.table, self.config.tile_n // PAGE
-            last = cutlass.max(0, (source.length + PAGE - 1) // PAGE - 1)
+            table, many = source.table, self.config.tile_n // BLOCK
+            last = cutlass.max(0, (source.length + BLOCK - 1) // BLOCK - 1)
             for i in cutlass.range_constexpr(many):
-                page = table[source.request, cutlass.min(block * many + i, last)]
-                pages[i] = cutlass.max(0, cutlass.min(page, cute.size(self.gK, mode=[2]) - 1))
+                logical = cutlass.min(block * many + i, last)
+                pages[i] = block_of(table, source.request, logical, cute.size(self.gK, mode=[2]))
 
     @cute.jit
     def load_all(self, source: Source, blocks, count) -> None:
@@ -140,7 +130,7 @@ class Loader:
 
     def page_ids(self) -> cute.Tensor:
         """Room for the page numbers of a block."""
-        return cute.make_rmem_tensor(self.config.tile_n // PAGE, Int32)
+        return cute.make_rmem_tensor(self.config.tile_n // BLOCK, Int32)
 
     @cute.jit
     def load_listed(self, source: Source, row: cute.Tensor, blocks, limit, count) -> None:
@@ -155,8 +145,8 @@ class Loader:
             while bits != 0:
                 lane = cute.arch.popc(~bits & (bits - 1))
                 block = base + lane
-                word = block * PAGE | cute.arch.shuffle_sync(flags, lane)
-                if block * PAGE + PAGE > limit:
+                word = block * BLOCK | cute.arch.shuffle_sync(flags, lane)
+                if block * BLOCK + BLOCK > limit:
                     word = word | ROW_LIMITS
                 bits = bits & (bits - 1)
                 self.find_pages(source, block, pages)
@@ -191,7 +181,7 @@ class Loader:
     @cute.jit
     def run(self, tensors: Tensors, scalars: Scalars, tQ: cute.Tensor) -> None:
         """Take tiles, describe them to the others, and load them."""
-        config, sWork, work = self.config, self.shared.sWork, self.shared.work
+        config, sTask, tasks = self.config, self.shared.sTask, self.shared.tasks
         P, heads = cute.size(tQ, mode=[0]), cute.size(tQ, mode=[2]) * cute.size(tQ, mode=[3])
         row_tiles = (P + config.tile_m - 1) // config.tile_m
         tiles = row_tiles * heads
@@ -216,23 +206,23 @@ class Loader:
             if const_expr(config.sparse):
                 blocks = self.count_listed(map_row, total)
 
-            stage = done % WORK_STAGES
-            work.acquire(stage, done // WORK_STAGES)
+            stage = done % TASK_STAGES
+            tasks.acquire(stage, done // TASK_STAGES)
             with cute.arch.elect_one():
-                for i, word in enumerate(Work(row0, head, request, kv_head, length, start, blocks, whole)):
-                    sWork[i, stage] = word
-                cute.arch.mbarrier_arrive(work.full + stage)
+                for i, word in enumerate(Task(row0, head, request, kv_head, length, start, blocks, whole)):
+                    sTask[i, stage] = word
+                tasks.arrive(stage)
             self.load_q(row_tile, q_head, request, done)
             if const_expr(config.sparse):
                 self.load_listed(source, map_row, total, whole * config.tile_n, count)
             else:
                 self.load_all(source, blocks, count)
             count, done, index = count + blocks, done + 1, following
-        stage = done % WORK_STAGES
-        work.acquire(stage, done // WORK_STAGES)
+        stage = done % TASK_STAGES
+        tasks.acquire(stage, done // TASK_STAGES)
         with cute.arch.elect_one():
-            sWork[Work._fields.index("blocks"), stage] = Int32(0)
-            cute.arch.mbarrier_arrive(work.full + stage)
+            sTask[Task._fields.index("blocks"), stage] = Int32(0)
+            tasks.arrive(stage)
 
     @cute.jit
     def span(self, tensors: Tensors, scalars: Scalars, request, P):

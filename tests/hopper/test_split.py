@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-
-def load_split() -> ModuleType:
-    """`split.py` alone: the package around it needs the DSL only where it launches."""
-    path = Path(__file__).parents[1] / "flash_mla" / "kernels" / "hopper" / "split.py"
-    spec = importlib.util.spec_from_file_location("hopper_split", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-split = load_split()
+from flash_mla.kernels.hopper import split
 
 
 def line(lengths: list[int], groups: int) -> list[tuple[int, int, int]]:

@@ -11,7 +11,10 @@ from flash_mla.backends import hopper
 from flash_mla.problem import FP8
 from flash_mla.testing import DecodeCase, run
 
-pytestmark = pytest.mark.skipif(hopper.available() is not None, reason=f"hopper: {hopper.available()}")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(hopper.available() is not None, reason=f"hopper: {hopper.available()}"),
+]
 
 LENGTHS = (0, 1, 63, 64, 65, 128, 200, 1000, 4097)
 GQA = DecodeCase("gqa", LENGTHS, Hq=32, Hk=8, D=128, device="cuda", backend="hopper")

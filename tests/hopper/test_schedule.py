@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-
-def load_schedule() -> ModuleType:
-    """`schedule.py` alone: the package around it needs the DSL only where it launches."""
-    path = Path(__file__).parents[1] / "flash_mla" / "kernels" / "hopper" / "schedule.py"
-    spec = importlib.util.spec_from_file_location("hopper_schedule", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-schedule = load_schedule()
+from flash_mla.kernels.hopper.prefill import schedule
 
 
 @settings(max_examples=200, deadline=None)

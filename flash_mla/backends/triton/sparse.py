@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flash_mla.backends.triton.device import device_of, target
 from flash_mla.kernels.triton import sparse
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import power_of_2
@@ -36,8 +37,9 @@ def refuse(problem: SparseProblem) -> str | None:
     return None
 
 
-def config(problem: SparseProblem, target: Target) -> sparse.Config:
+def config(problem: SparseProblem, on: Target | None = None) -> sparse.Config:
     """The kernel's tiles; max_logits is not kept through a merge, and its callers have tokens enough."""
+    on = on or target(problem.device)
     chosen = sparse.config(
         tokens=problem.B * problem.S_q,
         Hq=problem.Hq,
@@ -47,18 +49,19 @@ def config(problem: SparseProblem, target: Target) -> sparse.Config:
         quantised=0 if problem.format is None else FORMATS[problem.format].quantised,
         flat=flat(problem),
         split=not problem.max_logits,
-        target=target,
+        target=on,
     )
-    return replace(chosen, tile_m=64, tile_n=64, warps=8, wgmma=True) if wgmma(problem, target) else chosen
+    return replace(chosen, tile_m=64, tile_n=64, warps=8, wgmma=True) if wgmma(problem, on) else chosen
 
 
-def wgmma(problem: SparseProblem, target: Target) -> bool:
+def wgmma(problem: SparseProblem, on: Target) -> bool:
     """Whether sparse_wgmma.py takes the problem, and with more heads than half of its 64 rows."""
     shape = (problem.Dv, len(problem.sets), problem.dtype) == (512, 1, torch.bfloat16) and problem.D in (576, 512)
     strides = (*problem.q_strides[:3], *problem.sets[0].cache_strides)
     return (
         GLUON
-        and target.wgmma
+        and on.wgmma
+        and problem.aligned
         and shape
         and problem.Hq > 32
         and problem.format in (None, "fp8_ds_mla")
@@ -113,26 +116,22 @@ def launch(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> N
     partial = None
     if config.splits > 1:
         partial = args.q.new_empty(config.splits * rows * (problem.Dv + 1), dtype=torch.float32)
-    grid = sparse.grid(config, tokens, problem.Hq)
-    if config.wgmma and aligned(args):
-        # imported here: only Hopper needs Gluon
-        from flash_mla.kernels.triton.sparse_wgmma import sparse_wgmma_kernel
+    with device_of(problem.device):
+        grid = sparse.grid(config, tokens, problem.Hq)
+        if config.wgmma:
+            # imported here: only Hopper needs Gluon
+            from flash_mla.kernels.triton.sparse_wgmma import sparse_wgmma_kernel
 
-        sparse_wgmma_kernel[grid](*wgmma_arguments(problem, config, args, partial), num_warps=config.warps)
-    else:
-        sparse.sparse_kernel[grid](
-            *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
-        )
-    if partial is not None:
-        sparse.merge_kernel[(rows,)](
-            partial, args.attn_sink, args.out, args.lse, rows, problem.Hq, problem.Dv, power_of_2(problem.Dv),
-            config.splits, num_warps=4,
-        )  # fmt: skip
-
-
-def aligned(args: SparseArgs) -> bool:
-    """Whether rows can be copied 16 bytes at a time, as sparse_wgmma.py does."""
-    return all(x.data_ptr() % 16 == 0 for x in (args.q, args.keys[0].cache))
+            sparse_wgmma_kernel[grid](*wgmma_arguments(problem, config, args, partial), num_warps=config.warps)
+        else:
+            sparse.sparse_kernel[grid](
+                *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
+            )
+        if partial is not None:
+            sparse.merge_kernel[(rows,)](
+                partial, args.attn_sink, args.out, args.lse, rows, problem.Hq, problem.Dv, power_of_2(problem.Dv),
+                config.splits, num_warps=4,
+            )  # fmt: skip
 
 
 def wgmma_arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None) -> tuple:

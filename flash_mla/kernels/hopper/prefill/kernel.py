@@ -10,14 +10,14 @@ So the tensor cores bound it, if the softmax of one warpgroup runs under the pro
 takes as long as they do. 64 KB in 2048 cycles from each SM are 7 TB/s of L2 reads at 1.75 GHz.
 
 Roles (entry registers: 65536 / threads, rounded down to 8):
-    consumer warpgroups, 1 to 3   64 rows each: S = Q K^T, softmax, O += P V, lse     `prefill_consumer.py`
-    warp 0 of the last warpgroup  takes tiles; TMA of Q, K, V                         `prefill_loader.py`
+    consumer warpgroups, 1 to 3   64 rows each: S = Q K^T, softmax, O += P V, lse     `consumer.py`
+    warp 0 of the last warpgroup  takes tiles; TMA of Q, K, V                         `producer.py`
     warp 1 of the last warpgroup  TMA of out                                          `store`, below
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
-    work   loader -> all          2 stages   1 / consumer warps and the storing warp
-    Q      loader -> consumers    q_stages   1 + bytes / 1, by the storing warp: out lies in place of the dead Q
-    K, V   loader -> consumers    stages     1 + bytes / consumer warps
+    tasks  producer -> all        2 stages   1 / consumer warps and the storing warp
+    Q      producer -> consumers  q_stages   1 + bytes / 1, by the storing warp: out lies in place of the dead Q
+    K, V   producer -> consumers  stages     1 + bytes / consumer warps
     out    consumers -> storing warp         consumer warps; refilling Q empties it
 
 Steady state of a consumer warpgroup, block n of a tile:
@@ -29,7 +29,7 @@ afresh. The running max moves only when a block exceeds it by 2^8 (`LAZY`), so r
 normalisation.
 
 Sparse: a map names the 64 x 64 blocks that count. A tile is then 64 rows of one consumer warpgroup, with a list of its
-own, and two CTAs share an SM, each hiding what the other waits for. The loader reads the tile's row of the map, 32
+own, and two CTAs share an SM, each hiding what the other waits for. The producer reads the tile's row of the map, 32
 blocks a ballot, and loads only what it names; beside a block goes a word, its first key and how to mask it. Bound: 32
 KB from L2 for 2.1 MFLOP, twice the bytes a FLOP of a dense tile. A bool mask is packed to bits beforehand
 (`pack_mask.py`), which gives a map, too: blocks where no key counts are skipped, and the bits are read only where some
@@ -47,28 +47,19 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils as utils
 from cutlass import Float32, Int32, Int64, Uint8
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from flash_mla.kernels.hopper.boxes import row_layout, tma_boxes
 from flash_mla.kernels.hopper.channel import Channel
-from flash_mla.kernels.hopper.prefill_consumer import Consumer, consume
-from flash_mla.kernels.hopper.prefill_loader import Loader
-from flash_mla.kernels.hopper.prefill_shared import (
-    CHUNK,
-    DTYPES,
-    PAGE,
-    REGISTERS,
-    WORK,
-    WORK_STAGES,
-    Config,
-    Scalars,
-    Shared,
-    Tensors,
-    receive,
-    row_layout,
-)
+from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
+from flash_mla.kernels.hopper.memory import allocate
+from flash_mla.kernels.hopper.prefill.config import REGISTERS, TASK, TASK_STAGES, Config
+from flash_mla.kernels.hopper.prefill.consumer import Consumer, consume
+from flash_mla.kernels.hopper.prefill.producer import Producer
+from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Tensors, receive
 
 # ---------------------------------------------------------------------------------------------------------- Kernel
 
@@ -98,7 +89,7 @@ class Prefill:
             return cute.make_tensor(x.iterator, cute.select(x.layout, mode=order))
 
         def box(rows: int) -> cute.ComposedLayout:
-            return cute.select(row_layout(config, rows, CHUNK, 1), mode=[0, 1])
+            return row_layout(DTYPES[config.dtype], rows, CHUNK)
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         m, n = config.tile_m, config.box_rows
@@ -139,58 +130,51 @@ class Prefill:
             sQ: cute.struct.Align[cute.struct.MemRange[dtype, config.q_stages * config.tile_m * config.D], 1024]
             sK: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.D], 1024]
             sV: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.Dv], 1024]
-            sWork: cute.struct.MemRange[Int32, WORK_STAGES * WORK]
+            sTask: cute.struct.MemRange[Int32, TASK_STAGES * TASK]
             sKeys: cute.struct.MemRange[Int32, config.stages]
-            work_barriers: cute.struct.MemRange[Int64, Channel.words(WORK_STAGES)]
+            task_barriers: cute.struct.MemRange[Int64, Channel.words(TASK_STAGES)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
             k_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]
             v_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]
             out_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
 
-        allocated = -(-Storage.size_in_bytes() // 1024) * 1024
-        assert allocated == config.smem_bytes(), (
-            f"{config} allocates {allocated} bytes, its ledger says {config.smem_bytes()}"
-        )
-        storage = utils.SmemAllocator().allocate(Storage)
-        shared = Shared.over(config, storage)
+        shared = Shared.over(config, allocate(Storage, config))
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
 
         if warp_id == 0:
             for tma in (tma_q, tma_k, tma_v, tma_o):
                 cpasync.prefetch_descriptor(tma)
             with cute.arch.elect_one():
-                for channel in (shared.work, shared.q, shared.k, shared.v):
+                for channel in shared.channels:
                     channel.init()
-                for stage in cutlass.range_constexpr(config.q_stages):
-                    cute.arch.mbarrier_init(shared.out.full + stage, 4 * config.consumers)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
         registers, few_registers = REGISTERS[config.consumers]
-        loader_warp = 4 * config.consumers
-        if warp_id >= loader_warp:
+        producer_warp = 4 * config.consumers
+        if warp_id >= producer_warp:
             cute.arch.setmaxregister_decrease(few_registers)
-            if warp_id == loader_warp:
-                Loader.over(config, shared, tma_q, tQ, tma_k, tK, tma_v, tV).run(tensors, scalars, tQ)
-            elif warp_id == loader_warp + 1:
+            if warp_id == producer_warp:
+                Producer.over(shared, tma_q, tQ, tma_k, tK, tma_v, tV).run(tensors, scalars, tQ)
+            elif warp_id == producer_warp + 1:
                 self.store(shared, tma_o, tO, scalars)
         else:
             cute.arch.setmaxregister_increase(registers)
             tidx, _, _ = cute.arch.thread_idx()
-            consumer = Consumer.over(config, shared, warp_id // 4, tidx)
+            consumer = Consumer.over(shared, warp_id // 4, tidx)
             consume(consumer, tensors, scalars)
+        for channel in shared.channels:
+            channel.check()
 
     @cute.jit
     def store(self, shared: Shared, tma_o: cute.CopyAtom, tO: cute.Tensor, scalars: Scalars) -> None:
         """Store each tile's out when all warps have written it, then free its Q stage."""
         config = self.config
-        gmem = cute.local_tile(tO, (config.tile_m, CHUNK), (None, None, None, None))
-        box = cute.select(row_layout(config, config.tile_m, CHUNK, 1).outer, [0, 1])
         counts = (config.Dv // CHUNK, config.q_stages)
         many = cute.make_layout(counts, stride=(config.tile_m * CHUNK, config.tile_m * config.D))
-        smem = cute.make_tensor(shared.sQ.iterator, cute.append(box, many))
-        one = cute.make_layout(1)
-        sO, gO = cpasync.tma_partition(tma_o, 0, one, cute.group_modes(smem, 0, 2), cute.group_modes(gmem, 0, 2))
+        sO, gO = tma_boxes(tma_o, shared.sQ.iterator, many, tO, (config.tile_m, CHUNK), (None, None, None, None))
+        for channel in (shared.tasks, shared.q):
+            channel.read_by("storing warp", 1)
         done = Int32(0)
         row0, head, request, _kv_head, _length, _start, blocks, _whole = receive(shared, done)
         while blocks != 0:
@@ -220,7 +204,7 @@ def arguments(config: Config) -> tuple:
         return make_fake_tensor(dtype, shape, strides, assumed_align=16)
 
     def keys(columns: int) -> cute.Tensor:
-        return tensor(PAGE, columns) if config.paged else tensor(columns)
+        return tensor(BLOCK, columns) if config.paged else tensor(columns)
 
     def vector(kind, size=None) -> cute.Tensor:
         return make_fake_tensor(kind, (cute.sym_int32() if size is None else size,), (1,), assumed_align=4)

@@ -1,0 +1,114 @@
+"""Decode: problems and arguments to `kernels/triton/decode.py` and `combine.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+
+from flash_mla.backends.triton.device import device_of, refuse_columns, stored, target
+from flash_mla.kernels.triton import combine, decode
+from flash_mla.kernels.triton.launcher import Launcher
+from flash_mla.kernels.triton.target import Target
+from flash_mla.problem import BLOCK, DecodeArgs, DecodeProblem
+
+
+class DecodeConfig(NamedTuple):
+    """The two kernels of a decode call; combine is None where no item is split."""
+
+    decode: decode.Config
+    combine: combine.Config | None
+
+
+def refuse(problem: DecodeProblem) -> str | None:
+    """Why the kernel cannot run this problem, or None."""
+    if problem.kv_dtype != problem.dtype:
+        return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
+    if problem.page != BLOCK or problem.rope_strides is not None:
+        return f"pages of {problem.page} tokens, or a split latent: pages must hold {BLOCK} whole rows"
+    return refuse_columns(problem)
+
+
+def config(problem: DecodeProblem, on: Target | None = None) -> DecodeConfig:
+    """The kernels' tiles for a problem, on its device or on the target given."""
+    on = on or target(problem.device)
+    chosen = decode.config(
+        B=problem.B, Hq=problem.Hq, Hk=problem.Hk, S_q=problem.S_q, D=problem.D, Dv=problem.Dv,
+        table_blocks=problem.table_blocks, alias=problem.alias, itemsize=problem.dtype.itemsize, target=on,
+    )  # fmt: skip
+    if on.backend == "hip" and problem.mask == "float":
+        # NOTE: Triton 3.6's AMD pipeliner destroys the mask's load ("operation destroyed but still has uses")
+        chosen = dataclasses.replace(chosen, stages=1)
+    if chosen.programs < 2:
+        return DecodeConfig(chosen, None)
+    return DecodeConfig(chosen, combine.config(items=problem.B * problem.Hk, programs=chosen.programs, Dv=problem.Dv))
+
+
+@functools.lru_cache(maxsize=256)
+def bound(
+    problem: DecodeProblem,
+    config: DecodeConfig,
+    lse: bool,
+    table_dtype: torch.dtype,
+    lens_dtype: torch.dtype,
+) -> list[tuple[Launcher, Launcher | None]]:
+    """The slot for the launchers of one problem; empty until its first call fills it."""
+    return []
+
+
+def launch(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> None:
+    """One kernel, and the combine where requests are split."""
+    rows = problem.S_q * problem.ratio
+    partial = None
+    if config.decode.programs:
+        numel = decode.partial_numel(config.decode, rows)
+        partial = torch.empty(numel, dtype=torch.float32, device=problem.device)
+    if args.mask is None and args.q_descale is None and args.k_descale is None and args.v_descale is None:
+        slot = bound(problem, config, args.lse is not None, args.block_table.dtype, args.seq_lens.dtype)
+        if not slot:
+            slot.append(launchers(problem, config, args))
+        main, merge = slot[0]
+    else:
+        # a mask's length, and with it its strides, changes from step to step: nothing to bind
+        main, merge = launchers(problem, config, args)
+    widen = config.decode.widen
+    with device_of(problem.device):
+        main(
+            (
+                stored(args.q, widen), stored(args.k, widen), stored(args.v, widen), args.block_table, args.seq_lens,
+                args.mask, args.q_descale, args.k_descale, args.v_descale, args.attn_sink, args.out, args.lse, partial,
+            ),
+            (abs(args.softmax_scale),),
+        )  # fmt: skip
+        if merge is not None:
+            merge((args.seq_lens, partial, args.attn_sink, args.out, args.lse))
+
+
+def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> tuple[Launcher, Launcher | None]:
+    """The decode kernel and its combine, bound to all but their tensors."""
+    rows = problem.S_q * problem.ratio
+    main = Launcher(
+        decode.decode_kernel,
+        decode.grid(config.decode, rows, problem.B * problem.Hk),
+        decode.constants(
+            config.decode, q=args.q, k=args.k, v=args.v, block_table=args.block_table, mask=args.mask,
+            q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale,
+            flip=problem.scale_sign < 0,
+        ),
+        {"num_warps": config.decode.warps, "num_stages": config.decode.stages},
+    )  # fmt: skip
+    if config.combine is None:
+        return main, None
+    merge = Launcher(
+        combine.combine_kernel,
+        combine.grid(config.combine, rows, problem.Dv, config.decode.programs),
+        combine.constants(
+            config.combine, B=problem.B, Hk=problem.Hk, table_blocks=problem.table_blocks, S_q=problem.S_q,
+            ratio=problem.ratio, Dv=problem.Dv, pdl=config.decode.pdl,
+            partial_rows=-(-rows // config.decode.tile_m) * config.decode.tile_m, dv_tile=config.decode.dv_tile,
+        ),
+        {"num_warps": config.combine.warps} | ({"launch_pdl": True} if config.decode.pdl else {}),
+    )  # fmt: skip
+    return main, merge

@@ -1,0 +1,83 @@
+"""What the machine offers to the Triton kernels, and what their modules share."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from flash_mla.problem import DecodeProblem, PrefillProblem
+
+try:
+    import triton
+
+    from flash_mla.kernels.triton.target import Target
+except ImportError as error:
+    MISSING: str | None = f"triton cannot be imported: {error}"
+else:
+    MISSING = None
+    if triton.knobs.runtime.interpret:
+        from flash_mla.kernels.triton import interpreter
+
+        interpreter.repair()
+
+MAX_D = 576
+MAX_ROW_STRIDE = 2**25
+"""64 rows of it stay inside the 32-bit offsets that a kernel uses within one block."""
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    return MISSING is None and triton.knobs.runtime.interpret
+
+
+def available() -> str | None:
+    """Why this machine cannot run Triton kernels, or None."""
+    if MISSING:
+        return MISSING
+    if interpreted():
+        return None
+    if torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
+        return None
+    return "no GPU that Triton can compile for is present, and TRITON_INTERPRET=1 is not set"
+
+
+@functools.cache
+def target(device: torch.device) -> Target:
+    """What the kernels' configs need to know of a device."""
+    if device.type == "cpu":
+        # three multiprocessors: small tests then split requests across programs
+        return Target(backend="interpreter", arch=0, smem=99 * 1024, multiprocessors=3)
+    with device_of(device):
+        driver = triton.runtime.driver.active
+        properties = driver.utils.get_device_properties(driver.get_current_device())
+        current = driver.get_current_target()
+    arch = current.arch if isinstance(current.arch, int) else 0
+    return Target(current.backend, arch, properties["max_shared_mem"], properties["multiprocessor_count"])
+
+
+def device_of(device: torch.device) -> torch.cuda.device | torch.xpu.device | nullcontext[None]:
+    """A context in which launches go to this device."""
+    if device.type == "cuda":
+        return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    return nullcontext()
+
+
+def refuse_columns(problem: DecodeProblem | PrefillProblem) -> str | None:
+    """Why the kernels' tiles and offsets do not hold these rows, or None."""
+    for name, columns in (("D", problem.D), ("Dv", problem.Dv)):
+        if columns > MAX_D or columns % 8:
+            return f"{name} must be a multiple of 8, at most {MAX_D}; it is {columns}"
+    for name, strides in (("K", problem.k_strides), ("V", problem.v_strides)):
+        if strides[-2] > MAX_ROW_STRIDE:
+            return f"{name}'s rows are {strides[-2]} elements apart; at most {MAX_ROW_STRIDE} fit the kernels' offsets"
+    return None
+
+
+def stored(tensor: Tensor, widen: str) -> Tensor:
+    """FP8 as the kernel reads it: bytes where the GPU does not convert e4m3."""
+    return tensor.view(torch.uint8) if widen == "fp8_bits" else tensor

@@ -1,0 +1,45 @@
+"""Tiles in shared memory as TMA writes and wgmma reads them: chunks of 128-byte rows, swizzled."""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+
+def row_layout(dtype, rows: int, columns: int, stages: int | None = None) -> cute.ComposedLayout:
+    """[rows, columns] or [rows, columns, stages]: chunks one after another, each `rows` rows of 128 swizzled bytes."""
+    atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
+    shape = (rows, columns) if stages is None else (rows, columns, stages)
+    return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+
+
+def tma_boxes(tma: cute.CopyAtom, memory: cute.Pointer, many: cute.Layout, tensor: cute.Tensor, box, coordinate):
+    """(shared, global) tensors of boxes for `cute.copy(tma, ...)`, the box itself in mode 0.
+
+    memory: the first box in shared memory; many: the layout of the boxes there; box: (rows, columns), one chunk;
+    coordinate: the tiles of `tensor`, the tensor that came with the TMA atom, as `cute.local_tile` takes it.
+    """
+    smem = cute.make_tensor(memory, cute.append(row_layout(memory.dtype, *box).outer, many))
+    gmem = cute.local_tile(tensor, box, coordinate)
+    one_cta = cute.make_layout(1)
+    return cpasync.tma_partition(tma, 0, one_cta, cute.group_modes(smem, 0, 2), cute.group_modes(gmem, 0, 2))
+
+
+@cute.jit
+def zero_rows(memory: cute.Pointer, rows: cutlass.Constexpr, chunks: cutlass.Constexpr, first, tid) -> None:
+    """Zero rows [first, rows) of `chunks` chunks from `memory` on, by one warpgroup; first may be negative.
+
+    A V tile's rows past the last key: P is 0 there, but 0 * NaN is NaN. wgmma may read them behind the fence, which is
+    here, and a barrier of the warpgroup, which is the caller's.
+    """
+    # NOTE: whole rows, so the swizzle, which trades 16-byte pieces within a row, may be left out
+    words = cute.make_tensor(
+        cute.recast_ptr(memory, swizzle_=cute.make_swizzle(0, 4, 3), dtype=Int32),
+        cute.make_layout((32, rows, chunks), stride=(1, 32, 32 * rows)),
+    )
+    for row in cutlass.range(cutlass.max(first, 0) + tid % 128 // 32, rows, 4, unroll=1):
+        for chunk in cutlass.range_constexpr(chunks):
+            words[tid % 32, row, chunk] = Int32(0)
+    cute.arch.fence_view_async_shared()

@@ -1,0 +1,83 @@
+"""What the MLA decode kernel takes, and what one compiled variant of it is. Imports no DSL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, REGISTERS, TILE_M, WARP, barrier_bytes, smem_bytes
+
+WIDTHS = ((576, 512), (512, 512))
+"""(D, Dv): the latent with and without a rope part."""
+MAX_S_Q = 8
+DV = 512
+
+HALF = DV // 2
+"""Output columns of a consumer warpgroup."""
+K_CHUNKS = 9
+"""Chunks of a K buffer. The ninth holds K's rope part until Q K^T is done, then P."""
+P_CHUNK = 8
+CHUNK_ELEMENTS = BLOCK * CHUNK
+STAGES = 4
+"""Half blocks of a pair: stage 0, 1 = left, right half of the even block, 2, 3 = of the odd block."""
+
+WARPS, CONSUMER_WARPS = 12, 8
+THREADS, CONSUMERS = WARP * WARPS, WARP * CONSUMER_WARPS
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+"""A thread. At 240 and 24 the producer spills."""
+assert CONSUMERS * CONSUMER_REGISTERS + (THREADS - CONSUMERS) * PRODUCER_REGISTERS <= REGISTERS
+
+STAGED = 16 * 32
+"""Elements of out that a warp stages: 32 columns of its 16 rows."""
+START = 2
+"""Steps of 128 tokens that beginning an item costs, 3.4 us each."""
+
+
+class Bar(IntEnum):
+    """Named barriers: P of the even and of the odd block, each consumer warpgroup's own, the row sums."""
+
+    P_EVEN = 1
+    P_ODD = 2
+    LEFT = 3
+    RIGHT = 4
+    SUMS = 5
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compiled: everything else is an argument of the kernel.
+
+    dtype of q, k and out; D, the width of K's rows (576, or 512 without a rope part); cluster, the CTAs that share K.
+    """
+
+    dtype: Literal["bf16", "fp16"]
+    D: int
+    cluster: int
+
+    @property
+    def chunks(self) -> int:
+        """64-column chunks of a row."""
+        return self.D // CHUNK
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a cluster."""
+        return TILE_M * self.cluster
+
+    def stage_chunks(self, stage: int) -> int:
+        """Chunks that travel through a stage: four of V, and the rope chunk with stages 1 and 2."""
+        return 4 + (stage in (1, 2) and self.chunks == K_CHUNKS)
+
+    def workspace_words(self, clusters: int) -> int:
+        """32-bit words of workspace: partial results, their lse, notes of split items."""
+        return split.workspace_words(clusters, self.rows, DV)
+
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA: Q, two K buffers, max and sum of each row, staged out, work search, barriers."""
+        q = 2 * TILE_M * self.D
+        k = 2 * 2 * K_CHUNKS * CHUNK_ELEMENTS
+        rows = 4 * (2 * TILE_M + 2 * TILE_M)
+        out, scan = 2 * CONSUMER_WARPS * STAGED, 4 * split.scan_words(WARPS)
+        return smem_bytes(q, k, rows, out, scan, barrier_bytes(STAGES, 1))

@@ -1,0 +1,255 @@
+"""MLA decode on Hopper: out = softmax(scale * Q K^T) V with V = K[:, :512], over a paged cache of one KV head.
+
+Grid: one CTA an SM, persistent, in clusters of 1 or 2. The S_q * Hq query rows of a request are packed (row = head *
+S_q + token) and cut into tiles of 64; a CTA computes one row tile against a range of the request's keys. A cluster of
+two takes two row tiles of one request against the same keys and loads each block of K once for both (TMA multicast).
+Every CTA finds its range from `seq_lens` on the device (`split.py`); `combine.py` adds the pieces of requests that
+were split.
+
+Bound. A block of 64 keys costs a CTA 2 * 64 * 64 * (576 + 512) = 8.9 MFLOP, 2176 cycles of an SM's tensor cores, and
+64 * 576 * 2 = 73.7 KB of K. One row tile: 121 FLOP a byte, so bytes bound it (the chip's balance is 165 to 200). Two
+tiles: 242, tensor cores. Beside them shared memory: Q K^T reads 147 KB, P V 74 KB and TMA writes 74 KB a block, 2300
+cycles at 128 bytes a cycle, so the tensor cores are never far ahead of it.
+
+Roles (384 threads; entry 168 registers):
+    warpgroup 0   232 registers   S0 = Q K_even^T, softmax, O[:, 0:256]
+    warpgroup 1   232 registers   S1 = Q K_odd^T, softmax, O[:, 256:512]
+    warp 8         40 registers   TMA of Q and K; L2 prefetch one pair ahead             `producer.py`
+    warp 9         40 registers   asks L2 for the table; notes the split item for combine
+Both consumers need both P: each keeps its own in registers and finds the other's in shared memory, in the rope chunk
+of the K buffer that the scores came from, which is dead by then. So Q and two K buffers fill shared memory.
+
+Channels, producer -> consumer (full arrivals / empty arrivals):
+    K   warp 8 -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block   1 + bytes / 4 warps a CTA
+        Stages 0 and 2 are freed by warpgroup 0, stages 1 and 3 by warpgroup 1, each after its P V; the rope chunk of
+        the even block travels with stage 1, of the odd block with stage 2: with the half whose reader reads that P.
+    Q   warp 8 -> warpgroups 0, 1   1 stage                                                  1 + bytes / 8 warps
+    P0  warpgroup 0 -> 1, P1  warpgroup 1 -> 0   named barriers, with the running max beside P
+
+Steady state, a pair of blocks:
+    warpgroup 0   softmax S0 | P0 -> smem | P0 V0 left  | wait P1 | P1 V1 left | S0 of the next pair
+    warpgroup 1   S1         | wait P0    | P0 V0 right, softmax S1 under it | P1 -> smem | P1 V1 right
+    (cluster 1: P0 V0 right goes before S1)
+The running max is shared by the two and moves only when a block exceeds it by 2^8 (`LAZY`): P0 is then final when it is
+written, and rescaling O is rare. Exact after normalisation.
+
+Supports BF16 and FP16; D 576 or 512; any row count; any strides that TMA takes (multiples of 16 bytes), a shared pool
+too; ragged lengths, 0 included; causal among the S_q tokens. Unused slots may hold NaN: the scores past the end are
+masked and the V rows zeroed. Block ids are forced inside the cache, lengths inside the table.
+
+Measured: docs/kernels.md, "Hopper MLA decode".
+"""
+
+from __future__ import annotations
+
+import functools
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from flash_mla.kernels.hopper.boxes import row_layout
+from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.combine import combine
+from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARPGROUP
+from flash_mla.kernels.hopper.memory import allocate
+from flash_mla.kernels.hopper.mla_decode.config import (
+    CHUNK_ELEMENTS,
+    CONSUMER_REGISTERS,
+    CONSUMER_WARPS,
+    DV,
+    K_CHUNKS,
+    PRODUCER_REGISTERS,
+    STAGED,
+    STAGES,
+    START,
+    THREADS,
+    WARPS,
+    Config,
+)
+from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
+from flash_mla.kernels.hopper.mla_decode.producer import Producer, prefetch_table
+from flash_mla.kernels.hopper.mla_decode.result import Segments
+from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared, Tensors
+from flash_mla.kernels.hopper.partials import Partials, note_split
+from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.work import find_work
+
+# ---------------------------------------------------------------------------------------------------------- Kernel
+
+
+class MlaDecode:
+    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # [B, Hq, S_q, D]
+        k: cute.Tensor,  # [B, 1, Nblk, 64, D]
+        table: cute.Tensor,  # [B, table_blocks] int32
+        seq_lens: cute.Tensor,  # [B] int32
+        sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
+        out: cute.Tensor,  # [B, Hq, S_q, 512], contiguous
+        lse: cute.Tensor,  # [B, Hq, S_q] FP32, contiguous
+        workspace: cute.Tensor,  # [workspace_words(clusters)] FP32
+        scale_log2: Float32,
+        has_sink: Int32,
+        q_row: Int64,  # elements between packed query rows
+        requests: Int32,  # with a cache of their own: B, or 1 where they share it
+        clusters: Int32,
+        stream,
+    ):
+        config = self.config
+        B, Hq, S_q = q.shape[0], q.shape[1], q.shape[2]
+        rows, D, q_row = Hq * S_q, config.D, cute.assume(q_row, divby=8)
+        # [rows, D, B] and [64, D, Nblk, requests]
+        gQ = cute.make_tensor(q.iterator, cute.make_layout((rows, D, B), stride=(q_row, 1, q.stride[0])))
+        k_strides = (k.stride[3], 1, k.stride[2], k.stride[0])
+        gK = cute.make_tensor(k.iterator, cute.make_layout((BLOCK, D, k.shape[2], requests), stride=k_strides))
+        tensors = Tensors(
+            table=table,
+            seq_lens=seq_lens,
+            sink=sink,
+            out=cute.make_tensor(out.iterator, cute.make_layout((B, rows, DV), stride=(rows * DV, DV, 1))),
+            lse=cute.make_tensor(lse.iterator, cute.make_layout((B, rows), stride=(rows, 1))),
+            partials=Partials.over(workspace, clusters, config.rows, DV),
+        )
+        chunk = row_layout(DTYPES[config.dtype], BLOCK, CHUNK)
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, chunk, (TILE_M, CHUNK))
+        if const_expr(config.cluster > 1):
+            load = cpasync.CopyBulkTensorTileG2SMulticastOp()
+        tma_k, tK = cpasync.make_tiled_tma_atom(load, gK, chunk, (BLOCK, CHUNK))
+        groups = (rows + (config.rows - 1)) // config.rows
+        self.kernel(tma_q, tQ, tma_k, tK, gK, tensors, Scalars(scale_log2, S_q, has_sink, groups)).launch(
+            grid=(clusters * config.cluster, 1, 1),
+            block=(THREADS, 1, 1),
+            cluster=(config.cluster, 1, 1) if const_expr(config.cluster > 1) else None,
+            smem=config.smem_bytes(),
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+        combine(
+            tensors.out,
+            tensors.lse,
+            tensors.partials.out,
+            tensors.partials.lse,
+            tensors.partials.split_of,
+            tensors.sink,
+            has_sink,
+            S_q,
+            Int32(1),
+            stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        tQ: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        tK: cute.Tensor,
+        pages: cute.Tensor,
+        tensors: Tensors,
+        scalars: Scalars,
+    ):
+        config = self.config
+        dtype = DTYPES[config.dtype]
+
+        @cute.struct
+        class Storage:
+            sQ: cute.struct.Align[cute.struct.MemRange[dtype, TILE_M * config.D], 1024]
+            sK: cute.struct.Align[cute.struct.MemRange[dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
+            staged: cute.struct.Align[cute.struct.MemRange[dtype, CONSUMER_WARPS * STAGED], 128]
+            sMax: cute.struct.MemRange[Float32, 2 * TILE_M]
+            sSum: cute.struct.MemRange[Float32, 2 * TILE_M]
+            sScan: cute.struct.MemRange[Int32, scan_words(WARPS)]
+            k_barriers: cute.struct.MemRange[Int64, Channel.words(STAGES)]
+            q_barriers: cute.struct.MemRange[Int64, Channel.words(1)]
+
+        shared = Shared.over(config, allocate(Storage, config))
+        warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        bidx, _, _ = cute.arch.block_idx()
+        gdim, _, _ = cute.arch.grid_dim()
+        rank, cluster_id, clusters = bidx % config.cluster, bidx // config.cluster, gdim // config.cluster
+
+        # barriers, and the work of this cluster
+        if warp_id == 0:
+            cpasync.prefetch_descriptor(tma_q)
+            cpasync.prefetch_descriptor(tma_k)
+            with cute.arch.elect_one():
+                shared.k.init()
+                shared.q.init()
+            cute.arch.mbarrier_init_fence()
+        if const_expr(config.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+        if warp_id == CONSUMER_WARPS + 1:
+            prefetch_table(tensors.table, cluster_id, clusters)
+        table, seq_lens, sScan = tensors.table, tensors.seq_lens, shared.sScan
+        work = find_work(table, seq_lens, scalars.groups, cluster_id, clusters, WARPS, sScan, START)
+        if const_expr(config.cluster > 1):
+            cute.arch.cluster_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if warp_id >= CONSUMER_WARPS:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp_id == CONSUMER_WARPS:
+                Producer.over(shared, tensors, rank, tma_q, tQ, tma_k, tK, pages).run(scalars, work)
+            elif warp_id == CONSUMER_WARPS + 1:  # noqa: SIM102
+                if rank == 0:
+                    note_split(tensors.partials, work, table, seq_lens, scalars.groups, cluster_id)
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            tidx, _, _ = cute.arch.thread_idx()
+            if warp_id < CONSUMER_WARPS // 2:
+                consumer = Consumer.over(shared, 0, tidx, scalars.scale_log2)
+                Segments(consumer, tensors, scalars, rank, cluster_id).run(work)
+            else:
+                consumer = Consumer.over(shared, 1, tidx - WARPGROUP, scalars.scale_log2)
+                Segments(consumer, tensors, scalars, rank, cluster_id).run(work)
+        for channel in (shared.q, shared.k):
+            channel.check()
+
+
+# ---------------------------------------------------------------------------------------------------------- Launch
+
+
+def arguments(config: Config) -> tuple:
+    """Symbolic arguments of `MlaDecode.__call__`, for compiling without a GPU."""
+    dtype = DTYPES[config.dtype]
+
+    def wide():
+        return cute.sym_int64(divisibility=8)  # a stride in elements, of 16 bytes
+
+    def some():
+        return cute.sym_int64()
+
+    B, Hq, S_q = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
+    blocks = cute.sym_int32()
+    fp32 = functools.partial(make_fake_tensor, Float32)
+    return (
+        make_fake_tensor(dtype, (B, Hq, S_q, config.D), (wide(), some(), some(), 1), assumed_align=16),
+        make_fake_tensor(dtype, (B, 1, blocks, BLOCK, config.D), (wide(), some(), wide(), wide(), 1), assumed_align=16),
+        make_fake_tensor(Int32, (B, cute.sym_int32()), (some(), 1), assumed_align=4),
+        make_fake_tensor(Int32, (B,), (1,), assumed_align=4),
+        fp32((cute.sym_int32(),), (1,), assumed_align=4),
+        make_fake_tensor(dtype, (B, Hq, S_q, DV), (some(), some(), some(), 1), assumed_align=16),
+        fp32((B, Hq, S_q), (some(), some(), some()), assumed_align=4),
+        fp32((cute.sym_int32(),), (1,), assumed_align=16),
+        Float32(1.0),
+        Int32(0),
+        Int64(8),
+        Int32(1),
+        Int32(1),
+    )
+
+
+def build(config: Config, options: str = ""):
+    """Compile the kernel and its combine for sm_90a; takes seconds."""
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(MlaDecode(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")

@@ -1,0 +1,154 @@
+"""The producing warp of an MLA decode: it fills Q and the halves of K blocks by TMA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, const_expr
+
+from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.boxes import tma_boxes
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
+from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, K_CHUNKS, P_CHUNK, STAGES, Config
+from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared, Tensors
+from flash_mla.kernels.hopper.table import block_of, prefetch_line
+from flash_mla.kernels.hopper.walk import Done, Place, walk
+from flash_mla.kernels.hopper.work import Work
+
+EVICT_FIRST = 0x12F0000000000000
+"""TMA cache hint of a cluster's loads: nobody else reads that K."""
+
+
+@dataclass(frozen=True)
+class Producer:
+    """One warp that fills the K stages and Q by TMA; in a cluster it loads its share of every stage for all CTAs.
+
+    sQ [chunk], gQ [row tile, chunk, request] and sK [buffer chunk], gK [chunk, block, request], each of 64 x 64 boxes;
+    pages [64, D, blocks, requests] is the cache itself.
+    """
+
+    config: Config
+    shared: Shared
+    tensors: Tensors
+    rank: Int32
+    tma_q: cute.CopyAtom
+    tma_k: cute.CopyAtom
+    sQ: cute.Tensor
+    gQ: cute.Tensor
+    sK: cute.Tensor
+    gK: cute.Tensor
+    pages: cute.Tensor
+
+    @staticmethod
+    def over(shared: Shared, tensors: Tensors, rank, tma_q, tQ, tma_k, tK, pages) -> Producer:
+        many = cute.make_layout(2 * K_CHUNKS, stride=CHUNK_ELEMENTS)
+        sQ, gQ = tma_boxes(tma_q, shared.sQ.iterator, many, tQ, (TILE_M, CHUNK), (None, None, None))
+        sK, gK = tma_boxes(tma_k, shared.k_buffers, many, tK, (BLOCK, CHUNK), (0, None, None, None))
+        for channel in (shared.q, shared.k):
+            channel.written_by("producer")
+        return Producer(shared.config, shared, tensors, rank, tma_q, tma_k, sQ, gQ, sK, gK, pages)
+
+    @cute.jit
+    def run(self, scalars: Scalars, work: Work) -> None:
+        """Load the cluster's segments."""
+        done = walk(work, self.tensors.table, self.tensors.seq_lens, scalars.groups, self.load_segment, Done.nothing())
+        # a CTA must outlive its peer's arrivals on its barriers; the bytes that it gets, its consumers have waited for
+        # NOTE: a cluster barrier in its place would flush every write first
+        for stage in cutlass.range_constexpr(STAGES):
+            self.shared.k.acquire(stage, done.items)
+
+    @cute.jit
+    def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
+        """Q, and every pair of a segment, half block by half block in the order in which the consumers free them."""
+        table, request, first, last = self.tensors.table, place.request, part.first, part.last
+        if last > first:
+            blocks = self.pages.shape[2]
+            last_block = (length + BLOCK - 1) // BLOCK - 1
+            pool_request = cutlass.min(request, self.pages.shape[3] - 1)
+            even = block_of(table, request, 2 * first, blocks)
+            odd = block_of(table, request, cutlass.min(2 * first + 1, last_block), blocks)
+            self.load_q(place.group * self.config.cluster + self.rank, request, done.segments)
+            for pair in cutlass.range(first, last, unroll=1):
+                # read the next ids while this pair is loaded
+                next_even = block_of(table, request, cutlass.min(2 * pair + 2, last_block), blocks)
+                next_odd = block_of(table, request, cutlass.min(2 * pair + 3, last_block), blocks)
+                turn = done.items + pair - first
+                self.prefetch(next_even, next_odd, pool_request)
+                self.load_half(0, even, pool_request, turn)
+                self.load_half(1, even, pool_request, turn)
+                self.load_half(2, odd, pool_request, turn)
+                self.load_half(3, odd, pool_request, turn)
+                even, odd = next_even, next_odd
+            done = done.plus(last - first)
+        return done
+
+    @cute.jit
+    def load_q(self, row_tile, request, count) -> None:
+        """The CTA's query rows; rows past the request's arrive as zeros."""
+        q = self.shared.q
+        q.acquire(0, count)
+        with cute.arch.elect_one():
+            q.expect(0, self.config.chunks * 2 * CHUNK_ELEMENTS)
+        for chunk in cutlass.range_constexpr(self.config.chunks):
+            cute.copy(self.tma_q, self.gQ[None, row_tile, chunk, request], self.sQ[None, chunk], tma_bar_ptr=q.bar(0))
+
+    @cute.jit
+    def load_half(self, stage: cutlass.Constexpr, block, request, count) -> None:
+        """One half of a block: this CTA's share of its chunks, to every CTA of the cluster."""
+        config, k, buffer = self.config, self.shared.k, stage // 2
+        k.acquire(stage, count)
+        with cute.arch.elect_one():
+            k.expect(stage, config.stage_chunks(stage) * 2 * CHUNK_ELEMENTS)
+        first = 4 * (stage % 2)
+        if const_expr(config.cluster == 1):
+            for i in cutlass.range_constexpr(4):
+                self.load_chunk(stage, first + i, block, request)
+            if const_expr(config.stage_chunks(stage) == 5):
+                self.load_chunk(stage, P_CHUNK, block, request)
+        else:
+            for i in cutlass.range_constexpr(0, 4, config.cluster):
+                self.load_chunk(stage, first + i + self.rank, block, request)
+            if const_expr(config.stage_chunks(stage) == 5):  # noqa: SIM102
+                if self.rank == buffer:
+                    self.load_chunk(stage, P_CHUNK, block, request)
+
+    @cute.jit
+    def load_chunk(self, stage: cutlass.Constexpr, chunk, block, request) -> None:
+        buffer = stage // 2
+        gK, sK = self.gK[None, chunk, block, request], self.sK[None, buffer * K_CHUNKS + chunk]
+        bar = self.shared.k.bar(stage)
+        if const_expr(self.config.cluster == 1):
+            # NOTE: without the hint: 4.27 against 4.18 TB/s at 16 heads, S 32768
+            cute.copy(self.tma_k, gK, sK, tma_bar_ptr=bar)
+        else:
+            everyone, hint = cutlass.Int16((1 << self.config.cluster) - 1), Int64(EVICT_FIRST)
+            cute.copy(self.tma_k, gK, sK, tma_bar_ptr=bar, mcast_mask=everyone, cache_policy=hint)
+
+    @cute.jit
+    def prefetch(self, even, odd, request) -> None:
+        """Ask L2 for a pair of blocks, each in one piece; in a cluster each CTA asks for one."""
+        # NOTE: the TMA boxes of a block are 128-byte pieces of its rows; whole blocks keep DRAM pages open
+        if const_expr(self.config.cluster > 1):  # noqa: SIM102
+            if self.pages.stride[0] == self.config.D:
+                self.prefetch_block(even if self.rank == 0 else odd, request)
+
+    @cute.jit
+    def prefetch_block(self, block, request) -> None:
+        address = self.pages[None, None, block, request].iterator.toint()
+        with cute.arch.elect_one():
+            cute.arch.inline_ptx(
+                "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
+                read_only_args=[address, Int32(2 * BLOCK * self.config.D)],
+            )
+
+
+@cute.jit
+def prefetch_table(table: cute.Tensor, cluster_id, clusters) -> None:
+    """Ask L2 for the row of the table that this cluster starts with if all requests are equally long."""
+    # NOTE: a short call is a chain of DRAM latencies: lengths, block ids, K; this takes the second out
+    request = cluster_id * table.shape[0] // clusters
+    first = 32 * cute.arch.lane_idx()
+    if first < table.shape[1]:
+        prefetch_line((table[request, None].iterator + first).toint())

@@ -1,0 +1,156 @@
+"""What a consumer warpgroup of an MLA decode does with a segment: compute it and write its half of the output."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from flash_mla.kernels.hopper import packing, split
+from flash_mla.kernels.hopper.barriers import sync
+from flash_mla.kernels.hopper.lanes import quad_sum
+from flash_mla.kernels.hopper.limits import TILE_M
+from flash_mla.kernels.hopper.mla_decode.config import CONSUMERS, HALF, STAGED, Bar
+from flash_mla.kernels.hopper.mla_decode.consumer import Consumer, consume_left, consume_right
+from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Tensors
+from flash_mla.kernels.hopper.walk import Done, Place, walk
+from flash_mla.kernels.hopper.work import Work
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A consumer warpgroup's way through the segments of its cluster, of which this CTA is number `rank`."""
+
+    consumer: Consumer
+    tensors: Tensors
+    scalars: Scalars
+    rank: Int32
+    cluster_id: Int32
+
+    @cute.jit
+    def run(self, work: Work) -> None:
+        """Compute and write the cluster's segments."""
+        tensors = self.tensors
+        walk(work, tensors.table, tensors.seq_lens, self.scalars.groups, self.compute, Done.nothing())
+
+    @cute.jit
+    def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
+        """Compute a segment and write its result; of an empty request, zeros."""
+        consumer, S_q = self.consumer, self.scalars.S_q
+        row0 = (place.group * consumer.config.cluster + self.rank) * TILE_M
+        if part.last > part.first:
+            consumer.start(row0, length, S_q)
+            consumer.shared.q.wait(0, done.segments)
+            if const_expr(consumer.side == 0):
+                consume_left(consumer, part.first, part.last, length, S_q, done.items)
+            else:
+                consume_right(consumer, part.first, part.last, length, S_q, done.items)
+            done = done.plus(part.last - part.first)
+            slot = split.SLOTS * self.cluster_id + part.slot
+            self.write_result(place.request, row0, part.whole, slot)
+        elif const_expr(consumer.side == 0):  # noqa: SIM102
+            if part.whole:
+                self.write_nothing(place.request, row0)
+        return done
+
+    @cute.jit
+    def write_result(self, request, row0, whole, slot) -> None:
+        """Normalise O and write it: to out and lse if the segment is a whole item, else to the partial slot."""
+        consumer, tensors, partials = self.consumer, self.tensors, self.tensors.partials
+        rows_of, side, sSum = consumer.rows, consumer.side, consumer.shared.sSum
+        global_lse, lse_partial, rows = tensors.lse, partials.lse, tensors.out.shape[1]
+        first_lane = consumer.tid % 4 == 0
+        # add the sums of the four threads of a row, and of the two warpgroups
+        for r in cutlass.range_constexpr(2):
+            total = quad_sum(rows_of.sum[r])
+            if first_lane:
+                sSum[rows_of.first + 8 * r, side] = total
+        sync(Bar.SUMS, CONSUMERS)
+        scales = cute.make_rmem_tensor(2, Float32)
+        for r in cutlass.range_constexpr(2):
+            tile_row = rows_of.first + 8 * r
+            row = row0 + tile_row
+            total = sSum[tile_row, 0] + sSum[tile_row, 1]
+            lse = rows_of.max[r] + cute.math.log2(total, fastmath=True)
+            lse = lse if total > 0.0 else -Float32.inf
+            writes = side == 0 and first_lane
+            if whole:
+                if row < rows:
+                    if writes:
+                        global_lse[request, row] = lse * math.log(2.0)
+                    if self.scalars.has_sink != 0:
+                        sink = tensors.sink[packing.head_of(row, self.scalars.S_q)] * math.log2(math.e)
+                        total = total + cute.math.exp2(sink - rows_of.max[r], fastmath=True)
+            elif writes:
+                lse_partial[slot, self.rank * TILE_M + tile_row] = lse
+            # NOTE: a row without keys has O = 0 and, with a sink, a total above 0; without, 0 * inf would be NaN
+            scales[r] = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
+        if whole:
+            store_out(consumer, tensors.out, request, row0, rows, scales)
+        else:
+            for r in cutlass.range_constexpr(2):
+                tile_row = rows_of.first + 8 * r
+                if row0 + tile_row < rows:
+                    store_partial(consumer, r, partials.out[slot, self.rank * TILE_M + tile_row, None], scales[r])
+        # NOTE: the sums may be overwritten by the next segment only when both warpgroups have read them
+        sync(Bar.SUMS, CONSUMERS)
+
+    @cute.jit
+    def write_nothing(self, request, row0) -> None:
+        """An empty request: out 0, lse -inf."""
+        out, lse, tid = self.tensors.out, self.tensors.lse, self.consumer.tid
+        zeros = cute.make_rmem_tensor(8, out.element_type)
+        zeros.fill(0.0)
+        for i in cutlass.range(TILE_M // 2, unroll=1):
+            row = row0 + 2 * i + tid // 64
+            if row < out.shape[1]:
+                cute.autovec_copy(zeros, cute.local_tile(out[request, row, None], (8,), (tid % 64,)))
+                if tid % 64 == 0:
+                    lse[request, row] = -Float32.inf
+
+
+@cute.jit
+def store_partial(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, scale) -> None:
+    """One row's part of this thread, scaled: 8 bytes of it, 32 of the row, an instruction."""
+    two = cute.make_rmem_tensor(2, Float32)
+    for j in cutlass.range_constexpr(HALF // 8):
+        for e in cutlass.range_constexpr(2):
+            two[e] = consumer.O[4 * j + 2 * r + e] * scale
+        columns = HALF // 2 * consumer.side + 4 * j + consumer.rows.column // 2
+        cute.autovec_copy(two, cute.local_tile(row, (2,), (columns,)))
+
+
+@cute.jit
+def store_out(consumer: Consumer, out: cute.Tensor, request, row0, rows, scales: cute.Tensor) -> None:
+    """O, scaled, to out, 32 columns at a time: staged by the warp, so that 64 bytes of a row leave together."""
+    # NOTE: straight from registers they would be 16 bytes of 8 rows an instruction, four times the instructions
+    lane, warp_row = consumer.tid % 32, consumer.tid // 32 * 16
+    staged = consumer.shared.staged + (4 * consumer.side + consumer.tid // 32) * STAGED
+    dtype = out.element_type
+    # 16 rows of four 16-byte pieces, piece c of row i at place c ^ (i / 2) % 4: neither side then has bank conflicts
+    written, read = (lane // 8) % 2 * 8 + lane % 8, lane // 4
+    packed = cute.make_rmem_tensor(8, dtype)
+    words = cute.recast_tensor(packed, Int32)
+    piece = cute.make_rmem_tensor(8, dtype)
+    for group in cutlass.range_constexpr(HALF // 32):
+        for side in cutlass.range_constexpr(2):
+            for i in cutlass.range_constexpr(8):
+                packed[i] = (consumer.O[16 * group + 8 * side + i] * scales[(i // 2) % 2]).to(dtype)
+            place = (2 * side + lane // 16) ^ ((written // 2) % 4)
+            address = (staged + 32 * written + 8 * place).toint()
+            cute.arch.inline_ptx(
+                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+                read_only_args=[address, words[0], words[1], words[2], words[3]],
+            )
+        cute.arch.sync_warp()
+        for r in cutlass.range_constexpr(2):
+            i, row = read + 8 * r, row0 + warp_row + read + 8 * r
+            place = (lane % 4) ^ ((i // 2) % 4)
+            cute.autovec_copy(cute.make_tensor((staged + 32 * i + 8 * place).align(16), cute.make_layout(8)), piece)
+            if row < rows:
+                columns = HALF // 8 * consumer.side + 4 * group + lane % 4
+                cute.autovec_copy(piece, cute.local_tile(out[request, row, None], (8,), (columns,)))
+        cute.arch.sync_warp()

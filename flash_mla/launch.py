@@ -1,0 +1,83 @@
+"""The last step of every public function: outputs, what a launch wants of its inputs, the plan's launch, gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_mla.autograd import refusing
+from flash_mla.contract import Descales
+from flash_mla.plan import Plan
+from flash_mla.problem import DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem
+
+
+def launch(
+    chosen: Plan,
+    function: str,
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    mask: Tensor | None,
+    softmax_scale: float | None,
+    descales: Descales,
+    attn_sink: Tensor | None,
+    out: Tensor | None,
+    return_lse: bool,
+    also: tuple[Tensor | None, ...] = (),
+    **others: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out, or (out, lse) with return_lse, of checked tensors.
+
+    Args:
+        chosen: the plan of their problem.
+        function: the public function's name, for the error of a gradient.
+        also: tensors whose values are in K and V already, so that a gradient to them is refused too.
+        others: what DecodeArgs or PrefillArgs have beside the arguments above.
+    """
+    problem = chosen.problem
+    assert isinstance(problem, (DecodeProblem, PrefillProblem))
+    shape = problem.out_shape
+    q_descale = k_descale = v_descale = None
+    if problem.descale:
+        q_descale, k_descale, v_descale = (expand_descale(x, problem) for x in descales)
+    out = q.new_empty(shape, dtype=problem.out_dtype) if out is None else out
+    lse = q.new_empty(shape[:3], dtype=torch.float32) if return_lse else None
+    make: type = DecodeArgs if isinstance(problem, DecodeProblem) else PrefillArgs
+    chosen.launch(
+        make(
+            q=q,
+            k=k,
+            v=v,
+            block_table=block_table,
+            # NOTE: kernels read these without a stride
+            seq_lens=None if seq_lens is None else seq_lens.contiguous(),
+            mask=None if mask is None else mask.expand(*shape[:3], -1),
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            attn_sink=None if attn_sink is None else attn_sink.contiguous(),
+            softmax_scale=problem.D**-0.5 if softmax_scale is None else float(softmax_scale),
+            out=out,
+            lse=lse,
+            **others,
+        )
+    )
+    if torch.is_grad_enabled():
+        inputs = [x for x in (q, k, v, mask, attn_sink, *descales, *also) if isinstance(x, Tensor) and x.requires_grad]
+        if not inputs:
+            return out if lse is None else (out, lse)
+        out = refusing(function, out, inputs)
+        lse = None if lse is None else refusing(function, lse, inputs)
+    return out if lse is None else (out, lse)
+
+
+def expand_descale(value: float | Tensor | None, problem: DecodeProblem | PrefillProblem) -> Tensor | None:
+    """A checked descale as an FP32 tensor [B, Hk]."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=torch.float32, device=problem.device)
+    return value.expand(problem.B, problem.Hk)

@@ -1,0 +1,157 @@
+"""The torch custom ops behind the public functions: what a compiled graph calls.
+
+Each does the eager function's work, checks included, when the graph runs. `out` is a tensor that the result will be
+copied to: it is checked here and not written. mha_fwd_kvcache is two ops, since one that writes cannot have a backward:
+the first checks all and writes the caches, the second attends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_mla import contract
+from flash_mla.api import attend_mha, plan_decode, plan_mha, plan_prefill
+from flash_mla.autograd import refuse_op
+from flash_mla.launch import launch
+from flash_mla.problem import AppendArgs
+
+
+@torch.library.custom_op("flash_mla::flash_mla_with_kvcache", mutates_args=())
+def decode_op(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    mask: Tensor | None,
+    softmax_scale: float | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    attn_sink: Tensor | None,
+    check_values: bool,
+    backend: str | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """flash_mla_with_kvcache; check_values says whether the call had no metadata."""
+    descales = (q_descale, k_descale, v_descale)
+    with torch.no_grad():
+        chosen = plan_decode(
+            q, k_cache, v_cache, block_table, seq_lens, mask, None, softmax_scale, descales, attn_sink, backend, out,
+            check_values,
+        )  # fmt: skip
+        return launch(
+            chosen, "flash_mla_with_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
+            mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=None, return_lse=True,
+        )  # type: ignore[return-value]  # fmt: skip
+
+
+@torch.library.custom_op("flash_mla::flash_mla_prefill", mutates_args=())
+def prefill_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sparse_layout: Tensor | None,
+    attn_mask: Tensor | None,
+    causal: bool,
+    softmax_scale: float | None,
+    seq_lens: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    attn_sink: Tensor | None,
+    backend: str | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """flash_mla_prefill, with causal settled."""
+    descales = (q_descale, k_descale, v_descale)
+    blocks = contract.sparse_blocks(sparse_layout, q)
+    with torch.no_grad():
+        chosen = plan_prefill(
+            q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, descales, attn_sink, backend, out
+        )
+        return launch(
+            chosen, "flash_mla_prefill", q=q, k=k, v=v, block_table=None, seq_lens=seq_lens, mask=attn_mask,
+            softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=None, return_lse=True,
+            start_pos=None, block_mask=blocks,
+        )  # type: ignore[return-value]  # fmt: skip
+
+
+@torch.library.custom_op("flash_mla::mha_fwd_kvcache_append", mutates_args=("k_cache", "v_cache"))
+def mha_append_op(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    attn_mask: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    start_pos: Tensor | None,
+    causal: bool,
+    softmax_scale: float | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    backend: str | None,
+    out: Tensor | None,
+) -> None:
+    """The checks of mha_fwd_kvcache, and its writing of k and v."""
+    descales = (q_descale, k_descale, v_descale)
+    chosen = plan_mha(
+        q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, causal, softmax_scale, descales, backend, out
+    )
+    assert k is not None  # plan_mha has refused one without the other
+    chosen.append(AppendArgs(k, v, k_cache, v_cache, block_table, start_pos, None))
+
+
+@torch.library.custom_op("flash_mla::mha_fwd_kvcache", mutates_args=())
+def mha_op(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    attn_mask: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    start_pos: Tensor | None,
+    causal: bool,
+    softmax_scale: float | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    backend: str | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """mha_fwd_kvcache over a cache that holds k and v already; they are here so that a gradient to them is refused."""
+    descales = (q_descale, k_descale, v_descale)
+    with torch.no_grad():
+        chosen = plan_mha(
+            q, k_cache, v_cache, block_table, attn_mask, None, None, start_pos, causal, softmax_scale, descales,
+            backend, out,
+        )  # fmt: skip
+        return attend_mha(
+            chosen, q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, softmax_scale, descales, None, True
+        )  # type: ignore[return-value]
+
+
+def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of (out, lse), for q [B, Hq, rows, D] and v [..., Dv]."""
+    dtype = contract.out_dtype(q.dtype)
+    return q.new_empty((*q.shape[:3], v.shape[-1]), dtype=dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@mha_append_op.register_fake
+def fake_append(*_: Any) -> None:
+    """Nothing is returned."""
+
+
+for op, function in (
+    (decode_op, "flash_mla_with_kvcache"),
+    (prefill_op, "flash_mla_prefill"),
+    (mha_op, "mha_fwd_kvcache"),
+):
+    op.register_fake(fake)
+    refuse_op(op, function)

@@ -1,0 +1,85 @@
+"""Compiles every config of the Hopper decode kernels for sm_90a, without a GPU, and gates what the assembler made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sass import NEEDS, compiled
+
+from flash_mla.kernels.hopper.gqa_decode.config import Config as GqaConfig
+from flash_mla.kernels.hopper.limits import SMEM_BYTES
+from flash_mla.kernels.hopper.mla_decode.config import Config as MlaConfig
+
+pytestmark = NEEDS
+
+CONFIGS = [(dtype, D, cluster) for dtype in ("bf16", "fp16") for D in (576, 512) for cluster in (1, 2)]
+GQA_CONFIGS = [
+    ("bf16", 128, 128, 8),
+    ("bf16", 128, 128, 64),
+    ("bf16", 256, 256, 8),
+    ("bf16", 256, 256, 32),
+    ("fp16", 64, 64, 64),
+    ("bf16", 192, 128, 16),
+    ("bf16", 96, 96, 8),
+    ("bf16", 72, 8, 8),
+    ("fp8", 128, 128, 8),
+    ("fp8", 128, 128, 64),
+    ("fp8", 256, 256, 32),
+]
+
+
+@pytest.mark.parametrize(("dtype", "D", "cluster"), CONFIGS)
+def test_mla_decode(dtype: str, D: int, cluster: int, tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.mla_decode.kernel import build
+
+    config = MlaConfig(dtype, D, cluster)  # type: ignore[arg-type]
+    assert config.smem_bytes() <= SMEM_BYTES
+    sass = compiled(build, config, tmp_path)
+    # entry registers of the two kernels: 65536 / 384 threads, rounded down to 8; and combine's
+    assert max(registers for registers, _ in sass.resources) == 168
+    assert sass.spills == (0, 0, 0)
+    # Q K^T: (D / 16) in each of three places; P V: 4 steps, two blocks, in each of three places
+    assert sass.count("HGMMA") == 3 * D // 16 + 3 * 2 * 4
+    # NOTE: serialised wgmma shows as one wait an instruction
+    assert sass.count(r"WARPGROUP\.DEPBAR") < 16
+
+
+@pytest.mark.parametrize(("dtype", "D", "Dv", "tile_n"), GQA_CONFIGS)
+def test_gqa_decode(dtype: str, D: int, Dv: int, tile_n: int, tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.gqa_decode.kernel import build
+
+    config = GqaConfig(dtype, D, Dv, tile_n, descale=dtype == "fp8")  # type: ignore[arg-type]
+    assert config.stages >= 2, "loads and products must overlap"
+    assert config.smem_bytes() <= SMEM_BYTES
+    sass = compiled(build, config, tmp_path)
+    assert sass.spills == (0, 0, 0)
+    # K Q^T: 32 bytes of a row each; V^T P^T: 4 steps of 16 keys for each 64 columns
+    row_bytes = D if dtype == "fp8" else 2 * D
+    scores, values = -(-row_bytes // 32), 4 * -(-Dv // 64)
+    expected = (scores, values) if dtype == "fp8" else (0, scores + values)
+    assert (sass.count("QGMMA"), sass.count("HGMMA")) == expected
+    # NOTE: serialised wgmma shows as one wait an instruction
+    assert sass.count(r"WARPGROUP\.DEPBAR") == 2
+
+
+def test_store_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from flash_mla.kernels.hopper import store
+    from flash_mla.kernels.hopper.mla_decode.kernel import build
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = MlaConfig("bf16", 576, 2)
+    store.load.cache_clear()
+    assert callable(store.load("mla_decode", config, build))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "compiling" in said
+    assert store.path("mla_decode", config).exists()
+
+    def never(config: object) -> None:
+        raise AssertionError("compiled twice")
+
+    store.load.cache_clear()
+    assert callable(store.load("mla_decode", config, never))
+    assert capsys.readouterr().err == ""
+    store.load.cache_clear()

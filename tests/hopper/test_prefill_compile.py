@@ -1,0 +1,57 @@
+"""Compiles the configs of the Hopper prefill for sm_90a, without a GPU, and gates what the assembler made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sass import NEEDS, compiled
+
+from flash_mla.kernels.hopper.limits import REGISTERS, SMEM_BYTES
+from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
+
+pytestmark = NEEDS
+
+VARIANTS = [
+    (*width, paged, sparse) for width in WIDTHS for paged, sparse in ((False, False), (True, False), (False, True))
+]
+"""(D, Dv, paged, sparse) in BF16. FP16 differs in the type of an instruction; pages and a list together in the producer
+alone, and each is compiled."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_prefill(variant: tuple[int, int, bool, bool], tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.prefill.kernel import build
+
+    config = Config("bf16", *variant)
+    assert config.smem_bytes() <= SMEM_BYTES
+    sass = compiled(build, config, tmp_path)
+    ((registers, _),) = sass.resources
+    # entry registers: those of an SM over the threads of two CTAs or one, rounded down to 8
+    assert registers == REGISTERS // (config.threads * (2 if config.sparse else 1)) // 8 * 8
+    wide = config.sparse and config.D == 256
+    assert sass.spills <= ((16, 8, 9) if wide else (0, 0, 0))
+    # Q K^T and P V: steps without and with a mask (one where blocks are listed) and, with two Q stages, the step across
+    # tiles; the parts of one before the first block and after the last
+    scores, values = config.D // 16, config.tile_n // 16 * (2 if wide else 1)
+    steps = (1 if config.sparse else 2) + 1 + (config.q_stages > 1)
+    assert sass.count("HGMMA") == steps * (scores + values) + (scores if config.q_stages == 1 else 0)
+    # NOTE: serialised wgmma shows as one arrive and one wait an instruction
+    assert sass.count(r"WARPGROUP\.ARRIVE") <= 8
+    assert sass.count(r"WARPGROUP\.DEPBAR") <= 8
+
+
+def test_pack_mask(tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper import pack_mask
+
+    assert compiled(pack_mask.build, None, tmp_path).spills == (0, 0, 0)
+
+
+def test_arguments_share_no_symbol() -> None:
+    """A size or stride that two placeholders share must be equal in every call, or the launch is refused."""
+    from flash_mla.kernels.hopper.prefill.kernel import arguments
+
+    *qkvo, tensors, _, _ = arguments(Config("bf16", 128, 128, True, True))
+    symbols = [id(x) for tensor in (*qkvo, *tensors) for x in (*tensor.shape, *tensor.stride) if not isinstance(x, int)]
+    assert len(symbols) > 40
+    assert len(symbols) == len(set(symbols))
