@@ -274,7 +274,7 @@ def test_pages_of_other_sizes_and_split_latents(page, dtype, split):
     parts = [x.contiguous() if split else x for x in (pool[..., :Dv], pool[..., Dv:])]
     view, k, rope = (x.permute(2, 0, 1, 3)[None].expand(B, -1, -1, -1, -1) for x in (pool, *parts))
     q = torch.randn(B, Hq, 1, D, generator=generator).to(dtype)
-    problem = contract.decode_problem(q, view, k, table, alias=True, page=page)
+    problem = contract.decode_problem(q, view, k, table, alias=True)
     if split:
         problem = problem._replace(k_strides=k.stride(), v_strides=k.stride(), rope_strides=rope.stride())
     out = torch.full((B, Hq, 1, Dv), math.nan, dtype=torch.bfloat16)
