@@ -11,7 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["decode_reference", "format_rows", "mha_reference", "prefill_reference", "sparse_reference"]
+__all__ = [
+    "decode_reference",
+    "format_rows",
+    "index_reference",
+    "mha_reference",
+    "prefill_reference",
+    "sparse_reference",
+    "topk_reference",
+]
 
 BLOCK = 64
 
@@ -247,3 +255,24 @@ def sparse_reference(
             out[b, :, i], lse[b, :, i] = attend(query, k, k[:, :Dv], keep, None, softmax_scale, sink)
             top[b, :, i] = (softmax_scale * (query @ k.T)).amax(-1)
     return out, lse, top
+
+
+# --- What flash_mla.indexer computes ----------------------------------------------------------------------------------
+
+
+def index_reference(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """The scores of keys laid end to end, `mqa_logits` in float64: [S_q, S_kv], -inf where a query sees no key."""
+    products = torch.einsum("ihd,td->iht", q.double(), k.double() * k_scale.double()[:, None])
+    scores = torch.einsum("iht,ih->it", products.relu(), weights.double())
+    t = torch.arange(len(k), device=k.device)
+    return scores.masked_fill((t < starts[:, None]) | (t >= ends[:, None]), -math.inf)
+
+
+def topk_reference(scores: Tensor, topk: int) -> Tensor:
+    """The columns of each row's topk greatest scores, equal ones from the left, in order; then -1: [rows, topk]."""
+    columns = torch.full((len(scores), topk), -1, dtype=torch.int32, device=scores.device)
+    for row, kept in zip(scores, columns, strict=True):
+        row = torch.where(row.isnan(), -math.inf, row)
+        best = torch.sort(row, descending=True, stable=True).indices[: min(topk, int((row > -math.inf).sum()))]
+        kept[: len(best)] = best.sort().values
+    return columns

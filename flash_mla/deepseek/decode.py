@@ -8,24 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla.contract import (
-    check_grouping,
-    check_head_dims,
-    check_index,
-    check_last_dim,
-    check_on,
-    check_rank,
-    check_scale,
-    check_sink,
-    check_tensor,
-    decode_problem,
-    named,
-)
+from flash_mla.contract import check_head_dims, check_index, check_rank, check_tensor, named, out_dtype
 from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
 from flash_mla.deepseek.sparse import row_format, sparse, sparse_keys
-from flash_mla.errors import BlockCountError, DTypeError, ShapeError
-from flash_mla.plan import plan
-from flash_mla.problem import BLOCK, FP8, DecodeArgs
+from flash_mla.errors import DTypeError, ShapeError
+from flash_mla.pages import decode_over_pages
+from flash_mla.problem import FP8
 
 
 @dataclass
@@ -179,11 +167,7 @@ def dense(
     attn_sink: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Our own decode over the pool as a page view.
-
-    Our decode is causal. Without causality all s_q queries see the same keys, which is what heads of one group do, so
-    they go in as heads.
-    """
+    """Our own decode over pages; q and out are read and written where they lie."""
     if block_table is None or cache_seqlens is None:
         raise ShapeError(
             "indices None, block_table or cache_seqlens None",
@@ -193,10 +177,6 @@ def dense(
         )
     B, S_q, Hq, D = q.shape
     check_same_dtype(q, "k_cache", k_cache)
-    check_on(q.device, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens)
-    check_last_dim("k_cache", k_cache)
-    Hk = k_cache.shape[2]
-    check_grouping(Hq, Hk)
     check_head_dims(D, Dv)
     if k_cache.shape[3] != D or Dv > D:
         raise ShapeError(
@@ -204,63 +184,25 @@ def dense(
             "k_cache [num_blocks, page, h_kv, d] with q's d, and head_dim_v <= d",
             "V is the first head_dim_v columns of K",
         )
-    check_index("block_table", block_table, (B, -1), "[b, max_blocks]")
     check_index("cache_seqlens", cache_seqlens, (B,), "[b]")
-    check_sink(attn_sink, Hq, q.device)
-    k, table = as_blocks(k_cache, block_table)
-    k = k.permute(2, 0, 1, 3).expand(B, -1, -1, -1, -1)  # [B, Hk, Nblk, 64, D]
-    ratio = Hq // Hk
-    fold = S_q > 1 and not causal
-    if fold:
-        q = q.unflatten(2, (Hk, ratio)).transpose(1, 2).reshape(B, Hk * S_q * ratio, 1, D)
-        if attn_sink is not None:
-            attn_sink = attn_sink.view(Hk, 1, ratio).expand(-1, S_q, -1).flatten()
-    else:
-        q = q.transpose(1, 2).contiguous()
-    factors = [None if x is None else x.to(torch.float32).view(-1, 1).expand(B, Hk) for x in descales]
-    rows = q.shape[:3]
-    v = k[..., :Dv]
-    problem = decode_problem(
-        q, k, v, table, alias=True, descale=factors != [None, None], sink=attn_sink is not None,
-        scale_sign=check_scale(softmax_scale),
-    )  # fmt: skip
-    args = DecodeArgs(
-        q=q,
-        k=k,
-        v=v,
-        block_table=table,
-        seq_lens=cache_seqlens.contiguous(),
-        mask=None,
-        q_descale=factors[0],
-        k_descale=factors[1],
-        v_descale=factors[1],
+    descale_q, descale_k = (None if x is None else x.to(torch.float32).view(-1, 1) for x in descales)
+    out = q.new_empty(B, S_q, Hq, Dv, dtype=out_dtype(q.dtype))
+    result = decode_over_pages(
+        q.transpose(1, 2),
+        k_cache,
+        None,
+        block_table,
+        cache_seqlens,
+        v_head_dim=Dv,
+        causal=causal,
+        check_values=False,
+        softmax_scale=softmax_scale,
+        q_descale=descale_q,
+        k_descale=descale_k,
+        v_descale=descale_k,
         attn_sink=attn_sink,
-        softmax_scale=D**-0.5 if softmax_scale is None else softmax_scale,
-        out=q.new_empty((*rows, Dv), dtype=problem.out_dtype),
-        lse=q.new_empty(rows, dtype=torch.float32),
+        return_lse=True,
+        out=out.transpose(1, 2),
+        backend=backend,
     )
-    plan(problem, backend).launch(args)
-    assert args.lse is not None
-    out, lse = args.out, empty_is_inf(args.lse)
-    if fold:
-        out = out.view(B, Hk, S_q, ratio, Dv).transpose(1, 2).reshape(B, S_q, Hq, Dv)
-        return out, lse.view(B, Hk, S_q, ratio).transpose(2, 3).reshape(B, Hq, S_q)
-    return out.transpose(1, 2).contiguous(), lse
-
-
-def as_blocks(pool: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """A pool and table of pages of 64m tokens as one of 64-token blocks, without copying the pool."""
-    page = pool.shape[1]
-    parts = page // BLOCK
-    if page % BLOCK or (parts > 1 and pool.stride(0) != page * pool.stride(1)):
-        raise BlockCountError(
-            f"{named(k_cache=pool)} with strides {pool.stride()}: pages of {page} tokens",
-            f"pages of a multiple of {BLOCK} tokens, and those of more than {BLOCK} one after another in memory",
-            f"Dense attention reads blocks of {BLOCK} tokens where they lie",
-            f"Use pages of {BLOCK} tokens, or sparse attention, whose indices take pages of any length",
-        )
-    if parts == 1:
-        return pool, table.contiguous()
-    # int64: an unused entry may be 2^31-1
-    table = (table.long().unsqueeze(2) * parts + torch.arange(parts, device=table.device)).flatten(1)
-    return pool.unflatten(1, (parts, BLOCK)).flatten(0, 1), table
+    return out, empty_is_inf(result[1])

@@ -141,4 +141,5 @@ def storage_bytes(tensor: Tensor) -> Tensor:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, NaN included."""
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    # NOTE: a dim of size 1 keeps whatever stride it has in a contiguous tensor, which a view of bytes refuses
+    return a.shape == b.shape and torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))

@@ -86,11 +86,16 @@ def test_refuses_with_a_reason(changes: dict, words: str) -> None:
     assert words in reason
 
 
+@pytest.mark.parametrize("sign", [-1, 0])
+def test_gqa_scales_before_it_looks_for_the_maximum(sign: int) -> None:
+    assert device.refuse(problem(scale_sign=sign)) is None
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"scale_sign": -1}, "not above 0"),
-        ({"scale_sign": 0}, "not above 0"),
+        ({"scale_sign": -1, "alias": True, "Hk": 1}, "not above 0"),
+        ({"scale_sign": 0, "alias": True, "Hk": 1}, "not above 0"),
         ({"aligned": False}, "16 bytes"),
         ({"page": 16}, "pages of 16"),
         ({"rope_strides": ENGINE}, "split latent"),

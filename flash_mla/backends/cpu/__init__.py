@@ -10,7 +10,8 @@ does not take. Partial results meet in `merge`.
 Prefill runs one request at a time through the same op; masks and block layouts go through tiles of query rows, so that
 no bias of [P, P] exists.
 
-Sparse attention gathers the named rows in slices, and multiplies.
+Sparse attention gathers the named rows in slices, and multiplies. Index scores are FP32 products of all heads of a few
+queries.
 
 It runs everything that the contract admits, forward only.
 """
@@ -18,7 +19,7 @@ It runs everything that the contract admits, forward only.
 from __future__ import annotations
 
 from flash_mla.backends import Phase, module
-from flash_mla.problem import DecodeProblem, PrefillProblem, Problem
+from flash_mla.problem import DecodeProblem, IndexProblem, PrefillProblem, Problem, TopkProblem
 
 
 def available() -> str | None:
@@ -38,4 +39,8 @@ def phase(problem: Problem) -> Phase | str:
         return engine
     if isinstance(problem, DecodeProblem):
         return module("cpu", "decode")
+    if isinstance(problem, IndexProblem):
+        return module("cpu", "indexer")
+    if isinstance(problem, TopkProblem):
+        return module("cpu", "topk")
     return module("cpu", "prefill" if isinstance(problem, PrefillProblem) else "sparse")

@@ -11,6 +11,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-2.0e38)
+"""In natural units; in base 2 it is -2.9e38, so that a score may be added to it in FP32."""
 
 
 @triton.jit
@@ -24,6 +26,14 @@ def widen(x, WIDEN: tl.constexpr):
         half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
         x = (half.to(tl.float16, bitcast=True) * 256.0).to(tl.float16)
     return x
+
+
+@triton.jit
+def bias(mask):
+    """A floating mask in base 2; -inf only where it is -inf, which finfo.min times log2(e) would be too."""
+    wide = mask if mask.dtype == tl.float64 else mask.to(tl.float32)
+    finite = tl.maximum(wide, LOWEST).to(tl.float32) * LOG2E
+    return tl.where(wide == float("-inf"), float("-inf"), finite)
 
 
 @triton.jit
@@ -55,6 +65,7 @@ def attend(
     FLIP: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    rest_rows=None,  # [TILE_N] likewise for the columns from D_MAIN on, as if column 0 lay there; None: k_rows
 ):
     """One key tile, one online-softmax step.
 
@@ -71,10 +82,12 @@ def attend(
         d_live = d_live & stored[:, None]
         r_live = r_live & stored[:, None]
         v_live = v_live & stored[:, None]
-    k = widen(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN)
+    k = widen(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN).to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
     if D_REST > 0:
-        k_rest = widen(tl.load(k_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
+        if rest_rows is None:
+            rest_rows = k_rows
+        k_rest = widen(tl.load(rest_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN).to(q.dtype)
         scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
 
     if FLIP:
@@ -92,7 +105,7 @@ def attend(
             if MASK == "bool":
                 keep = keep & (tl.load(mask_tile, mask=seen, other=0) != 0)
             else:
-                scores += tl.load(mask_tile, mask=seen, other=float("-inf")).to(tl.float32) * LOG2E
+                scores += bias(tl.load(mask_tile, mask=seen, other=float("-inf")))
         scores = tl.where(keep, scores, float("-inf"))
 
     # online softmax
@@ -105,7 +118,7 @@ def attend(
     acc = acc * rescale[:, None]
     v = k
     if not REUSE:
-        v = widen(tl.load(v_rows[:, None] + offs_v[None, :], mask=v_live, other=0.0), WIDEN)
+        v = widen(tl.load(v_rows[:, None] + offs_v[None, :], mask=v_live, other=0.0), WIDEN).to(q.dtype)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max_new, row_sum
 

@@ -15,24 +15,17 @@ from flash_mla.kernels.hopper.gqa_decode.config import CONSUMERS, Bar
 from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer, consume
 from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars, Tensors, block_range
 from flash_mla.kernels.hopper.limits import TILE_M
-from flash_mla.kernels.hopper.walk import Done, Place, walk
-from flash_mla.kernels.hopper.work import Work
+from flash_mla.kernels.hopper.walk import Done, Place
 
 
 @dataclass(frozen=True)
 class Segments:
-    """A consumer warpgroup's way through the segments of its CTA."""
+    """What a consumer warpgroup does with the segments of its CTA."""
 
     consumer: Consumer
     tensors: Tensors
     scalars: Scalars
     cta: Int32
-
-    @cute.jit
-    def run(self, work: Work) -> None:
-        """Compute and write the CTA's segments."""
-        tensors = self.tensors
-        walk(work, tensors.table, tensors.seq_lens, self.scalars.groups, self.compute, Done.nothing())
 
     @cute.jit
     def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:

@@ -50,12 +50,39 @@ class Scalars(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shared:
-    """Views of a CTA's shared memory (frozen, like every group of trace-time objects: branches may then use it)."""
+class Buffers:
+    """The K buffers of an even and an odd block, as the products read them. config: has dtype and D."""
 
     config: Config
-    sQ: cute.Tensor
     k_buffers: cute.Pointer
+
+    def rows_of(self, chunks: int) -> cute.Layout:
+        """[64, 64 * chunks] from the pointer of a chunk on, which knows the swizzle."""
+        return row_layout(DTYPES[self.config.dtype], BLOCK, CHUNK * chunks).outer
+
+    def chunks(self, block: int, first: int) -> cute.Pointer:
+        """Where chunk `first` of the even (0) or odd (1) block's buffer lies."""
+        return self.k_buffers + (block * K_CHUNKS + first) * CHUNK_ELEMENTS
+
+    def sK(self, block: int) -> cute.Tensor:
+        """[64, 576] K of a block."""
+        return cute.make_tensor(self.chunks(block, 0), self.rows_of(K_CHUNKS))
+
+    def sV(self, block: int, half: int) -> cute.Tensor:
+        """[256, 64] half of V of a block, transposed."""
+        layout = cute.composition(self.rows_of(K_CHUNKS), cute.make_layout((HALF, BLOCK), stride=(BLOCK, 1)))
+        return cute.make_tensor(self.chunks(block, 4 * half), layout)
+
+    def sP(self, block: int) -> cute.Tensor:
+        """[64, 64] P of a block, in its dead rope chunk."""
+        return cute.make_tensor(self.chunks(block, P_CHUNK), self.rows_of(1))
+
+
+@dataclass(frozen=True)
+class Shared(Buffers):
+    """Views of a CTA's shared memory (frozen, like every group of trace-time objects: branches may then use it)."""
+
+    sQ: cute.Tensor
     sMax: cute.Tensor
     sSum: cute.Tensor
     sScan: cute.Tensor
@@ -82,23 +109,6 @@ class Shared:
             q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
         )
 
-    def rows_of(self, chunks: int) -> cute.Layout:
-        """[64, 64 * chunks] from the pointer of a chunk on, which knows the swizzle."""
-        return row_layout(DTYPES[self.config.dtype], BLOCK, CHUNK * chunks).outer
-
-    def chunks(self, block: int, first: int) -> cute.Pointer:
-        """Where chunk `first` of the even (0) or odd (1) block's buffer lies."""
-        return self.k_buffers + (block * K_CHUNKS + first) * CHUNK_ELEMENTS
-
-    def sK(self, block: int) -> cute.Tensor:
-        """[64, 576] K of a block."""
-        return cute.make_tensor(self.chunks(block, 0), self.rows_of(K_CHUNKS))
-
-    def sV(self, block: int, half: int) -> cute.Tensor:
-        """[256, 64] half of V of a block, transposed."""
-        layout = cute.composition(self.rows_of(K_CHUNKS), cute.make_layout((HALF, BLOCK), stride=(BLOCK, 1)))
-        return cute.make_tensor(self.chunks(block, 4 * half), layout)
-
-    def sP(self, block: int) -> cute.Tensor:
-        """[64, 64] P of a block, in its dead rope chunk."""
-        return cute.make_tensor(self.chunks(block, P_CHUNK), self.rows_of(1))
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        return self.q, self.k

@@ -12,7 +12,10 @@ from flash_mla import deepseek, flash_mla_with_kvcache, get_mla_metadata
 from flash_mla.reference import decode_reference, sparse_reference
 from flash_mla.testing import DecodeCase, MhaCase, SparseDecodeCase, check, library_lse, run
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 LENGTHS = (1500, 64, 700)
 CASES = {

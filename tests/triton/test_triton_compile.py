@@ -46,7 +46,8 @@ TARGETS = {
 MAX_STACK = 64
 """Bytes of a thread's stack that spills may take: a few scalars."""
 SPILLS = {
-    "mla_128": 1024, "fp8_mla_128": 1792,  # on sm_90: in the epilogue, where a [64, 512] FP32 tile changes layout
+    # on sm_90: in the epilogue, where a [64, 512] FP32 tile changes layout
+    "mla_128": 1024, "page_16_mla_128": 1024, "split_mla_128": 1024, "fp8_mla_128": 1792, "bf16_fp8_mla_128": 1792,
     "fp32_d128": 512, "d256": 320,
 }  # fmt: skip
 """Where more is allowed. The SASS of mla_128 on sm_90 has 6 LDL among the 74 HGMMA of its loop."""
@@ -114,28 +115,32 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def decode_case(
     *, B: int = 64, Hq: int, Hk: int, D: int, Dv: int, S_q: int = 1, dtype: torch.dtype = torch.bfloat16,
-    alias: bool = False, table_blocks: int = 128, mask: torch.dtype | None = None,
+    alias: bool = False, table_blocks: int = 128, mask: torch.dtype | None = None, kv_dtype: torch.dtype | None = None,
+    page: int = 64, split: bool = False,
 ) -> tuple[DecodeProblem, DecodeArgs]:  # fmt: skip
     out_dtype = torch.bfloat16 if dtype == FP8 else dtype
-    k = meta(4096, 64, Hk, D, dtype=dtype).permute(2, 0, 1, 3)[None].expand(B, -1, -1, -1, -1)
-    v = (
-        k[..., :Dv]
-        if alias
-        else meta(4096, 64, Hk, Dv, dtype=dtype).permute(2, 0, 1, 3)[None].expand(B, -1, -1, -1, -1)
-    )
-    scale = meta(B, Hk, dtype=torch.float32) if dtype == FP8 else None
+    kv_dtype = kv_dtype or dtype
+
+    def view(columns: int) -> Tensor:
+        return meta(4096, page, Hk, columns, dtype=kv_dtype).permute(2, 0, 1, 3)[None].expand(B, -1, -1, -1, -1)
+
+    k = view(Dv if split else D)
+    v = k[..., :Dv] if alias else view(Dv)
+    rope = view(D - Dv) if split else None
+    scale = meta(B, Hk, dtype=torch.float32) if kv_dtype == FP8 else None
     args = DecodeArgs(
         q=meta(B, Hq, S_q, D, dtype=dtype), k=k, v=v, block_table=meta(B, table_blocks, dtype=torch.int32),
         seq_lens=meta(B, dtype=torch.int32),
         mask=meta(B, Hq, S_q, table_blocks * 64, dtype=mask) if mask else None,
         q_descale=scale, k_descale=scale, v_descale=scale, attn_sink=None, softmax_scale=0.1,
-        out=meta(B, Hq, S_q, Dv, dtype=out_dtype), lse=meta(B, Hq, S_q, dtype=torch.float32),
+        out=meta(B, Hq, S_q, Dv, dtype=out_dtype), lse=meta(B, Hq, S_q, dtype=torch.float32), k_rope=rope,
     )  # fmt: skip
     problem = DecodeProblem(
-        device=torch.device("meta"), dtype=dtype, kv_dtype=dtype, out_dtype=out_dtype, B=B, Hq=Hq, Hk=Hk,
+        device=torch.device("meta"), dtype=dtype, kv_dtype=kv_dtype, out_dtype=out_dtype, B=B, Hq=Hq, Hk=Hk,
         S_q=S_q, D=D, Dv=Dv, Nblk=4096, table_blocks=table_blocks, q_strides=args.q.stride(), k_strides=k.stride(),
         v_strides=v.stride(), alias=alias,
-        mask=MASK_KINDS[mask], descale=dtype == FP8, sink=False,
+        mask=MASK_KINDS[mask], descale=kv_dtype == FP8, sink=False, page=page,
+        rope_strides=None if rope is None else rope.stride(),
     )  # fmt: skip
     return problem, args
 
@@ -182,6 +187,11 @@ DECODE = {
     "fp32_d128": dict(Hq=32, Hk=8, D=128, Dv=128, dtype=torch.float32),
     "mask_d128": dict(Hq=32, Hk=8, D=128, Dv=128, mask=torch.bool),
     "mask_float_d128": dict(Hq=32, Hk=8, D=128, Dv=128, mask=torch.float32),
+    "page_16_d128": dict(Hq=32, Hk=8, D=128, Dv=128, page=16),
+    "page_16_mla_128": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True, page=16),
+    "split_mla_128": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True, split=True),
+    "bf16_fp8_mla_128": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True, kv_dtype=FP8),
+    "bf16_fp8_d128": dict(Hq=32, Hk=8, D=128, Dv=128, kv_dtype=FP8),
 }
 MASK_KINDS = {None: "none", torch.bool: "bool", torch.float32: "float"}
 PREFILL = {
@@ -203,13 +213,14 @@ def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
     problem, args = decode_case(**DECODE[case])
     config = decode_phase.config(problem, target).decode
     tensors = (
-        *(stored(x, config.widen) for x in (args.q, args.k, args.v)), args.block_table, args.seq_lens,
-        args.mask, args.q_descale, args.k_descale, args.v_descale, None,
+        *(stored(x, config.widen) for x in (args.q, args.k, args.v)),
+        None if args.k_rope is None else stored(args.k_rope, config.widen), args.block_table, args.seq_lens, args.mask,
+        args.q_descale, args.k_descale, args.v_descale, None,
         args.out, args.lse, meta(1, dtype=torch.float32),
     )  # fmt: skip
     constants = decode.constants(
-        config, q=args.q, k=args.k, v=args.v, block_table=args.block_table, mask=args.mask, q_descale=args.q_descale,
-        k_descale=args.k_descale, v_descale=args.v_descale, flip=False,
+        config, q=args.q, k=args.k, v=args.v, k_rope=args.k_rope, block_table=args.block_table, mask=args.mask,
+        q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale, out=args.out, flip=False,
     )  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return config, compile_for(decode.decode_kernel, (*tensors, 0.1, *constants), options, target)
@@ -259,8 +270,8 @@ def test_combine_and_append_compile(target: str) -> None:
     problem, args = decode_case(**DECODE["mla_16"])
     chosen = decode_phase.config(problem, on)
     constants = combine.constants(
-        chosen.combine, B=problem.B, Hk=1, table_blocks=problem.table_blocks, S_q=1, ratio=16, Dv=512,
-        pdl=chosen.decode.pdl, partial_rows=16, dv_tile=512,
+        chosen.combine, B=problem.B, Hk=1, capacity=64 * problem.table_blocks, S_q=1, ratio=16, Dv=512,
+        out_strides=args.out.stride(), pdl=chosen.decode.pdl, partial_rows=16, dv_tile=512,
     )  # fmt: skip
     tensors = (args.seq_lens, meta(1, dtype=torch.float32), None, args.out, args.lse)
     options = {"num_warps": chosen.combine.warps}

@@ -1,0 +1,199 @@
+"""Sparse prefill on Hopper: out = softmax(scale * q K^T) V over the rows of kv that a token names, V = K[:, :512].
+
+Grid: one CTA an SM, persistent. A tile is one token with 64 of its heads; CTA c takes tiles c, c + CTAs, and so on, so
+that the two tiles of a token with 128 heads run side by side and the L2 gives its rows to both.
+
+Bound. A block of 64 keys costs 2 * 64 * 64 * (576 + 512) = 8.9 MFLOP, 2176 cycles of an SM's tensor cores, and 64 *
+1152 = 73.7 KB out of the L2: 121 FLOP a byte. At 650 TFLOP/s the SMs together draw 5.4 TB/s; the gather alone reaches
+7.3 TB/s from the L2 and 5.9 TB/s at random from 75 MB (H200). With few heads the same bytes serve fewer FLOP: they
+bound.
+
+Roles (384 threads; entry 168 registers):
+    warpgroup 0   232 registers   S0 = Q K_even^T, softmax, O[:, 0:256]       `mla_decode/consumer.py`, with a mask
+    warpgroup 1   232 registers   S1 = Q K_odd^T, softmax, O[:, 256:512]
+    warps 8-11     40 registers   gather of K by cp.async, 16 rows of a block each (`gather.py`); warp 8: TMA of Q
+Shared memory is that of MLA decode: Q, two K buffers, P in the rope chunk of the buffer that its scores came from.
+
+Channels, producer -> consumer (full arrivals / empty arrivals):
+    K   warps 8-11 -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block   4 * 33 / 4 warps
+        Every thread arrives when its copies have landed, and a lane of each warp when it has stored `sSeen`. Stages
+        are freed as in MLA decode: 0 and 2 by warpgroup 0, 1 and 3 by warpgroup 1, each after its P V.
+    Q   warp 8 -> warpgroups 0, 1       1 stage                                                  1 + bytes / 8 warps
+    P0  warpgroup 0 -> 1, P1  warpgroup 1 -> 0   named barriers, with the running max beside P
+
+Steady state, a pair of blocks:
+    warps 8-11    ids of the next pair | wait for stage 0, copy, arrive | 1 | 2 | 3
+    warpgroup 0   softmax S0 | P0 -> smem | P0 V0 left  | wait P1 | P1 V1 left | S0 of the next pair
+    warpgroup 1   S1         | wait P0    | P0 V0 right, softmax S1 under it | P1 -> smem | P1 V1 right
+The gather runs on into the next tile while the consumers write a result.
+
+A key whose id is negative, past the last row, or not among the first `lengths` has S = -inf by a bit of `sSeen`, and a
+row of zeros in K: memory is not read for it, and no NaN of a row that no id names can come through V.
+
+Supports BF16 and FP16; D 576 or 512; any number of heads, ids and rows; strides of q and kv in multiples of 16 bytes.
+Where the rows do not fit into the L2, `order.py` puts the ids in the order of their rows first.
+
+Measured and rejected: docs/design/sparse.md.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint16
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from flash_mla.kernels.hopper.boxes import row_layout
+from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
+from flash_mla.kernels.hopper.memory import allocate
+from flash_mla.kernels.hopper.mla_decode.config import (
+    CHUNK_ELEMENTS,
+    CONSUMER_REGISTERS,
+    CONSUMER_WARPS,
+    DV,
+    K_CHUNKS,
+    PRODUCER_REGISTERS,
+    STAGES,
+)
+from flash_mla.kernels.hopper.sparse_prefill.config import PRODUCER_WARPS, THREADS, Config
+from flash_mla.kernels.hopper.sparse_prefill.consumer import Consumer
+from flash_mla.kernels.hopper.sparse_prefill.producer import Producer
+from flash_mla.kernels.hopper.sparse_prefill.result import Tiles
+from flash_mla.kernels.hopper.sparse_prefill.shared import Scalars, Shared, Tensors
+
+
+class SparsePrefill:
+    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # [tokens, 1, Hq, D]
+        kv: cute.Tensor,  # [1, num_rows, D]
+        indices: cute.Tensor,  # [tokens, 1, topk] int32
+        lengths: cute.Tensor,  # [tokens] int32; anything if not has_lengths
+        sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
+        out: cute.Tensor,  # [tokens, 1, Hq, 512], contiguous
+        lse: cute.Tensor,  # [tokens, 1, Hq] FP32, contiguous
+        max_logits: cute.Tensor,  # [tokens, 1, Hq] FP32, contiguous
+        scale_log2: Float32,
+        has_lengths: Int32,
+        has_sink: Int32,
+        ctas: Int32,
+        stream,
+    ):
+        config = self.config
+        tokens, Hq, topk = q.shape[0], q.shape[2], indices.shape[2]
+        head_tiles = (Hq + (TILE_M - 1)) // TILE_M
+        q_layout = cute.make_layout((Hq, config.D, tokens), stride=(q.stride[2], 1, q.stride[0]))
+        chunk, load = row_layout(DTYPES[config.dtype], BLOCK, CHUNK), cpasync.CopyBulkTensorTileG2SOp()
+        tma_q, tQ = cpasync.make_tiled_tma_atom(load, cute.make_tensor(q.iterator, q_layout), chunk, (TILE_M, CHUNK))
+        per_head = cute.make_layout((tokens, Hq), stride=(Hq, 1))
+        id_layout = cute.make_layout((tokens, topk), stride=(indices.stride[0], 1))
+        tensors = Tensors(
+            kv=kv.iterator,
+            indices=cute.make_tensor(indices.iterator, id_layout),
+            lengths=lengths,
+            sink=sink,
+            out=cute.make_tensor(out.iterator, cute.make_layout((tokens, Hq, DV), stride=(Hq * DV, DV, 1))),
+            lse=cute.make_tensor(lse.iterator, per_head),
+            max_logits=cute.make_tensor(max_logits.iterator, per_head),
+        )
+        scalars = Scalars(
+            scale_log2=scale_log2,
+            row_bytes=2 * Int64(kv.stride[1]),
+            num_rows=kv.shape[1],
+            tiles=tokens * head_tiles,
+            head_tiles=head_tiles,
+            has_lengths=has_lengths,
+            has_sink=has_sink,
+        )
+        self.kernel(tma_q, tQ, tensors, scalars).launch(
+            grid=(ctas, 1, 1),
+            block=(THREADS, 1, 1),
+            smem=config.smem_bytes(),
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, tma_q: cute.CopyAtom, tQ: cute.Tensor, tensors: Tensors, scalars: Scalars):
+        config = self.config
+        dtype = DTYPES[config.dtype]
+
+        @cute.struct
+        class Storage:
+            sQ: cute.struct.Align[cute.struct.MemRange[dtype, TILE_M * config.D], 1024]
+            sK: cute.struct.Align[cute.struct.MemRange[dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
+            staged: cute.struct.Align[cute.struct.MemRange[dtype, CONSUMER_WARPS * STAGED], 128]
+            sMax: cute.struct.MemRange[Float32, 2 * TILE_M]
+            sSum: cute.struct.MemRange[Float32, 2 * TILE_M]
+            sTop: cute.struct.MemRange[Float32, 2 * TILE_M]
+            sSeen: cute.struct.Align[cute.struct.MemRange[Uint16, 2 * PRODUCER_WARPS], 16]
+            k_barriers: cute.struct.MemRange[Int64, Channel.words(STAGES)]
+            q_barriers: cute.struct.MemRange[Int64, Channel.words(1)]
+
+        shared = Shared.over(config, allocate(Storage, config))
+        warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        cta, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        if warp_id == 0:
+            cpasync.prefetch_descriptor(tma_q)
+            with cute.arch.elect_one():
+                shared.k.init()
+                shared.q.init()
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        if warp_id >= CONSUMER_WARPS:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            Producer.over(shared, tensors, scalars, tma_q, tQ, warp_id - CONSUMER_WARPS).run(cta, ctas)
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            tidx, _, _ = cute.arch.thread_idx()
+            if warp_id < CONSUMER_WARPS // 2:
+                left = Consumer.over(shared, 0, tidx, scalars.scale_log2)
+                Tiles(left, tensors, scalars).run(cta, ctas)
+            else:
+                right = Consumer.over(shared, 1, tidx - WARPGROUP, scalars.scale_log2)
+                Tiles(right, tensors, scalars).run(cta, ctas)
+        shared.k.check()
+        shared.q.check()
+
+
+# ---------------------------------------------------------------------------------------------------------- Launch
+
+
+def arguments(config: Config) -> tuple:
+    """Symbolic arguments of `SparsePrefill.__call__`, for compiling without a GPU."""
+    dtype, size, some = DTYPES[config.dtype], cute.sym_int32, cute.sym_int64
+    wide = functools.partial(cute.sym_int64, divisibility=8)  # a stride in elements, of 16 bytes
+    fp32 = functools.partial(make_fake_tensor, Float32, assumed_align=4)
+    ints = functools.partial(make_fake_tensor, Int32, assumed_align=4)
+    return (
+        make_fake_tensor(dtype, (size(), size(), size(), config.D), (wide(), some(), wide(), 1), assumed_align=16),
+        make_fake_tensor(dtype, (size(), size(), config.D), (some(), wide(), 1), assumed_align=16),
+        ints((size(), size(), size()), (some(), some(), 1)),
+        ints((size(),), (1,)),
+        fp32((size(),), (1,)),
+        make_fake_tensor(dtype, (size(), size(), size(), DV), (some(), some(), some(), 1), assumed_align=16),
+        fp32((size(), size(), size()), (some(), some(), 1)),
+        fp32((size(), size(), size()), (some(), some(), 1)),
+        Float32(1.0),
+        Int32(0),
+        Int32(0),
+        Int32(1),
+    )
+
+
+def build(config: Config, options: str = ""):
+    """Compile the kernel for sm_90a; takes seconds."""
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(SparsePrefill(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")
