@@ -34,13 +34,13 @@ def refuse(problem: Problem) -> str | None:
 
 def phase(problem: Problem) -> Phase | str:
     """The module that such problems go to."""
+    if isinstance(problem, IndexProblem):
+        return module("cpu", "indexer")
+    if isinstance(problem, TopkProblem):
+        return module("cpu", "topk")
     engine = module("cpu", "engine")
     if engine.refuse(problem) is None:
         return engine
     if isinstance(problem, DecodeProblem):
         return module("cpu", "decode")
-    if isinstance(problem, IndexProblem):
-        return module("cpu", "indexer")
-    if isinstance(problem, TopkProblem):
-        return module("cpu", "topk")
     return module("cpu", "prefill" if isinstance(problem, PrefillProblem) else "sparse")

@@ -20,18 +20,18 @@ from torch import Tensor
 from flash_mla.problem import (
     BLOCK,
     FP8,
-    Args,
     DecodeArgs,
     DecodeProblem,
     PrefillArgs,
     PrefillProblem,
-    Problem,
     SparseArgs,
     SparseProblem,
 )
 
 if TYPE_CHECKING:
     from flash_mla.kernels.cpu.config import Spec
+
+Attention = DecodeProblem | PrefillProblem | SparseProblem
 
 NAMES = {
     torch.bfloat16: "bf16",
@@ -65,24 +65,24 @@ def missing() -> str | None:
     return config.lacks(config.host()) or (None if team.team() else "torch's OpenMP runtime has no known entry point")
 
 
-def refuse(problem: Problem) -> str | None:
+def refuse(problem: Attention) -> str | None:
     """Why torch must serve, or None."""
     return missing()
 
 
-def config(problem: Problem) -> Call:
+def config(problem: Attention) -> Call:
     """The problem bound to its kernel, which the first call compiles."""
     if isinstance(problem, SparseProblem):
         return Sparse(problem)
     return Decode(problem) if isinstance(problem, DecodeProblem) else Prefill(problem)
 
 
-def launch(problem: Problem, config: Call, args: Args) -> None:
+def launch(problem: Attention, config: Call, args: DecodeArgs | PrefillArgs | SparseArgs) -> None:
     """Fill args.out and args.lse."""
     config.launch(args)
 
 
-def spec(problem: Problem, rows: int, **more: Any) -> Spec:
+def spec(problem: Attention, rows: int, **more: Any) -> Spec:
     """The kernel for items of so many rows, its mask's element type left open; `more` are fields of Spec."""
     from flash_mla.kernels.cpu.config import Spec, host, tile
 
@@ -236,7 +236,7 @@ class Decode(Call):
         self.cap = p.table_blocks * p.page if p.Nblk else 0
         rope = 0 if p.rope_strides is None else p.D - p.Dv
         more = strides("rope", p.rope_strides[:4], p.kv_dtype, "bhpk") if p.rope_strides else {}
-        outer = packed_strides(p.Hq, p.S_q, p.Dv)
+        outer = packed_strides(p.Hq, p.S_q, p.Dv) if p.out_strides is None else p.out_strides[:3]
         kv, out = NAMES[p.kv_dtype], NAMES[p.out_dtype]
         super().__init__(
             spec(p, p.ratio * p.S_q, kv=kv, out=out, alias=p.alias, page=p.page, rope=rope),
@@ -381,3 +381,4 @@ class Sparse(Call):
             kept.append(self.integers(packed, f"count{n}", keys.lengths))
         self.run(packed)
         del kept
+        args.mark_empty()
