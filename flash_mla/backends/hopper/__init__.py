@@ -21,6 +21,4 @@ def phase(problem: Problem) -> Phase | str:
         return module("hopper", "prefill")
     if not isinstance(problem, SparseProblem):
         return "there is no kernel in CuTe DSL for the indexer"
-    if problem.max_logits:
-        return module("hopper", "sparse_prefill")
-    return "there is no kernel in CuTe DSL for sparse decode"
+    return module("hopper", "sparse_prefill" if problem.max_logits else "sparse_decode")
