@@ -205,6 +205,7 @@ DECODE = {
     "gqa_d128": dict(Hq=32, Hk=8, D=128, Dv=128),
     "gqa_d256": dict(Hq=16, Hk=8, D=256, Dv=256),
     "mla_16": dict(Hq=16, Hk=1, D=576, Dv=512, alias=True),
+    "fp8_mla_16": dict(Hq=16, Hk=1, D=576, Dv=512, alias=True, dtype=FP8),
     "mla_128": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True),
     "fp8_gqa_d128": dict(Hq=32, Hk=8, D=128, Dv=128, dtype=FP8),
     "fp8_mla_128": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True, dtype=FP8),
@@ -241,6 +242,7 @@ PREFILL = {
 def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
     problem, args = decode_case(**DECODE[case])
     config = decode_phase.config(problem, target).decode
+    args = decode_phase.in_half(problem, args) if config.widen else args
     tensors = (
         *(stored(x, config.widen) for x in (args.q, args.k, args.v)),
         None if args.k_rope is None else stored(args.k_rope, config.widen), args.block_table, args.seq_lens, args.mask,

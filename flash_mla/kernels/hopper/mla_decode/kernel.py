@@ -37,7 +37,7 @@ Supports BF16 and FP16; D 576 or 512; any row count; any strides that TMA takes 
 too; ragged lengths, 0 included; causal among the S_q tokens. Unused slots may hold NaN: the scores past the end are
 masked and the V rows zeroed. Block ids are forced inside the cache, lengths inside the table.
 
-Measured: docs/kernels.md, "Hopper MLA decode".
+Measured: docs/design/mla-decode.md.
 """
 
 from __future__ import annotations
