@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from flash_mla import contract
+from flash_mla.api import as_tensors, give_back
 from flash_mla.backends import choose
-from flash_mla.contract import NO_DESCALES, Descales, named
+from flash_mla.contract import Descales, named
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.launch import launch
 from flash_mla.plan import Plan, plan
@@ -76,8 +77,13 @@ def decode_over_pages(
         FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
     """
     descales = (q_descale, k_descale, v_descale)
-    views = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
-    k, v, k_rope, table = views
+    if torch.compiler.is_compiling():
+        result = torch.ops.flash_mla.decode_over_pages(
+            q, k_pages, v_pages, block_table, seq_lens, mask, layout, k_rope_pages, v_head_dim, causal, check_values,
+            softmax_scale, *as_tensors(descales, q), attn_sink, backend, out,
+        )  # fmt: skip
+        return give_back(result, return_lse, out)
+    k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
     fold = not causal and mask is None and q.shape[2] > 1
     if fold:
         # all queries see the same keys, which is what heads of one group do
@@ -202,11 +208,6 @@ def attend_pages(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call over page views, every check of the other arguments made."""
     problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
-    q_descale, k_descale, v_descale = descales
-    problem = contract.check_out(
-        out, problem, q=q, k_pages=k, v_pages=v, k_rope_pages=k_rope, block_table=table, seq_lens=seq_lens, mask=mask,
-        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
-    )  # fmt: skip
     chosen = pick(problem, backend)
     if check_values:
         longest = contract.check_values(table, seq_lens, problem.Nblk, page=problem.page)
@@ -237,7 +238,7 @@ def pages_problem(
     attn_sink: Tensor | None,
     out: Tensor | None,
 ) -> DecodeProblem:
-    """The problem of a call over page views; reads no value."""
+    """The problem of a call over page views, every check of shapes, dtypes and memory made; reads no value."""
     B, Hq, S_q, D = q.shape
     Hk = k.shape[1]
     contract.check_tensor("seq_lens", seq_lens)
@@ -255,11 +256,16 @@ def pages_problem(
         if not out.is_contiguous():
             check_spread(out)
             out_strides = out.stride()
-    return contract.decode_problem(
+    problem = contract.decode_problem(
         q, k, v, table, k_rope, alias=contract.is_alias(k, v),
         mask=contract.check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, L]"),
         descale=contract.check_descales(descales, B, Hk, q.device), sink=attn_sink is not None,
         scale_sign=contract.check_scale(softmax_scale), out_strides=out_strides,
+    )  # fmt: skip
+    q_descale, k_descale, v_descale = descales
+    return contract.check_out(
+        out, problem, q=q, k_pages=k, v_pages=v, k_rope_pages=k_rope, block_table=table, seq_lens=seq_lens, mask=mask,
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
     )  # fmt: skip
 
 
@@ -304,13 +310,13 @@ def unfold(
     check_values: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call without causality: its S_q queries as heads of their group, and back."""
-    B, Hq, S_q, _ = q.shape
+    B, Hq, S_q, D = q.shape
     Hk, Dv = k.shape[1], v.shape[4]
     contract.check_grouping(Hq, Hk)
     contract.check_sink(attn_sink, Hq, q.device)
     ratio = Hq // Hk
     # [B, Hk * S_q * ratio, 1, D]: a view where Hk is 1 and q lies as [B, S_q, Hq, D]
-    rows = q.unflatten(1, (Hk, ratio)).transpose(2, 3).reshape(B, Hk * S_q * ratio, 1, -1)
+    rows = q.unflatten(1, (Hk, ratio)).transpose(2, 3).reshape(B, Hk * S_q * ratio, 1, D)
     sink = None if attn_sink is None else attn_sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
     result = attend_pages(
         rows, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, sink, True, None, backend, check_values
@@ -320,7 +326,6 @@ def unfold(
     first = result[0].view(*folded, Dv).transpose(2, 3).flatten(1, 2)
     lse = result[1].view(folded).transpose(2, 3).flatten(1, 2)
     if out is not None:
-        problem = pages_problem(q, k, v, k_rope, table, seq_lens, None, None, NO_DESCALES, None, out)
-        contract.check_out(out, problem, q=q, k_pages=k, v_pages=v, block_table=table, seq_lens=seq_lens)
+        pages_problem(q, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, attn_sink, out)
         first = out.copy_(first)
     return (first, lse) if return_lse else first
