@@ -16,7 +16,7 @@ from flash_mla import contract
 from flash_mla.api import attend_mha, plan_decode, plan_mha, plan_prefill
 from flash_mla.autograd import refuse_op
 from flash_mla.launch import launch
-from flash_mla.pages import decode_over_pages, page_views, pages_problem
+from flash_mla.pages import check_pages_out, decode_over_pages, page_views
 from flash_mla.problem import AppendArgs
 
 
@@ -164,7 +164,7 @@ def pages_op(
         if out is not None:
             views = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
             descales = (q_descale, k_descale, v_descale)
-            pages_problem(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+            check_pages_out(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, out)
         return decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, mask, layout=layout, k_rope_pages=k_rope_pages,
             v_head_dim=v_head_dim, causal=causal, check_values=check_values, softmax_scale=softmax_scale,
