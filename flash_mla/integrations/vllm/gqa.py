@@ -72,15 +72,16 @@ class FlashMLAGQAImpl(CPUAttentionBackendImpl):
         if attn_metadata is None:  # a run that only measures memory
             return output
         D, starts = query.shape[-1], attn_metadata.query_start_loc.tolist()
+        k_pages, v_pages = kv_cache[..., :D], kv_cache[..., D:]
         out = output.view(len(output), -1, D)
         for first, last in runs_of_equal_length(starts):
             rows = slice(starts[first], starts[last])
             decode_over_pages(
                 query[rows].unflatten(0, (last - first, -1)).transpose(1, 2),
-                kv_cache[..., :D],
-                kv_cache[..., D:],
-                block_table=attn_metadata.block_table[first:last],
-                seq_lens=attn_metadata.seq_lens[first:last],
+                k_pages,
+                v_pages,
+                attn_metadata.block_table[first:last],
+                attn_metadata.seq_lens[first:last],
                 layout="HND",
                 causal=attn_metadata.causal,
                 check_values=False,
