@@ -258,7 +258,7 @@ def out_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_head_dims(D: int, Dv: int) -> None:
     for name, size in (("D", D), ("Dv", Dv)):
-        if size % 8 or not 8 <= size <= 576:
+        if not isinstance(size, (int, torch.SymInt)) or size % 8 or not 8 <= size <= 576:
             raise ShapeError(
                 f"head dim {name} = {size}",
                 "a multiple of 8 from 8 to 576",
@@ -437,7 +437,7 @@ def check_scale(softmax_scale: float | None) -> int:
             f"`softmax_scale` is a {type(softmax_scale).__name__} and no finite number",
             "Pass a float",
         )
-    return (softmax_scale > 0) - (softmax_scale < 0)
+    return int(softmax_scale > 0) - int(softmax_scale < 0)
 
 
 def settle_causal(causal: bool | None, mask: Tensor | None) -> bool:
@@ -975,7 +975,7 @@ def slabs_meet(distance: int, slabs: tuple[int, int], dims: Sequence[tuple[int, 
         return -slabs[1] < distance < slabs[0]
     (stride, size), *rest = dims
     steps = distance // stride
-    return any(slabs_meet(distance - i * stride, slabs, rest) for i in (steps, steps + 1) if i < size)
+    return any(slabs_meet(distance - i * stride, slabs, rest) for i in (steps, steps + 1) if abs(i) < size)
 
 
 def check_prompt_values(
