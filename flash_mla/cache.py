@@ -404,7 +404,9 @@ class PagedKVCache:
         except BaseException:
             self._undo(change)
             raise
-        own = {b: {*blocks} for b, blocks in change.taken}
+        own: dict[int, set[int]] = {}
+        for b, taken in change.taken:
+            own.setdefault(b, set()).update(taken)
         moved = [b for b, (blocks, _) in change.requests.items() if blocks is not self._blocks[b]]
         for b in moved:
             self._allocator(b).share(n for n in change.requests[b][0] if n not in own.get(b, ()))

@@ -258,7 +258,7 @@ def out_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_head_dims(D: int, Dv: int) -> None:
     for name, size in (("D", D), ("Dv", Dv)):
-        if size % 8 or not 8 <= size <= 576:
+        if not isinstance(size, (int, torch.SymInt)) or size % 8 or not 8 <= size <= 576:
             raise ShapeError(
                 f"head dim {name} = {size}",
                 "a multiple of 8 from 8 to 576",

@@ -20,6 +20,8 @@ from flash_mla.errors import (
 )
 from flash_mla.quant import FORMATS
 
+pytestmark = pytest.mark.usefixtures("cpu_engine")
+
 INVALID = torch.tensor([-(2**31), -123456, -1, 1919810, 2147480000, 2**31 - 1])
 
 

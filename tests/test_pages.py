@@ -22,6 +22,10 @@ BACKENDS = [None, "triton"] if DEVICE == "cuda" else ["cpu", "triton"] if INTERP
 LENGTHS = (130, 3, 0, 65)
 
 
+def rope_columns(D):
+    return 64 if D == 576 else 16
+
+
 def pool(gen, N, page, Hk, D, dtype, layout, packing):
     """(k, v or None, k_rope or None) pools that hold NaN outside of their columns."""
     shape = {"NHD": (N, page, Hk), "HND": (N, Hk, page)}[layout]
@@ -39,7 +43,8 @@ def pool(gen, N, page, Hk, D, dtype, layout, packing):
         return both[..., 0, :D], both[..., 1, :D], None
     if packing == "latent":
         return draw(*shape, D), None, None
-    return draw(*shape, D - 16), None, draw(*shape, 24)[..., :16]  # split
+    rope = rope_columns(D)
+    return draw(*shape, D - rope), None, draw(*shape, rope + 8)[..., :rope]  # split
 
 
 def truth(x, layout, page):
@@ -78,7 +83,7 @@ CASES = {
     "mla-page-16": dict(page=16, packing="latent", Hk=1, Hq=8, D=80, Dv=64, S_q=2),
     "split": dict(page=64, packing="split", Hk=1, Hq=8, D=80, S_q=2),
     "split-page-16": dict(page=16, packing="split", Hk=1, Hq=8, D=80, sink=True),
-    "split-fp8": dict(page=32, packing="split", Hk=1, Hq=8, D=80, kv_dtype=FP8, descale=True),
+    "split-fp8": dict(page=32, packing="split", Hk=1, Hq=8, D=576, kv_dtype=FP8, descale=True),
     "fp8": dict(page=16, dtype=FP8, descale=True),
     "bf16-over-fp8": dict(page=64, dtype=BF16, kv_dtype=FP8, descale=True),
     "fp16-over-fp8": dict(page=16, dtype=torch.float16, kv_dtype=FP8, descale=True, packing="tensor"),
@@ -120,7 +125,7 @@ def make(page, layout="NHD", packing="apart", Hq=4, Hk=2, D=64, Dv=None, S_q=1, 
         "mask": torch.rand(B, 1, S_q, 140, generator=gen) > 0.3 if mask else None,
         "q_descale": None, "k_descale": factor, "v_descale": factor, "causal": causal, "softmax_scale": softmax_scale,
         "attn_sink": torch.randn(Hq, generator=gen) if sink else None,
-        "Dv": D - 16 if packing == "split" else Dv or D,
+        "Dv": D - rope_columns(D) if packing == "split" else Dv or D,
     }  # fmt: skip
     return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in made.items()}
 

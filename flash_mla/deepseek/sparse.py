@@ -157,7 +157,7 @@ def sparse(
     args = SparseArgs(
         q=q,
         keys=tuple(keys),
-        attn_sink=attn_sink,
+        attn_sink=None if attn_sink is None else attn_sink.contiguous(),
         softmax_scale=D**-0.5 if softmax_scale is None else softmax_scale,
         out=q.new_empty(B, S_q, Hq, Dv),
         lse=q.new_empty(B, S_q, Hq, dtype=torch.float32),
