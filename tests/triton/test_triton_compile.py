@@ -48,6 +48,7 @@ MAX_STACK = 64
 SPILLS = {
     # on sm_90: in the epilogue, where a [64, 512] FP32 tile changes layout
     "mla_128": 1024, "page_16_mla_128": 1024, "split_mla_128": 1024, "fp8_mla_128": 1792, "bf16_fp8_mla_128": 1792,
+    "fp8_mla_16": 160,
     "fp32_d128": 512, "d256": 320,
 }  # fmt: skip
 """Where more is allowed. The SASS of mla_128 on sm_90 has 6 LDL among the 74 HGMMA of its loop."""
