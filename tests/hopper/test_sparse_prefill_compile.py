@@ -177,7 +177,7 @@ def test_few_heads_compile(config: Config, tmp_path: Path) -> None:
 
 
 def check(sass: Sass, config: Config) -> None:
-    """Entry registers, no spills, and the copies of a pair: 16 bytes a thread of four rows of each chunk, two blocks."""
+    """Entry registers, no spills, and the copies of a pair: 16 bytes a thread of four rows of a chunk, two blocks."""
     assert sass.resources == [(168, 0)]
     assert sass.spills == (0, 0, 0)
     assert sass.count(r"LDGSTS\.E\.BYPASS\.LTC128B\.128") == 2 * 4 * config.chunks
