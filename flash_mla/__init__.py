@@ -18,6 +18,7 @@ from flash_mla.errors import (
     ShapeError,
 )
 from flash_mla.layout import BlockSparseLayout
+from flash_mla.pages import decode_over_pages
 from flash_mla.version import __version__ as __version__
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "PagedKVCache",
     "SequenceLengthError",
     "ShapeError",
+    "decode_over_pages",
     "flash_mla_prefill",
     "flash_mla_with_kvcache",
     "get_mla_metadata",

@@ -47,8 +47,11 @@ class BlockAllocator:
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """One more holder for each block."""
+        """One more holder for each block; a free one is taken."""
         for block in blocks:
+            if not self.holders[block]:
+                self._free[block] = 0
+                self.num_free -= 1
             self.holders[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:

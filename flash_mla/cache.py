@@ -10,8 +10,11 @@ and `seq_lens` are written in place, so a captured graph that reads them stays v
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -38,8 +41,9 @@ def page_view(pool: Tensor, batch: int) -> Tensor:
         ShapeError: the pool has not four dims.
         BlockCountError: its pages are not 64 tokens long.
     """
-    if pool.dim() != 4:
-        raise ShapeError(given=f"pool {list(pool.shape)}", required="[num_blocks, 64, Hk, D]")
+    if not isinstance(pool, Tensor) or pool.dim() != 4:
+        shape = list(pool.shape) if isinstance(pool, Tensor) else f"is a {type(pool).__name__}"
+        raise ShapeError(given=f"pool {shape}", required="[num_blocks, 64, Hk, D]")
     if pool.shape[1] != BLOCK:
         raise BlockCountError(
             given=f"pool {list(pool.shape)}: pages of {pool.shape[1]} tokens",
@@ -48,6 +52,31 @@ def page_view(pool: Tensor, batch: int) -> Tensor:
             fix="Configure the engine's page size as 64",
         )
     return pool.permute(2, 0, 1, 3).expand(batch, -1, -1, -1, -1)
+
+
+VIEWS = {"_k_rows", "_v_rows", "_head_rows", "_slab_rows", "k_cache", "v_cache"}
+"""Attributes of a PagedKVCache that `_bind` makes of its tensors."""
+
+FREE_BLOCKS = "Call grow(blocks), or free(requests) that are done"
+
+
+@dataclass
+class Change:
+    """What an operation will make of the host's state, and what it has taken for it so far.
+
+    Attributes:
+        requests: request -> (its blocks, its length) afterwards.
+        taken: blocks allocated for them, with the request whose allocator gave them.
+        copies: block -> the block that it is a copy of.
+        entries: (request, i) of the table's entries that change.
+        put_back: rows of slabs that were written over: (storage, requests, what they held).
+    """
+
+    requests: dict[int, tuple[list[int], int]] = field(default_factory=dict)
+    taken: list[tuple[int, list[int]]] = field(default_factory=list)
+    copies: dict[int, int] = field(default_factory=dict)
+    entries: list[tuple[int, int]] = field(default_factory=list)
+    put_back: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
 class PagedKVCache:
@@ -75,8 +104,10 @@ class PagedKVCache:
         seq_lens: [B] int32.
         k_descale, v_descale: [1, Hk] FP32, or None if the dtype is not FP8: pass them to the attention functions.
 
-    The tensors are updated in place and stay the same objects until `grow`. An operation that cannot be done raises a
-    FlashMLAError before anything is changed. Requests are named by their batch index.
+    The tensors are updated in place and stay the same objects until `grow`. An operation that raises leaves lengths,
+    table and rows as they were: one that cannot be done raises a FlashMLAError before anything is changed, and one
+    that runs out of memory, or is interrupted, is undone. A pickled or copied cache, `copy.copy` too, has memory of its
+    own. Requests are named by their batch index.
     """
 
     def __init__(
@@ -95,34 +126,37 @@ class PagedKVCache:
         v_descale: float | Tensor = 1.0,
     ) -> None:
         v_dim = head_dim if v_head_dim is None else v_head_dim
-        table_blocks = -(-max_seq_len // BLOCK)
-        num_blocks = table_blocks if pool_blocks is None else pool_blocks
-        if min(batch, num_kv_heads, head_dim, v_dim, num_blocks, table_blocks) < 1 or (latent and v_dim > head_dim):
+        sizes = (batch, num_kv_heads, head_dim, v_dim, max_seq_len, 1 if pool_blocks is None else pool_blocks)
+        if any(type(n) is not int or n < 1 for n in sizes) or (latent and v_dim > head_dim):
             raise ShapeError(
                 given=f"{batch=}, {num_kv_heads=}, {head_dim=}, v_head_dim={v_dim}, {latent=}, "
                 f"{max_seq_len=}, {pool_blocks=}",
-                required="each number at least 1; a latent's v_head_dim at most its head_dim",
+                required="each an integer of at least 1; a latent's v_head_dim at most its head_dim",
             )
         if dtype not in DTYPES:
             raise DTypeError(
                 given=f"{dtype=}", required=" | ".join(map(str, DTYPES)), cause="No backend reads a cache of this dtype"
             )
+        table_blocks = -(-max_seq_len // BLOCK)
+        num_blocks = table_blocks if pool_blocks is None else pool_blocks
         self._latent = latent
         self._is_slabs = pool_blocks is None
         self._allocators = [BlockAllocator(num_blocks) for _ in range(batch if pool_blocks is None else 1)]
         self._blocks: list[list[int]] = [[] for _ in range(batch)]
         self._lengths = [0] * batch
-        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.k_descale, self.v_descale = None, None
-        if dtype == FP8:
-            self.k_descale = self._head_factors("k_descale", k_descale, num_kv_heads)
-            self.v_descale = self.k_descale if latent else self._head_factors("v_descale", v_descale, num_kv_heads)
         shape = (len(self._allocators), num_kv_heads, num_blocks, BLOCK)
-        self._bind(
-            torch.zeros(batch, table_blocks, dtype=torch.int32, device=device),
-            k := torch.empty(*shape, head_dim, dtype=dtype, device=device),
-            k[..., :v_dim] if latent else torch.empty(*shape, v_dim, dtype=dtype, device=device),
-        )
+        # NOTE: tensors made in inference mode could never be written outside of it
+        with torch.inference_mode(False):
+            self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.k_descale, self.v_descale = None, None
+            if dtype == FP8:
+                self.k_descale = self._head_factors("k_descale", k_descale, num_kv_heads)
+                self.v_descale = self.k_descale if latent else self._head_factors("v_descale", v_descale, num_kv_heads)
+            self._bind(
+                torch.zeros(batch, table_blocks, dtype=torch.int32, device=device),
+                k := torch.empty(*shape, head_dim, dtype=dtype, device=device),
+                k[..., :v_dim] if latent else torch.empty(*shape, v_dim, dtype=dtype, device=device),
+            )
 
     @classmethod
     def mla(cls, batch: int, head_dim: int = 576, v_head_dim: int = 512, **storage: Any) -> PagedKVCache:
@@ -187,24 +221,23 @@ class PagedKVCache:
                 cause="V lies inside the latent" if self._latent else "The cache keeps V beside K",
                 fix="Concatenate latent and rope to one k" if self._latent else "Pass v [R, Hk, T, Dv]",
             )
-        T = k.shape[2] if k.dim() == 4 else 0
+        T = k.shape[2] if isinstance(k, Tensor) and k.dim() == 4 else 0
         self._check_rows("k", k, self._k, len(rows), T)
         if v is not None:
             self._check_rows("v", v, self._v, len(rows), T)
         counts = [T] * len(rows) if num_tokens is None else self._counts(num_tokens, len(rows), T)
-        starts = [self._lengths[b] for b in rows]
-        self._extend(rows, counts)
-        slots = self._slots(rows, starts, counts)
-        if len(slots) == len(rows) * T:
-            index = self._upload(slots, torch.int64).view(len(rows), 1, T) + self._head_rows  # [R, Hk, T]
-            kept = None
-        else:
-            index = self._upload(slots, torch.int64)[:, None] + self._head_rows.view(-1)  # [n, Hk]
-            tokens = chain.from_iterable(range(r * T, r * T + count) for r, count in enumerate(counts))
-            kept = self._upload([*tokens], torch.int64)
-        _write(self._k_rows, index, k, kept, self.k_descale)
-        if v is not None:
-            _write(self._v_rows, index, v, kept, self.v_descale)
+        with self._extended(rows, counts) as change:
+            slots = self._slots(rows, counts, change)
+            if len(slots) == len(rows) * T:
+                index = self._upload(slots, torch.int64).view(len(rows), 1, T) + self._head_rows  # [R, Hk, T]
+                kept = None
+            else:
+                index = self._upload(slots, torch.int64)[:, None] + self._head_rows.view(-1)  # [n, Hk]
+                tokens = chain.from_iterable(range(r * T, r * T + count) for r, count in enumerate(counts))
+                kept = self._upload([*tokens], torch.int64)
+            _write(self._k_rows, index, k, kept, self.k_descale)
+            if v is not None:
+                _write(self._v_rows, index, v, kept, self.v_descale)
 
     def extend(self, num_tokens: int | Sequence[int] | Tensor, requests: Sequence[int] | None = None) -> None:
         """Lengthen requests by tokens whose rows the caller then writes, as `mha_fwd_kvcache(k=, v=)` does.
@@ -214,7 +247,8 @@ class PagedKVCache:
             requests: the R different batch indices; omitted, all B.
         """
         rows = self._requests(requests)
-        self._extend(rows, self._counts(num_tokens, len(rows)))
+        with self._extended(rows, self._counts(num_tokens, len(rows))):
+            pass
 
     def fork(self, source: int, target: int) -> None:
         """Make the empty request `target` a copy of `source`.
@@ -233,12 +267,21 @@ class PagedKVCache:
                 cause="The fork would drop the target's tokens",
                 fix=f"free([{target}]) first",
             )
-        partly_filled = [target] if self._lengths[source] % BLOCK and not self._is_slabs else []
-        if len(partly_filled) > self.num_free_blocks:
-            raise CacheFullError(given=f"fork({source}, {target}) with no free block", required="1 free block")
-        self._take({target: source})
-        self._own_last_blocks(partly_filled)
-        self._publish((b, len(self._blocks[b]) - 1) for b in partly_filled)
+        blocks, length = self._blocks[source], self._lengths[source]
+        if self._is_slabs:
+            self._move({target: source})
+            return
+        copied = 1 if length % BLOCK else 0
+        if copied > self.num_free_blocks:
+            raise CacheFullError(
+                given=f"fork({source}, {target}) with no free block", required="1 free block", fix=FREE_BLOCKS
+            )
+        with self._changed() as change:
+            own = self._take(change, target, copied, blocks[-1]) if copied else []
+            change.requests[target] = ([*blocks[: len(blocks) - copied], *own], length)
+            change.copies = dict(zip(own, blocks[-1:], strict=False))
+            change.entries = [(target, i) for i in range(len(blocks))]
+            self._copy_blocks(change)
 
     def reorder(self, index: Sequence[int] | Tensor) -> None:
         """Request i becomes what request index[i] was (beam search); indices may repeat, or be left out.
@@ -250,15 +293,42 @@ class PagedKVCache:
             index: [B]; a tensor on the GPU is read back, which waits.
         """
         order = self._integers("index", index, len(self._lengths), len(self._lengths) - 1)
-        self._take({b: source for b, source in enumerate(order) if b != source})
-        self._publish(())
+        self._move({b: source for b, source in enumerate(order) if b != source})
+
+    def truncate(self, lengths: Sequence[int] | Tensor, requests: Sequence[int] | None = None) -> None:
+        """Shorten requests: tokens past the new lengths are dropped, and blocks that then hold none are given back.
+
+        What speculative decoding calls after a rejected draft. Blocks that are shared stay as they are: who appends to
+        one copies it first.
+
+        Args:
+            lengths: [R], tokens that each request keeps, at most those that it holds. A tensor on the GPU is read back,
+                which waits.
+            requests: the R different batch indices; omitted, all B.
+
+        Raises:
+            SequenceLengthError: a request holds fewer tokens than it should keep.
+            ShapeError: lengths or requests do not fit the cache.
+        """
+        rows = self._requests(requests)
+        kept = self._integers("lengths", lengths, len(rows), None)
+        for b, length in zip(rows, kept, strict=True):
+            if length > self._lengths[b]:
+                raise SequenceLengthError(
+                    given=f"request {b}: {length} tokens to keep, {self._lengths[b]} held",
+                    required=f"lengths from 0 to {self._lengths[b]}",
+                    cause="truncate only drops tokens",
+                    fix="Append tokens with append(), or lengthen with extend()",
+                )
+        with self._changed() as change:
+            for b, length in zip(rows, kept, strict=True):
+                change.requests[b] = (self._blocks[b][: -(-length // BLOCK)], length)
 
     def free(self, requests: Sequence[int]) -> None:
         """Empty these requests; a block returns to the free ones when its last holder leaves it."""
-        for b in self._requests(requests):
-            self._allocator(b).release(self._blocks[b])
-            self._blocks[b], self._lengths[b] = [], 0
-        self._publish(())
+        rows = self._requests(requests)
+        with self._changed() as change:
+            change.requests = {b: ([], 0) for b in rows}
 
     def clear(self) -> None:
         """Empty all requests."""
@@ -269,14 +339,40 @@ class PagedKVCache:
 
         Tokens stay in their blocks. The caches and the table are new tensors, so capture graphs again.
         """
-        if blocks < 1:
-            raise ShapeError(given=f"grow({blocks})", required="at least 1 block", fix="free() gives blocks back")
-        table = torch.nn.functional.pad(self.block_table, (0, blocks))
-        k = _more_blocks(self._k, blocks)
-        v = k[..., : self._v.shape[-1]] if self._latent else _more_blocks(self._v, blocks)
+        if type(blocks) is not int or blocks < 1:
+            raise ShapeError(
+                given=f"grow({blocks!r})",
+                required="blocks, an integer of at least 1",
+                cause="grow only adds blocks",
+                fix="free(requests) gives blocks back",
+            )
+        with torch.inference_mode(False):
+            table = torch.nn.functional.pad(self.block_table, (0, blocks))
+            k = _more_blocks(self._k, blocks)
+            v = k[..., : self._v.shape[-1]] if self._latent else _more_blocks(self._v, blocks)
+            self._bind(table, k, v)
         for allocator in self._allocators:
             allocator.grow(blocks)
-        self._bind(table, k, v)
+
+    # Copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Each tensor once, as bytes (torch cannot pickle FP8), without the views that `_bind` makes of them.
+
+        A pickled view would come back as memory of its own.
+        """
+        own = {name: x for name, x in vars(self).items() if name not in VIEWS}
+        v = self._v.shape[-1] if self._latent else self._v.view(torch.uint8)
+        return own | {"_k": (self._k.view(torch.uint8), self._k.dtype), "_v": v}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        (k_bytes, dtype), v = state["_k"], state["_v"]
+        vars(self).update(state)
+        k = k_bytes.view(dtype)
+        self._bind(self.block_table, k, k[..., :v] if self._latent else v.view(dtype))
+
+    def __copy__(self) -> PagedKVCache:
+        return copy.deepcopy(self)
 
     # Bookkeeping
 
@@ -286,20 +382,68 @@ class PagedKVCache:
     def _bind(self, table: Tensor, k: Tensor, v: Tensor) -> None:
         """Take k [B or 1, Hk, Nblk, 64, D], v likewise and the table as the cache's tensors."""
         batch, (_, Hk, Nblk, _, D) = len(self._lengths), k.shape
-        self._k, self._v = k, v
-        self._k_rows = k.view(-1, D)
-        self._v_rows = self._k_rows if self._latent else v.view(-1, v.shape[-1])
+        k_rows = k.view(-1, D)
+        v_rows = k_rows if self._latent else v.view(-1, v.shape[-1])
+        head_rows = torch.arange(Hk, device=k.device)[:, None] * (Nblk * BLOCK)
+        k_cache, v_cache = (t.expand(batch, -1, -1, -1, -1) for t in (k, v))
+        # nothing that can fail from here on
+        self._k, self._v, self._k_rows, self._v_rows, self._head_rows = k, v, k_rows, v_rows, head_rows
         self._slab_rows = Hk * Nblk * BLOCK if self._is_slabs else 0
-        self._head_rows = torch.arange(Hk, device=k.device)[:, None] * (Nblk * BLOCK)
-        self.k_cache, self.v_cache = (t.expand(batch, -1, -1, -1, -1) for t in (k, v))
-        self.block_table = table
+        self.k_cache, self.v_cache, self.block_table = k_cache, v_cache, table
 
-    def _extend(self, rows: list[int], counts: list[int]) -> None:
-        """Check, then give the requests the blocks for so many more tokens."""
+    @contextmanager
+    def _changed(self) -> Iterator[Change]:
+        """An operation: its body fills a Change and writes rows; then table and lengths follow, then the host's state.
+
+        Where anything raises, what was taken is given back, and the device is told again what the host knows.
+        """
+        change = Change()
+        try:
+            yield change
+            self._publish(change)
+        except BaseException:
+            self._undo(change)
+            raise
+        own: dict[int, set[int]] = {}
+        for b, taken in change.taken:
+            own.setdefault(b, set()).update(taken)
+        moved = [b for b, (blocks, _) in change.requests.items() if blocks is not self._blocks[b]]
+        for b in moved:
+            self._allocator(b).share(n for n in change.requests[b][0] if n not in own.get(b, ()))
+        for b in moved:
+            self._allocator(b).release(self._blocks[b])
+        for b, (blocks, length) in change.requests.items():
+            self._blocks[b], self._lengths[b] = blocks, length
+
+    def _undo(self, change: Change) -> None:
+        for b, blocks in change.taken:
+            self._allocator(b).release(blocks)
+        for storage, requests, rows in change.put_back:
+            storage[requests, :, : rows.shape[2]] = rows
+        for b in change.requests:
+            if blocks := self._blocks[b]:
+                self.block_table[b, : len(blocks)] = self._upload(blocks, torch.int32)
+        self.seq_lens.copy_(self._upload(self._lengths, torch.int32))
+
+    def _publish(self, change: Change) -> None:
+        """Write the table's entries and the lengths to the device."""
+        if change.entries:
+            width = self.block_table.shape[1]
+            index = self._upload([b * width + i for b, i in change.entries], torch.int64)
+            blocks = self._upload([change.requests[b][0][i] for b, i in change.entries], torch.int32)
+            self.block_table.view(-1).index_copy_(0, index, blocks)
+        lengths = [*self._lengths]
+        for b, (_, length) in change.requests.items():
+            lengths[b] = length
+        self.seq_lens.copy_(self._upload(lengths, torch.int32))
+
+    @contextmanager
+    def _extended(self, rows: list[int], counts: list[int]) -> Iterator[Change]:
+        """Check, then give the requests the blocks for so many more tokens, whose rows the body writes."""
         limit = self.block_table.shape[1] * BLOCK
         holders = None if self._is_slabs else self._allocators[0].holders
-        growing: list[tuple[int, int]] = []  # request, blocks that it lacks
-        shared: list[int] = []  # requests that write into a block that others hold too
+        missing: dict[int, int] = {}  # blocks that a request lacks
+        shared: set[int] = set()  # requests that write into a block that others hold too
         for b, count in zip(rows, counts, strict=True):
             length, blocks = self._lengths[b], self._blocks[b]
             if length + count > limit:
@@ -307,12 +451,12 @@ class PagedKVCache:
                     given=f"request {b}: {length} tokens and {count} more",
                     required=f"at most {limit} tokens a request",
                     cause=f"The block table has {limit // BLOCK} blocks a request",
+                    fix="grow(blocks), truncate(lengths), or make the cache with a larger max_seq_len",
                 )
-            if (missing := -(-(length + count) // BLOCK) - len(blocks)) > 0:
-                growing.append((b, missing))
+            missing[b] = max(-(-(length + count) // BLOCK) - len(blocks), 0)
             if holders and count and length % BLOCK and holders[blocks[-1]] > 1:
-                shared.append(b)
-        needed = sum(missing for _, missing in growing)
+                shared.add(b)
+        needed = sum(missing.values())
         if holders and shared:  # the last holder of a block writes into it in place
             writers = Counter(self._blocks[b][-1] for b in shared)
             needed += sum(min(n, holders[block] - 1) for block, n in writers.items())
@@ -320,77 +464,70 @@ class PagedKVCache:
             raise CacheFullError(
                 given=f"{sum(counts)} more tokens for {len(rows)} requests, {self.num_free_blocks} blocks free",
                 required=f"{needed} free blocks",
+                fix=FREE_BLOCKS,
             )
-        self._own_last_blocks(shared)
-        entries = [(b, len(self._blocks[b]) - 1) for b in shared]
-        for b, missing in growing:
-            blocks = self._blocks[b]
-            entries += [(b, len(blocks) + i) for i in range(missing)]
-            blocks += self._allocator(b).allocate(missing, blocks[-1] if blocks else None)
-        for b, count in zip(rows, counts, strict=True):
-            self._lengths[b] += count
-        self._publish(entries)
+        with self._changed() as change:
+            left: Counter[int] = Counter()  # holders that a shared block loses
+            for b, count in zip(rows, counts, strict=True):
+                held = blocks = self._blocks[b]
+                if b in shared and holders and holders[blocks[-1]] - left[blocks[-1]] > 1:
+                    own = self._take(change, b, 1, blocks[-1])
+                    left[blocks[-1]] += 1
+                    change.copies[own[0]] = blocks[-1]
+                    change.entries.append((b, len(blocks) - 1))
+                    blocks = [*blocks[:-1], *own]
+                if missing[b]:
+                    new = self._take(change, b, missing[b], blocks[-1] if blocks else None)
+                    change.entries += [(b, len(held) + i) for i in range(missing[b])]
+                    blocks = [*blocks, *new]
+                change.requests[b] = (blocks, self._lengths[b] + count)
+            self._copy_blocks(change)
+            yield change
 
-    def _own_last_blocks(self, requests: list[int]) -> None:
-        """Copy the last block of each request that still shares it, in a pool."""
-        allocator = self._allocators[0]
-        copies: dict[int, int] = {}
-        for b in requests:
-            blocks = self._blocks[b]
-            if allocator.holders[blocks[-1]] > 1:
-                [copy] = allocator.allocate(1, blocks[-1])
-                copies[copy] = blocks[-1]
-                allocator.release(blocks[-1:])
-                blocks[-1] = copy
-        if copies:
-            new, old = self._upload([*copies], torch.int64), self._upload([*copies.values()], torch.int64)
+    def _take(self, change: Change, b: int, count: int, after: int | None) -> list[int]:
+        """Blocks for request b, given back if the operation raises."""
+        blocks = self._allocator(b).allocate(count, after)
+        change.taken.append((b, blocks))
+        return blocks
+
+    def _copy_blocks(self, change: Change) -> None:
+        """Fill the pool's blocks that are to be copies."""
+        if change.copies:
+            new, old = (self._upload([*x], torch.int64) for x in (change.copies, change.copies.values()))
             for storage in self._storages():
                 storage[:, :, new] = storage[:, :, old]
 
-    def _take(self, moves: dict[int, int]) -> None:
+    def _move(self, moves: dict[int, int]) -> None:
         """Each request b of the moves becomes what moves[b] was, all at once."""
         if not moves:
             return
-        taken = {b: (self._blocks[source], self._lengths[source]) for b, source in moves.items()}
-        new, old = self._upload([*moves], torch.int64), self._upload([*moves.values()], torch.int64)
-        self.block_table[new] = self.block_table[old]
-        if self._is_slabs:
-            most = max(len(blocks) for blocks, _ in taken.values())
-            for storage in self._storages():
-                storage[new, :, :most] = storage[old, :, :most]
-        else:
-            for blocks, _ in taken.values():
-                self._allocators[0].share(blocks)
-        for b, (blocks, length) in taken.items():
-            self._allocator(b).release(self._blocks[b])
-            self._blocks[b] = self._allocator(b).allocate(len(blocks)) if self._is_slabs else [*blocks]
-            self._lengths[b] = length
+        with self._changed() as change:
+            change.requests = {b: ([*self._blocks[source]], self._lengths[source]) for b, source in moves.items()}
+            new, old = self._upload([*moves], torch.int64), self._upload([*moves.values()], torch.int64)
+            most = max(len(blocks) for blocks, _ in change.requests.values())
+            if self._is_slabs and most:
+                sources = [storage[old, :, :most] for storage in self._storages()]
+                change.put_back = [(storage, new, storage[new, :, :most]) for storage in self._storages()]
+                for storage, rows in zip(self._storages(), sources, strict=True):
+                    storage[new, :, :most] = rows
+            self.block_table[new] = self.block_table[old]
 
     def _storages(self) -> tuple[Tensor, ...]:
         """The arrays that hold the rows, each once."""
         return (self._k,) if self._latent else (self._k, self._v)
 
-    def _publish(self, entries: Iterable[tuple[int, int]]) -> None:
-        """Write the lengths, and the table's entries (request, i), to the device."""
-        if entries := [*entries]:
-            width = self.block_table.shape[1]
-            index = self._upload([b * width + i for b, i in entries], torch.int64)
-            blocks = self._upload([self._blocks[b][i] for b, i in entries], torch.int32)
-            self.block_table.view(-1).index_copy_(0, index, blocks)
-        self.seq_lens.copy_(self._upload(self._lengths, torch.int32))
-
     def _upload(self, values: list[int], dtype: torch.dtype) -> Tensor:
         """The values on the cache's device; from pinned memory, so that the host does not wait for a GPU."""
         device = self.seq_lens.device
-        if device.type == "cpu":
-            return torch.tensor(values, dtype=dtype)
-        return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+        # NOTE: device="cpu", or torch's default device would take the list
+        host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type != "cpu")
+        return host.to(device, non_blocking=True)
 
-    def _slots(self, rows: list[int], starts: list[int], counts: list[int]) -> list[int]:
-        """Where the tokens that follow `starts` lie: rows of head 0 in the storage seen as [rows, D]."""
+    def _slots(self, rows: list[int], counts: list[int], change: Change) -> list[int]:
+        """Where the new tokens lie: rows of head 0 in the storage seen as [rows, D]."""
         slots: list[int] = []
-        for b, start, count in zip(rows, starts, counts, strict=True):
-            blocks, slab = self._blocks[b], b * self._slab_rows
+        for b, count in zip(rows, counts, strict=True):
+            start, slab, blocks = self._lengths[b], b * self._slab_rows, change.requests[b][0]
             while count:
                 i, offset = divmod(start, BLOCK)
                 row, run = slab + blocks[i] * BLOCK + offset, min(count, BLOCK - offset)
@@ -404,7 +541,7 @@ class PagedKVCache:
         batch = len(self._lengths)
         if requests is None:
             return list(range(batch))
-        rows = self._integers("requests", requests, len(requests), batch - 1)
+        rows = self._integers("requests", requests, None, batch - 1)
         if len(set(rows)) < len(rows):
             raise ShapeError(given=f"requests {rows}", required="different batch indices")
         return rows
@@ -413,14 +550,17 @@ class PagedKVCache:
         values = [num_tokens] * length if isinstance(num_tokens, int) else num_tokens
         return self._integers("num_tokens", values, length, most)
 
-    def _integers(self, name: str, values: Sequence[int] | Tensor, length: int, most: int | None) -> list[int]:
-        """A list of `length` integers in [0, most]."""
-        numbers = values.tolist() if isinstance(values, Tensor) else [*values]
-        fits = len(numbers) == length and all(isinstance(n, int) for n in numbers)
+    def _integers(self, name: str, values: Sequence[int] | Tensor, length: int | None, most: int | None) -> list[int]:
+        """A list of `length` (None: any number of) integers in [0, most]."""
+        numbers: Any = values.tolist() if isinstance(values, Tensor) else values
+        if isinstance(numbers, (Sequence, range)) and not isinstance(numbers, str):
+            numbers = [*numbers]
+        fits = isinstance(numbers, list) and length in (None, len(numbers)) and all(type(n) is int for n in numbers)
         if not fits or (numbers and (min(numbers) < 0 or (most is not None and max(numbers) > most))):
             raise ShapeError(
-                given=f"{name} {numbers}",
-                required=f"{length} integers from 0" + ("" if most is None else f" to {most}"),
+                given=f"{name} {numbers!r}",
+                required=f"{'' if length is None else f'{length} '}integers from 0"
+                + ("" if most is None else f" to {most}"),
                 cause=f"{name} does not fit this cache of {len(self._lengths)} requests or this call",
                 fix="Name requests by batch index; take no more tokens than k holds",
             )
@@ -428,9 +568,10 @@ class PagedKVCache:
 
     def _check_rows(self, name: str, rows: Tensor, storage: Tensor, R: int, T: int) -> None:
         expected = (R, storage.shape[1], T, storage.shape[-1])
-        if rows.shape != expected:
+        shape = list(rows.shape) if isinstance(rows, Tensor) else f"is a {type(rows).__name__}"
+        if shape != [*expected]:
             raise ShapeError(
-                given=f"{name} {list(rows.shape)}",
+                given=f"{name} {shape}",
                 required=f"{name} [{expected[0]}, {expected[1]}, T, {expected[3]}], the same T in k and v",
                 cause="The new rows do not fit the cache",
                 fix="Pass [R, Hk, T, D], one row of the batch for each request named",

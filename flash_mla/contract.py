@@ -258,7 +258,7 @@ def out_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_head_dims(D: int, Dv: int) -> None:
     for name, size in (("D", D), ("Dv", Dv)):
-        if size % 8 or not 8 <= size <= 576:
+        if not isinstance(size, (int, torch.SymInt)) or size % 8 or not 8 <= size <= 576:
             raise ShapeError(
                 f"head dim {name} = {size}",
                 "a multiple of 8 from 8 to 576",
@@ -278,11 +278,12 @@ def check_out(out: Tensor | None, problem: Some, **inputs: Tensor | float | None
     if out is None:
         return problem
     check_tensor("out", out)
+    strides = problem.out_strides if isinstance(problem, DecodeProblem) else None
     if tuple(out.shape) != problem.out_shape:
         raise ShapeError(named(out=out), f"out {list(problem.out_shape)}", "`out` does not have the output's shape")
     if out.dtype != problem.out_dtype:
         raise DTypeError(f"out {out.dtype}", f"out {problem.out_dtype}", "`out` does not have the output's dtype")
-    if not out.is_contiguous():
+    if strides is None and not out.is_contiguous():
         raise LayoutError(
             f"out with strides {out.stride()}", "out contiguous", "`out` is not contiguous", "Pass a contiguous out"
         )
@@ -329,7 +330,7 @@ def check_seq_lens_shape(seq_lens: Tensor, B: int, name: str = "seq_lens") -> No
 # --- Values -----------------------------------------------------------------------------------------------------------
 
 
-def check_values(block_table: Tensor, seq_lens: Tensor, Nblk: int, name: str = "seq_lens") -> int:
+def check_values(block_table: Tensor, seq_lens: Tensor, Nblk: int, name: str = "seq_lens", page: int = BLOCK) -> int:
     """Check lengths and used table entries, reading them once (on a GPU this waits for it).
 
     Returns the largest length in tokens.
@@ -343,28 +344,28 @@ def check_values(block_table: Tensor, seq_lens: Tensor, Nblk: int, name: str = "
         raise SequenceLengthError(
             f"{name}[{b}] = {low}", f"{name}[b] >= 0", f"`{name}[b]` is negative", "Pass lengths in tokens, 0 or more"
         )
-    if high > Nblk * BLOCK:
+    if high > Nblk * page:
         b = int(seq_lens.argmax())
         raise SequenceLengthError(
             f"{name}[{b}] = {high} tokens, Nblk = {Nblk} blocks",
-            f"{name}[b] <= Nblk*64 = {Nblk * BLOCK}",
+            f"{name}[b] <= Nblk*{page} = {Nblk * page}",
         )
-    if high > table_blocks * BLOCK:
+    if high > table_blocks * page:
         b = int(seq_lens.argmax())
         raise BlockCountError(
             f"block_table {list(block_table.shape)}, {name}[{b}] = {high}",
-            f"at least ceil({high}/64) = {-(-high // BLOCK)} blocks in a row of block_table",
+            f"at least ceil({high}/{page}) = {-(-high // page)} blocks in a row of block_table",
             "`block_table` has fewer than `ceil(seq_len/64)` blocks",
         )
     index = torch.arange(table_blocks, device=block_table.device)
-    used = index * BLOCK < seq_lens[:, None]
+    used = index * page < seq_lens[:, None]
     bad = used & ((block_table < 0) | (block_table >= Nblk))
     if bad.any():
         b, i = (int(x) for x in bad.nonzero()[0])
         raise BlockTableError(
             f"block_table[{b}, {i}] = {int(block_table[b, i])}, which {name}[{b}] = {int(seq_lens[b])} uses; "
             f"Nblk = {Nblk}",
-            f"0 <= block_table[b, i] < Nblk = {Nblk} for i < ceil({name}[b]/64)",
+            f"0 <= block_table[b, i] < Nblk = {Nblk} for i < ceil({name}[b]/{page})",
         )
     return high
 
@@ -436,7 +437,7 @@ def check_scale(softmax_scale: float | None) -> int:
             f"`softmax_scale` is a {type(softmax_scale).__name__} and no finite number",
             "Pass a float",
         )
-    return (softmax_scale > 0) - (softmax_scale < 0)
+    return int(softmax_scale > 0) - int(softmax_scale < 0)
 
 
 def settle_causal(causal: bool | None, mask: Tensor | None) -> bool:
@@ -730,9 +731,14 @@ def checked_decode(
     )
 
 
-def decode_problem(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, **inputs: Any) -> DecodeProblem:
-    """The problem of q [B, Hq, S_q, D] over page views; `inputs` are the fields of DecodeProblem from `alias` on, but
-    for `aligned` and `page`, which the tensors tell."""
+def decode_problem(
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, k_rope: Tensor | None = None, **inputs: Any
+) -> DecodeProblem:
+    """The problem of q [B, Hq, S_q, D] over page views.
+
+    `inputs` are the fields of DecodeProblem from `alias` on, but for those that the tensors tell: aligned, page,
+    rope_strides.
+    """
     B, Hq, S_q, D = q.shape
     return DecodeProblem(
         device=q.device,
@@ -750,8 +756,9 @@ def decode_problem(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, **input
         q_strides=q.stride(),
         k_strides=k.stride(),
         v_strides=v.stride(),
-        aligned=is_aligned(q, k, v),
+        aligned=is_aligned(q, k, v) and (k_rope is None or is_aligned(k_rope)),
         page=k.shape[3],
+        rope_strides=None if k_rope is None else k_rope.stride(),
         **inputs,
     )
 
@@ -968,7 +975,7 @@ def slabs_meet(distance: int, slabs: tuple[int, int], dims: Sequence[tuple[int, 
         return -slabs[1] < distance < slabs[0]
     (stride, size), *rest = dims
     steps = distance // stride
-    return any(slabs_meet(distance - i * stride, slabs, rest) for i in (steps, steps + 1) if i < size)
+    return any(slabs_meet(distance - i * stride, slabs, rest) for i in (steps, steps + 1) if abs(i) < size)
 
 
 def check_prompt_values(

@@ -170,10 +170,10 @@ class BlockSparseLayout:
 
 def _positive(**lengths: int) -> None:
     for name, value in lengths.items():
-        if value < 1:
+        if type(value) is not int or value < 1:
             raise ShapeError(
-                given=f"{name}={value}",
-                required=f"{name} >= 1, in tokens",
+                given=f"{name}={value!r}",
+                required=f"{name}, an integer of at least 1, in tokens",
                 cause="A pattern of no tokens keeps nothing",
                 fix="Pass the length in tokens",
             )

@@ -15,6 +15,7 @@ never raises an error of the contract.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class DecodeProblem(NamedTuple):
     of S_q sees keys `t <= seq_lens[b] - S_q + i`; with one (`mask`), the mask and `t < seq_lens[b]` decide. `descale`
     says that there is a descale of q, k or v. `scale_sign` is the sign of softmax_scale: -1, 0 or 1. `aligned`: q, K, V
     and out all begin on ALIGNMENT bytes. `rope_strides` is given for a split latent: K's last D - Dv columns then lie
-    in a page view of their own, and K's view holds the first Dv.
+    in a page view of their own, and K's view holds the first Dv. `out_strides` is given where out is not contiguous.
     """
 
     device: torch.device
@@ -67,6 +68,7 @@ class DecodeProblem(NamedTuple):
     aligned: bool = True
     page: int = BLOCK
     rope_strides: tuple[int, ...] | None = None
+    out_strides: tuple[int, ...] | None = None
 
     @property
     def ratio(self) -> int:
@@ -90,8 +92,9 @@ class DecodeArgs(NamedTuple):
     q [B, Hq, S_q, D]; k [B, Hk, Nblk, page, D] and v [B, Hk, Nblk, page, Dv] page views; block_table [B, table_blocks]
     and seq_lens [B], int32 or int64, of any value: a launch clamps both before it narrows them; mask [B, Hq, S_q, L]
     bool or floating, expanded (stride 0 on broadcast dims), keys past its end are hidden; q_descale, k_descale,
-    v_descale [B, Hk] FP32, expanded; attn_sink [Hq] FP32; out [B, Hq, S_q, Dv] contiguous; lse [B, Hq, S_q] FP32
-    contiguous, natural log; k_rope [B, Hk, Nblk, page, D - Dv] of a split latent, whose k has Dv columns, or None.
+    v_descale [B, Hk] FP32, expanded; attn_sink [Hq] FP32; out [B, Hq, S_q, Dv], contiguous but for out_strides; lse
+    [B, Hq, S_q] FP32 contiguous, natural log; k_rope [B, Hk, Nblk, page, D - Dv] of a split latent, whose k has Dv
+    columns, or None.
     """
 
     q: Tensor
@@ -245,8 +248,8 @@ class SparseArgs(NamedTuple):
     """The tensors of one sparse call, normalised.
 
     q [B, S_q, Hq, D], last dim contiguous; keys of one cache or two; attn_sink [Hq] FP32; out [B, S_q, Hq, Dv] in q's
-    dtype; lse [B, S_q, Hq] FP32, natural log, -inf on a row without keys; max_logits [B, S_q, Hq] FP32, the greatest
-    scaled score of the row. All outputs contiguous.
+    dtype; lse [B, S_q, Hq] FP32, natural log, `empty_lse` on a row without keys; max_logits [B, S_q, Hq] FP32, the
+    greatest scaled score of the row. All outputs contiguous.
     """
 
     q: Tensor
@@ -256,6 +259,91 @@ class SparseArgs(NamedTuple):
     out: Tensor
     lse: Tensor
     max_logits: Tensor | None
+    empty_lse: float = -math.inf
+
+    def mark_empty(self) -> None:
+        """Write `empty_lse`, for kernels that leave -inf; one kernel."""
+        if self.empty_lse != -math.inf:
+            torch.nan_to_num_(self.lse, nan=math.nan, posinf=math.inf, neginf=self.empty_lse)
+
+
+class IndexProblem(NamedTuple):
+    """The scores that an index (DeepSeek sparse attention) gives to S_q query tokens of each of B requests.
+
+    Keys lie in pages of `page` rows, e4m3 with one FP32 scale a row; a block table of `table_blocks` columns names a
+    request's pages. Where that is None, B is 1 and all keys are one page. `width` is a row of the output; `clean` wants
+    -inf in what a query does not see, which otherwise may hold anything.
+    """
+
+    device: torch.device
+    B: int
+    S_q: int
+    H: int
+    D: int
+    pages: int
+    page: int
+    width: int
+    table_blocks: int | None
+    clean: bool
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no score, or no key to score."""
+        return not (self.B and self.S_q and self.width and self.pages) or self.table_blocks == 0
+
+
+class IndexArgs(NamedTuple):
+    """The tensors of one call for scores, normalised.
+
+    q [B, S_q, H, D] e4m3, k [pages, page, D] e4m3, last dims contiguous; k_scale [pages, page] FP32; weights
+    [B, S_q, H] FP32; block_table [B, table_blocks], or None; query i of request b sees keys starts[b, i] <= t <
+    ends[b, i] (starts None: 0), int32 or int64 of any value; out [B, S_q, width] FP32, last dim contiguous.
+    """
+
+    q: Tensor
+    k: Tensor
+    k_scale: Tensor
+    weights: Tensor
+    block_table: Tensor | None
+    starts: Tensor | None
+    ends: Tensor
+    out: Tensor
+
+
+class TopkProblem(NamedTuple):
+    """The columns of the topk greatest of N scores, in each of `rows` rows.
+
+    Of a row, `width` columns may be read, so that loads are wide: N of them, or more. `page` is 0 where columns are
+    returned as they are; otherwise `queries` rows after one another share a row of the block table, and column t is
+    returned as block_table[t // page] * page + t % page.
+    """
+
+    device: torch.device
+    rows: int
+    N: int
+    width: int
+    topk: int
+    page: int
+    queries: int
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no row, or no column to select."""
+        return not (self.rows and self.N)
+
+
+class TopkArgs(NamedTuple):
+    """The tensors of one selection, normalised.
+
+    scores [rows, width] FP32, last dim contiguous; starts, ends [rows]: columns starts <= t < ends count (None: all),
+    int32 or int64 of any value; block_table [rows / queries, table_blocks], or None; out [rows, topk] int32 contiguous.
+    """
+
+    scores: Tensor
+    starts: Tensor | None
+    ends: Tensor | None
+    block_table: Tensor | None
+    out: Tensor
 
 
 class AppendArgs(NamedTuple):
@@ -275,5 +363,5 @@ class AppendArgs(NamedTuple):
     num_tokens: Tensor | None
 
 
-Problem = DecodeProblem | PrefillProblem | SparseProblem
-Args = DecodeArgs | PrefillArgs | SparseArgs
+Problem = DecodeProblem | PrefillProblem | SparseProblem | IndexProblem | TopkProblem
+Args = DecodeArgs | PrefillArgs | SparseArgs | IndexArgs | TopkArgs

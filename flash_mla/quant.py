@@ -1,7 +1,7 @@
 """FP8 (e4m3): tensors with a descale factor, and the cache row formats, named, byte-exact and checked on entry.
 
 A descale factor turns the stored value into the real one: real = stored * descale. Values beyond 448 * descale
-saturate; NaN stays NaN.
+saturate, infinities too; NaN stays NaN, and neither widens a factor that is found from the values.
 
 The row formats hold one MLA latent a token (a latent of `quantised` dims and, in two of them, a BF16 rope part). FP8
 and BF16 dims are told apart because rope quantised with the latent's scale saturates. Sources: DeepSeek FlashMLA,
@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_mla.errors import BlockTableError, DTypeError, LayoutError, ShapeError
+from flash_mla.errors import BlockTableError, DeviceError, DTypeError, LayoutError, ShapeError
 from flash_mla.problem import BLOCK, FP8
 
 E4M3_MAX = 448.0
+TINY = torch.finfo(torch.float32).tiny
 SCALE_MIN = 1e-4
 """Least scale of a tile before it is rounded up to a power of two (so 2^-13), as in DeepSeek's quantiser."""
 
@@ -32,24 +33,54 @@ def quantise(x: Tensor, descale: float | Tensor | None = None, *, per_head: bool
 
     Args:
         x: [B, H, ...] BF16, FP16 or FP32.
-        descale: a float or a tensor that broadcasts to [B, H]; None takes max|x| / 448.
+        descale: a float or a tensor that broadcasts to [B, H]; None takes max|x| / 448 over the finite values.
         per_head: with descale None, one factor for each request and head instead of one for the tensor.
 
     Returns:
         x in e4m3, in x's shape; the factor, FP32 [] or [B, H] (a given tensor in its own shape).
     """
+    _check_tensor("x", x)
     if descale is None:
-        amax = x.abs().flatten(2).amax(dim=2).float() if per_head else x.abs().amax().float()
-        factor = (amax / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        sizes = finite_abs(x).flatten(2) if per_head else finite_abs(x).flatten()
+        amax = sizes.amax(dim=-1) if sizes.shape[-1] else sizes.new_zeros(sizes.shape[:-1])
+        factor = (amax / E4M3_MAX).clamp_min(TINY)
     else:
         factor = torch.as_tensor(descale, dtype=torch.float32, device=x.device)
     return _to_e4m3(x.float() / _per_row(factor, x)), factor
+
+
+def finite_abs(x: Tensor) -> Tensor:
+    """|x| in FP32; 0 where x is not finite."""
+    return x.float().abs().nan_to_num(nan=0.0, posinf=0.0)
 
 
 def dequantise(x: Tensor, descale: float | Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The real values of e4m3 `x` [B, H, ...], in `dtype`; descale as in `quantise`."""
     factor = torch.as_tensor(descale, dtype=torch.float32, device=x.device)
     return (x.float() * _per_row(factor, x)).to(dtype)
+
+
+def _check_tensor(name: str, value: object, device: torch.device | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise ShapeError(
+            given=f"{name} is a {type(value).__name__}",
+            required=f"{name} is a torch.Tensor",
+            cause=f"`{name}` is not a tensor",
+            fix="See the function's docstring for the order of its arguments",
+        )
+    if device is not None and value.device != device:
+        raise DeviceError(given=f"{name} on {value.device}, pages on {device}", required=f"every tensor on {device}")
+
+
+def _check_slots(slots: object, device: torch.device) -> None:
+    _check_tensor("slots", slots, device)
+    if isinstance(slots, Tensor) and slots.dtype not in (torch.int32, torch.int64):
+        raise DTypeError(
+            given=f"slots {slots.dtype}",
+            required="int32 or int64",
+            cause="`slots` is not an integer tensor",
+            fix="Call slots.to(torch.int64)",
+        )
 
 
 def _to_e4m3(x: Tensor) -> Tensor:
@@ -157,6 +188,7 @@ class RowFormat:
             rows: [num_blocks, page, 1, D] BF16.
             descale: one factor for the whole cache, in the flat format; the others store their scales.
         """
+        _check_tensor("rows", rows)
         if rows.dim() != 4 or rows.shape[2] != 1:
             raise self._rows_error(rows, "[num_blocks, page, 1, D]")
         values = self._encode(rows[:, :, 0], descale)
@@ -183,9 +215,14 @@ class RowFormat:
             descale: as in `quantise`.
         """
         self.check(pages)
+        for name, part in (("k_nope", k_nope), ("k_rope", k_rope)):
+            _check_tensor(name, part, pages.device)
+            if part.dim() != 2 or len(part) != len(k_nope):
+                raise self._rows_error(part, f"{name} [N, ..], the same N in both,")
         rows = torch.cat([k_nope, k_rope], dim=-1)
-        if slots.shape != rows.shape[:-1] or slots.dim() != 1:
-            raise self._rows_error(rows, f"[N, D] beside slots [N], not {list(slots.shape)}")
+        _check_slots(slots, pages.device)
+        if slots.shape != rows.shape[:1]:
+            raise self._rows_error(rows, f"[N, D] beside slots [N], not {list(slots.shape)},")
         kept = slots >= 0
         slots = slots[kept]
         limit = pages.shape[0] * pages.shape[1]
@@ -199,6 +236,7 @@ class RowFormat:
     def read(self, pages: Tensor, slots: Tensor, descale: float | Tensor | None = None) -> Tensor:
         """The rows of slots [..], [.., D] BF16; for a negative slot, that of slot 0 (the caller masks it)."""
         self.check(pages)
+        _check_slots(slots, pages.device)
         flat = slots.clamp_min(0).flatten()
         data, scales = self._stretches(pages)
         codes, *between, rope = gather_rows(data, flat).split(self._columns(), dim=-1)
@@ -210,6 +248,7 @@ class RowFormat:
 
         Sizes alone do not tell every format from every other: name the one that wrote the cache.
         """
+        _check_tensor("pages", pages)
         if pages.element_size() != 1:
             raise DTypeError(
                 given=f"pages of {pages.dtype}",
@@ -267,8 +306,8 @@ class RowFormat:
         else:
             self._descale(descale)
             tiles = latent.float().unflatten(-1, (-1, self.tile))
-            scale = (tiles.abs().amax(dim=-1) / E4M3_MAX).clamp_min(SCALE_MIN).log2().ceil().exp2()
-            stored = (tiles / scale[..., None]).to(FP8).flatten(-2)
+            scale = (finite_abs(tiles).amax(dim=-1) / E4M3_MAX).clamp_min(SCALE_MIN).log2().ceil().exp2()
+            stored = _to_e4m3(tiles / scale[..., None]).flatten(-2)
             scales = scale.to(self.scale_dtype).view(torch.uint8)
             scales = F.pad(scales, (0, self.scale_bytes - scales.shape[-1]))
         return Parts(stored.view(torch.uint8), scales, rope.contiguous().view(torch.uint8))
@@ -332,5 +371,12 @@ A cache of before 2026.09.30 is as large but splits its pages as MODEL1 does; it
 FLAT = RowFormat("flat", quantised=576, rope=0)
 """576 e4m3, rope too, and one descale for the whole cache."""
 
-FORMATS = {format_.name: format_ for format_ in (FP8_DS_MLA, MODEL1, V41, FLAT)}
+FP8_TOKEN = RowFormat("fp8_token", quantised=512, rope=64, tile=512, scale_bytes=4, page_split=True, page_multiple=16)
+"""A scale a token: 644 bytes; 512 e4m3 | 64 BF16 rope of all rows, then one FP32 scale a row, a power of two.
+
+SnapMLA's row (arXiv 2602.10718): its scale multiplies a key's whole score, and in P V its whole row, so that a kernel
+which multiplies e4m3 never unpacks it. A page of 64 holds rows of 640 bytes, each on 16 bytes.
+"""
+
+FORMATS = {format_.name: format_ for format_ in (FP8_DS_MLA, MODEL1, V41, FLAT, FP8_TOKEN)}
 """The row formats by name."""

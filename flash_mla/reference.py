@@ -11,7 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["decode_reference", "format_rows", "mha_reference", "prefill_reference", "sparse_reference"]
+__all__ = [
+    "decode_reference",
+    "format_rows",
+    "index_reference",
+    "mha_reference",
+    "prefill_reference",
+    "sparse_reference",
+    "topk_reference",
+]
 
 BLOCK = 64
 
@@ -196,6 +204,11 @@ def format_rows(cache: Tensor, name: str | None) -> Tensor:
         rope = bits[..., 528:]
     elif name == "v4.1":
         latent, scales, rope = to_e4m3(bits[..., :512]), 2.0 ** (bits[..., 512:].double() - 127), bits[..., :0]
+    elif name == "fp8_token":
+        page_bytes = bits.as_strided((pages, page * size), (bits.stride(0), 1))
+        rows = page_bytes[:, : page * 640].unflatten(1, (page, 640))
+        scales = page_bytes[:, page * 640 :].contiguous().view(torch.float32).double().unsqueeze(-1)
+        latent, rope = to_e4m3(rows[..., :512]), rows[..., 512:]
     else:
         assert name == "model1"
         page_bytes = bits.as_strided((pages, page * size), (bits.stride(0), 1))
@@ -247,3 +260,24 @@ def sparse_reference(
             out[b, :, i], lse[b, :, i] = attend(query, k, k[:, :Dv], keep, None, softmax_scale, sink)
             top[b, :, i] = (softmax_scale * (query @ k.T)).amax(-1)
     return out, lse, top
+
+
+# --- What flash_mla.indexer computes ----------------------------------------------------------------------------------
+
+
+def index_reference(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """The scores of keys laid end to end, `mqa_logits` in float64: [S_q, S_kv], -inf where a query sees no key."""
+    products = torch.einsum("ihd,td->iht", q.double(), k.double() * k_scale.double()[:, None])
+    scores = torch.einsum("iht,ih->it", products.relu(), weights.double())
+    t = torch.arange(len(k), device=k.device)
+    return scores.masked_fill((t < starts[:, None]) | (t >= ends[:, None]), -math.inf)
+
+
+def topk_reference(scores: Tensor, topk: int) -> Tensor:
+    """The columns of each row's topk greatest scores, equal ones from the left, in order; then -1: [rows, topk]."""
+    columns = torch.full((len(scores), topk), -1, dtype=torch.int32, device=scores.device)
+    for row, kept in zip(scores, columns, strict=True):
+        row = torch.where(row.isnan(), -math.inf, row)
+        best = torch.sort(row, descending=True, stable=True).indices[: min(topk, int((row > -math.inf).sum()))]
+        kept[: len(best)] = best.sort().values
+    return columns

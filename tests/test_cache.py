@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import Counter
 from itertools import chain
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_mla.blocks import BlockAllocator
 from flash_mla.cache import PagedKVCache, page_view
@@ -420,3 +423,145 @@ def test_allocator_gives_each_block_to_one_owner(num_blocks: int, steps: list[tu
         assert len(held) == len({*held})
         assert {*held} <= {*range(num_blocks)}
         assert allocator.num_free == num_blocks - len(held)
+
+
+# --- Copies, and operations that fail --------------------------------------------------------------------------------
+
+
+def filled(pool_blocks: int | None, latent: bool = False) -> PagedKVCache:
+    """Four requests: 100 tokens, a fork of them in a pool, 64 tokens, none."""
+    cache = PagedKVCache(
+        4, Hk, D, max_seq_len=256, v_head_dim=Dv, latent=latent, pool_blocks=pool_blocks, dtype=torch.float32
+    )
+    k, v = torch.randn(4, Hk, 100, D), torch.randn(4, Hk, 100, Dv)
+    cache.append(k, None if latent else v, [100, 0, 64, 0])
+    cache.fork(0, 1)
+    return cache
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("dtype", [torch.float32, FP8])
+@pytest.mark.parametrize(("pool_blocks", "latent"), [(None, False), (9, False), (9, True)])
+def test_a_copy_has_memory_of_its_own(duplicate, dtype: torch.dtype, pool_blocks: int | None, latent: bool) -> None:
+    cache = PagedKVCache(2, Hk, D, max_seq_len=128, v_head_dim=Dv, latent=latent, pool_blocks=pool_blocks, dtype=dtype)
+    rows = [torch.randn(2, Hk, 70, D), None if latent else torch.randn(2, Hk, 70, Dv)]
+    cache.append(*rows)
+    other = duplicate(cache)
+    want = held_rows(cache, cache.k_cache, 0).clone()
+    cache.clear()
+    cache.k_cache[0].view(torch.uint8).fill_(0x55)
+    other.append(*(None if x is None else x[:, :, :3] for x in rows))
+    got = held_rows(other, other.k_cache, 0)
+    assert other.lengths == (73, 73)
+    assert torch.equal(got[:, :70].view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(got[:, 70:].view(torch.uint8), want[:, :3].view(torch.uint8))
+
+
+OPERATIONS = {
+    "append": lambda cache: cache.append(torch.ones(4, Hk, 30, D), torch.ones(4, Hk, 30, Dv), [30, 30, 7, 0]),
+    "append_some": lambda cache: cache.append(torch.ones(2, Hk, 3, D), torch.ones(2, Hk, 3, Dv), requests=[1, 3]),
+    "extend": lambda cache: cache.extend([1, 70, 64, 2]),
+    "fork": lambda cache: cache.fork(0, 3),
+    "reorder": lambda cache: cache.reorder([2, 0, 0, 1]),
+    "truncate": lambda cache: cache.truncate([40, 65, 0, 0]),
+    "free": lambda cache: cache.free([0, 2]),
+    "grow": lambda cache: cache.grow(2),
+}
+
+
+class FailAt(TorchDispatchMode):
+    """Raises at the n-th op of torch, once."""
+
+    def __init__(self, n: int, error: BaseException) -> None:
+        super().__init__()
+        self.left, self.error = n, error
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.left -= 1
+        if not self.left:
+            raise self.error
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("pool_blocks", [None, 12])
+def test_an_operation_that_fails_anywhere_is_undone(pool_blocks: int | None, operation: str, error) -> None:
+    """A failure at every torch call: lengths, table, rows and free blocks are what they were, and all still works."""
+    for n in range(1, 200):
+        cache = filled(pool_blocks)
+        before = [[held_rows(cache, view, b).clone() for view in (cache.k_cache, cache.v_cache)] for b in range(4)]
+        lengths, free = cache.lengths, cache.num_free_blocks
+        holders = [[*allocator.holders] for allocator in cache._allocators]
+        failing = FailAt(n, error)
+        try:
+            with failing:
+                OPERATIONS[operation](cache)
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
+            assert cache.lengths == lengths == tuple(cache.seq_lens.tolist())
+            assert cache.num_free_blocks == free
+            assert [allocator.holders for allocator in cache._allocators] == holders
+            for b, rows in enumerate(before):
+                for view, want in zip((cache.k_cache, cache.v_cache), rows, strict=True):
+                    assert torch.equal(held_rows(cache, view, b), want), f"call {n}: request {b}"
+            OPERATIONS[operation](cache)
+        else:
+            break
+    assert failing.left > 0
+    assert n > 1
+
+
+def test_a_request_may_copy_a_block_and_grow_in_one_append() -> None:
+    cache = PagedKVCache(2, Hk, D, max_seq_len=256, v_head_dim=Dv, pool_blocks=8, dtype=torch.float32)
+    cache.append(torch.randn(2, Hk, 63, D), torch.randn(2, Hk, 63, Dv), [63, 0])
+    cache.fork(0, 1)
+    cache.extend(70)
+    assert cache.num_free_blocks == 8 - 2 * 3
+    cache.clear()
+    assert cache.num_free_blocks == 8
+
+
+@pytest.mark.parametrize("pool_blocks", [None, 12])
+def test_truncate_gives_blocks_back_and_copies_on_write(pool_blocks: int | None) -> None:
+    cache = filled(pool_blocks)
+    want = held_rows(cache, cache.k_cache, 0).clone()
+    free = cache.num_free_blocks
+    cache.truncate([70, 30, 64, 0])
+    assert cache.lengths == (70, 30, 64, 0) == tuple(cache.seq_lens.tolist())
+    assert cache.num_free_blocks == free + 1  # request 1's own copy of the second block
+    cache.append(torch.full((1, Hk, 5, D), 9.0), torch.full((1, Hk, 5, Dv), 9.0), requests=[1])
+    assert torch.equal(held_rows(cache, cache.k_cache, 0), want[:, :70])
+    assert torch.equal(held_rows(cache, cache.k_cache, 1)[:, :30], want[:, :30])
+    with pytest.raises(SequenceLengthError, match="70 held"):
+        cache.truncate([71], [0])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda cache: cache.append([1]),
+        lambda cache: cache.append("k", "v"),
+        lambda cache: cache.extend("many"),
+        lambda cache: cache.extend([1.5] * 4),
+        lambda cache: cache.free(0),
+        lambda cache: cache.free("0"),
+        lambda cache: cache.fork(None, 0),
+        lambda cache: cache.reorder(0),
+        lambda cache: cache.truncate(3),
+        lambda cache: cache.grow("2"),
+        lambda cache: cache.grow(1.5),
+        lambda cache: page_view([1], 2),
+    ],
+)
+def test_what_is_no_number_or_tensor_is_refused(call) -> None:
+    with pytest.raises(ShapeError):
+        call(filled(12))
+
+
+def test_neither_default_device_nor_inference_mode_matters() -> None:
+    with torch.inference_mode():
+        cache = filled(12)
+    with torch.device("meta"):
+        cache.append(torch.ones(4, Hk, 2, D, device="cpu"), torch.ones(4, Hk, 2, Dv, device="cpu"))
+        cache.reorder([1, 0, 3, 2])
+    assert cache.lengths == (102, 102, 2, 66) == tuple(cache.seq_lens.tolist())

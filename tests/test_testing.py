@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from flash_mla import backends, deepseek
+from flash_mla import backends, deepseek, indexer
 from flash_mla.quant import FORMATS
 from flash_mla.reference import format_rows
 from flash_mla.testing import (
@@ -18,6 +18,7 @@ from flash_mla.testing import (
     UNUSED_ENTRY,
     DecodeCase,
     MhaCase,
+    RaggedIndexCase,
     SparseDecodeCase,
     SparsePrefillCase,
     VarlenCase,
@@ -92,14 +93,13 @@ def wrong_launch(monkeypatch):
     """Let `spoil(args)` follow the CPU backend's launch."""
 
     def install(spoil):
-        for name in ("decode", "prefill", "sparse"):
-            phase = backends.module("cpu", name)
+        engine = backends.module("cpu", "engine")
 
-            def spoiled(problem, config, args, launch=phase.launch):
-                launch(problem, config, args)
-                spoil(args)
+        def spoiled(problem, config, args, launch=engine.launch):
+            launch(problem, config, args)
+            spoil(args)
 
-            monkeypatch.setattr(phase, "launch", spoiled)
+        monkeypatch.setattr(engine, "launch", spoiled)
 
     return install
 
@@ -157,9 +157,23 @@ def test_run_sees_a_wrong_sparse_launch(wrong_launch, case, spoil, words):
 
 def test_run_sees_outputs_left_unwritten(monkeypatch):
     """The first call finds NaN where the launch does not write."""
-    monkeypatch.setattr(backends.module("cpu", "sparse"), "launch", lambda problem, config, args: None)
+    monkeypatch.setattr(backends.module("cpu", "engine"), "launch", lambda problem, config, args: None)
     result = run(SparsePrefillCase("spoiled"))
     assert any("are NaN" in failure for failure in result.failures), result.failures
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "says"),
+    [
+        ("mqa_logits", lambda scores: scores * 1.002, "scores: error"),
+        ("mqa_logits", lambda scores: scores.nan_to_num(neginf=0.0), "not -inf"),
+        ("prefill_indices", lambda indices: indices.roll(1), "indices:"),
+    ],
+)
+def test_run_sees_a_wrong_index(monkeypatch, name, spoil, says):
+    right = getattr(indexer, name)
+    monkeypatch.setattr(indexer, name, lambda *args, **kwargs: spoil(right(*args, **kwargs)))
+    assert any(says in failure for failure in run(RaggedIndexCase("spoiled")).failures)
 
 
 def test_run_sees_a_wrong_gradient(monkeypatch):
@@ -186,5 +200,9 @@ def test_names_are_unique_and_cover_every_dtype_and_function():
         for function in functions | in_three_dtypes
         for dtype in DTYPES.values()
         if function in functions or dtype != torch.float8_e4m3fn
+    } | {
+        ("indexer.prefill_indices", torch.float8_e4m3fn),
+        ("indexer.decode_indices", torch.float8_e4m3fn),
+        ("indexer.topk_indices", torch.float32),
     }
     assert {case.format for case in CASES if isinstance(case, SparseDecodeCase)} == {None, *FORMATS}

@@ -11,6 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from flash_mla import FlashMLAError, SequenceLengthError, ShapeError  # noqa: E402
+from flash_mla.errors import GradientError  # noqa: E402
 from flash_mla.integrations.transformers import PagedCache, paged_cache  # noqa: E402
 
 VOCAB = 264
@@ -195,8 +196,10 @@ def test_errors_say_what_to_do() -> None:
     other = {"attention_mask": prompts([15, 16])["attention_mask"]}
     with pytest.raises(ShapeError, match=r"keeps \[14, 15\] earlier tokens, a cache that holds \[11, 15\]"):
         model(torch.ones(2, 1, dtype=torch.long), **other, past_key_values=cache)
-    with pytest.raises(FlashMLAError, match="crop"):
-        cache.crop(-1)
+    with pytest.raises(ShapeError, match="crop"):
+        cache.crop(-17)
+    with pytest.raises(FlashMLAError, match="cannot be switched"):
+        paged_cache(transformers.GPTJForCausalLM(transformers.GPTJConfig(n_embd=32, n_layer=1, n_head=2)), 1, 64)
     windowed = transformers.MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=16)
     mistral = transformers.MistralForCausalLM(windowed).eval()
     cache = paged_cache(mistral, 2, 32)
@@ -221,3 +224,52 @@ def test_the_documented_example_prints_what_the_page_says(
     monkeypatch.chdir(root)
     exec(code, {})
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("draft", ["lookup", "assistant"])
+@pytest.mark.parametrize("family", ["DeepseekV3", "Llama"])
+def test_assisted_decoding_crops(family: str, draft: str) -> None:
+    model, inputs = build(family), prompts([30])
+    inputs["input_ids"][:, 15:] = inputs["input_ids"][:, :15]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    how = {"prompt_lookup_num_tokens": 4} if draft == "lookup" else {"assistant_model": build(family)}
+    cache = paged_cache(model, 1, 96)
+    assert torch.equal(model.generate(**inputs, **options, **how, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "OPT"])
+def test_mha_models(family: str) -> None:
+    dims = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": VOCAB}
+    more = {"OPT": {"ffn_dim": 64, "word_embed_proj_dim": 64}, "GPTNeoX": {"intermediate_size": 64}, "GPT2": {}}
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{family}Config")(**dims, **more[family], eos_token_id=None, pad_token_id=0)
+    head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, f"{family}{head}")(config).eval()
+    inputs, options = prompts([17, 17]), {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, past_key_values=paged_cache(model, 2, 64)), expected)
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "Llama"])
+def test_autocast_keeps_the_tokens(family: str) -> None:
+    model, inputs = build(family), prompts([30, 30])
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.generate(**inputs, **options)
+        tokens = model.generate(**inputs, **options, past_key_values=paged_cache(model, 2, 64))
+    assert torch.equal(tokens[:, :31], expected[:, :31])
+
+
+def test_no_gradient_is_dropped() -> None:
+    """A model that trains is refused; one in evaluation mode raises in the backward."""
+    model, ids = build("Llama"), prompts([9])["input_ids"]
+    cache = paged_cache(model, 1, 64)
+    for _ in range(2):  # the prompt, then a step of decode
+        loss = model(input_ids=ids, past_key_values=cache).logits.sum()
+        with pytest.raises(GradientError):
+            loss.backward()
+        ids = ids[:, :1]
+    model.train()
+    with pytest.raises(GradientError, match=r"model\.eval"):
+        model(input_ids=ids, past_key_values=cache)

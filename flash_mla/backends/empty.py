@@ -1,13 +1,13 @@
 """The backend of a call without work, on any device: no query, or no key to see.
 
-Rows are 0, their lse and max_logits -inf.
+Rows are 0, their lse and max_logits -inf (a sparse call may want another lse); scores are -inf, indices -1.
 """
 
 from __future__ import annotations
 
 import math
 
-from flash_mla.problem import Args, Problem, SparseArgs
+from flash_mla.problem import Args, IndexArgs, Problem, SparseArgs, TopkArgs
 
 
 def refuse(problem: Problem) -> str | None:
@@ -21,9 +21,17 @@ def config(problem: Problem) -> None:
 
 
 def launch(problem: Problem, config: None, args: Args) -> None:
-    """Fill args.out and args.lse; no kernel runs where they have no element."""
+    """Fill the outputs; no kernel runs where they have no element."""
+    if isinstance(args, IndexArgs):
+        args.out.fill_(-math.inf)
+        return
+    if isinstance(args, TopkArgs):
+        args.out.fill_(-1)
+        return
     args.out.zero_()
     if args.lse is not None:
         args.lse.fill_(-math.inf)
-    if isinstance(args, SparseArgs) and args.max_logits is not None:
-        args.max_logits.fill_(-math.inf)
+    if isinstance(args, SparseArgs):
+        args.mark_empty()
+        if args.max_logits is not None:
+            args.max_logits.fill_(-math.inf)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from flash_mla.contract import check_last_dim, check_rank, check_tensor
-from flash_mla.errors import DTypeError
+from flash_mla.contract import check_index, check_last_dim, check_on, check_rank, check_tensor
+from flash_mla.errors import DTypeError, SequenceLengthError, ShapeError
 from flash_mla.problem import DTYPES
 
 
@@ -27,6 +28,37 @@ def check_same_dtype(q: Tensor, name: str, cache: Tensor) -> None:
             "the same dtype, or with is_fp8_kvcache a 1-byte cache of a row format",
             f"`{name}` is not in q's dtype",
             "Cast one of them, or say what the cache holds with is_fp8_kvcache",
+        )
+
+
+def check_starts(q: Tensor, **starts: Tensor) -> None:
+    """cu_seqlens [n + 1] of as many sequences each, on q's device; reads no value."""
+    sizes: list[int] = []
+    for name, x in starts.items():
+        check_tensor(name, x)
+        check_on(q.device, **{name: x})
+        check_index(name, x, (sizes[0] if sizes else -1,), "[n + 1]")
+        if not len(x):
+            raise ShapeError(f"{name} [0]", f"{name} [n + 1] for n sequences", "The first entry, 0, is missing")
+        sizes.append(len(x))
+
+
+def check_start_values(name: str, starts: list[int], rows: int) -> None:
+    """cu_seqlens begin at 0, do not decrease and end at the rows that are there."""
+    for i, (start, end) in enumerate(pairwise(starts)):
+        if end < start:
+            raise SequenceLengthError(
+                f"{name}[{i}] = {start}, {name}[{i + 1}] = {end}",
+                f"{name} does not decrease",
+                f"Sequence {i} has {end - start} rows",
+                "Pass the running sum of the lengths, from 0",
+            )
+    if starts[0] != 0 or starts[-1] != rows:
+        raise SequenceLengthError(
+            f"{name} from {starts[0]} to {starts[-1]}, {rows} rows",
+            f"{name} from 0 to the rows that are there, {rows}",
+            "The sequences do not cover the rows",
+            "Pass the running sum of the lengths, from 0, and no rows behind the last sequence",
         )
 
 

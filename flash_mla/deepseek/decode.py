@@ -8,24 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla.contract import (
-    check_grouping,
-    check_head_dims,
-    check_index,
-    check_last_dim,
-    check_on,
-    check_rank,
-    check_scale,
-    check_sink,
-    check_tensor,
-    decode_problem,
-    named,
-)
+from flash_mla.contract import check_head_dims, check_index, check_on, check_rank, check_tensor, named, out_dtype
 from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
 from flash_mla.deepseek.sparse import row_format, sparse, sparse_keys
-from flash_mla.errors import BlockCountError, DTypeError, ShapeError
-from flash_mla.plan import plan
-from flash_mla.problem import BLOCK, FP8, DecodeArgs
+from flash_mla.errors import DTypeError, ShapeError
+from flash_mla.pages import decode_over_pages
+from flash_mla.problem import FP8
 
 
 @dataclass
@@ -72,15 +60,15 @@ def flash_mla_with_kvcache(
     Args:
         q: [b, s_q, h_q, d], BF16, FP16 or (CPU, Triton) FP32; last dim contiguous.
         k_cache: [num_blocks, page, h_kv, d] in q's dtype, whose first head_dim_v columns are V; or, with
-            is_fp8_kvcache, the bytes of a row format (fp8_ds_mla 656, model1 584, v4.1 528, flat 576 with factor 1) as
-            [num_blocks, page, 1, bytes], told apart by their size.
+            is_fp8_kvcache, the bytes of a row format (fp8_ds_mla 656, fp8_token 644, model1 584, v4.1 528, flat 576
+            with factor 1) as [num_blocks, page, 1, bytes], told apart by their size.
         block_table: [b, max_blocks] int32, pages of the pool; dense only, else None or anything.
         cache_seqlens: [b] int32, tokens of each request; dense only.
         head_dim_v: columns of a row that are V.
         tile_scheduler_metadata, num_splits: not used.
         softmax_scale: 1/sqrt(d) if None.
         causal: query i of s_q sees keys t <= cache_seqlens[b] - s_q + i; otherwise every key. Dense only.
-        is_fp8_kvcache: the caches hold a row format; sparse only.
+        is_fp8_kvcache: the caches hold a row format; dense or sparse.
         indices: [b, s_q, topk] int32, block * page + offset in the pool; a negative one or one past the pool names no
             token. Given: sparse attention, with h_kv = 1 and pages of any length.
         attn_sink: [h_q] FP32: out is scaled by exp(lse) / (exp(lse) + exp(attn_sink)); lse is not.
@@ -100,12 +88,16 @@ def flash_mla_with_kvcache(
     check_rank("k_cache", k_cache.shape, 4, "[num_blocks, page, h_kv, d]")
     if indices is None:
         sparse_only = (extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
-        if is_fp8_kvcache or any(x is not None for x in sparse_only):
+        if any(x is not None for x in sparse_only):
             raise ShapeError(
-                f"indices None, is_fp8_kvcache = {is_fp8_kvcache}",
-                "indices with is_fp8_kvcache, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length",
+                "indices None",
+                "indices with extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length",
                 "These arguments belong to sparse attention",
-                "Pass indices; for a dense FP8 cache call flash_mla_with_kvcache_fp8",
+                "Pass indices",
+            )
+        if is_fp8_kvcache:
+            return dense_rows(
+                q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, attn_sink, backend
             )
         return dense(
             q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, (None, None), attn_sink, backend
@@ -166,6 +158,43 @@ def flash_mla_with_kvcache_fp8(
     return dense(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, descales, None, backend)
 
 
+# --- Dense, over rows of a format -------------------------------------------------------------------------------------
+def dense_rows(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    Dv: int,
+    softmax_scale: float | None,
+    causal: bool,
+    attn_sink: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Dense decode over a pool in a row format: the sparse launch, told to read every token of a request in turn.
+
+    The indices cost 4 bytes a token and query beside the row's hundreds.
+    """
+    table, lengths = named_tokens(block_table, cache_seqlens)
+    fmt = row_format(q, k_cache)
+    B, S_q = q.shape[:2]
+    check_on(q.device, k_cache=k_cache, block_table=table, cache_seqlens=lengths)
+    check_index("block_table", table, (B, -1), "[b, max_blocks]")
+    check_index("cache_seqlens", lengths, (B,), "[b]")
+    num_blocks, page = k_cache.shape[:2]
+    slots = torch.arange(page, device=q.device)
+    inside = (table >= 0) & (table < num_blocks)
+    rows = torch.where(inside, table.long() * page, -page).unsqueeze(2) + slots  # [b, max_blocks, page]
+    last = lengths.long()[:, None]
+    if causal:
+        last = last + torch.arange(1 - S_q, 1, device=q.device)
+    t = torch.arange(rows.shape[1] * page, device=q.device)
+    seen = t < last.expand(B, S_q).unsqueeze(2)  # [b, s_q, tokens]
+    indices = torch.where(seen, rows.flatten(1).unsqueeze(1), -1).to(torch.int32)
+    keys = sparse_keys(q, fmt, "", k_cache, indices, lengths)
+    out, lse, _ = sparse(q, fmt, [keys], Dv, softmax_scale, attn_sink, False, backend)
+    return out, lse.transpose(1, 2)
+
+
 # --- Dense ------------------------------------------------------------------------------------------------------------
 def dense(
     q: Tensor,
@@ -179,24 +208,10 @@ def dense(
     attn_sink: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Our own decode over the pool as a page view.
-
-    Our decode is causal. Without causality all s_q queries see the same keys, which is what heads of one group do, so
-    they go in as heads.
-    """
-    if block_table is None or cache_seqlens is None:
-        raise ShapeError(
-            "indices None, block_table or cache_seqlens None",
-            "block_table and cache_seqlens, or indices",
-            "Dense attention finds its tokens through them",
-            "Pass block_table [b, max_blocks] and cache_seqlens [b], or indices for sparse attention",
-        )
+    """Our own decode over pages; q and out are read and written where they lie."""
+    block_table, cache_seqlens = named_tokens(block_table, cache_seqlens)
     B, S_q, Hq, D = q.shape
     check_same_dtype(q, "k_cache", k_cache)
-    check_on(q.device, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens)
-    check_last_dim("k_cache", k_cache)
-    Hk = k_cache.shape[2]
-    check_grouping(Hq, Hk)
     check_head_dims(D, Dv)
     if k_cache.shape[3] != D or Dv > D:
         raise ShapeError(
@@ -204,63 +219,37 @@ def dense(
             "k_cache [num_blocks, page, h_kv, d] with q's d, and head_dim_v <= d",
             "V is the first head_dim_v columns of K",
         )
-    check_index("block_table", block_table, (B, -1), "[b, max_blocks]")
     check_index("cache_seqlens", cache_seqlens, (B,), "[b]")
-    check_sink(attn_sink, Hq, q.device)
-    k, table = as_blocks(k_cache, block_table)
-    k = k.permute(2, 0, 1, 3).expand(B, -1, -1, -1, -1)  # [B, Hk, Nblk, 64, D]
-    ratio = Hq // Hk
-    fold = S_q > 1 and not causal
-    if fold:
-        q = q.unflatten(2, (Hk, ratio)).transpose(1, 2).reshape(B, Hk * S_q * ratio, 1, D)
-        if attn_sink is not None:
-            attn_sink = attn_sink.view(Hk, 1, ratio).expand(-1, S_q, -1).flatten()
-    else:
-        q = q.transpose(1, 2).contiguous()
-    factors = [None if x is None else x.to(torch.float32).view(-1, 1).expand(B, Hk) for x in descales]
-    rows = q.shape[:3]
-    v = k[..., :Dv]
-    problem = decode_problem(
-        q, k, v, table, alias=True, descale=factors != [None, None], sink=attn_sink is not None,
-        scale_sign=check_scale(softmax_scale),
-    )  # fmt: skip
-    args = DecodeArgs(
-        q=q,
-        k=k,
-        v=v,
-        block_table=table,
-        seq_lens=cache_seqlens.contiguous(),
-        mask=None,
-        q_descale=factors[0],
-        k_descale=factors[1],
-        v_descale=factors[1],
+    descale_q, descale_k = (None if x is None else x.to(torch.float32).view(-1, 1) for x in descales)
+    out = q.new_empty(B, S_q, Hq, Dv, dtype=out_dtype(q.dtype))
+    result = decode_over_pages(
+        q.transpose(1, 2),
+        k_cache,
+        None,
+        block_table,
+        cache_seqlens,
+        v_head_dim=Dv,
+        causal=causal,
+        check_values=False,
+        softmax_scale=softmax_scale,
+        q_descale=descale_q,
+        k_descale=descale_k,
+        v_descale=descale_k,
         attn_sink=attn_sink,
-        softmax_scale=D**-0.5 if softmax_scale is None else softmax_scale,
-        out=q.new_empty((*rows, Dv), dtype=problem.out_dtype),
-        lse=q.new_empty(rows, dtype=torch.float32),
+        return_lse=True,
+        out=out.transpose(1, 2),
+        backend=backend,
     )
-    plan(problem, backend).launch(args)
-    assert args.lse is not None
-    out, lse = args.out, empty_is_inf(args.lse)
-    if fold:
-        out = out.view(B, Hk, S_q, ratio, Dv).transpose(1, 2).reshape(B, S_q, Hq, Dv)
-        return out, lse.view(B, Hk, S_q, ratio).transpose(2, 3).reshape(B, Hq, S_q)
-    return out.transpose(1, 2).contiguous(), lse
+    return out, empty_is_inf(result[1])
 
 
-def as_blocks(pool: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """A pool and table of pages of 64m tokens as one of 64-token blocks, without copying the pool."""
-    page = pool.shape[1]
-    parts = page // BLOCK
-    if page % BLOCK or (parts > 1 and pool.stride(0) != page * pool.stride(1)):
-        raise BlockCountError(
-            f"{named(k_cache=pool)} with strides {pool.stride()}: pages of {page} tokens",
-            f"pages of a multiple of {BLOCK} tokens, and those of more than {BLOCK} one after another in memory",
-            f"Dense attention reads blocks of {BLOCK} tokens where they lie",
-            f"Use pages of {BLOCK} tokens, or sparse attention, whose indices take pages of any length",
+def named_tokens(block_table: Tensor | None, cache_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both, or an error: dense attention has no other way to its tokens."""
+    if block_table is None or cache_seqlens is None:
+        raise ShapeError(
+            "indices None, block_table or cache_seqlens None",
+            "block_table and cache_seqlens, or indices",
+            "Dense attention finds its tokens through them",
+            "Pass block_table [b, max_blocks] and cache_seqlens [b], or indices for sparse attention",
         )
-    if parts == 1:
-        return pool, table.contiguous()
-    # int64: an unused entry may be 2^31-1
-    table = (table.long().unsqueeze(2) * parts + torch.arange(parts, device=table.device)).flatten(1)
-    return pool.unflatten(1, (parts, BLOCK)).flatten(0, 1), table
+    return block_table, cache_seqlens

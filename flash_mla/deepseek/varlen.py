@@ -12,7 +12,6 @@ from torch import Tensor
 from flash_mla.contract import (
     check_grouping,
     check_head_dims,
-    check_index,
     check_last_dim,
     check_on,
     check_rank,
@@ -21,7 +20,7 @@ from flash_mla.contract import (
     named,
     prefill_problem,
 )
-from flash_mla.deepseek.checks import check_query, check_same_dtype
+from flash_mla.deepseek.checks import check_query, check_same_dtype, check_start_values, check_starts
 from flash_mla.errors import ShapeError
 from flash_mla.plan import plan
 from flash_mla.problem import PrefillArgs
@@ -70,15 +69,18 @@ def flash_attn_varlen_func(
         check_rank(name, x.shape, 3, "[total_kv, h_kv, d]")
         check_same_dtype(q, name, x)
         check_last_dim(name, x)
-    check_on(q.device, k=k, v=v, cu_seqlens_qo=cu_seqlens_qo, cu_seqlens_kv=cu_seqlens_kv)
-    check_index("cu_seqlens_qo", cu_seqlens_qo, (-1,), "[n + 1]")
-    check_index("cu_seqlens_kv", cu_seqlens_kv, cu_seqlens_qo.shape, "[n + 1]")
+    check_on(q.device, k=k, v=v)
+    check_starts(q, cu_seqlens_qo=cu_seqlens_qo, cu_seqlens_kv=cu_seqlens_kv)
     if k.shape[2] != q.shape[2] or k.shape[:2] != v.shape[:2]:
         raise ShapeError(named(q=q, k=k, v=v), "q [total_q, h_q, d], k [total_kv, h_kv, d], v [total_kv, h_kv, d_v]")
     check_grouping(q.shape[1], k.shape[1])
     check_head_dims(q.shape[2], v.shape[2])
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    return Varlen.apply(q, k, v, cu_seqlens_qo, cu_seqlens_kv, causal, scale, backend)
+    starts = cu_seqlens_qo.tolist(), cu_seqlens_kv.tolist()
+    check_start_values("cu_seqlens_qo", starts[0], len(q))
+    check_start_values("cu_seqlens_kv", starts[1], len(k))
+    check_scale(softmax_scale)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    return Varlen.apply(q, k, v, starts, causal, scale, backend)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -93,6 +95,7 @@ def flash_attn_varlen_qkvpacked_func(
     is_varlen: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """flash_attn_varlen_func with qkv [total, h, 2 * head_dim_qk + d_v]: q, k and v side by side in the last dim."""
+    check_packed("qkv", qkv, head_dim_qk, 2)
     q, k, v = (qkv[..., :head_dim_qk], qkv[..., head_dim_qk : 2 * head_dim_qk], qkv[..., 2 * head_dim_qk :])
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, deterministic,
@@ -115,10 +118,24 @@ def flash_attn_varlen_kvpacked_func(
     is_varlen: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """flash_attn_varlen_func with kv [total_kv, h_kv, head_dim_qk + d_v]: k and v side by side in the last dim."""
+    check_packed("kv", kv, head_dim_qk, 1)
     return flash_attn_varlen_func(
         q, kv[..., :head_dim_qk], kv[..., head_dim_qk:], cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv,
         dropout_p, softmax_scale, causal, deterministic, is_varlen,
     )  # fmt: skip
+
+
+def check_packed(name: str, packed: Tensor, head_dim_qk: int, parts: int) -> None:
+    """`packed` [total, heads, parts * head_dim_qk + d_v] with at least one column of V."""
+    check_tensor(name, packed)
+    check_rank(name, packed.shape, 3, f"[total, heads, {parts} * head_dim_qk + d_v]")
+    if type(head_dim_qk) is not int or not 0 < parts * head_dim_qk < packed.shape[2]:
+        raise ShapeError(
+            f"{named(**{name: packed})}, head_dim_qk = {head_dim_qk!r}",
+            f"{name} [total, heads, {parts} * head_dim_qk + d_v]",
+            "No columns are left for V",
+            "Pass the columns of q and k each as head_dim_qk",
+        )
 
 
 class Varlen(torch.autograd.Function):
@@ -130,16 +147,14 @@ class Varlen(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu_seqlens_qo: Tensor,
-        cu_seqlens_kv: Tensor,
+        starts: tuple[list[int], list[int]],
         causal: bool,
         scale: float,
         backend: str | None,
     ) -> tuple[Tensor, Tensor]:
-        starts_q, starts_kv = cu_seqlens_qo.tolist(), cu_seqlens_kv.tolist()
         out = q.new_zeros(*q.shape[:2], v.shape[2])
         lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
-        for rows, keys, count in alike_sequences(starts_q, starts_kv):
+        for rows, keys, count in alike_sequences(*starts):
             S_q, S_kv = (rows.stop - rows.start) // count, (keys.stop - keys.start) // count
             # a causal query before the first key sees none
             blind = max(S_q - S_kv, 0) if causal else 0
@@ -148,7 +163,7 @@ class Varlen(torch.autograd.Function):
             out[rows].unflatten(0, (count, -1))[:, blind:] = part.transpose(1, 2)
             lse[rows].unflatten(0, (count, -1))[:, blind:] = part_lse.transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.starts, ctx.causal, ctx.scale = (starts_q, starts_kv), causal, scale
+        ctx.starts, ctx.causal, ctx.scale = starts, causal, scale
         return out, lse
 
     @staticmethod
@@ -163,7 +178,7 @@ class Varlen(torch.autograd.Function):
                 dq[own_rows], dk[own_keys], dv[own_keys] = sequence_gradients(
                     k[own_keys], v[own_keys], *(x[i] for x in split), causal=ctx.causal, scale=ctx.scale
                 )
-        return dq, dk, dv, None, None, None, None, None
+        return dq, dk, dv, None, None, None, None
 
 
 def alike_sequences(starts_q: list[int], starts_kv: list[int]) -> Iterator[tuple[slice, slice, int]]:

@@ -30,8 +30,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
 from flash_mla.api import MLAMetadata, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla.autograd import refusing
 from flash_mla.cache import PagedKVCache
-from flash_mla.errors import FlashMLAError, ShapeError
+from flash_mla.errors import FlashMLAError, GradientError, ShapeError
 from flash_mla.problem import BLOCK
 
 # NOTE: transformers takes any name with "flash" in it for one of FlashAttention's and checks it as such.
@@ -52,8 +53,16 @@ def paged_cache(model: PreTrainedModel, batch: int, max_seq_len: int, *, pool_bl
         pool_blocks: 64-token blocks of the pool that the sequences share; default: enough for B full ones.
 
     Raises:
-        FlashMLAError: the model has layers of another kind, or projects latents otherwise than by one matrix.
+        FlashMLAError: the model has layers of another kind, projects latents otherwise than by one matrix, or has an
+            attention that transformers cannot switch.
     """
+    if not isinstance(model, PreTrainedModel) or not model._supports_attention_backend:
+        raise FlashMLAError(
+            given=f"a {type(model).__name__}",
+            required="a transformers model that calls attention through its AttentionInterface",
+            cause="The model's attention cannot be switched to this library's",
+            fix="Use a transformers cache for this model",
+        )
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or any(hasattr(module, "indexer") for module in model.modules()):
@@ -73,7 +82,8 @@ def paged_cache(model: PreTrainedModel, batch: int, max_seq_len: int, *, pool_bl
         heads, v_dim = 1, latents[0].kv_lora_rank
         dim = v_dim + latents[0].qk_rope_head_dim
     else:
-        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        # GPT-2, NeoX and OPT have one KV head a query head, and no name for their number
+        layers, heads = config.num_hidden_layers, getattr(config, "num_key_value_heads", config.num_attention_heads)
         dim = v_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pages = PagedKVCache(
         batch,
@@ -109,7 +119,8 @@ class PagedCache(Cache):
         pages: the PagedKVCache; its KV heads are those of layer 0, then of layer 1, ...
         seen: tokens a sequence, padding included, as transformers counts them.
 
-    Beam search and `reset` work. Cropping (assisted decoding) and changes of the batch size do not, and say so.
+    Beam search, `reset` and `crop` (assisted decoding, prompt lookup) work. Changes of the batch size do not, and say
+    so.
     """
 
     def __init__(self, pages: PagedKVCache, layers: int) -> None:
@@ -147,7 +158,22 @@ class PagedCache(Cache):
         self.pages.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise not_offered("crop", "Generate without assistant models and prompt lookup")
+        """Drop the last -tokens_to_remove tokens of every sequence; they must not be padding.
+
+        Args:
+            tokens_to_remove: 0 or below, as transformers' caches take it.
+        """
+        dropped = -tokens_to_remove
+        if not 0 <= dropped <= min(self.pages.lengths):
+            raise ShapeError(
+                given=f"crop({tokens_to_remove}), sequences of {[*self.pages.lengths]} tokens",
+                required="minus the tokens to drop, which every sequence holds",
+                cause="crop counts tokens from the end",
+                fix="Pass a negative number of tokens; call reset() to empty the cache",
+            )
+        self.pages.truncate([length - dropped for length in self.pages.lengths])
+        self.seen -= dropped
+        self._tokens, self._step = None, None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         raise not_offered("batch_repeat_interleave", "Make the cache for prompts x beams")
@@ -376,6 +402,13 @@ def paged_attention(
             cause="The model's attention was switched to the paged cache, and this call brings another cache or mask",
             fix="Pass the paged cache, or switch back with model.set_attn_implementation('sdpa')",
         )
+    if module.training and torch.is_grad_enabled():
+        raise GradientError(
+            given=f"{type(module).__name__} in training mode",
+            required="a model in evaluation mode, or torch.no_grad()",
+            cause="Rows of a paged cache carry no gradient: the projections of K and V would learn nothing",
+            fix="Call model.eval(); to train, switch back with model.set_attn_implementation('sdpa')",
+        )
     extras = {name: kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux", "indices")}
     if dropout or any(extra is not None for extra in extras.values()):
         raise FlashMLAError(
@@ -387,20 +420,31 @@ def paged_attention(
     step = key.cache.step(attention_mask)
     k_cache, v_cache = key.cache.layer_pages(key.layer)
     is_latent = hasattr(module, "expand_kv")
-    step.write(torch.cat([key.k, key.v], -1) if is_latent else key.k, k_cache)
+    q, k, v = (as_attention_takes(x, k_cache.dtype) for x in (query, key.k, key.v))
+    step.write(torch.cat([k, v], -1) if is_latent else k, k_cache)
     if not is_latent:
-        step.write(key.v, v_cache)
-    q = step.align(query)
+        step.write(v, v_cache)
+    q = step.align(q)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if step.is_first:
-        k, v = module.expand_kv(key.k, key.v) if is_latent else (key.k, key.v)
+        if is_latent:
+            k, v = (as_attention_takes(x, k_cache.dtype) for x in module.expand_kv(k, v))
         k, v = step.align(k), step.align(v)
         out = cast(Tensor, flash_mla_prefill(q, k, v, softmax_scale=scale, seq_lens=step.lengths))
     elif is_latent:
         out = decode_absorbed(module, step, q, k_cache, v_cache, scale)
     else:
         out = step.decode(q, k_cache, v_cache, scale)
-    return step.restore(out), None
+    if torch.is_grad_enabled():
+        learning = [x for x in (query, key.k, key.v) if x.requires_grad]
+        out = refusing("attention over a paged cache", out, learning) if learning and not out.requires_grad else out
+    return step.restore(out).to(query.dtype), None
+
+
+def as_attention_takes(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the cache's dtype; under autocast rounded to autocast's first, as torch's own attention does."""
+    device = x.device.type
+    return (x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x).to(dtype)
 
 
 def decode_absorbed(module: Any, step: Step, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
@@ -412,7 +456,9 @@ def decode_absorbed(module: Any, step: Step, q: Tensor, k_cache: Tensor, v_cache
     weight = module.kv_b_proj.weight.view(q.shape[1], nope + module.v_head_dim, -1)  # [Hq, nope + Dv, kv_lora_rank]
     # NOTE: einsum multiplies all requests' rows of a head at once; `@` would copy the weight for every request.
     absorbed = torch.einsum("bhpd,hdr->bhpr", q[..., :nope], weight[:, :nope])
-    out = step.decode(torch.cat([absorbed, q[..., nope:]], -1), k_cache, v_cache, scale)
+    # autocast makes a product in its own dtype
+    rows = torch.cat([absorbed.to(q.dtype), q[..., nope:]], -1)
+    out = step.decode(rows, k_cache, v_cache, scale)
     return torch.einsum("bhpr,hdr->bhpd", out, weight[:, nope:])
 
 

@@ -20,6 +20,7 @@ from flash_mla.testing.deepseek_cases import (
     library_lse,
 )
 from flash_mla.testing.hostile import UNUSED_ENTRY, CacheLayout, Order, nan_cache, nan_filled, same_bits, storage_bytes
+from flash_mla.testing.index_cases import IndexCase, PagedIndexCase, RaggedIndexCase, TopkCase, index_cases
 from flash_mla.testing.judge import Case, Result, run
 
 __all__ = [
@@ -32,17 +33,22 @@ __all__ = [
     "Case",
     "DecodeCase",
     "DenseDecodeCase",
+    "IndexCase",
     "MhaCase",
     "Order",
+    "PagedIndexCase",
     "PrefillCase",
+    "RaggedIndexCase",
     "Result",
     "SparseDecodeCase",
     "SparsePrefillCase",
+    "TopkCase",
     "VarlenCase",
     "Verdict",
     "check",
     "decode_cases",
     "drop_in_cases",
+    "index_cases",
     "library_lse",
     "mha_cases",
     "nan_cache",
@@ -53,6 +59,6 @@ __all__ = [
     "storage_bytes",
 ]
 
-CASES: tuple[Case, ...] = (*decode_cases(), *prefill_cases(), *mha_cases(), *drop_in_cases())
+CASES: tuple[Case, ...] = (*decode_cases(), *prefill_cases(), *mha_cases(), *drop_in_cases(), *index_cases())
 """Every function, dtype and edge of docs/contract.md, small enough for a CPU: `replace(case, device=..., backend=...)`
 moves one elsewhere."""

@@ -15,15 +15,17 @@ from torch import Tensor
 from flash_mla import contract
 from flash_mla.api import flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
 from flash_mla.errors import DeviceError, FlashMLAError
-from flash_mla.plan import plan
-from flash_mla.problem import DecodeArgs
+from flash_mla.pages import decode_over_pages
 from flash_mla.reference import decode_reference, mha_reference, prefill_reference
 from flash_mla.testing.budget import BUDGETS, Verdict, check, worst
 from flash_mla.testing.cases import DecodeCase, MhaCase, PrefillCase
 from flash_mla.testing.deepseek_cases import DropInCase
 from flash_mla.testing.hostile import Call, nan_filled, same_bits, storage_bytes
+from flash_mla.testing.index_cases import IndexCase
+from flash_mla.testing.index_cases import judge as judge_index
 
-Case = DecodeCase | PrefillCase | MhaCase | DropInCase
+AttentionCase = DecodeCase | PrefillCase | MhaCase | DropInCase
+Case = AttentionCase | IndexCase
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def run(case: Case) -> Result:
     An error that the call raises is a failure, except a DeviceError, which is a refusal.
     """
     begin = time.perf_counter()
+    if isinstance(case, IndexCase):
+        return run_index(case)
     call = case.call()
     want_caches = {name: storage_bytes(call.reference[name]) for name in CACHES if name in call.reference}
     before = {name: storage_bytes(x) for name, x in call.arguments.items() if isinstance(x, Tensor)}
@@ -68,7 +72,8 @@ def run(case: Case) -> Result:
         return Result(case, None, (f"{type(error).__name__}: {error}",), seconds=time.perf_counter() - begin)
     true = truth(case, call)
     (out, lse), (true_out, true_lse) = first[:2], true[:2]
-    verdict = check(out, lse, true_out, true_lse, case.dtype)
+    budget = case.budget if isinstance(case, DecodeCase) else case.dtype
+    verdict = check(out, lse, true_out, true_lse, budget)
     failures = list(verdict.failures)
     if isinstance(case, DropInCase):
         for name, got, want in zip(case.more, first[2:], true[2:], strict=True):
@@ -83,6 +88,16 @@ def run(case: Case) -> Result:
     for name, content in want_caches.items():
         if not torch.equal(content, storage_bytes(call.arguments[name])):
             failures.append(f"{name} does not hold, bit for bit, what it should after the call")
+    return Result(case, verdict, tuple(failures), seconds=time.perf_counter() - begin)
+
+
+def run_index(case: IndexCase) -> Result:
+    """As `run`, for what has scores and indices instead of out and lse."""
+    begin = time.perf_counter()
+    try:
+        verdict, failures = judge_index(case)
+    except DeviceError as error:
+        return Result(case, None, refused=error.given, seconds=time.perf_counter() - begin)
     return Result(case, verdict, tuple(failures), seconds=time.perf_counter() - begin)
 
 
@@ -104,7 +119,7 @@ def check_more(name: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> list
 CACHES = ("k_cache", "v_cache")
 
 
-def truth(case: Case, call: Call) -> tuple[Tensor, ...]:
+def truth(case: AttentionCase, call: Call) -> tuple[Tensor, ...]:
     """(out, lse) of the case in float64, and what else the function returns."""
     if isinstance(case, DropInCase):
         return case.truth(call)
@@ -138,7 +153,7 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=only_warns)
 
 
-def invoke(case: Case, call: Call, poison: bool) -> tuple[Tensor, ...]:
+def invoke(case: AttentionCase, call: Call, poison: bool) -> tuple[Tensor, ...]:
     """(out, lse, ..) of the case's function, where `poison` says so into memory that holds NaN; else decode goes
     through metadata."""
     if isinstance(case, DropInCase):
@@ -162,36 +177,21 @@ def invoke(case: Case, call: Call, poison: bool) -> tuple[Tensor, ...]:
 
 
 def launch_serving(case: DecodeCase, call: Call, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run a page view that the public functions refuse (an engine's [num_blocks, 64, Hk, D] pool), as vLLM's seam
-    does: a problem made by hand, through the plan."""
+    """Run a page view that the public functions refuse (an engine's [num_blocks, 64, Hk, D] pool) as engines do."""
     x = call.arguments
-    q, k, v, mask = x["q"], x["k_cache"], x["v_cache"], x["mask"]
-    B, Hq, S_q, D = q.shape
-    descales = {name: broadcast(x[name], B, case.Hk, q.device) for name in ("q_descale", "k_descale", "v_descale")}
-    kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
-    given = case.descale is not None
-    problem = contract.decode_problem(
-        q, k, v, x["block_table"], alias=case.alias, mask=kind, descale=given, sink=case.sink,
-        scale_sign=contract.check_scale(case.softmax_scale),
-    )  # fmt: skip
-    out = q.new_empty((B, Hq, S_q, v.shape[-1]), dtype=problem.out_dtype) if out is None else out
-    lse = q.new_empty((B, Hq, S_q), dtype=torch.float32)
-    args = DecodeArgs(
-        q=q,
-        k=k,
-        v=v,
-        block_table=x["block_table"],
-        seq_lens=x["seq_lens"],
-        mask=None if mask is None else mask.expand(B, Hq, S_q, -1),
-        **descales,
-        attn_sink=x["attn_sink"],
-        softmax_scale=D**-0.5 if case.softmax_scale is None else case.softmax_scale,
+    k, v = (x[name][0].permute(1, 2, 0, 3) for name in CACHES)
+    names = ("mask", "q_descale", "k_descale", "v_descale", "attn_sink", "softmax_scale")
+    result = decode_over_pages(
+        x["q"],
+        k,
+        v,
+        x["block_table"],
+        x["seq_lens"],
+        **{name: x[name] for name in names},
+        check_values=out is None,
+        return_lse=True,
         out=out,
-        lse=lse,
+        backend=case.backend,
     )
-    plan(problem, case.backend).launch(args)
-    return out, lse
-
-
-def broadcast(value: float | Tensor | None, B: int, Hk: int, device: torch.device) -> Tensor | None:
-    return None if value is None else torch.as_tensor(value, dtype=torch.float32, device=device).expand(B, Hk)
+    assert isinstance(result, tuple)
+    return result

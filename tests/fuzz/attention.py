@@ -46,12 +46,15 @@ def page_view(draw: Draw, B: int, Hk: int, Nblk: int, D: int, dtype: torch.dtype
     return draw.poison(B, Hk, Nblk, BLOCK, D, dtype=dtype)
 
 
-def make_table(draw: Draw, lengths: list[int], layout: str, unique: bool) -> tuple[Tensor, int]:
-    """[B, width] int64 on the CPU, entries that no token uses hostile, and Nblk; in a pool, prefixes may be shared."""
+def make_table(draw: Draw, lengths: list[int], layout: str, unique: bool, least: int = 0) -> tuple[Tensor, int]:
+    """[B, width] int64 on the CPU, entries that no token uses hostile, and Nblk; in a pool, prefixes may be shared.
+
+    Both width and Nblk are at least `least`.
+    """
     counts = [-(-n // BLOCK) for n in lengths]
     spare = draw.between(0, 2)
-    width = max(counts, default=0) + draw.between(0, 2)
-    Nblk = (sum(counts) if layout == "pool" else max(counts, default=0)) + spare
+    width = max(*counts, least, 0) + draw.between(0, 2)
+    Nblk = max(sum(counts) if layout == "pool" else max(counts, default=0), least) + spare
     table = torch.full((len(lengths), width), draw.among((NEVER, -1, -(2**31), 0)))
     if layout == "pool":
         order = torch.randperm(Nblk, generator=draw.generator)
@@ -316,7 +319,7 @@ def shared_faults(draw: Draw, x: dict[str, Any]) -> list[Fault]:
             (DTypeError,),
             lambda x: x.update(q=torch.zeros(q.shape, dtype=torch.int32, device=draw.device)),
         ),
-        ("q of 0 dims", (ShapeError,), lambda x: x.update(q=torch.tensor(1.0, device=draw.device))),
+        ("q of 0 dims", (ShapeError,), lambda x: x.update(q=torch.ones((), device=draw.device).to(q.dtype))),
         (f"softmax_scale {not_numbers}", (ShapeError,), lambda x: x.update(softmax_scale=not_numbers)),
         ("backend foo", (DeviceError,), lambda x: x.update(backend="foo")),
         (
@@ -539,7 +542,7 @@ def prefill_faults(draw: Draw, x: dict[str, Any]) -> list[Fault]:
     if P > 1 and Hq > 1 and B:
         turned = q.transpose(1, 2).contiguous().transpose(1, 2)
         faults.append(("strides that are not monotonic", (LayoutError,), lambda x: x.update(q=turned)))
-    if D > 1 and q.numel():
+    if D > 1 and P > 1 and q.numel():
         turned_d = torch.empty(B, Hq, D, P, dtype=q.dtype, device=draw.device).transpose(2, 3)
         faults.append(("q not contiguous on D", (LayoutError,), lambda x: x.update(q=turned_d)))
     return faults
@@ -561,7 +564,7 @@ def mha(draw: Draw, backend: str | None) -> Case:
     starts = [draw.between(0, 130) if continued else 0 for _ in range(B)]
     ends = [start + P for start in starts]
     layout = draw.pick(("slab", "slab", "pool", "sliced", "offset"))
-    table, Nblk = make_table(draw, ends, layout, unique=write)
+    table, Nblk = make_table(draw, ends, layout, unique=write, least=-(-P // BLOCK))
     k_cache = page_view(draw, B, H, Nblk, D, dtype, layout)
     v_cache = k_cache[..., :Dv] if alias else page_view(draw, B, H, Nblk, Dv, dtype, layout)
     rows = [[draw.normal(H, end, width, dtype=dtype, scale=magnitude(draw)) for end in ends] for width in (D, Dv)]
@@ -621,8 +624,8 @@ def mha(draw: Draw, backend: str | None) -> Case:
             truth.append(
                 oracle.attention(
                     oracle.float64(q[b]) * factors[0],
-                    oracle.float64(rows[0][b]) * factors[1],
-                    oracle.float64(rows[0][b][..., :Dv] if alias else rows[1][b]) * factors[2],
+                    oracle.cached(full[0], table[b].tolist(), b, end) * factors[1],
+                    oracle.cached(full[1], table[b].tolist(), b, end) * factors[2],
                     scale, keep, bias,
                 )
             )  # fmt: skip

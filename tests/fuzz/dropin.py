@@ -573,28 +573,31 @@ def ragged_indices(draw: Draw, backend: str | None) -> Case:
     if draw.chance(0.4):
         name = draw.among(("cu_seqlens_q", "cu_seqlens_kv"))
         errors = (ShapeError, SequenceLengthError, MaskShapeError, LayoutError)
-        faults: list[Fault] = [
+        on_cpu: list[Fault] = [
             (
                 "queries past the sequences",
                 errors,
                 lambda x: x.update(positions=draw.index(torch.zeros(starts_q[-1] + 2, topk, dtype=torch.int64))),
             ),
             (f"{name} not from 0", errors, lambda x: x.update({name: x[name] + 1})),
+        ]
+        faults: list[Fault] = [
             (f"{name} of other sequences", errors, lambda x: x.update({name: torch.cat([x[name], x[name][-1:]])})),
             (f"{name} floating", (DTypeError,), lambda x: x.update({name: x[name].float()})),
             (f"{name} is a list", (ShapeError,), lambda x: x.update({name: [0, 1]})),
         ]
+        if draw.device == "cpu":  # a GPU is not waited for
+            faults += on_cpu
         return illegal(draw, "ragged_indices", x, faults, deepseek)
 
     def verify(result: Any) -> list[str]:
-        want = []
-        for i in range(n):
-            for row in positions[starts_q[i] : starts_q[i + 1]].tolist():
-                want.append([[starts_kv[i] + p if 0 <= p < lengths_kv[i] else -1 for p in row]])
-        same = result.dtype == torch.int32 and torch.equal(
-            result.cpu(), torch.tensor(want, dtype=torch.int32).view(-1, 1, topk) if want else result.cpu()[:0]
-        )
-        return [] if same else ["other indices"]
+        want = [
+            [starts_kv[i] + p if 0 <= p < lengths_kv[i] else -1 for p in row]
+            for i in range(n)
+            for row in positions[starts_q[i] : starts_q[i + 1]].tolist()
+        ]
+        wanted = torch.tensor(want, dtype=torch.int32).view(starts_q[-1], 1, topk)
+        return [] if result.dtype == torch.int32 and torch.equal(result.cpu(), wanted) else ["other indices"]
 
     return legal(draw, "ragged_indices", x, verify, [], deepseek)
 

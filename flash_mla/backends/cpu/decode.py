@@ -46,9 +46,7 @@ class Reads:
 
 
 def refuse(problem: DecodeProblem) -> str | None:
-    """Why the pages cannot be read as they lie, or None."""
-    if problem.page != BLOCK or problem.rope_strides is not None:
-        return f"pages of {problem.page} tokens, or a split latent: pages must hold {BLOCK} whole rows"
+    """It runs everything that the contract admits."""
     return None
 
 
@@ -77,38 +75,42 @@ def launch(problem: DecodeProblem, config: None, args: DecodeArgs) -> None:
 
 def plan_reads(problem: DecodeProblem, args: DecodeArgs, table: Tensor) -> list[Reads]:
     """Split each request's blocks into runs of consecutive ids and loose blocks."""
-    keys = problem.table_blocks * BLOCK
+    keys = problem.table_blocks * problem.page
     if args.mask is not None:
         keys = min(keys, args.mask.shape[-1])
     in_place = readable_in_place(problem, args)
     return [
-        plan_request(min(max(length, 0), keys), ids, problem.S_q, in_place)
+        plan_request(min(max(length, 0), keys), ids, problem.S_q, problem.page, in_place)
         for length, ids in zip(args.seq_lens.tolist(), table.numpy(), strict=True)
     ]
 
 
-def plan_request(length: int, ids: np.ndarray, S_q: int, in_place: bool) -> Reads:
+def plan_request(length: int, ids: np.ndarray, S_q: int, page: int, in_place: bool) -> Reads:
     """The reads of one request of `length` tokens, whose logical block i is physical block ids[i]."""
     # NOTE: numpy, since torch's small ops took 130 us a call here, a tenth of a B 1, S 1024 decode.
     reads = Reads(length)
     # causality hides at most the last S_q - 1 keys from a query: every query sees the blocks before them whole
-    full = max(length - S_q + 1, 0) // BLOCK if in_place else 0
+    full = max(length - S_q + 1, 0) // page if in_place else 0
     order = ids[:full].argsort(kind="stable")
     ids = ids[order]
     starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1).tolist()
     for start, end in pairwise([*starts, full]):
-        if end - start >= MIN_RUN:
+        if (end - start) * page >= MIN_RUN * BLOCK:
             reads.runs.append((int(ids[start]), end - start))
         else:
             reads.loose += order[start:end].tolist()
-    reads.loose += range(full, -(-length // BLOCK))
+    reads.loose += range(full, -(-length // page))
     return reads
 
 
 def readable_in_place(problem: DecodeProblem, args: DecodeArgs) -> bool:
     """Whether consecutive blocks are one strided view that the op takes, with no mask to permute."""
-    evenly = all(strides[2] == BLOCK * strides[3] for strides in (problem.k_strides, problem.v_strides))
-    plain = args.mask is None and compute_dtype(problem) == problem.dtype == problem.kv_dtype
+    evenly = all(strides[2] == problem.page * strides[3] for strides in (problem.k_strides, problem.v_strides))
+    plain = (
+        problem.rope_strides is None
+        and args.mask is None
+        and compute_dtype(problem) == problem.dtype == problem.kv_dtype
+    )
     return evenly and plain and (problem.alias or problem.D == problem.Dv)
 
 
@@ -129,8 +131,8 @@ def shared_runs(reads: list[Reads]) -> Iterator[tuple[tuple[int, int], slice]]:
 def gather_groups(problem: DecodeProblem, reads: list[Reads]) -> Iterator[tuple[slice, slice]]:
     """Neighbouring requests and a range of their loose blocks, as many as GATHER_BYTES and BIAS_BYTES allow."""
     columns = problem.D + (0 if problem.alias else problem.Dv)
-    block_bytes = problem.Hk * BLOCK * columns * compute_dtype(problem).itemsize
-    bias_bytes = problem.Hq * problem.S_q * BLOCK * torch.float32.itemsize
+    block_bytes = problem.Hk * problem.page * columns * compute_dtype(problem).itemsize
+    bias_bytes = problem.Hq * problem.S_q * problem.page * torch.float32.itemsize
     budget = max(1, min(GATHER_BYTES // block_bytes, BIAS_BYTES // bias_bytes))
     widths = [len(request.loose) for request in reads]
     first = 0
@@ -180,8 +182,8 @@ def run_in_place(
 def gather_buffers(problem: DecodeProblem, args: DecodeArgs, groups: list[tuple[slice, slice]]) -> list[Tensor]:
     """Memory for the blocks of K, and of V where it is apart, of the largest group."""
     most = max(((requests.stop - requests.start) * (c.stop - c.start) for requests, c in groups), default=0)
-    caches = (args.k,) if problem.alias else (args.k, args.v)
-    return [torch.empty(most * x.shape[1] * BLOCK * x.shape[-1], dtype=storage_dtype(x)) for x in caches]
+    caches = [args.k, *(() if problem.alias else (args.v,)), *(() if args.k_rope is None else (args.k_rope,))]
+    return [torch.empty(most * x.shape[1] * problem.page * x.shape[-1], dtype=storage_dtype(x)) for x in caches]
 
 
 def run_gathered(
@@ -202,11 +204,13 @@ def run_gathered(
         loose = request.loose[columns]
         logical[i, : len(loose)] = torch.tensor(loose, dtype=torch.long)
     ids = table[requests].gather(1, logical.clamp(max=problem.table_blocks - 1))
-    position = (logical[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)  # [n, keys]
+    position = (logical[:, :, None] * problem.page + torch.arange(problem.page)).flatten(1)  # [n, keys]
     lengths = torch.tensor([request.length for request in members])
     valid = position < lengths[:, None]
     k = gather_rows(args.k, requests, ids, valid, buffers[0], q.dtype)
     v = None if problem.alias else gather_rows(args.v, requests, ids, valid, buffers[1], q.dtype)
+    if args.k_rope is not None:
+        k = torch.cat([k, gather_rows(args.k_rope, requests, ids, valid, buffers[-1], q.dtype)], -1)
     bias = hidden_keys(problem, args, requests, position, lengths, valid)
     return requests, *attend(q[requests], k, v, problem.Dv, args.softmax_scale, bias)
 
@@ -219,21 +223,21 @@ def storage_dtype(cache: Tensor) -> torch.dtype:
 def gather_rows(
     cache: Tensor, requests: slice, ids: Tensor, valid: Tensor, buffer: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The rows of blocks `ids` [n, width] as [n, Hk, width * 64, D] in `dtype`; 0 where not valid."""
+    """The rows of pages `ids` [n, width] as [n, Hk, width * page, D] in `dtype`; 0 where not valid."""
     # NOTE: index_select copies whole blocks, fastest from one flat list of them (2 MiB: 0.05 ms; per head 0.07 ms;
-    # advanced indexing took 3.7 ms for 8 MiB).
+    # advanced indexing took 3.7 ms for 8 MiB). From strided memory it would copy all of the cache first.
     shape = (len(ids), cache.shape[1], ids.shape[1], *cache.shape[3:])
     rows = buffer[: math.prod(shape)].view(shape)
     stored = cache.view(buffer.dtype)
     Hk, Nblk = cache.shape[1:3]
-    flat = cache.stride(1) == Nblk * cache.stride(2) and cache.stride(2) == BLOCK * cache.stride(3)
+    flat = stored[0].is_contiguous()
     for i in range(len(ids)):
         blocks = stored[requests.start + i]
         if flat:
             index = (torch.arange(Hk)[:, None] * Nblk + ids[i]).flatten()
             torch.index_select(blocks.flatten(0, 1).flatten(1), 0, index, out=rows[i].flatten(0, 1).flatten(1))
         else:
-            torch.index_select(blocks, 1, ids[i], out=rows[i])
+            torch.stack([blocks[:, page] for page in ids[i].tolist()], 1, out=rows[i])
     rows = rows.flatten(2, 3)
     for i in (~valid.all(dim=1)).nonzero().flatten().tolist():
         rows[i].masked_fill_(~valid[i, :, None], 0)

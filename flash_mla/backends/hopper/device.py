@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flash_mla.problem import ALIGNMENT, BLOCK, FP8, DecodeProblem, Problem
+from flash_mla.problem import ALIGNMENT, BLOCK, FP8, DecodeProblem, IndexProblem, Problem, TopkProblem
 
 HALVES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """torch's 16-bit dtypes and their names in the kernels' configs."""
@@ -44,13 +44,27 @@ def refuse(problem: Problem) -> str | None:
     """Why no Hopper kernel runs on this device or with these facts, or None."""
     if (reason := refuse_device(problem.device)) is not None:
         return reason
-    if problem.scale_sign <= 0:
+    if isinstance(problem, (IndexProblem, TopkProblem)):
+        return "there is no kernel in CuTe DSL for the index; Triton's is bound by the same units"
+    if problem.scale_sign <= 0 and not scales_first(problem):
         return "softmax_scale is not above 0: the running maximum is kept before scaling"
     if not problem.aligned:
         return f"a tensor does not begin on {ALIGNMENT} bytes, as TMA needs"
     if isinstance(problem, DecodeProblem) and (problem.page != BLOCK or problem.rope_strides is not None):
         return f"pages of {problem.page} tokens, or a split latent: a tile is one page of {BLOCK} whole rows"
+    if isinstance(problem, DecodeProblem) and problem.out_strides is not None:
+        return f"out strides {problem.out_strides}: out must be contiguous"
     return None
+
+
+def is_latent(problem: DecodeProblem) -> bool:
+    """Whether K and V are one cache of one KV head, which the MLA kernels read once."""
+    return problem.alias and problem.Hk == 1
+
+
+def scales_first(problem: Problem) -> bool:
+    """Whether the kernel scales the scores before it looks for their maximum, as GQA decode does: any scale will do."""
+    return isinstance(problem, DecodeProblem) and not is_latent(problem)
 
 
 @functools.cache

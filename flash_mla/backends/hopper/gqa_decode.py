@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import DTYPES, device_of, int32, multiprocessors
-from flash_mla.kernels.hopper import packing
+from flash_mla.backends.hopper.strides import query_row_stride, refuse_query, refuse_rows
 from flash_mla.kernels.hopper.gqa_decode.config import MAX_D, MAX_S_Q, TILES_N, WIDE_DV, Config
-from flash_mla.kernels.hopper.limits import TMA_BYTES
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
 
 
@@ -29,30 +28,12 @@ def refuse(problem: DecodeProblem) -> str | None:
         return f"S_q = {problem.S_q}: at most {MAX_S_Q} query tokens a request"
     if problem.mask != "none":
         return f"a {problem.mask} mask: only causal decode"
-    return refuse_strides(problem)
-
-
-def refuse_strides(problem: DecodeProblem) -> str | None:
-    """Why TMA cannot read these layouts, or None."""
-    q_request, q_head, _, q_column = problem.q_strides
-    q_row = query_row_stride(problem)
-    if q_column != 1 or q_row is None:
-        return f"q strides {problem.q_strides}: (head, token) must pack into evenly spaced rows"
-    for name, strides, width in (("k", problem.k_strides, problem.D), ("v", problem.v_strides, problem.Dv)):
-        if strides[4] != 1 or strides[3] < width:
-            return f"{name}_cache strides {strides}: rows must be contiguous and must not overlap"
-    q = (q_request, q_head * problem.ratio, q_row)
-    for name, strides in (("q", q), ("k_cache", problem.k_strides[:4]), ("v_cache", problem.v_strides[:4])):
-        for stride in strides:
-            if stride * problem.dtype.itemsize % TMA_BYTES:
-                return f"a {name} stride of {stride} elements: TMA takes multiples of {TMA_BYTES} bytes"
-    return None
-
-
-def query_row_stride(problem: DecodeProblem) -> int | None:
-    """Elements between the packed query rows of a KV head; None where they are not evenly spaced."""
-    _, head, token, _ = problem.q_strides
-    return packing.row_stride(head, token, problem.ratio, problem.S_q, problem.D)
+    itemsize = problem.dtype.itemsize
+    return (
+        refuse_query(problem)
+        or refuse_rows("k_cache", problem.k_strides, problem.D, itemsize)
+        or refuse_rows("v_cache", problem.v_strides, problem.Dv, itemsize)
+    )
 
 
 def config(problem: DecodeProblem) -> Config:

@@ -7,13 +7,10 @@ import math
 import torch
 
 from flash_mla.backends.hopper.device import HALVES, device_of, int32, multiprocessors
-from flash_mla.kernels.hopper import packing
+from flash_mla.backends.hopper.strides import query_row_stride, refuse_query, refuse_rows
 from flash_mla.kernels.hopper.limits import TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, WIDTHS, Config
 from flash_mla.problem import DecodeArgs, DecodeProblem
-
-ALIGNMENT = 8
-"""Strides that TMA reads must be multiples of 16 bytes: 8 elements."""
 
 
 def refuse(problem: DecodeProblem) -> str | None:
@@ -30,30 +27,9 @@ def refuse(problem: DecodeProblem) -> str | None:
         return f"a {problem.mask} mask: only causal decode"
     if problem.descale:
         return "descales"
-    return refuse_strides(problem)
-
-
-def refuse_strides(problem: DecodeProblem) -> str | None:
-    """Why TMA cannot read these layouts, or None."""
-    q_request, _, _, q_column = problem.q_strides
-    q_row = query_row_stride(problem)
-    if q_column != 1 or q_row is None:
-        return f"q strides {problem.q_strides}: (head, token) must pack into evenly spaced rows"
-    k_request, _, k_block, k_row, k_column = problem.k_strides
-    if k_column != 1 or k_row < problem.D:
-        return f"k_cache strides {problem.k_strides}: rows must be contiguous and must not overlap"
-    for name, stride in (("q", q_request), ("q", q_row), ("k_cache", k_row), ("k_cache", k_block)):
-        if stride % ALIGNMENT:
-            return f"a {name} stride of {stride} elements: TMA takes multiples of {ALIGNMENT}"
-    if k_request % ALIGNMENT:
-        return f"a k_cache batch stride of {k_request} elements: TMA takes multiples of {ALIGNMENT}"
-    return None
-
-
-def query_row_stride(problem: DecodeProblem) -> int | None:
-    """Elements between packed query rows; None where they are not evenly spaced."""
-    _, head, token, _ = problem.q_strides
-    return packing.row_stride(head, token, problem.Hq, problem.S_q, problem.D)
+    request, _, block, row, column = problem.k_strides
+    strides = (request, block, row, column)
+    return refuse_query(problem) or refuse_rows("k_cache", strides, problem.D, problem.dtype.itemsize)
 
 
 def config(problem: DecodeProblem) -> Config:

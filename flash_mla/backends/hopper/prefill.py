@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import HALVES, int32, multiprocessors
+from flash_mla.backends.hopper.strides import refuse_rows
 from flash_mla.kernels.hopper.prefill import schedule
 from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
 from flash_mla.problem import BLOCK, FP8, PrefillArgs, PrefillProblem
 
 DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {**HALVES, FP8: "bf16"}
 """What the kernel computes in. Every e4m3 is a BF16: FP8 inputs are converted beforehand, descales applied within."""
-ALIGNMENT = 8
-"""Strides that TMA reads must be multiples of 16 bytes: 8 elements."""
 
 
 def refuse(problem: PrefillProblem) -> str | None:
@@ -43,13 +42,8 @@ def refuse_strides(problem: PrefillProblem) -> str | None:
         ("k", problem.k_strides, problem.D),
         ("v", problem.v_strides, problem.Dv),
     )
-    for name, strides, columns in layouts:
-        if strides[-1] != 1 or (strides[-2] < columns and max(problem.P, problem.S_kv) > 1):
-            return f"{name} strides {strides}: rows must be contiguous and must not overlap"
-        for stride in strides[:-1]:
-            if stride % ALIGNMENT:
-                return f"a {name} stride of {stride} elements: TMA takes multiples of {ALIGNMENT}"
-    return None
+    reasons = (refuse_rows(*layout, problem.dtype.itemsize) for layout in layouts)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def config(problem: PrefillProblem) -> Config:
@@ -151,13 +145,14 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
         "block_map": block_map,
         "mask_bits": mask_bits,
     }
-    kv_bytes = problem.S_kv * (problem.D + problem.Dv) * problem.dtype.itemsize
+    kv_bytes = 2 * problem.S_kv * (problem.D + problem.Dv)
+    order = schedule.order(kv_bytes, problem.ratio, B * Hq, -(-P // config.tile_m), problem.causal, ctas)
     scalars: dict[str, Any] = {
         "scale_log2": args.softmax_scale * math.log2(math.e),
         "Hq": Hq,
         "Hk": problem.Hk,
         "S_kv": keys,
-        "section": schedule.section(kv_bytes, problem.ratio, B * Hq),
+        **order._asdict(),
         "causal": int(problem.causal),
         "has_lens": int(args.seq_lens is not None),
         "has_start": int(args.start_pos is not None),

@@ -107,3 +107,4 @@ def launch(problem: SparseProblem, config: Choice, args: SparseArgs) -> None:
             int(args.attn_sink is not None),
             ctas,
         )
+        args.mark_empty()

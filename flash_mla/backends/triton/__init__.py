@@ -9,7 +9,7 @@ from __future__ import annotations
 from flash_mla.backends import Phase, module
 from flash_mla.backends.triton.device import available as available
 from flash_mla.backends.triton.device import interpreted, target
-from flash_mla.problem import DecodeProblem, PrefillProblem, Problem
+from flash_mla.problem import DecodeProblem, IndexProblem, PrefillProblem, Problem, TopkProblem
 
 
 def refuse(problem: Problem) -> str | None:
@@ -26,4 +26,8 @@ def phase(problem: Problem) -> Phase | str:
     """The module that such problems go to."""
     if isinstance(problem, DecodeProblem):
         return module("triton", "decode")
+    if isinstance(problem, IndexProblem):
+        return module("triton", "indexer")
+    if isinstance(problem, TopkProblem):
+        return module("triton", "topk")
     return module("triton", "prefill" if isinstance(problem, PrefillProblem) else "sparse")

@@ -8,11 +8,15 @@ from typing import NamedTuple
 
 import torch
 
-from flash_mla.backends.triton.device import device_of, refuse_columns, stored, target
+from flash_mla.backends.triton.device import MAX_ROW_STRIDE, launch_fitting, refuse_columns, stored, target
 from flash_mla.kernels.triton import combine, decode
 from flash_mla.kernels.triton.launcher import Launcher
 from flash_mla.kernels.triton.target import Target
+from flash_mla.kernels.triton.tiles import MASK_BYTES, head_tiles, least_columns, smaller
 from flash_mla.problem import BLOCK, DecodeArgs, DecodeProblem
+
+MIN_PAGE = 16
+"""Tokens: the least tile of the kernels, so that no page is smaller than a tile can be."""
 
 
 class DecodeConfig(NamedTuple):
@@ -24,10 +28,16 @@ class DecodeConfig(NamedTuple):
 
 def refuse(problem: DecodeProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""
-    if problem.kv_dtype != problem.dtype:
-        return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
-    if problem.page != BLOCK or problem.rope_strides is not None:
-        return f"pages of {problem.page} tokens, or a split latent: pages must hold {BLOCK} whole rows"
+    if BLOCK % problem.page and problem.page % BLOCK:
+        return f"pages of {problem.page} tokens: a tile of {BLOCK} tokens must be pages, or lie in one"
+    if problem.page < MIN_PAGE:
+        return f"pages of {problem.page} tokens: at least {MIN_PAGE}"
+    if problem.rope_strides is not None:
+        least = least_columns(problem.kv_dtype.itemsize, target(problem.device))
+        if head_tiles(problem.D, least)[0] != problem.Dv:
+            return f"a latent of {problem.Dv} beside {problem.D - problem.Dv} columns: the kernel's tiles cut elsewhere"
+        if problem.rope_strides[3] > MAX_ROW_STRIDE:
+            return f"the rope's rows are {problem.rope_strides[3]} elements apart; at most {MAX_ROW_STRIDE}"
     return refuse_columns(problem)
 
 
@@ -36,7 +46,8 @@ def config(problem: DecodeProblem, on: Target | None = None) -> DecodeConfig:
     on = on or target(problem.device)
     chosen = decode.config(
         B=problem.B, Hq=problem.Hq, Hk=problem.Hk, S_q=problem.S_q, D=problem.D, Dv=problem.Dv,
-        table_blocks=problem.table_blocks, alias=problem.alias, itemsize=problem.dtype.itemsize, target=on,
+        capacity=problem.table_blocks * problem.page, alias=problem.alias, mask=MASK_BYTES[problem.mask],
+        itemsize=problem.kv_dtype.itemsize, target=on,
     )  # fmt: skip
     if on.backend == "hip" and problem.mask == "float":
         # NOTE: Triton 3.6's AMD pipeliner destroys the mask's load ("operation destroyed but still has uses")
@@ -59,8 +70,21 @@ def bound(
 
 
 def launch(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> None:
-    """One kernel, and the combine where requests are split."""
+    """One kernel, and the combine where requests are split; smaller tiles where the device refuses these."""
+    launch_fitting(launch_config, smaller_config, problem, config, args)
+
+
+def smaller_config(config: DecodeConfig) -> DecodeConfig | None:
+    """The next config to try."""
+    kernel = smaller(config.decode)
+    return None if kernel is None else config._replace(decode=kernel)
+
+
+def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> None:
+    """The kernels with these tiles."""
     rows = problem.S_q * problem.ratio
+    if config.decode.widen:
+        args = in_half(problem, args)
     partial = None
     if config.decode.programs:
         numel = decode.partial_numel(config.decode, rows)
@@ -74,16 +98,31 @@ def launch(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> No
         # a mask's length, and with it its strides, changes from step to step: nothing to bind
         main, merge = launchers(problem, config, args)
     widen = config.decode.widen
-    with device_of(problem.device):
-        main(
-            (
-                stored(args.q, widen), stored(args.k, widen), stored(args.v, widen), args.block_table, args.seq_lens,
-                args.mask, args.q_descale, args.k_descale, args.v_descale, args.attn_sink, args.out, args.lse, partial,
-            ),
-            (abs(args.softmax_scale),),
-        )  # fmt: skip
-        if merge is not None:
-            merge((args.seq_lens, partial, args.attn_sink, args.out, args.lse))
+    main(
+        (
+            stored(args.q, widen), stored(args.k, widen), stored(args.v, widen),
+            None if args.k_rope is None else stored(args.k_rope, widen), args.block_table, args.seq_lens, args.mask,
+            args.q_descale, args.k_descale, args.v_descale, args.attn_sink, args.out, args.lse, partial,
+        ),
+        (abs(args.softmax_scale),),
+    )  # fmt: skip
+    if merge is not None:
+        merge((args.seq_lens, partial, args.attn_sink, args.out, args.lse))
+
+
+def in_half(problem: DecodeProblem, args: DecodeArgs) -> DecodeArgs:
+    """q in FP16, which FP8 is multiplied in: exact, but for a BF16 element below 2^-14 of its group's greatest.
+
+    NOTE: done here and not in the kernel: Hopper would take a q that was converted there from registers, anew for every
+    tile, and spill 1.7 KB a thread.
+    """
+    if problem.dtype != torch.bfloat16:
+        return args._replace(q=args.q.to(torch.float16))
+    groups = args.q.unflatten(1, (problem.Hk, problem.ratio))  # [B, Hk, ratio, S_q, D]
+    exponent = torch.frexp(groups.abs().amax((2, 3, 4)).float()).exponent  # [B, Hk]
+    factor = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    q = (groups.float() / factor[:, :, None, None, None]).to(torch.float16).flatten(1, 2)
+    return args._replace(q=q, q_descale=factor if args.q_descale is None else factor * args.q_descale)
 
 
 def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> tuple[Launcher, Launcher | None]:
@@ -93,8 +132,8 @@ def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) ->
         decode.decode_kernel,
         decode.grid(config.decode, rows, problem.B * problem.Hk),
         decode.constants(
-            config.decode, q=args.q, k=args.k, v=args.v, block_table=args.block_table, mask=args.mask,
-            q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale,
+            config.decode, q=args.q, k=args.k, v=args.v, k_rope=args.k_rope, block_table=args.block_table,
+            mask=args.mask, q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale, out=args.out,
             flip=problem.scale_sign < 0,
         ),
         {"num_warps": config.decode.warps, "num_stages": config.decode.stages},
@@ -105,8 +144,8 @@ def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) ->
         combine.combine_kernel,
         combine.grid(config.combine, rows, problem.Dv, config.decode.programs),
         combine.constants(
-            config.combine, B=problem.B, Hk=problem.Hk, table_blocks=problem.table_blocks, S_q=problem.S_q,
-            ratio=problem.ratio, Dv=problem.Dv, pdl=config.decode.pdl,
+            config.combine, B=problem.B, Hk=problem.Hk, capacity=problem.table_blocks * problem.page,
+            S_q=problem.S_q, ratio=problem.ratio, Dv=problem.Dv, out_strides=args.out.stride(), pdl=config.decode.pdl,
             partial_rows=-(-rows // config.decode.tile_m) * config.decode.tile_m, dv_tile=config.decode.dv_tile,
         ),
         {"num_warps": config.combine.warps} | ({"launch_pdl": True} if config.decode.pdl else {}),

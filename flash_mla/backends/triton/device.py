@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_mla.problem import DecodeProblem, PrefillProblem
+from flash_mla.problem import FP8, DecodeProblem, PrefillProblem, Problem
 
 try:
     import triton
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
 
     from flash_mla.kernels.triton.target import Target
 except ImportError as error:
@@ -67,6 +72,31 @@ def device_of(device: torch.device) -> torch.cuda.device | torch.xpu.device | nu
     return nullcontext()
 
 
+SMALLER: dict[tuple[Problem, Any], Any] = {}
+"""Configs that a device refused (shared memory, where a Triton takes more than `config` knows of), and what ran."""
+
+
+def launch_fitting(
+    launch: Callable[[Any, Any, Any], None], smaller: Callable[[Any], Any], problem: Any, config: Any, args: Any
+) -> None:
+    """Launch a config or, where the device refuses it, the first smaller one that it takes; reported once.
+
+    A kernel in Gluon that this Triton does not compile gives way to the portable one likewise.
+    """
+    while True:
+        chosen = SMALLER.get((problem, config), config) if SMALLER else config
+        try:
+            with device_of(problem.device):
+                return launch(problem, chosen, args)
+        except (OutOfResources, CompilationError) as refusal:
+            in_gluon = getattr(chosen, "wgmma", False)
+            instead = smaller(chosen) if in_gluon or isinstance(refusal, OutOfResources) else None
+            if instead is None:
+                raise
+            warnings.warn(f"flash_mla: {refusal}; {instead} runs in place of {chosen}", RuntimeWarning, stacklevel=2)
+            SMALLER[problem, config] = instead
+
+
 def refuse_columns(problem: DecodeProblem | PrefillProblem) -> str | None:
     """Why the kernels' tiles and offsets do not hold these rows, or None."""
     for name, columns in (("D", problem.D), ("Dv", problem.Dv)):
@@ -79,5 +109,5 @@ def refuse_columns(problem: DecodeProblem | PrefillProblem) -> str | None:
 
 
 def stored(tensor: Tensor, widen: str) -> Tensor:
-    """FP8 as the kernel reads it: bytes where the GPU does not convert e4m3."""
-    return tensor.view(torch.uint8) if widen == "fp8_bits" else tensor
+    """FP8 as the kernel reads it: bytes where PTX or integer arithmetic converts it."""
+    return tensor.view(torch.uint8) if widen not in ("", "fp8") and tensor.dtype == FP8 else tensor

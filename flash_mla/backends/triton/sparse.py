@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from flash_mla.backends.triton.device import device_of, target
+from flash_mla.backends.triton.device import launch_fitting, target
 from flash_mla.kernels.triton import sparse
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import power_of_2
+from flash_mla.kernels.triton.tiles import power_of_2, smaller
 from flash_mla.problem import SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS, RowFormat
 
-GLUON = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
-"""Whether this Triton has the Gluon that sparse_wgmma.py is written in; earlier ones were not tried."""
+
+@functools.cache
+def gluon() -> bool:
+    """Whether this Triton has the names that sparse_wgmma.py is written in; Gluon is experimental, and changes."""
+    try:
+        importlib.import_module("flash_mla.kernels.triton.sparse_wgmma")
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 class Parts(NamedTuple):
@@ -59,8 +67,8 @@ def wgmma(problem: SparseProblem, on: Target) -> bool:
     shape = (problem.Dv, len(problem.sets), problem.dtype) == (512, 1, torch.bfloat16) and problem.D in (576, 512)
     strides = (*problem.q_strides[:3], *problem.sets[0].cache_strides)
     return (
-        GLUON
-        and on.wgmma
+        on.wgmma
+        and gluon()
         and problem.aligned
         and shape
         and problem.Hq > 32
@@ -110,28 +118,33 @@ def arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, p
 
 
 def launch(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> None:
-    """One kernel, and a merge where the keys of a token are split."""
+    """One kernel, and a merge where the keys of a token are split; smaller tiles where the device refuses these."""
+    launch_fitting(launch_config, smaller, problem, config, args)
+    args.mark_empty()
+
+
+def launch_config(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> None:
+    """The kernels with these tiles."""
     tokens = problem.B * problem.S_q
     rows = tokens * problem.Hq
     partial = None
     if config.splits > 1:
         partial = args.q.new_empty(config.splits * rows * (problem.Dv + 1), dtype=torch.float32)
-    with device_of(problem.device):
-        grid = sparse.grid(config, tokens, problem.Hq)
-        if config.wgmma:
-            # imported here: only Hopper needs Gluon
-            from flash_mla.kernels.triton.sparse_wgmma import sparse_wgmma_kernel
+    grid = sparse.grid(config, tokens, problem.Hq)
+    if config.wgmma:
+        # imported here: only Hopper needs Gluon
+        from flash_mla.kernels.triton.sparse_wgmma import sparse_wgmma_kernel
 
-            sparse_wgmma_kernel[grid](*wgmma_arguments(problem, config, args, partial), num_warps=config.warps)
-        else:
-            sparse.sparse_kernel[grid](
-                *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
-            )
-        if partial is not None:
-            sparse.merge_kernel[(rows,)](
-                partial, args.attn_sink, args.out, args.lse, rows, problem.Hq, problem.Dv, power_of_2(problem.Dv),
-                config.splits, num_warps=4,
-            )  # fmt: skip
+        sparse_wgmma_kernel[grid](*wgmma_arguments(problem, config, args, partial), num_warps=config.warps)
+    else:
+        sparse.sparse_kernel[grid](
+            *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
+        )
+    if partial is not None:
+        sparse.merge_kernel[(rows,)](
+            partial, args.attn_sink, args.out, args.lse, rows, problem.Hq, problem.Dv, power_of_2(problem.Dv),
+            config.splits, num_warps=4,
+        )  # fmt: skip
 
 
 def wgmma_arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None) -> tuple:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
+from cutlass.cute.nvgpu import cpasync
 
 
 class Ends:
@@ -149,3 +150,14 @@ class Channel:
             else:
                 for rank in cutlass.range_constexpr(self.cluster):
                     cute.arch.mbarrier_arrive(self.empty + stage, Int32(rank))
+
+
+@cute.jit
+def open_channels(channels: cutlass.Constexpr, tmas: cutlass.Constexpr) -> None:
+    """Initialise channels and fetch the descriptors of TMA; by one warp, before a barrier of the CTA (or cluster)."""
+    for tma in tmas:
+        cpasync.prefetch_descriptor(tma)
+    with cute.arch.elect_one():
+        for channel in channels:
+            channel.init()
+    cute.arch.mbarrier_init_fence()

@@ -10,6 +10,9 @@ WARPGROUP = 128
 TILE_M = 64
 """Rows of a wgmma, which is what one warpgroup computes."""
 
+STAGED = 16 * 32
+"""Elements of out that a warp stages: 32 columns of its 16 rows (`staging.py`)."""
+
 ROW_BYTES = 128
 """Bytes of a row in a chunk of shared memory: one row of the 128-byte swizzle."""
 CHUNK = 64

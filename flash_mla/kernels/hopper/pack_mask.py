@@ -9,9 +9,10 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint8
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-BLOCK = 64
+from flash_mla.kernels.hopper import symbolic
+from flash_mla.kernels.hopper.limits import BLOCK
+
 WARPS = 4
 """Blocks of a CTA."""
 SKIP, TAKE, MASK = 0, 1, 2
@@ -76,10 +77,6 @@ def pack_mask(
 def build(config: None, options: str = ""):
     """Compile the kernel for sm_90a, without a GPU; it has one config."""
 
-    def tensor(kind) -> cute.Tensor:
-        strides = (*(cute.sym_int64() for _ in range(3)), 1)
-        return make_fake_tensor(kind, [cute.sym_int32() for _ in range(4)], strides, assumed_align=kind.width // 8)
-
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    arguments = (tensor(Uint8), tensor(Uint8), Int32(0), tensor(Uint8), tensor(Int32))
-    return cute.compile(pack_mask, *arguments, stream, options=f"--enable-tvm-ffi {options}")
+    mask, blocks, block_map = (symbolic.tensor(Uint8, [None] * 4) for _ in range(3))
+    bits = symbolic.tensor(Int32, [None] * 4)
+    return symbolic.compiled(pack_mask, (mask, blocks, Int32(0), block_map, bits), options)

@@ -11,11 +11,45 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-2.0e38)
+"""In natural units; in base 2 it is -2.9e38, so that a score may be added to it in FP32."""
+
+
+CONVERT = tl.constexpr("""{
+    .reg .b16 low, high;
+    mov.b32 {low, high}, $2;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
+"""PTX: four e4m3 to FP16."""
+CONVERT_BITS = tl.constexpr("""{
+    .reg .b32 low, high, sign, scale;
+    mov.b32 scale, 0x5c005c00;
+    prmt.b32 low, $2, 0, 0x1404;
+    prmt.b32 high, $2, 0, 0x3424;
+    and.b32 sign, low, 0x80008000;
+    shr.u32 low, low, 1;
+    and.b32 low, low, 0x3f803f80;
+    or.b32 low, low, sign;
+    mul.rn.f16x2 $0, low, scale;
+    and.b32 sign, high, 0x80008000;
+    shr.u32 high, high, 1;
+    and.b32 high, high, 0x3f803f80;
+    or.b32 high, high, sign;
+    mul.rn.f16x2 $1, high, scale;
+}""")
+"""The same by integer arithmetic, two bytes an instruction: see `widen`."""
 
 
 @triton.jit
 def widen(x, WIDEN: tl.constexpr):
     """A tile as the dots take it; exact. See tiles.widening for the choice."""
+    # NOTE: is_pure=False keeps Triton from moving the conversion past the tile's way through shared memory, where each
+    # of the two products would then do it on its own, from bytes
+    if WIDEN == "fp8_once":
+        x = tl.inline_asm_elementwise(CONVERT, "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4)
+    if WIDEN == "fp8_bits_once":
+        x = tl.inline_asm_elementwise(CONVERT_BITS, "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4)
     if WIDEN == "fp8":
         x = x.to(tl.float16)
     if WIDEN == "fp8_bits":
@@ -24,6 +58,14 @@ def widen(x, WIDEN: tl.constexpr):
         half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
         x = (half.to(tl.float16, bitcast=True) * 256.0).to(tl.float16)
     return x
+
+
+@triton.jit
+def bias(mask):
+    """A floating mask in base 2; -inf only where it is -inf, which finfo.min times log2(e) would be too."""
+    wide = mask if mask.dtype == tl.float64 else mask.to(tl.float32)
+    finite = tl.maximum(wide, LOWEST).to(tl.float32) * LOG2E
+    return tl.where(wide == float("-inf"), float("-inf"), finite)
 
 
 @triton.jit
@@ -55,6 +97,7 @@ def attend(
     FLIP: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    rest_rows=None,  # [TILE_N] likewise for the columns from D_MAIN on, as if column 0 lay there; None: k_rows
 ):
     """One key tile, one online-softmax step.
 
@@ -71,10 +114,12 @@ def attend(
         d_live = d_live & stored[:, None]
         r_live = r_live & stored[:, None]
         v_live = v_live & stored[:, None]
-    k = widen(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN)
+    k = widen(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN).to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
     if D_REST > 0:
-        k_rest = widen(tl.load(k_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
+        if rest_rows is None:
+            rest_rows = k_rows
+        k_rest = widen(tl.load(rest_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN).to(q.dtype)
         scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
 
     if FLIP:
@@ -92,7 +137,7 @@ def attend(
             if MASK == "bool":
                 keep = keep & (tl.load(mask_tile, mask=seen, other=0) != 0)
             else:
-                scores += tl.load(mask_tile, mask=seen, other=float("-inf")).to(tl.float32) * LOG2E
+                scores += bias(tl.load(mask_tile, mask=seen, other=float("-inf")))
         scores = tl.where(keep, scores, float("-inf"))
 
     # online softmax
@@ -105,7 +150,7 @@ def attend(
     acc = acc * rescale[:, None]
     v = k
     if not REUSE:
-        v = widen(tl.load(v_rows[:, None] + offs_v[None, :], mask=v_live, other=0.0), WIDEN)
+        v = widen(tl.load(v_rows[:, None] + offs_v[None, :], mask=v_live, other=0.0), WIDEN).to(q.dtype)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max_new, row_sum
 

@@ -32,7 +32,7 @@ class Config:
 
 def config(*, items: int, programs: int, Dv: int) -> Config:
     """Few items are cut many times: then more partials a step and fewer columns, so that loads overlap."""
-    tile_s = min(32, max(4, power_of_2(-(-programs // items) + 1)))
+    tile_s = min(32, max(4, power_of_2(-(-programs // max(items, 1)) + 1)))
     return Config(tile_s, min(max(power_of_2(Dv), 16), 4096 // tile_s))
 
 
@@ -44,12 +44,13 @@ def combine_kernel(
     seq_lens_ptr,  # [B]
     partial_ptr,  # out_partial [2 * programs, partial_rows, DV_TILE], then lse_partial [2 * programs, partial_rows]
     sink_ptr,  # [Hq]
-    out_ptr,  # [B, Hq, S_q, Dv] contiguous
+    out_ptr,  # [B, Hq, S_q, Dv], last dim contiguous
     lse_ptr,  # [B, Hq, S_q] contiguous
     B,
     Hk,
-    table_blocks,
+    capacity,
     partial_rows,
+    stride_ob, stride_oh, stride_os,
     S_Q: tl.constexpr,
     RATIO: tl.constexpr,
     DV: tl.constexpr,
@@ -57,7 +58,7 @@ def combine_kernel(
     PDL: tl.constexpr,
     TILE_S: tl.constexpr,
     TILE_C: tl.constexpr,
-):
+):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (DV + TILE_C - 1) // TILE_C
     row = tl.program_id(0) // COLUMN_TILES
     columns = tl.program_id(0) % COLUMN_TILES * TILE_C + tl.arange(0, TILE_C)
@@ -65,11 +66,11 @@ def combine_kernel(
     programs = tl.num_programs(1) + 1
 
     # is an item cut here, and for the first time?
-    total, share, b, request_start = locate(seq_lens_ptr, B, table_blocks, Hk, programs, first + 1)
+    total, share, b, request_start = locate(seq_lens_ptr, B, capacity, Hk, programs, first + 1)
     boundary = (first + 1) * share
     if boundary >= total:
         return
-    size = units(request_length(seq_lens_ptr, b, table_blocks))
+    size = units(request_length(seq_lens_ptr, b, capacity))
     kv_head = (boundary - request_start) // size
     item_start = request_start + kv_head * size
     if (item_start == boundary) | (item_start < first * share):
@@ -107,12 +108,14 @@ def combine_kernel(
     out = acc / tl.where(empty, 1.0, row_sum)
     lse2 = tl.where(empty, float("-inf"), row_max + tl.log2(tl.where(empty, 1.0, row_sum)))
     head = kv_head * RATIO + row % RATIO
-    out_row = (b.to(tl.int64) * (Hk * RATIO) + head) * S_Q + row // RATIO
+    b64 = b.to(tl.int64)
+    out_row = out_ptr + (b64 * stride_ob + head.to(tl.int64) * stride_oh + (row // RATIO) * stride_os)
     if sink_ptr is not None:
         out *= sink_factor(lse2, tl.load(sink_ptr + head))
-    tl.store(out_ptr + out_row * DV + columns, out.to(out_ptr.dtype.element_ty), mask=columns < DV)
+    tl.store(out_row + columns, out.to(out_ptr.dtype.element_ty), mask=columns < DV)
     if lse_ptr is not None:
-        tl.store(lse_ptr + out_row, lse2 * LN2, mask=tl.program_id(0) % COLUMN_TILES == 0)
+        lse_row = lse_ptr + (b64 * (Hk * RATIO) + head) * S_Q + row // RATIO
+        tl.store(lse_row, lse2 * LN2, mask=tl.program_id(0) % COLUMN_TILES == 0)
 
 
 # --- Launch ---
@@ -128,15 +131,16 @@ def constants(
     *,
     B: int,
     Hk: int,
-    table_blocks: int,
+    capacity: int,
     S_q: int,
     ratio: int,
     Dv: int,
+    out_strides: tuple[int, ...],
     pdl: bool,
     partial_rows: int,
     dv_tile: int,
 ) -> tuple[int | bool | str, ...]:
     """combine_kernel's arguments after its tensors, in its order; the last five as decode was launched with them."""
     return (
-        B, Hk, table_blocks, partial_rows, S_q, ratio, Dv, dv_tile, pdl, config.tile_s, config.tile_c,
+        B, Hk, capacity, partial_rows, *out_strides[:3], S_q, ratio, Dv, dv_tile, pdl, config.tile_s, config.tile_c,
     )  # fmt: skip

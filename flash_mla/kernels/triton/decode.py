@@ -27,7 +27,7 @@ from torch import Tensor
 from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
 from flash_mla.kernels.triton.share import BLOCK, block_id, locate, request_length, slot, units
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, smem_bytes, widening
+from flash_mla.kernels.triton.tiles import head_tiles, least_columns, power_of_2, precision, smem_bytes, widening
 
 # --- Config ---
 
@@ -36,9 +36,9 @@ from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, sm
 class Config:
     """Tiles of one decode problem on one target.
 
-    tile_m query rows by tile_n tokens (a divisor of 64); d_main + d_rest columns of K, dv_tile of V; reuse says V
-    is taken from the K tile; programs is 0 where every item is one program; pdl lets the combine start before decode
-    has ended (programmatic dependent launch, NVIDIA from sm_90).
+    tile_m query rows by tile_n tokens, which divide 64 and are in one page or in whole ones; d_main + d_rest columns of
+    K, dv_tile of V; reuse says V is taken from the K tile; programs is 0 where every item is one program; pdl lets the
+    combine start before decode has ended (programmatic dependent launch, NVIDIA from sm_90).
     """
 
     tile_m: int
@@ -57,7 +57,7 @@ class Config:
 
 PIPELINED = ((4, 64), (3, 64), (4, 32), (3, 32), (4, 16), (3, 16))
 """(stages, tile_n) that load a tile while another is computed, best first."""
-WIDEST = ((4, 64), (3, 64), (2, 64), (3, 32), (2, 32), (2, 16))
+WIDEST = ((4, 64), (3, 64), (2, 64), (3, 32), (2, 32), (2, 16), (1, 16))
 
 
 def config(
@@ -68,46 +68,65 @@ def config(
     S_q: int,
     D: int,
     Dv: int,
-    table_blocks: int,
+    capacity: int,
     alias: bool,
+    mask: int,
     itemsize: int,
     target: Target,
 ) -> Config:
-    """The tiles for these dims: pure arithmetic, no device."""
+    """The tiles for these dims: pure arithmetic, no device.
+
+    Args:
+        capacity: tokens that a row of the table covers.
+        mask: bytes of an element (tiles.MASK_BYTES).
+        itemsize: bytes of an element of K; q's may be 2 where it is 1.
+    """
     rows = S_q * (Hq // Hk)
-    d_main, d_rest = head_tiles(D)
+    least = least_columns(itemsize, target)
+    d_main, d_rest = head_tiles(D, least)
     reuse = alias and d_main >= Dv
-    dv_tile = d_main if reuse else max(power_of_2(Dv), 16)
+    dv_tile = d_main if reuse else max(power_of_2(Dv), least)
     dv_read = 0 if reuse else dv_tile
 
     # 64 rows fill Hopper's matrix instruction; elsewhere the accumulator's registers set the limit
-    tile_m = min(64 if target.wgmma and itemsize < 4 else 32, max(16, power_of_2(rows)))
-    wgmma = target.wgmma and tile_m == 64
-    warps = 8 if tile_m * dv_tile > 32 * 256 else 4
+    most_m = min(64 if target.wgmma and itemsize < 4 else 32, max(16, power_of_2(rows)))
 
-    def smem(stages: int, tile_n: int) -> int:
-        return smem_bytes(tile_m, tile_n, d_main + d_rest, dv_read, itemsize, stages, wgmma)
+    def smem(tile_m: int, stages: int, tile_n: int) -> int:
+        wgmma = target.wgmma and tile_m == 64
+        return smem_bytes(tile_m, tile_n, d_main + d_rest, dv_read, dv_tile, itemsize, stages, wgmma, mask)
 
     # 64 rows: the widest instruction first (H200, MLA of 128 heads: 214 TFLOP/s at 64 keys, 196 at 32). Fewer: two
     # programs an SM hide each other's waits (16 heads: 83 % of copy bandwidth against 80 with one); where not even
     # small tiles fit twice, one program with the largest that fits
     half = target.smem // 2 - 1024
-    tries = ((target.smem, WIDEST),) if wgmma else ((half, PIPELINED), (target.smem, PIPELINED + WIDEST))
-    fits = [c for budget, candidates in tries for c in candidates if smem(*c) <= budget]
-    stages, tile_n = fits[0] if fits else WIDEST[-1]
-    per_sm = max(1, min(2, target.smem // smem(stages, tile_n)))
+    tries: list[tuple[int, int, tuple[tuple[int, int], ...]]] = [(64, target.smem, WIDEST)]
+    for m in (32, 16):
+        tries += [(m, half, PIPELINED), (m, target.smem, PIPELINED + WIDEST)]
+    fits = (
+        (m, *tiles)
+        for m, budget, candidates in tries
+        for tiles in candidates
+        if m <= most_m and smem(m, *tiles) <= budget
+    )
+    found = next(fits, None)
+    tile_m, stages, tile_n = found or (16, *WIDEST[-1])
+    # FP32 rows of 576 on 99 KiB: exact products keep one copy of q instead of two
+    products = precision(itemsize, target) if found else "ieee"
+    warps = 8 if tile_m * dv_tile > 32 * 256 else 4
+    per_sm = max(1, min(2, target.smem // smem(tile_m, stages, tile_n)))
 
     # cut requests unless there are so many items that the last one's length does not matter
     programs = max(1, target.multiprocessors * per_sm // -(-rows // tile_m))
-    if table_blocks == 1 or B * Hk >= programs * table_blocks:
+    blocks = -(-capacity // 64)
+    if blocks == 1 or B * Hk >= programs * blocks:
         programs = 0
     # an early combine saves 7 us of 23 where decode leaves SMs idle (H200, one request of 1024 tokens), and costs 37 us
     # of 73 where it does not (32768 tokens): the combine's programs then take decode's place
-    idle = B * Hk * table_blocks <= target.multiprocessors
+    idle = B * Hk * blocks <= target.multiprocessors
     pdl = target.backend == "cuda" and target.arch >= 90 and idle
     return Config(
-        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), precision(itemsize, target),
-        programs, pdl, warps, stages,
+        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target, once=True), products, programs, pdl,
+        warps, stages,
     )  # fmt: skip
 
 
@@ -117,27 +136,30 @@ def config(
 @triton.jit
 def decode_kernel(
     q_ptr,  # [B, Hq, S_q, D]
-    k_ptr,  # [B, Hk, Nblk, 64, D]
-    v_ptr,  # [B, Hk, Nblk, 64, Dv]
-    table_ptr,  # [B, table_blocks]
+    k_ptr,  # [B, Hk, Nblk, PAGE, D]; D_MAIN columns where rope_ptr has the rest
+    v_ptr,  # [B, Hk, Nblk, PAGE, Dv]
+    rope_ptr,  # [B, Hk, Nblk, PAGE, D - D_MAIN], or None: K's rows are whole
+    table_ptr,  # [B, ceil(capacity / PAGE)]
     seq_lens_ptr,  # [B]
     mask_ptr,  # [B, Hq, S_q, L]
     q_descale_ptr,  # [B, Hk]
     k_descale_ptr,  # [B, Hk]
     v_descale_ptr,  # [B, Hk]
     sink_ptr,  # [Hq]
-    out_ptr,  # [B, Hq, S_q, Dv] contiguous
+    out_ptr,  # [B, Hq, S_q, Dv], last dim contiguous
     lse_ptr,  # [B, Hq, S_q] contiguous
     partial_ptr,  # out_partial [2 * programs, rows, DV_TILE], lse_partial [2 * programs, rows]; rows m_tiles * TILE_M
     softmax_scale,  # its magnitude; FLIP has its sign
     B,
     Hk,
     Nblk,
-    table_blocks,
+    capacity,
     mask_len,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
+    stride_rb, stride_rh, stride_rn,
+    stride_ob, stride_oh, stride_os,
     stride_tb,
     stride_mb, stride_mh, stride_ms, stride_mt,
     stride_qdb, stride_qdh, stride_kdb, stride_kdh, stride_vdb, stride_vdh,
@@ -147,6 +169,8 @@ def decode_kernel(
     DV: tl.constexpr,
     STRIDE_KT: tl.constexpr,  # a constant, so that a tile's rows are immediate offsets from one address
     STRIDE_VT: tl.constexpr,
+    STRIDE_RT: tl.constexpr,
+    PAGE: tl.constexpr,
     FLIP: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool", "float"
     SPLIT: tl.constexpr,
@@ -158,6 +182,7 @@ def decode_kernel(
     DV_TILE: tl.constexpr,
     REUSE: tl.constexpr,
     WIDEN: tl.constexpr,
+    WIDEN_Q: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     m_tile = tl.program_id(0)
@@ -176,13 +201,13 @@ def decode_kernel(
     # find the share: units [unit, end)
     if SPLIT:
         programs = tl.num_programs(1)
-        total, share, b, request_start = locate(seq_lens_ptr, B, table_blocks, Hk, programs, program)
+        total, share, b, request_start = locate(seq_lens_ptr, B, capacity, Hk, programs, program)
         share_start = program * share
         end = tl.minimum(share_start + share, total)
         unit = share_start
     else:
         b = program // Hk
-        size = units(request_length(seq_lens_ptr, b, table_blocks))
+        size = units(request_length(seq_lens_ptr, b, capacity))
         request_start = 0
         share_start = 0
         unit = (program % Hk) * size
@@ -190,7 +215,7 @@ def decode_kernel(
 
     while unit < end:
         # the item: KV head kv_head of request b, blocks [unit, stop) of [item_start, item_end)
-        seq_len = request_length(seq_lens_ptr, b, table_blocks)
+        seq_len = request_length(seq_lens_ptr, b, capacity)
         size = units(seq_len)
         kv_head = (unit - request_start) // size
         item_start = request_start + kv_head * size
@@ -212,15 +237,18 @@ def decode_kernel(
         # load q
         q_rows = b64 * stride_qb + head.to(tl.int64) * stride_qh + query * stride_qs
         q_tile = q_ptr + q_rows[:, None]
-        q = widen(tl.load(q_tile + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0), WIDEN)
+        d_live = row_live[:, None] & (offs_d < D)[None, :]
+        q = widen(tl.load(q_tile + offs_d[None, :], mask=d_live, other=0.0), WIDEN_Q)
         if D_REST > 0:
             r_live = row_live[:, None] & (offs_r < D)[None, :]
-            q_rest = widen(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN)
+            q_rest = widen(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN_Q)
         else:
             q_rest = q
 
         k_head = k_ptr + (b64 * stride_kb + kv_head.to(tl.int64) * stride_kh)
         v_head = v_ptr + (b64 * stride_vb + kv_head.to(tl.int64) * stride_vh)
+        if rope_ptr is not None:
+            rope_head = rope_ptr + (b64 * stride_rb + kv_head.to(tl.int64) * stride_rh) - D_MAIN
         table_row = table_ptr + b64 * stride_tb
         mask_rows = mask_ptr
         if MASK != "none":
@@ -233,18 +261,26 @@ def decode_kernel(
         row_max = tl.full([TILE_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([TILE_M], tl.float32)
 
-        # the block id of the next tile is read one tile ahead: nothing waits for it
-        block_next = block_id(table_row, t_begin, Nblk)
+        # a tile's pages, one for all its tokens or one for each; read one tile ahead, so that nothing waits for them
+        SPREAD: tl.constexpr = PAGE < TILE_N
+        last = tl.maximum(t_end - 1, 0)
+        ahead = tl.minimum(t_begin + offs_n, last) if SPREAD else t_begin
+        page_next = block_id(table_row, ahead, Nblk, PAGE)
         for t in tl.range(t_begin, t_end, TILE_N):
-            block = block_next
-            block_next = block_id(table_row, tl.minimum(t + TILE_N, t_end - 1), Nblk)
-            first = slot(t)
+            page = page_next
+            ahead = tl.minimum(t + TILE_N + offs_n, last) if SPREAD else tl.minimum(t + TILE_N, last)
+            page_next = block_id(table_row, ahead, Nblk, PAGE)
+            first = slot(t + offs_n, PAGE) if SPREAD else slot(t, PAGE)
+            along = 0 if SPREAD else offs_n
+            rest_rows = None
+            if rope_ptr is not None:
+                rest_rows = rope_head + (page * stride_rn + first * STRIDE_RT) + along * STRIDE_RT
             acc, row_max, row_sum = attend(
                 acc, row_max, row_sum, q, q_rest, scale,
-                k_head + (block * stride_kn + first * STRIDE_KT) + offs_n * STRIDE_KT,
-                v_head + (block * stride_vn + first * STRIDE_VT) + offs_n * STRIDE_VT,
+                k_head + (page * stride_kn + first * STRIDE_KT) + along * STRIDE_KT,
+                v_head + (page * stride_vn + first * STRIDE_VT) + along * STRIDE_VT,
                 t + offs_n, seq_len, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                D, DV, MASK, True, D_REST, REUSE, FLIP, WIDEN, PRECISION,
+                D, DV, MASK, True, D_REST, REUSE, FLIP, WIDEN, PRECISION, rest_rows,
             )  # fmt: skip
 
         # write the item, or this share's part of it
@@ -263,13 +299,13 @@ def decode_kernel(
                 lse_partial_ptr = partial_ptr + tl.cast(2 * tl.num_programs(1) * partial_rows, tl.int64) * DV_TILE
                 tl.store(lse_partial_ptr + slot_row, lse2, mask=row_live)
             written = row_live & (cut == 0)
-        out_row = (b64 * (Hk * RATIO) + head) * S_Q + query  # [TILE_M]
         if sink_ptr is not None:
             out *= sink_factor(lse2, tl.load(sink_ptr + head, mask=row_live, other=0.0))[:, None]
-        out_tile = out_ptr + out_row[:, None] * DV + offs_v[None, :]
+        out_row = out_ptr + (b64 * stride_ob + head.to(tl.int64) * stride_oh + query * stride_os)  # [TILE_M]
+        out_tile = out_row[:, None] + offs_v[None, :]
         tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=written[:, None] & (offs_v < DV)[None, :])
         if lse_ptr is not None:
-            tl.store(lse_ptr + out_row, lse2 * LN2, mask=written)
+            tl.store(lse_ptr + (b64 * (Hk * RATIO) + head) * S_Q + query, lse2 * LN2, mask=written)
 
         # on to the next head, or request
         unit = stop
@@ -297,23 +333,26 @@ def constants(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    k_rope: Tensor | None,
     block_table: Tensor,
     mask: Tensor | None,
     q_descale: Tensor | None,
     k_descale: Tensor | None,
     v_descale: Tensor | None,
+    out: Tensor,
     flip: bool,
 ) -> tuple[int | bool | str, ...]:
     """decode_kernel's arguments after softmax_scale, in its order: all that one problem fixes."""
     B, Hq, S_q, D = q.shape
-    _, Hk, Nblk, _, Dv = v.shape
+    _, Hk, Nblk, page, Dv = v.shape
+    rope = (0,) * 4 if k_rope is None else k_rope.stride()[:4]
     kind = "none" if mask is None else "float" if mask.is_floating_point() else "bool"
     return (
-        B, Hk, Nblk, block_table.shape[1], 0 if mask is None else mask.shape[3],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], block_table.stride(0),
+        B, Hk, Nblk, block_table.shape[1] * page, 0 if mask is None else mask.shape[3],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *rope[:3], *out.stride()[:3], block_table.stride(0),
         *((0,) * 4 if mask is None else mask.stride()),
         *(n for x in (q_descale, k_descale, v_descale) for n in ((0, 0) if x is None else x.stride())),
-        S_q, Hq // Hk, D, Dv, k.stride(3), v.stride(3), flip, kind, config.programs > 0, config.pdl,
+        S_q, Hq // Hk, D, Dv, k.stride(3), v.stride(3), rope[3], page, flip, kind, config.programs > 0, config.pdl,
         config.tile_m, config.tile_n, config.d_main, config.d_rest, config.dv_tile, config.reuse, config.widen,
-        config.precision,
+        config.widen if q.element_size() == 1 else "", config.precision,
     )  # fmt: skip

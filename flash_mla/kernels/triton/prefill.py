@@ -24,7 +24,7 @@ from torch import Tensor
 from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
 from flash_mla.kernels.triton.share import BLOCK, block_id, slot
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision, smem_bytes, widening
+from flash_mla.kernels.triton.tiles import head_tiles, least_columns, power_of_2, precision, smem_bytes, widening
 
 # --- Config ---
 
@@ -46,12 +46,13 @@ class Config:
 
 
 def config(
-    *, P: int, D: int, Dv: int, paged: bool, alias: bool, mask: bool, block_mask: bool, itemsize: int, target: Target
+    *, P: int, D: int, Dv: int, paged: bool, alias: bool, mask: int, block_mask: bool, itemsize: int, target: Target
 ) -> Config:
-    """The tiles for these dims: pure arithmetic, no device."""
-    d_main, d_rest = head_tiles(D)
+    """The tiles for these dims: pure arithmetic, no device. mask: bytes of an element (tiles.MASK_BYTES)."""
+    least = least_columns(itemsize, target)
+    d_main, d_rest = head_tiles(D, least)
     reuse = alias and d_main >= Dv
-    dv_tile = d_main if reuse else max(power_of_2(Dv), 16)
+    dv_tile = d_main if reuse else max(power_of_2(Dv), least)
     dv_read = 0 if reuse else dv_tile
 
     # rows: as many as the accumulator's registers allow, 256 a thread at 8 warps being the whole file
@@ -60,28 +61,24 @@ def config(
         tile_m = 32
     if block_mask:
         tile_m = min(tile_m, 64)  # one row of the block mask: a block that only a neighbour keeps is not computed
-    tile_m = min(tile_m, max(16, power_of_2(P)))
+    most_m = min(tile_m, max(16, power_of_2(P)))
 
-    warps = 8 if tile_m * dv_tile > 64 * 128 or (target.wgmma and tile_m == 128) else 4
-    in_place = target.in_place and tile_m >= 64 and itemsize < 4
+    def fits(tile_m: int, stages: int, tile_n: int) -> bool:
+        in_place = target.in_place and tile_m >= 64 and itemsize < 4
+        columns = (d_main + d_rest, dv_read, dv_tile)
+        return smem_bytes(tile_m, tile_n, *columns, itemsize, stages, in_place, mask) <= target.smem
 
-    stages, tile_n = 2, 16
     # 128 keys a tile on Hopper at D 128: 435 TFLOP/s causal on the H200 against 386 at 64; a page has 64
-    wide = (
-        ((3, 128),)
-        if target.wgmma and in_place and d_main == dv_tile == 128 and d_rest == 0 and not (paged or mask or block_mask)
-        else ()
-    )
-    for candidate in (*wide, (3, 64), (2, 64), (3, 32), (2, 32)):
-        # a mask's tiles, up to FP32, wait in shared memory like those of K and V
-        mask_bytes = 4 * candidate[0] * tile_m * candidate[1] if mask else 0
-        tiles = smem_bytes(tile_m, candidate[1], d_main + d_rest, dv_read, itemsize, candidate[0], in_place)
-        if tiles + mask_bytes <= target.smem:
-            stages, tile_n = candidate
-            break
+    plain = d_main == dv_tile == 128 and d_rest == 0 and not (paged or mask or block_mask)
+    wide = ((3, 128),) if target.wgmma and most_m >= 64 and itemsize < 4 and plain else ()
+    tries = [(most_m, *tiles) for tiles in (*wide, (3, 64), (2, 64), (3, 32), (2, 32), (2, 16))]
+    tries += [(m, *tiles) for m in (64, 32, 16) if m < most_m for tiles in ((3, 32), (2, 32), (2, 16), (1, 16))]
+    found = next((tiles for tiles in tries if fits(*tiles)), None)
+    tile_m, stages, tile_n = found or (16, 1, 16)
+    products = precision(itemsize, target) if found else "ieee"  # see decode.config
+    warps = 8 if tile_m * dv_tile > 64 * 128 or (target.wgmma and tile_m == 128) else 4
     return Config(
-        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), precision(itemsize, target), warps,
-        stages,
+        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), products, warps, stages,
     )  # fmt: skip
 
 
@@ -90,18 +87,18 @@ def config(
 
 @triton.jit
 def key_end(seq_lens_ptr, b, S_kv):
-    """Keys that request b has: seq_lens[b], no more than the cache or K holds."""
+    """Keys that request b has: seq_lens[b], no more than the cache or K holds; clamped before it is narrowed."""
     if seq_lens_ptr is not None:
-        return tl.minimum(tl.load(seq_lens_ptr + b), S_kv).to(tl.int32)
+        return tl.maximum(tl.minimum(tl.load(seq_lens_ptr + b), S_kv), 0).to(tl.int32)
     else:
         return S_kv
 
 
 @triton.jit
-def first_position(start_pos_ptr, b):
-    """Position of request b's first query."""
+def first_position(start_pos_ptr, b, S_kv):
+    """Position of request b's first query, inside the cache."""
     if start_pos_ptr is not None:
-        return tl.load(start_pos_ptr + b).to(tl.int32)
+        return tl.maximum(tl.minimum(tl.load(start_pos_ptr + b), S_kv), 0).to(tl.int32)
     else:
         return 0
 
@@ -143,7 +140,7 @@ def compact_kernel(
     end = key_end(seq_lens_ptr, b, S_kv)
     if CAUSAL:
         last_row = tl.minimum((block_row + 1) * BLOCK, P) - 1
-        end = tl.minimum(end, first_position(start_pos_ptr, b) + last_row + 1)
+        end = tl.minimum(end, first_position(start_pos_ptr, b, S_kv) + last_row + 1)
     flags = block_mask_ptr + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + block_row.to(tl.int64) * stride_m)
     row = (b.to(tl.int64) * H + h) * block_rows + block_row
     count = 0
@@ -249,7 +246,7 @@ def prefill_kernel(
     limit = tl.zeros([TILE_M], tl.int32) + end
     whole = end
     if CAUSAL:
-        start = first_position(start_pos_ptr, b)
+        start = first_position(start_pos_ptr, b, S_kv)
         limit = tl.minimum(limit, start + rows + 1)
         whole = tl.minimum(end, start + m_tile * TILE_M + 1)
         end = tl.minimum(end, start + tl.minimum((m_tile + 1) * TILE_M, P))

@@ -17,9 +17,9 @@ TILE_B = tl.constexpr(128)
 
 
 @triton.jit
-def request_length(seq_lens_ptr, b, table_blocks):
-    """Keys of request b, no more than its table row covers."""
-    return tl.minimum(tl.load(seq_lens_ptr + b), table_blocks * BLOCK).to(tl.int32)
+def request_length(seq_lens_ptr, b, capacity):
+    """Keys of request b, no more than its table row covers; an int64 is clamped before it is narrowed."""
+    return tl.maximum(tl.minimum(tl.load(seq_lens_ptr + b), capacity), 0).to(tl.int32)
 
 
 @triton.jit
@@ -29,35 +29,35 @@ def units(length):
 
 
 @triton.jit
-def request_units(seq_lens_ptr, b, B, table_blocks):
+def request_units(seq_lens_ptr, b, B, capacity):
     """Units of one KV head of the requests b [TILE_B]; 0 past the last."""
-    length = tl.minimum(tl.load(seq_lens_ptr + b, mask=b < B, other=0), table_blocks * BLOCK).to(tl.int32)
-    return tl.where(b < B, units(length), 0)
+    length = tl.minimum(tl.load(seq_lens_ptr + b, mask=b < B, other=0), capacity)
+    return tl.where(b < B, units(tl.maximum(length, 0).to(tl.int32)), 0)
 
 
 @triton.jit
-def block_id(table_row_ptr, t, Nblk):
-    """The physical block of token t, forced into the cache."""
-    entry = tl.load(table_row_ptr + tl.cast(t, tl.int32) // BLOCK)
+def block_id(table_row_ptr, t, Nblk, PAGE: tl.constexpr = BLOCK):
+    """The physical page of the tokens t, forced into the cache."""
+    entry = tl.load(table_row_ptr + tl.cast(t, tl.int32) // PAGE)
     return tl.minimum(tl.maximum(entry, 0), Nblk - 1).to(tl.int64)
 
 
 @triton.jit
-def slot(t):
-    """The place of token t in its block."""
-    return tl.cast(t, tl.int32) % BLOCK
+def slot(t, PAGE: tl.constexpr = BLOCK):
+    """The place of the tokens t in their pages."""
+    return tl.cast(t, tl.int32) % PAGE
 
 
 @triton.jit
-def locate(seq_lens_ptr, B, table_blocks, Hk, programs, index):
+def locate(seq_lens_ptr, B, capacity, Hk, programs, index):
     """Where share `index` of `programs` begins: (units in all, units a share, request, the request's first unit)."""
     if B == 1:  # known when the kernel is compiled: a single request skips the sums
-        total = units(request_length(seq_lens_ptr, 0, table_blocks)) * Hk
+        total = units(request_length(seq_lens_ptr, 0, capacity)) * Hk
         share = (total + programs - 1) // programs
         return total, share, tl.cast(index * share >= total, tl.int32), 0
     total = 0
     for first in tl.range(0, B, TILE_B, num_stages=1):
-        total += tl.sum(request_units(seq_lens_ptr, first + tl.arange(0, TILE_B), B, table_blocks), 0)
+        total += tl.sum(request_units(seq_lens_ptr, first + tl.arange(0, TILE_B), B, capacity), 0)
     total = total * Hk
     share = (total + programs - 1) // programs
     request = 0
@@ -65,7 +65,7 @@ def locate(seq_lens_ptr, B, table_blocks, Hk, programs, index):
     seen = 0
     for first in tl.range(0, B, TILE_B, num_stages=1):
         b = first + tl.arange(0, TILE_B)
-        size = request_units(seq_lens_ptr, b, B, table_blocks) * Hk
+        size = request_units(seq_lens_ptr, b, B, capacity) * Hk
         before = (seen + tl.cumsum(size, 0) <= index * share) & (b < B)
         request += tl.sum(before.to(tl.int32), 0)
         request_start += tl.sum(tl.where(before, size, 0), 0)

@@ -78,7 +78,7 @@ def config(
     tile_m, tile_n, stages = next((tiles for tiles in TILES if fits(*tiles)), TILES[-1])
     tile_m = min(tile_m, rows)
     tiles = -(-topk // tile_n)
-    programs = tokens * -(-Hq // tile_m)
+    programs = max(tokens * -(-Hq // tile_m), 1)
     splits = max(1, min(tiles // 4, 2 * target.multiprocessors // programs, 32)) if split else 1
     if target.backend == "interpreter" and split:
         splits = max(1, min(3, tiles))
@@ -189,8 +189,9 @@ def attend_keys(
             scale_rows = scale_ptr + index * scale_row if QUANT > 0 else codes_rows
         else:
             slot = index.to(tl.uint32)
-            block = (slot // page.to(tl.uint32)).to(tl.int64)
-            slot = (slot % page.to(tl.uint32)).to(tl.int64)
+            rows = tl.cast(page, tl.uint32)  # not page.to(): Triton makes an argument of 1 a constant
+            block = (slot // rows).to(tl.int64)
+            slot = (slot % rows).to(tl.int64)
             codes_rows = codes_ptr + block * codes_page + slot * codes_row
             rope_rows = rope_ptr + block * rope_page + slot * rope_row if QUANT > 0 else codes_rows
             scale_rows = scale_ptr + block * scale_page + slot * scale_row if QUANT > 0 else codes_rows
@@ -305,16 +306,16 @@ def sparse_kernel(
     scale = softmax_scale * LOG2E
 
     # this split's share of the key tiles of both caches, laid end to end
-    count = topk
+    count = tl.cast(topk, tl.int32)
     if length_ptr is not None:
-        count = tl.minimum(tl.load(length_ptr + b).to(tl.int32), topk)
-    tiles = (tl.maximum(count, 0) + TILE_N - 1) // TILE_N
+        count = tl.maximum(tl.minimum(tl.load(length_ptr + b), topk), 0).to(tl.int32)
+    tiles = (count + TILE_N - 1) // TILE_N
     total = tiles
-    count2 = topk2
+    count2 = tl.cast(topk2, tl.int32)
     if index2_ptr is not None:
         if length2_ptr is not None:
-            count2 = tl.minimum(tl.load(length2_ptr + b).to(tl.int32), topk2)
-        total += (tl.maximum(count2, 0) + TILE_N - 1) // TILE_N
+            count2 = tl.maximum(tl.minimum(tl.load(length2_ptr + b), topk2), 0).to(tl.int32)
+        total += (count2 + TILE_N - 1) // TILE_N
     each = (total + SPLITS - 1) // SPLITS
     first = split * each
     last = tl.minimum(first + each, total)

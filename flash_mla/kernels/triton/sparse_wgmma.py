@@ -29,6 +29,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+try:
+    from triton.experimental.gluon.language import thread_barrier
+except ImportError:  # its name from Triton 3.9 on
+    from triton.experimental.gluon.language import barrier as thread_barrier
+
 TILE_M = gl.constexpr(64)
 TILE_N = gl.constexpr(64)
 MAIN = gl.constexpr(512)
@@ -103,7 +108,7 @@ def by_half(scores):
 def across_halves(part, shared):
     """[TILE_M, 2] in registers of the warpgroup that made it -> HALVES, through shared memory."""
     shared.store(part)
-    gl.thread_barrier()
+    thread_barrier()
     return shared.load(HALVES)
 
 
@@ -161,8 +166,8 @@ def sparse_wgmma_kernel(
     # this split's share of the key tiles
     count = topk
     if length_ptr is not None:
-        count = gl.minimum(gl.load(length_ptr + b).to(gl.int32), topk)
-    total = (gl.maximum(count, 0) + TILE_N - 1) // TILE_N
+        count = gl.maximum(gl.minimum(gl.load(length_ptr + b), topk), 0).to(gl.int32)
+    total = (count + TILE_N - 1) // TILE_N
     each = (total + SPLITS - 1) // SPLITS
     first = split * each
     last = gl.minimum(first + each, total)
@@ -198,7 +203,7 @@ def sparse_wgmma_kernel(
         # wait for the tile's rows
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
 
         # scores = q k^T
         scores = gl.zeros([TILE_M, TILE_N], gl.float32, layout=SCORES)
@@ -236,7 +241,7 @@ def sparse_wgmma_kernel(
         sP.store(p.to(gl.bfloat16))
         acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, ACC)), 1)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
 
         # acc += p v
         acc = warpgroup_mma(sP, sK.index(now), acc, is_async=True)
@@ -246,7 +251,7 @@ def sparse_wgmma_kernel(
 
     async_copy.wait_group(0)
     # the end of the online softmax
-    gl.thread_barrier()
+    thread_barrier()
     row_sum = gl.convert_layout(gl.sum(across_halves(half_sum, s_half), 1), gl.SliceLayout(1, SCORES))
     empty = row_sum == 0.0
     inverse = 1.0 / gl.where(empty, 1.0, row_sum)
@@ -273,9 +278,9 @@ def sparse_wgmma_kernel(
         gl.store(pointers, out, mask=gl.expand_dims(heads < Hq, 1))
     else:
         # through q's shared memory, so that stores are of whole rows
-        gl.thread_barrier()
+        thread_barrier()
         sQ.store(out.to(gl.bfloat16))
-        gl.thread_barrier()
+        thread_barrier()
         heads = first_head + gl.arange(0, TILE_M, layout=gl.SliceLayout(1, MAIN_ROWS))
         cols = gl.arange(0, MAIN, layout=gl.SliceLayout(0, MAIN_ROWS))
         pointers = out_ptr + gl.expand_dims((token.to(gl.int64) * Hq + heads) * MAIN, 1) + gl.expand_dims(cols, 0)

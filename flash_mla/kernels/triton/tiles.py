@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, TypeVar
+
 from flash_mla.kernels.triton.target import Target
+
+Config = TypeVar("Config", bound=Any)
 
 
 def power_of_2(n: int) -> int:
@@ -10,29 +15,57 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def head_tiles(D: int) -> tuple[int, int]:
+def least_columns(itemsize: int, target: Target) -> int:
+    """Fewest columns of a tile of K or V: 16 for Triton's dot, 64 for FP8 where shared memory feeds the dots.
+
+    NOTE: FP8's widened tiles of K and V take turns in one buffer. Where their rows are not alike (128 bytes for 64
+    columns of FP16, fewer for fewer), the ptxas of Triton 3.6 computes the descriptors of V's later rows from a uniform
+    register that nothing has written: an illegal access, or another tile's values (H200: 0.4 to 0.8 of the largest
+    output; right with DISABLE_PTXAS_OPT=1). test_triton_compile looks for such registers.
+    """
+    return 64 if itemsize == 1 and target.in_place else 16
+
+
+def head_tiles(D: int, least: int = 16) -> tuple[int, int]:
     """(D_MAIN, D_REST): a head dimension as one power-of-two tile, or two: 576 is 512 + 64, 192 is 128 + 64.
 
-    D_REST is 0 where one padded tile is no larger. Triton's dot needs at least 16.
+    D_REST is 0 where one padded tile is no larger. A tile has at least `least` columns.
     """
-    whole = max(power_of_2(D), 16)
+    whole = max(power_of_2(D), least)
     main = whole // 2
-    rest = max(power_of_2(D - main), 16) if main < D else 0
-    if whole == D or main < 16 or rest == 0 or main + rest >= whole:
+    rest = max(power_of_2(D - main), least) if main < D else 0
+    if whole == D or main < least or rest == 0 or main + rest >= whole:
         return whole, 0
     return main, rest
 
 
-def widening(itemsize: int, target: Target) -> str:
+def smaller(config: Config) -> Config | None:
+    """The next config to try where a device refuses this one: fewer stages, then fewer keys, then fewer rows a tile.
+
+    The last one has FP32's products exact, which takes less shared memory than three TF32 ones, and far longer.
+    """
+    if getattr(config, "wgmma", False):
+        return replace(config, wgmma=False)
+    if config.stages > 1:
+        return replace(config, stages=config.stages - 1)
+    for name in ("tile_n", "tile_m"):
+        if getattr(config, name) > 16:
+            return replace(config, **{name: getattr(config, name) // 2})
+    return replace(config, precision="ieee") if config.precision == "tf32x3" else None
+
+
+def widening(itemsize: int, target: Target, once: bool = False) -> str:
     """How FP8 becomes the dots' FP16 (`attend.widen`), exactly; "" for other dtypes.
 
     "fp8": by the GPU's own conversion; "fp8_bits": by integer arithmetic on bytes (sm_80, where Triton has no e4m3).
+    once: in PTX, where there is PTX, so that a tile that both products read is converted once.
     NOTE: multiplying e4m3 itself makes causal prefill 1.34x faster on the H200 (465 TFLOP/s against 346), but Hopper
     then accumulates in fewer bits and lse misses 1e-4.
     """
     if itemsize > 1:
         return ""
-    return "fp8_bits" if target.backend == "cuda" and target.arch < 89 else "fp8"
+    way = "fp8_bits" if target.backend == "cuda" and target.arch < 89 else "fp8"
+    return f"{way}_once" if once and target.backend == "cuda" else way
 
 
 def precision(itemsize: int, target: Target) -> str:
@@ -40,14 +73,28 @@ def precision(itemsize: int, target: Target) -> str:
     return "tf32x3" if target.backend == "cuda" and itemsize == 4 else "ieee"
 
 
-def smem_bytes(tile_m: int, tile_n: int, d: int, dv: int, itemsize: int, stages: int, in_place: bool) -> int:
-    """What a kernel keeps in shared memory: tiles of K and V, q, the probabilities, for FP8 one widened tile of each.
+def smem_bytes(
+    tile_m: int, tile_n: int, d: int, dv: int, dv_tile: int, itemsize: int, stages: int, in_place: bool, mask: int
+) -> int:
+    """The most that a kernel keeps in shared memory: test_triton_compile holds it against what Triton allocates.
 
-    Triton's pipeline of `stages` stages holds as many tiles where the matrix instruction reads them in place, and
-    one fewer where they are copied to registers; the former keeps the probabilities in registers.
+    In the loop: tiles of K and V, q, the probabilities, the mask; for FP8 one widened tile of each; for FP32 q and the
+    probabilities twice, as TF32 and the rest. After it: the accumulator on its way to rows.
+
+    Args:
+        d, dv: columns of K and V that are read (dv 0 where V is K's); dv_tile: of the accumulator.
+        in_place: the matrix instruction reads a tile where its copy put it: Triton's pipeline of `stages` stages then
+            holds as many tiles, else one fewer; and the probabilities stay in registers.
+        mask: bytes of a mask's element, 0 without one.
     """
     buffers = stages if in_place else stages - 1
-    wide = max(itemsize, 2)
+    wide, parts = max(itemsize, 2), 2 if itemsize == 4 else 1
+    tiles = buffers * (d + dv) if buffers else max(d, dv)  # without a pipeline, K and V take turns
     widened = tile_n * (d + dv) * 2 if itemsize == 1 else 0
-    probabilities = 0 if in_place else tile_m * tile_n * wide
-    return buffers * tile_n * (d + dv) * itemsize + tile_m * d * wide + probabilities + widened
+    probabilities = 0 if in_place else parts * tile_m * tile_n * wide
+    loop = tile_n * tiles * itemsize + parts * tile_m * d * wide + probabilities + widened
+    return max(loop + stages * tile_m * tile_n * mask, tile_m * dv_tile * 4)
+
+
+MASK_BYTES = {"none": 0, "bool": 1, "float": 4}
+"""Of a mask's element in shared memory; a wider or narrower floating one counts as FP32."""

@@ -31,20 +31,18 @@ bytes), a shared pool too; ragged lengths, 0 included; causal among the S_q toke
 may hold NaN: the scores past the end are masked and the V rows zeroed. Block ids are forced inside the cache, lengths
 inside the table.
 
-Measured: docs/kernels.md, "Hopper GQA decode".
+Measured: docs/design/gqa-decode.md.
 """
 
 from __future__ import annotations
 
-import functools
-
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout
-from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.gqa_decode.config import (
@@ -63,8 +61,9 @@ from flash_mla.kernels.hopper.gqa_decode.result import Segments
 from flash_mla.kernels.hopper.gqa_decode.shared import Scalars, Shared, Tensors
 from flash_mla.kernels.hopper.limits import BLOCK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
-from flash_mla.kernels.hopper.partials import Partials, note_split
+from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows
 from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.walk import Done, walk
 from flash_mla.kernels.hopper.work import find_work
 
 # ---------------------------------------------------------------------------------------------------------- Kernel
@@ -110,7 +109,7 @@ class GqaDecode:
             q.iterator, cute.make_layout((rows, config.D, heads, B), stride=(q_row, 1, q_head, q.stride[0]))
         )
         gK, gV = self.pages(k, k_requests), self.pages(v, v_requests)
-        all_rows, Dv = heads * rows, config.Dv
+        packed_out, packed_lse = packed_rows(out, lse)
         tensors = Tensors(
             table,
             seq_lens,
@@ -118,9 +117,9 @@ class GqaDecode:
             q_descale,
             k_descale,
             v_descale,
-            cute.make_tensor(out.iterator, cute.make_layout((B, all_rows, Dv), stride=(all_rows * Dv, Dv, 1))),
-            cute.make_tensor(lse.iterator, cute.make_layout((B, all_rows), stride=(all_rows, 1))),
-            Partials.over(workspace, ctas, config.tile_n, Dv),
+            packed_out,
+            packed_lse,
+            Partials.over(workspace, ctas, config.tile_n, config.Dv),
         )
         load, N, chunk = cpasync.CopyBulkTensorTileG2SOp(), config.tile_n, config.chunk
         tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, row_layout(dtype, N, chunk), (N, chunk))
@@ -134,18 +133,7 @@ class GqaDecode:
             min_blocks_per_mp=1,
             stream=stream,
         )
-        combine(
-            tensors.out,
-            tensors.lse,
-            tensors.partials.out,
-            tensors.partials.lse,
-            tensors.partials.split_of,
-            tensors.sink,
-            has_sink,
-            S_q,
-            heads,
-            stream,
-        )
+        combine(packed_out, packed_lse, *tensors.partials, sink, has_sink, S_q, heads, stream)
 
     def pages(self, cache: cute.Tensor, requests) -> cute.Tensor:
         """A cache as [64, width, Hk, Nblk, requests]."""
@@ -193,31 +181,25 @@ class GqaDecode:
         # barriers, and the work of this CTA
         prefetch_table(tensors.table, cta * THREADS + tidx)
         if warp_id == 0:
-            cpasync.prefetch_descriptor(tma_q)
-            cpasync.prefetch_descriptor(tma_k)
-            cpasync.prefetch_descriptor(tma_v)
-            with cute.arch.elect_one():
-                shared.q.init()
-                shared.k.init()
-                shared.v.init()
-            cute.arch.mbarrier_init_fence()
-        table, seq_lens = tensors.table, tensors.seq_lens
-        work = find_work(table, seq_lens, scalars.groups, cta, ctas, WARPS, shared.sScan)
+            open_channels(shared.channels, (tma_q, tma_k, tma_v))
+        table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
+        work = find_work(table, seq_lens, groups, cta, ctas, WARPS, shared.sScan)
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp_id >= CONSUMER_WARPS:
             if const_expr(config.wide):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMER_WARPS:
-                Producer.over(shared, tensors, scalars, (tma_q, tma_k, tma_v), tQ, tK, tV).run(work)
+                producer = Producer.over(shared, table, scalars, (tma_q, tma_k, tma_v), tQ, tK, tV)
+                walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing())
             elif warp_id == CONSUMER_WARPS + 1:
-                note_split(tensors.partials, work, table, seq_lens, scalars.groups, cta)
+                note_split(tensors.partials, work, table, seq_lens, groups, cta)
         else:
             if const_expr(config.wide):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            consumer = Consumer.over(shared, warp_id // 4, tidx % WARPGROUP)
-            Segments(consumer, tensors, scalars, cta).run(work)
-        for channel in (shared.q, shared.k, shared.v):
+            segments = Segments(Consumer.over(shared, warp_id // 4, tidx % WARPGROUP), tensors, scalars, cta)
+            walk(work, table, seq_lens, groups, segments.compute, Done.nothing())
+        for channel in shared.channels:
             channel.check()
 
 
@@ -225,40 +207,29 @@ class GqaDecode:
 
 
 def arguments(config: Config) -> tuple:
-    """Symbolic arguments of `GqaDecode.__call__`, for compiling without a GPU."""
-    dtype = DTYPES[config.dtype]
-    B, Hq, Hk, S_q = (cute.sym_int32() for _ in range(4))
-    blocks, fp32 = cute.sym_int32(), functools.partial(make_fake_tensor, Float32)
+    """Symbolic arguments of `GqaDecode.__call__`."""
+    dtype, out_dtype = DTYPES[config.dtype], BFloat16 if config.fp8 else DTYPES[config.dtype]
+    B, Hq, Hk, S_q, blocks = (symbolic.size() for _ in range(5))
 
-    def some():
-        return cute.sym_int64()
+    def pages(width: int) -> cute.Tensor:
+        return symbolic.tensor(dtype, (B, Hk, blocks, BLOCK, width), tma=range(4))
 
-    def wide():
-        return cute.sym_int64(divisibility=config.stride_unit)
+    def descale() -> cute.Tensor:
+        return symbolic.tensor(Float32, (B, Hk) if config.descale else (None,), strided=config.descale)
 
-    def pages(width: int):
-        shape = (B, Hk, blocks, BLOCK, width)
-        return make_fake_tensor(dtype, shape, (wide(), wide(), wide(), wide(), 1), assumed_align=16)
-
-    def descale():
-        if config.descale:
-            return fp32((B, Hk), (some(), some()), assumed_align=4)
-        return fp32((cute.sym_int32(),), (1,), assumed_align=4)
-
-    out_dtype = BFloat16 if config.fp8 else dtype
     return (
-        make_fake_tensor(dtype, (B, Hq, S_q, config.D), (wide(), some(), some(), 1), assumed_align=16),
+        symbolic.tensor(dtype, (B, Hq, S_q, config.D), tma=(0,)),
         pages(config.D),
         pages(config.Dv),
-        make_fake_tensor(Int32, (B, cute.sym_int32()), (some(), 1), assumed_align=4),
-        make_fake_tensor(Int32, (B,), (1,), assumed_align=4),
-        fp32((cute.sym_int32(),), (1,), assumed_align=4),
+        symbolic.tensor(Int32, (B, None)),
+        symbolic.tensor(Int32, (B,)),
+        symbolic.tensor(Float32, (None,)),
         descale(),
         descale(),
         descale(),
-        make_fake_tensor(out_dtype, (B, Hq, S_q, config.Dv), (some(), some(), some(), 1), assumed_align=16),
-        fp32((B, Hq, S_q), (some(), some(), some()), assumed_align=4),
-        fp32((cute.sym_int32(),), (1,), assumed_align=16),
+        symbolic.tensor(out_dtype, (B, Hq, S_q, config.Dv), align=16),
+        symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
+        symbolic.tensor(Float32, (None,), align=16),
         Float32(1.0),
         Int32(0),
         Int64(config.stride_unit),
@@ -269,6 +240,5 @@ def arguments(config: Config) -> tuple:
 
 
 def build(config: Config, options: str = ""):
-    """Compile the kernel and its combine for sm_90a; takes seconds."""
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(GqaDecode(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")
+    """Compile the kernel and its combine."""
+    return symbolic.compiled(GqaDecode(config), arguments(config), options)

@@ -12,11 +12,10 @@ from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import tma_boxes
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.gqa_decode.config import CHUNK_BYTES, Config
-from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars, Shared, Tensors, block_range
+from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars, Shared, block_range
 from flash_mla.kernels.hopper.limits import BLOCK, ROW_BYTES
 from flash_mla.kernels.hopper.table import block_of, prefetch_line
-from flash_mla.kernels.hopper.walk import Done, Place, walk
-from flash_mla.kernels.hopper.work import Work
+from flash_mla.kernels.hopper.walk import Done, Place
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Producer:
 
     config: Config
     shared: Shared
-    tensors: Tensors
+    table: cute.Tensor
     scalars: Scalars
     tma: tuple[cute.CopyAtom, cute.CopyAtom, cute.CopyAtom]
     sQ: cute.Tensor
@@ -42,7 +41,7 @@ class Producer:
     requests: Int32
 
     @staticmethod
-    def over(shared: Shared, tensors: Tensors, scalars: Scalars, tma, tQ, tK, tV) -> Producer:
+    def over(shared: Shared, table: cute.Tensor, scalars: Scalars, tma, tQ, tK, tV) -> Producer:
         config = shared.config
 
         def boxes(atom, smem: cute.Tensor, rows: int, count: int, tensor, coordinate):
@@ -53,22 +52,16 @@ class Producer:
         sQ, gQ = boxes(tma[0], shared.sQ, config.tile_n, config.q_stages * config.k_chunks, tQ, tiles)
         sK, gK = boxes(tma[1], shared.sK, BLOCK, config.stages * config.k_chunks, tK, page)
         sV, gV = boxes(tma[2], shared.sV, BLOCK, config.stages * config.v_chunks, tV, page)
-        for channel in (shared.q, shared.k, shared.v):
+        for channel in shared.channels:
             channel.written_by("producer")
         return Producer(
-            config, shared, tensors, scalars, tma, sQ, gQ, sK, gK, sV, gV, blocks=tK.shape[3], requests=tK.shape[4]
+            config, shared, table, scalars, tma, sQ, gQ, sK, gK, sV, gV, blocks=tK.shape[3], requests=tK.shape[4]
         )
-
-    @cute.jit
-    def run(self, work: Work) -> None:
-        """Load the CTA's segments."""
-        tensors = self.tensors
-        walk(work, tensors.table, tensors.seq_lens, self.scalars.groups, self.load_segment, Done.nothing())
 
     @cute.jit
     def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """Q, and the blocks of a segment."""
-        config, shared, table, lane = self.config, self.shared, self.tensors.table, cute.arch.lane_idx()
+        config, shared, table, lane = self.config, self.shared, self.table, cute.arch.lane_idx()
         if part.last > part.first:
             item = Item.at(place, self.scalars)
             first, last = block_range(part, length)

@@ -119,3 +119,7 @@ class Shared:
             k=Channel.over("K", k, stages, readers=CONSUMER_WARPS // 2),
             v=Channel.over("V", v, stages, readers=CONSUMER_WARPS // 2),
         )
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        return self.q, self.k, self.v

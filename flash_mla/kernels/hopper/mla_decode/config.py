@@ -7,7 +7,7 @@ from enum import IntEnum
 from typing import Literal
 
 from flash_mla.kernels.hopper import split
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, REGISTERS, TILE_M, WARP, barrier_bytes, smem_bytes
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, REGISTERS, STAGED, TILE_M, WARP, barrier_bytes, smem_bytes
 
 WIDTHS = ((576, 512), (512, 512))
 """(D, Dv): the latent with and without a rope part."""
@@ -29,8 +29,6 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 """A thread. At 240 and 24 the producer spills."""
 assert CONSUMERS * CONSUMER_REGISTERS + (THREADS - CONSUMERS) * PRODUCER_REGISTERS <= REGISTERS
 
-STAGED = 16 * 32
-"""Elements of out that a warp stages: 32 columns of its 16 rows."""
 START = 2
 """Steps of 128 tokens that beginning an item costs, 3.4 us each."""
 

@@ -37,23 +37,21 @@ Supports BF16 and FP16; D 576 or 512; any row count; any strides that TMA takes 
 too; ragged lengths, 0 included; causal among the S_q tokens. Unused slots may hold NaN: the scores past the end are
 masked and the V rows zeroed. Block ids are forced inside the cache, lengths inside the table.
 
-Measured: docs/kernels.md, "Hopper MLA decode".
+Measured: docs/design/mla-decode.md.
 """
 
 from __future__ import annotations
 
-import functools
-
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout
-from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARPGROUP
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import (
     CHUNK_ELEMENTS,
@@ -62,7 +60,6 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     DV,
     K_CHUNKS,
     PRODUCER_REGISTERS,
-    STAGED,
     STAGES,
     START,
     THREADS,
@@ -70,11 +67,13 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     Config,
 )
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
-from flash_mla.kernels.hopper.mla_decode.producer import Producer, prefetch_table
+from flash_mla.kernels.hopper.mla_decode.producer import Producer
 from flash_mla.kernels.hopper.mla_decode.result import Segments
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared, Tensors
-from flash_mla.kernels.hopper.partials import Partials, note_split
+from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows
 from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.table import prefetch_table
+from flash_mla.kernels.hopper.walk import Done, walk
 from flash_mla.kernels.hopper.work import find_work
 
 # ---------------------------------------------------------------------------------------------------------- Kernel
@@ -111,12 +110,13 @@ class MlaDecode:
         gQ = cute.make_tensor(q.iterator, cute.make_layout((rows, D, B), stride=(q_row, 1, q.stride[0])))
         k_strides = (k.stride[3], 1, k.stride[2], k.stride[0])
         gK = cute.make_tensor(k.iterator, cute.make_layout((BLOCK, D, k.shape[2], requests), stride=k_strides))
+        packed_out, packed_lse = packed_rows(out, lse)
         tensors = Tensors(
             table=table,
             seq_lens=seq_lens,
             sink=sink,
-            out=cute.make_tensor(out.iterator, cute.make_layout((B, rows, DV), stride=(rows * DV, DV, 1))),
-            lse=cute.make_tensor(lse.iterator, cute.make_layout((B, rows), stride=(rows, 1))),
+            out=packed_out,
+            lse=packed_lse,
             partials=Partials.over(workspace, clusters, config.rows, DV),
         )
         chunk = row_layout(DTYPES[config.dtype], BLOCK, CHUNK)
@@ -134,18 +134,7 @@ class MlaDecode:
             min_blocks_per_mp=1,
             stream=stream,
         )
-        combine(
-            tensors.out,
-            tensors.lse,
-            tensors.partials.out,
-            tensors.partials.lse,
-            tensors.partials.split_of,
-            tensors.sink,
-            has_sink,
-            S_q,
-            Int32(1),
-            stream,
-        )
+        combine(packed_out, packed_lse, *tensors.partials, sink, has_sink, S_q, Int32(1), stream)
 
     @cute.kernel
     def kernel(
@@ -180,18 +169,13 @@ class MlaDecode:
 
         # barriers, and the work of this cluster
         if warp_id == 0:
-            cpasync.prefetch_descriptor(tma_q)
-            cpasync.prefetch_descriptor(tma_k)
-            with cute.arch.elect_one():
-                shared.k.init()
-                shared.q.init()
-            cute.arch.mbarrier_init_fence()
+            open_channels(shared.channels, (tma_q, tma_k))
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         if warp_id == CONSUMER_WARPS + 1:
             prefetch_table(tensors.table, cluster_id, clusters)
-        table, seq_lens, sScan = tensors.table, tensors.seq_lens, shared.sScan
-        work = find_work(table, seq_lens, scalars.groups, cluster_id, clusters, WARPS, sScan, START)
+        table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
+        work = find_work(table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -199,20 +183,22 @@ class MlaDecode:
         if warp_id >= CONSUMER_WARPS:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMER_WARPS:
-                Producer.over(shared, tensors, rank, tma_q, tQ, tma_k, tK, pages).run(scalars, work)
+                producer = Producer.over(shared, table, rank, tma_q, tQ, tma_k, tK, pages)
+                producer.outlive_peers(walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing()))
             elif warp_id == CONSUMER_WARPS + 1:  # noqa: SIM102
                 if rank == 0:
-                    note_split(tensors.partials, work, table, seq_lens, scalars.groups, cluster_id)
+                    note_split(tensors.partials, work, table, seq_lens, groups, cluster_id)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             tidx, _, _ = cute.arch.thread_idx()
             if warp_id < CONSUMER_WARPS // 2:
-                consumer = Consumer.over(shared, 0, tidx, scalars.scale_log2)
-                Segments(consumer, tensors, scalars, rank, cluster_id).run(work)
+                left = Segments(Consumer.over(shared, 0, tidx, scalars.scale_log2), tensors, scalars, rank, cluster_id)
+                walk(work, table, seq_lens, groups, left.compute, Done.nothing())
             else:
-                consumer = Consumer.over(shared, 1, tidx - WARPGROUP, scalars.scale_log2)
-                Segments(consumer, tensors, scalars, rank, cluster_id).run(work)
-        for channel in (shared.q, shared.k):
+                tid = tidx - WARPGROUP
+                right = Segments(Consumer.over(shared, 1, tid, scalars.scale_log2), tensors, scalars, rank, cluster_id)
+                walk(work, table, seq_lens, groups, right.compute, Done.nothing())
+        for channel in shared.channels:
             channel.check()
 
 
@@ -220,27 +206,18 @@ class MlaDecode:
 
 
 def arguments(config: Config) -> tuple:
-    """Symbolic arguments of `MlaDecode.__call__`, for compiling without a GPU."""
+    """Symbolic arguments of `MlaDecode.__call__`."""
     dtype = DTYPES[config.dtype]
-
-    def wide():
-        return cute.sym_int64(divisibility=8)  # a stride in elements, of 16 bytes
-
-    def some():
-        return cute.sym_int64()
-
-    B, Hq, S_q = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
-    blocks = cute.sym_int32()
-    fp32 = functools.partial(make_fake_tensor, Float32)
+    B, Hq, S_q = symbolic.size(), symbolic.size(), symbolic.size()
     return (
-        make_fake_tensor(dtype, (B, Hq, S_q, config.D), (wide(), some(), some(), 1), assumed_align=16),
-        make_fake_tensor(dtype, (B, 1, blocks, BLOCK, config.D), (wide(), some(), wide(), wide(), 1), assumed_align=16),
-        make_fake_tensor(Int32, (B, cute.sym_int32()), (some(), 1), assumed_align=4),
-        make_fake_tensor(Int32, (B,), (1,), assumed_align=4),
-        fp32((cute.sym_int32(),), (1,), assumed_align=4),
-        make_fake_tensor(dtype, (B, Hq, S_q, DV), (some(), some(), some(), 1), assumed_align=16),
-        fp32((B, Hq, S_q), (some(), some(), some()), assumed_align=4),
-        fp32((cute.sym_int32(),), (1,), assumed_align=16),
+        symbolic.tensor(dtype, (B, Hq, S_q, config.D), tma=(0,)),
+        symbolic.tensor(dtype, (B, 1, None, BLOCK, config.D), tma=(0, 2, 3)),
+        symbolic.tensor(Int32, (B, None)),
+        symbolic.tensor(Int32, (B,)),
+        symbolic.tensor(Float32, (None,)),
+        symbolic.tensor(dtype, (B, Hq, S_q, DV), align=16),
+        symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
+        symbolic.tensor(Float32, (None,), align=16),
         Float32(1.0),
         Int32(0),
         Int64(8),
@@ -250,6 +227,5 @@ def arguments(config: Config) -> tuple:
 
 
 def build(config: Config, options: str = ""):
-    """Compile the kernel and its combine for sm_90a; takes seconds."""
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(MlaDecode(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")
+    """Compile the kernel and its combine."""
+    return symbolic.compiled(MlaDecode(config), arguments(config), options)

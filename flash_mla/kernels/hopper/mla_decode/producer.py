@@ -12,10 +12,9 @@ from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import tma_boxes
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, K_CHUNKS, P_CHUNK, STAGES, Config
-from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared, Tensors
-from flash_mla.kernels.hopper.table import block_of, prefetch_line
-from flash_mla.kernels.hopper.walk import Done, Place, walk
-from flash_mla.kernels.hopper.work import Work
+from flash_mla.kernels.hopper.mla_decode.shared import Shared
+from flash_mla.kernels.hopper.table import block_of
+from flash_mla.kernels.hopper.walk import Done, Place
 
 EVICT_FIRST = 0x12F0000000000000
 """TMA cache hint of a cluster's loads: nobody else reads that K."""
@@ -31,7 +30,7 @@ class Producer:
 
     config: Config
     shared: Shared
-    tensors: Tensors
+    table: cute.Tensor
     rank: Int32
     tma_q: cute.CopyAtom
     tma_k: cute.CopyAtom
@@ -42,27 +41,18 @@ class Producer:
     pages: cute.Tensor
 
     @staticmethod
-    def over(shared: Shared, tensors: Tensors, rank, tma_q, tQ, tma_k, tK, pages) -> Producer:
+    def over(shared: Shared, table: cute.Tensor, rank, tma_q, tQ, tma_k, tK, pages) -> Producer:
         many = cute.make_layout(2 * K_CHUNKS, stride=CHUNK_ELEMENTS)
         sQ, gQ = tma_boxes(tma_q, shared.sQ.iterator, many, tQ, (TILE_M, CHUNK), (None, None, None))
         sK, gK = tma_boxes(tma_k, shared.k_buffers, many, tK, (BLOCK, CHUNK), (0, None, None, None))
-        for channel in (shared.q, shared.k):
+        for channel in shared.channels:
             channel.written_by("producer")
-        return Producer(shared.config, shared, tensors, rank, tma_q, tma_k, sQ, gQ, sK, gK, pages)
-
-    @cute.jit
-    def run(self, scalars: Scalars, work: Work) -> None:
-        """Load the cluster's segments."""
-        done = walk(work, self.tensors.table, self.tensors.seq_lens, scalars.groups, self.load_segment, Done.nothing())
-        # a CTA must outlive its peer's arrivals on its barriers; the bytes that it gets, its consumers have waited for
-        # NOTE: a cluster barrier in its place would flush every write first
-        for stage in cutlass.range_constexpr(STAGES):
-            self.shared.k.acquire(stage, done.items)
+        return Producer(shared.config, shared, table, rank, tma_q, tma_k, sQ, gQ, sK, gK, pages)
 
     @cute.jit
     def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """Q, and every pair of a segment, half block by half block in the order in which the consumers free them."""
-        table, request, first, last = self.tensors.table, place.request, part.first, part.last
+        table, request, first, last = self.table, place.request, part.first, part.last
         if last > first:
             blocks = self.pages.shape[2]
             last_block = (length + BLOCK - 1) // BLOCK - 1
@@ -83,6 +73,14 @@ class Producer:
                 even, odd = next_even, next_odd
             done = done.plus(last - first)
         return done
+
+    @cute.jit
+    def outlive_peers(self, done: Done) -> None:
+        """Wait until the readers of all CTAs are done with the last stages."""
+        # a CTA must outlive its peer's arrivals on its barriers; the bytes that it gets, its consumers have waited for
+        # NOTE: a cluster barrier in its place would flush every write first
+        for stage in cutlass.range_constexpr(STAGES):
+            self.shared.k.acquire(stage, done.items)
 
     @cute.jit
     def load_q(self, row_tile, request, count) -> None:
@@ -142,13 +140,3 @@ class Producer:
                 "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
                 read_only_args=[address, Int32(2 * BLOCK * self.config.D)],
             )
-
-
-@cute.jit
-def prefetch_table(table: cute.Tensor, cluster_id, clusters) -> None:
-    """Ask L2 for the row of the table that this cluster starts with if all requests are equally long."""
-    # NOTE: a short call is a chain of DRAM latencies: lengths, block ids, K; this takes the second out
-    request = cluster_id * table.shape[0] // clusters
-    first = 32 * cute.arch.lane_idx()
-    if first < table.shape[1]:
-        prefetch_line((table[request, None].iterator + first).toint())

@@ -12,17 +12,17 @@ from cutlass import Float32, Int32, const_expr
 from flash_mla.kernels.hopper import packing, split
 from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.lanes import quad_sum
-from flash_mla.kernels.hopper.limits import TILE_M
-from flash_mla.kernels.hopper.mla_decode.config import CONSUMERS, HALF, STAGED, Bar
+from flash_mla.kernels.hopper.limits import STAGED, TILE_M
+from flash_mla.kernels.hopper.mla_decode.config import CONSUMERS, HALF, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer, consume_left, consume_right
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Tensors
-from flash_mla.kernels.hopper.walk import Done, Place, walk
-from flash_mla.kernels.hopper.work import Work
+from flash_mla.kernels.hopper.staging import store_rows
+from flash_mla.kernels.hopper.walk import Done, Place
 
 
 @dataclass(frozen=True)
 class Segments:
-    """A consumer warpgroup's way through the segments of its cluster, of which this CTA is number `rank`."""
+    """What a consumer warpgroup does with the segments of its cluster, of which this CTA is number `rank`."""
 
     consumer: Consumer
     tensors: Tensors
@@ -30,11 +30,10 @@ class Segments:
     rank: Int32
     cluster_id: Int32
 
-    @cute.jit
-    def run(self, work: Work) -> None:
-        """Compute and write the cluster's segments."""
-        tensors = self.tensors
-        walk(work, tensors.table, tensors.seq_lens, self.scalars.groups, self.compute, Done.nothing())
+    @property
+    def empty_lse(self):
+        """lse of a row without keys."""
+        return -Float32.inf
 
     @cute.jit
     def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
@@ -80,7 +79,7 @@ class Segments:
             if whole:
                 if row < rows:
                     if writes:
-                        global_lse[request, row] = lse * math.log(2.0)
+                        global_lse[request, row] = lse * math.log(2.0) if total > 0.0 else self.empty_lse
                     if self.scalars.has_sink != 0:
                         sink = tensors.sink[packing.head_of(row, self.scalars.S_q)] * math.log2(math.e)
                         total = total + cute.math.exp2(sink - rows_of.max[r], fastmath=True)
@@ -89,7 +88,7 @@ class Segments:
             # NOTE: a row without keys has O = 0 and, with a sink, a total above 0; without, 0 * inf would be NaN
             scales[r] = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
         if whole:
-            store_out(consumer, tensors.out, request, row0, rows, scales)
+            store_out(consumer, tensors.out, request, row0, scales)
         else:
             for r in cutlass.range_constexpr(2):
                 tile_row = rows_of.first + 8 * r
@@ -100,7 +99,7 @@ class Segments:
 
     @cute.jit
     def write_nothing(self, request, row0) -> None:
-        """An empty request: out 0, lse -inf."""
+        """An empty request: out 0."""
         out, lse, tid = self.tensors.out, self.tensors.lse, self.consumer.tid
         zeros = cute.make_rmem_tensor(8, out.element_type)
         zeros.fill(0.0)
@@ -109,7 +108,7 @@ class Segments:
             if row < out.shape[1]:
                 cute.autovec_copy(zeros, cute.local_tile(out[request, row, None], (8,), (tid % 64,)))
                 if tid % 64 == 0:
-                    lse[request, row] = -Float32.inf
+                    lse[request, row] = self.empty_lse
 
 
 @cute.jit
@@ -124,33 +123,7 @@ def store_partial(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, sc
 
 
 @cute.jit
-def store_out(consumer: Consumer, out: cute.Tensor, request, row0, rows, scales: cute.Tensor) -> None:
-    """O, scaled, to out, 32 columns at a time: staged by the warp, so that 64 bytes of a row leave together."""
-    # NOTE: straight from registers they would be 16 bytes of 8 rows an instruction, four times the instructions
-    lane, warp_row = consumer.tid % 32, consumer.tid // 32 * 16
+def store_out(consumer: Consumer, out: cute.Tensor, index, row0, scales: cute.Tensor) -> None:
+    """This warpgroup's half of the columns, scaled, to out[index, row0 ..]."""
     staged = consumer.shared.staged + (4 * consumer.side + consumer.tid // 32) * STAGED
-    dtype = out.element_type
-    # 16 rows of four 16-byte pieces, piece c of row i at place c ^ (i / 2) % 4: neither side then has bank conflicts
-    written, read = (lane // 8) % 2 * 8 + lane % 8, lane // 4
-    packed = cute.make_rmem_tensor(8, dtype)
-    words = cute.recast_tensor(packed, Int32)
-    piece = cute.make_rmem_tensor(8, dtype)
-    for group in cutlass.range_constexpr(HALF // 32):
-        for side in cutlass.range_constexpr(2):
-            for i in cutlass.range_constexpr(8):
-                packed[i] = (consumer.O[16 * group + 8 * side + i] * scales[(i // 2) % 2]).to(dtype)
-            place = (2 * side + lane // 16) ^ ((written // 2) % 4)
-            address = (staged + 32 * written + 8 * place).toint()
-            cute.arch.inline_ptx(
-                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
-                read_only_args=[address, words[0], words[1], words[2], words[3]],
-            )
-        cute.arch.sync_warp()
-        for r in cutlass.range_constexpr(2):
-            i, row = read + 8 * r, row0 + warp_row + read + 8 * r
-            place = (lane % 4) ^ ((i // 2) % 4)
-            cute.autovec_copy(cute.make_tensor((staged + 32 * i + 8 * place).align(16), cute.make_layout(8)), piece)
-            if row < rows:
-                columns = HALF // 8 * consumer.side + 4 * group + lane % 4
-                cute.autovec_copy(piece, cute.local_tile(out[request, row, None], (8,), (columns,)))
-        cute.arch.sync_warp()
+    store_rows(consumer.O, scales, staged, out[index, None, None], row0, HALF * consumer.side, consumer.tid)

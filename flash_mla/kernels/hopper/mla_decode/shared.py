@@ -108,3 +108,7 @@ class Shared(Buffers):
             ),
             q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
         )
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        return self.q, self.k

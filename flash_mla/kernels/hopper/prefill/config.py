@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
-from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP, barrier_bytes, smem_bytes
+from flash_mla.kernels.hopper.limits import BLOCK, STAGED, TILE_M, WARPGROUP, barrier_bytes, smem_bytes
 
 TASK, TASK_STAGES = 8, 2
 """Words of a tile's description; descriptions in flight."""
@@ -90,6 +90,11 @@ class Config:
         return self.sizes.stages
 
     @property
+    def staged(self) -> bool:
+        """Whether consumers write out through a staging of their warps: where its place in Q is the next tile's."""
+        return self.q_stages == 1
+
+    @property
     def consumers(self) -> int:
         """Consumer warpgroups."""
         return self.tile_m // TILE_M
@@ -113,10 +118,16 @@ class Config:
         """CTAs that share an SM."""
         return 2 if self.sparse and self.D < 256 else 1
 
+    @property
+    def staged_elements(self) -> int:
+        """Elements of out that the consumer warps stage."""
+        return 4 * self.consumers * STAGED if self.staged else 0
+
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA: Q, K, V, descriptions of tiles and blocks, barriers."""
+        """Shared memory of a CTA: Q, K, V, staged out, descriptions of tiles and blocks, barriers."""
         q = 2 * self.q_stages * self.tile_m * self.D
         kv = 2 * self.stages * self.tile_n * (self.D + self.Dv)
+        staged = 2 * self.staged_elements
         descriptions = 4 * (TASK_STAGES * TASK + self.stages)
         barriers = barrier_bytes(TASK_STAGES, self.q_stages, self.stages, self.stages, self.q_stages)
-        return smem_bytes(q, kv, descriptions, barriers)
+        return smem_bytes(q, kv, staged, descriptions, barriers)

@@ -15,10 +15,11 @@ from flash_mla.kernels.hopper.barriers import arrive, sync
 from flash_mla.kernels.hopper.boxes import zero_rows
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.lanes import quad_sum
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARPGROUP
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.prefill.config import BITS, ROW_LIMITS, Bar, Config
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Task, Tensors, receive
 from flash_mla.kernels.hopper.softmax import LAZY, Rows
+from flash_mla.kernels.hopper.staging import store_rows
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Consumer:
         sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
         store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), dtype)
         role, warps = "consumers", 4 * config.consumers
-        for channel in (shared.tasks, shared.k, shared.v):
+        for channel in (shared.tasks, shared.k, shared.v, *([shared.q] if config.staged else [])):
             channel.read_by(role, warps)
         shared.out.written_by(role, warps)
         return Consumer(
@@ -190,8 +191,10 @@ class Consumer:
             sync(Bar.WARPGROUP + self.wg, WARPGROUP)
 
     @cute.jit
-    def write(self, tensors: Tensors, scalars: Scalars, tile: Task, q_stage, row_max, row_sum) -> None:
-        """Normalise O, put it in place of Q for the storing warp, and write lse."""
+    def write(
+        self, out: cute.Tensor, tensors: Tensors, scalars: Scalars, tile: Task, q_stage, row_max, row_sum
+    ) -> None:
+        """Normalise O and write it, or put it in place of Q for the storing warp; write lse."""
         O, P = self.O, tensors.lse.shape[1]
         global_lse, sink = tensors.lse, tensors.sink
         scale = cute.make_rmem_tensor(2, Float32)
@@ -209,16 +212,20 @@ class Consumer:
             if scalars.has_descale != 0:
                 factor = factor * tensors.value_scale[tile.request, tile.kv_head]
             scale[r] = factor
-        rounded = cute.make_rmem_tensor(O.layout, DTYPES[self.config.dtype])
-        for i in cutlass.range_constexpr(self.config.Dv // 2):
-            O[i] = O[i] * scale[(i // 2) % 2]
-        rounded.store(O.load().to(DTYPES[self.config.dtype]))
-        # NOTE: the rows of Q that these overwrite, all four warps' wgmma have read by now
-        sync(Bar.WARPGROUP + self.wg, WARPGROUP)
-        sO = self.shared.sO[None, None, q_stage]
-        cute.copy(self.store, self.store.retile(rounded), self.store.partition_D(sO))
-        cute.arch.fence_view_async_shared()
-        self.shared.out.arrive_warp(q_stage)
+        if const_expr(self.config.staged):
+            target = out[tile.request, tile.head - tile.request * scalars.Hq, None, None]
+            store_rows(O, scale, self.shared.staged + self.tid // 32 * STAGED, target, tile.row0, 0, self.tid)
+        else:
+            rounded = cute.make_rmem_tensor(O.layout, DTYPES[self.config.dtype])
+            for i in cutlass.range_constexpr(self.config.Dv // 2):
+                O[i] = O[i] * scale[(i // 2) % 2]
+            rounded.store(O.load().to(DTYPES[self.config.dtype]))
+            # NOTE: the rows of Q that these overwrite, all four warps' wgmma have read by now
+            sync(Bar.WARPGROUP + self.wg, WARPGROUP)
+            sO = self.shared.sO[None, None, q_stage]
+            cute.copy(self.store, self.store.retile(rounded), self.store.partition_D(sO))
+            cute.arch.fence_view_async_shared()
+            self.shared.out.arrive_warp(q_stage)
 
 
 @cute.jit
@@ -296,7 +303,42 @@ def last_block(consumer: Consumer, count) -> None:
 
 
 @cute.jit
-def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
+def cross(
+    consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Scalars, tile: Task, following: Task, count, done
+) -> Int32:
+    """P V of the last block of a tile, then its result under the scores of the next tile's first block, which is
+    `following`. For one Q stage, whose next Q is on its way meanwhile; `done` tiles were computed. Returns a word as
+    `next_block` does.
+    """
+    k, v, stages, word = consumer.shared.k, consumer.shared.v, consumer.config.stages, Int32(0)
+    row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+    v.wait(count % stages, count // stages)
+    consumer.values(count % stages)
+    consumer.shared.q.wait(0, done)
+    k.wait((count + 1) % stages, (count + 1) // stages)
+    if const_expr(consumer.config.sparse):
+        word = consumer.shared.sKeys[(count + 1) % stages]
+    consumer.scores(0, (count + 1) % stages)
+    warpgroup.wait_group(1)
+    v.release(count % stages)
+    for r in cutlass.range_constexpr(2):
+        row_max[r], row_sum[r] = consumer.rows.max[r], consumer.rows.sum[r]
+    consumer.write(out, tensors, scalars, tile, 0, row_max, row_sum)
+    consumer.O.fill(0.0)
+    consumer.begin(tensors, scalars, following)
+    warpgroup.wait_group(0)
+    k.release((count + 1) % stages)
+    if const_expr(consumer.config.sparse):
+        consumer.mask_listed(tensors, scalars.Hq, following, word)
+    else:
+        consumer.rows.mask(consumer.S, word)
+    consumer.softmax()
+    consumer.round()
+    return word
+
+
+@cute.jit
+def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Scalars) -> None:
     """Compute tile after tile."""
     config, shared = consumer.config, consumer.shared
     q_stages, tile_n, Hq = config.q_stages, config.tile_n, scalars.Hq
@@ -327,6 +369,8 @@ def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
                 next_block(consumer, tensors, Hq, tile, count + n, q_stage, (n + 1) * tile_n, True, False)
             word = end * tile_n
         count, done = count + end, done + 1
+        if const_expr(config.staged):
+            shared.q.release(0)  # all scores of the tile are made
 
         # the last, beside the first of the next tile where that tile's Q is there
         row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
@@ -334,21 +378,19 @@ def consume(consumer: Consumer, tensors: Tensors, scalars: Scalars) -> None:
         for r in cutlass.range_constexpr(2):
             row_max[r], row_sum[r] = consumer.rows.max[r], consumer.rows.sum[r]
         consumer.clear_values(tile.length - word // BLOCK * BLOCK, count)
-        if const_expr(q_stages > 1):
+        if const_expr(config.staged):
+            if blocks != 0:
+                word = cross(consumer, out, tensors, scalars, tile, following, count, done)
+            else:
+                last_block(consumer, count)
+                consumer.write(out, tensors, scalars, tile, q_stage, row_max, row_sum)
+        else:
             if blocks != 0:
                 shared.q.wait(done % q_stages, done // q_stages)
                 consumer.begin(tensors, scalars, following)
                 word = next_block(consumer, tensors, Hq, following, count, done % q_stages, Int32(0), True, True)
             else:
                 last_block(consumer, count)
-            consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
+            consumer.write(out, tensors, scalars, tile, q_stage, row_max, row_sum)
             consumer.O.fill(0.0)
-        else:
-            last_block(consumer, count)
-            consumer.write(tensors, scalars, tile, q_stage, row_max, row_sum)
-            consumer.O.fill(0.0)
-            if blocks != 0:
-                consumer.begin(tensors, scalars, following)
-                shared.q.wait(0, done)
-                word = first_block(consumer, tensors, Hq, following, count + 1, 0)
         count = count + 1

@@ -12,11 +12,12 @@ takes as long as they do. 64 KB in 2048 cycles from each SM are 7 TB/s of L2 rea
 Roles (entry registers: 65536 / threads, rounded down to 8):
     consumer warpgroups, 1 to 3   64 rows each: S = Q K^T, softmax, O += P V, lse     `consumer.py`
     warp 0 of the last warpgroup  takes tiles; TMA of Q, K, V                         `producer.py`
-    warp 1 of the last warpgroup  TMA of out                                          `store`, below
+    warp 1 of the last warpgroup  TMA of out, where two Q stages fit                  `store`, below
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
     tasks  producer -> all        2 stages   1 / consumer warps and the storing warp
-    Q      producer -> consumers  q_stages   1 + bytes / 1, by the storing warp: out lies in place of the dead Q
+    Q      producer -> consumers  q_stages   1 + bytes / 1, by the storing warp: out lies in place of the dead Q;
+                                             one stage: consumer warps
     K, V   producer -> consumers  stages     1 + bytes / consumer warps
     out    consumers -> storing warp         consumer warps; refilling Q empties it
 
@@ -24,9 +25,9 @@ Steady state of a consumer warpgroup, block n of a tile:
     (D 64: wait for its turn) | issue S' = Q K[n+1]^T | issue O += P V[n] | (pass the turn on) | softmax of S' under
     P V[n] and under the products of the other warpgroups
 With two Q stages this runs on across tiles: beside P V of a tile's last block goes Q K^T of the next tile's first, and
-out is written under the products of the others. With one (192/128 and 256/256, whose Q is too large), tiles begin
-afresh. The running max moves only when a block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after
-normalisation.
+out is written under the products of the others. With one (192/128 and 256/256, whose Q is too large), the next tile's Q
+is on its way under the last P V, and out is written under the scores that it gives. The running max moves only when a
+block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after normalisation.
 
 Sparse: a map names the 64 x 64 blocks that count. A tile is then 64 rows of one consumer warpgroup, with a list of its
 own, and two CTAs share an SM, each hiding what the other waits for. The producer reads the tile's row of the map, 32
@@ -40,19 +41,19 @@ ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a t
 the scores and of V for each request and KV head. Unused slots may hold NaN: scores past the end are masked and V rows
 zeroed. Block ids are forced inside the cache, lengths inside the table.
 
-Measured: docs/kernels.md, "Hopper prefill".
+Measured: docs/design/prefill.md.
 """
 
 from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8
+from cutlass import Float32, Int32, Int64, Uint8, const_expr
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout, tma_boxes
-from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
 from flash_mla.kernels.hopper.memory import allocate
@@ -97,7 +98,7 @@ class Prefill:
         tma_k, tK = cpasync.make_tiled_tma_atom(load, rows_first(k, config.paged), box(n), (n, CHUNK))
         tma_v, tV = cpasync.make_tiled_tma_atom(load, rows_first(v, config.paged), box(n), (n, CHUNK))
         tma_o, tO = cpasync.make_tiled_tma_atom(store, rows_first(out, False), box(m), (m, CHUNK))
-        self.kernel(tma_q, tQ, tma_k, tK, tma_v, tV, tma_o, tO, tensors, scalars).launch(
+        self.kernel(tma_q, tQ, tma_k, tK, tma_v, tV, tma_o, tO, out, tensors, scalars).launch(
             grid=(ctas, 1, 1),
             block=(config.threads, 1, 1),
             smem=config.smem_bytes(),
@@ -119,6 +120,7 @@ class Prefill:
         tV: cute.Tensor,
         tma_o: cute.CopyAtom,
         tO: cute.Tensor,
+        out: cute.Tensor,
         tensors: Tensors,
         scalars: Scalars,
     ):
@@ -130,6 +132,7 @@ class Prefill:
             sQ: cute.struct.Align[cute.struct.MemRange[dtype, config.q_stages * config.tile_m * config.D], 1024]
             sK: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.D], 1024]
             sV: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.Dv], 1024]
+            staged: cute.struct.Align[cute.struct.MemRange[dtype, config.staged_elements], 128]
             sTask: cute.struct.MemRange[Int32, TASK_STAGES * TASK]
             sKeys: cute.struct.MemRange[Int32, config.stages]
             task_barriers: cute.struct.MemRange[Int64, Channel.words(TASK_STAGES)]
@@ -142,12 +145,7 @@ class Prefill:
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
 
         if warp_id == 0:
-            for tma in (tma_q, tma_k, tma_v, tma_o):
-                cpasync.prefetch_descriptor(tma)
-            with cute.arch.elect_one():
-                for channel in shared.channels:
-                    channel.init()
-            cute.arch.mbarrier_init_fence()
+            open_channels(shared.channels, (tma_q, tma_k, tma_v, tma_o))
         cute.arch.sync_threads()
 
         registers, few_registers = REGISTERS[config.consumers]
@@ -156,13 +154,14 @@ class Prefill:
             cute.arch.setmaxregister_decrease(few_registers)
             if warp_id == producer_warp:
                 Producer.over(shared, tma_q, tQ, tma_k, tK, tma_v, tV).run(tensors, scalars, tQ)
-            elif warp_id == producer_warp + 1:
-                self.store(shared, tma_o, tO, scalars)
+            elif const_expr(not config.staged):  # noqa: SIM102
+                if warp_id == producer_warp + 1:
+                    self.store(shared, tma_o, tO, scalars)
         else:
             cute.arch.setmaxregister_increase(registers)
             tidx, _, _ = cute.arch.thread_idx()
             consumer = Consumer.over(shared, warp_id // 4, tidx)
-            consume(consumer, tensors, scalars)
+            consume(consumer, out, tensors, scalars)
         for channel in shared.channels:
             channel.check()
 
@@ -194,46 +193,34 @@ class Prefill:
 
 
 def arguments(config: Config) -> tuple:
-    """Symbolic arguments of `Prefill.__call__`, for compiling without a GPU."""
+    """Symbolic arguments of `Prefill.__call__`."""
     dtype = DTYPES[config.dtype]
 
-    # NOTE: every size and stride is a symbol of its own: what shares one must be equal in every call
     def tensor(*tail: int) -> cute.Tensor:
-        shape = (*(cute.sym_int32() for _ in range(3)), *tail)
-        strides = (*(cute.sym_int64(divisibility=8) for _ in shape[1:]), 1)
-        return make_fake_tensor(dtype, shape, strides, assumed_align=16)
+        return symbolic.tensor(dtype, (None, None, None, *tail), tma=range(2 + len(tail)))
 
     def keys(columns: int) -> cute.Tensor:
         return tensor(BLOCK, columns) if config.paged else tensor(columns)
 
-    def vector(kind, size=None) -> cute.Tensor:
-        return make_fake_tensor(kind, (cute.sym_int32() if size is None else size,), (1,), assumed_align=4)
-
-    def matrix(last_stride) -> cute.Tensor:
-        dims = (cute.sym_int32(), cute.sym_int32())
-        return make_fake_tensor(Float32, dims, (cute.sym_int64(), last_stride), assumed_align=4)
-
-    def blocks(kind) -> cute.Tensor:
-        strides = (*(cute.sym_int64() for _ in range(3)), 1)
-        return make_fake_tensor(kind, [cute.sym_int32() for _ in range(4)], strides, assumed_align=kind.width // 8)
+    def vector(kind, length: int | None = None) -> cute.Tensor:
+        return symbolic.tensor(kind, (length,))
 
     tensors = Tensors(
-        table=make_fake_tensor(Int32, (cute.sym_int32(), cute.sym_int32()), (cute.sym_int64(), 1), assumed_align=4),
+        table=symbolic.tensor(Int32, (None, None)),
         seq_lens=vector(Int32),
         start_pos=vector(Int32),
         sink=vector(Float32),
-        score_scale=matrix(cute.sym_int64()),
-        value_scale=matrix(cute.sym_int64()),
-        lse=matrix(1),
+        score_scale=symbolic.tensor(Float32, (None, None), strided=True),
+        value_scale=symbolic.tensor(Float32, (None, None), strided=True),
+        lse=symbolic.tensor(Float32, (None, None)),
         counter=vector(Int32, 1),
-        block_map=blocks(Uint8),
-        mask_bits=blocks(Int32),
+        block_map=symbolic.tensor(Uint8, [None] * 4),
+        mask_bits=symbolic.tensor(Int32, [None] * 4),
     )
     scalars = Scalars(Float32(1.0), *(Int32(1) for _ in Scalars._fields[1:]))
     return tensor(config.D), keys(config.D), keys(config.Dv), tensor(config.Dv), tensors, scalars, Int32(1)
 
 
 def build(config: Config, options: str = ""):
-    """Compile the kernel for sm_90a; takes seconds."""
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(Prefill(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")
+    """Compile the kernel."""
+    return symbolic.compiled(Prefill(config), arguments(config), options)

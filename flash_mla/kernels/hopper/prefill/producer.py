@@ -26,6 +26,12 @@ class Source(NamedTuple):
     length: Int32
 
 
+@cute.jit
+def pick(condition, a, b):
+    """a if the condition holds, else b."""
+    return a if condition else b
+
+
 @dataclass(frozen=True)
 class Producer:
     """The warp that takes tiles and fills Q, K and V by TMA.
@@ -116,11 +122,12 @@ class Producer:
                 pages[i] = block_of(table, source.request, logical, cute.size(self.gK, mode=[2]))
 
     @cute.jit
-    def load_all(self, source: Source, blocks, count) -> None:
-        """The first `blocks` blocks, K one ahead of V."""
+    def load_all(self, source: Source, blocks, count, row_tile, head, done) -> None:
+        """The first `blocks` blocks, K one ahead of V, and Q, whose place may be freed later than K's."""
         pages, before = self.page_ids(), self.page_ids()
         self.find_pages(source, 0, before)
         self.load_block(False, source, before, 0, count, 0)
+        self.load_q(row_tile, head, source.request, done)
         for n in cutlass.range(1, blocks, unroll=1):
             self.find_pages(source, n, pages)
             self.load_block(False, source, pages, n, count + n, 0)
@@ -188,11 +195,9 @@ class Producer:
         index, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         count, done = Int32(0), Int32(0)
+        order = schedule.Order(scalars.section, scalars.late, scalars.tail)
         while index < tiles:
-            following = tiles
-            if tiles > ctas:
-                following = self.take(tensors.counter) + ctas
-            row_tile, head = schedule.tile(index, row_tiles, heads, scalars.section, cutlass.min)
+            row_tile, head = schedule.tile(index, row_tiles, heads, order, cutlass.min, pick)
             request = head // scalars.Hq
             q_head, row0 = head - request * scalars.Hq, row_tile * config.tile_m
             start, length = self.span(tensors, scalars, request, P)
@@ -212,11 +217,15 @@ class Producer:
                 for i, word in enumerate(Task(row0, head, request, kv_head, length, start, blocks, whole)):
                     sTask[i, stage] = word
                 tasks.arrive(stage)
-            self.load_q(row_tile, q_head, request, done)
             if const_expr(config.sparse):
+                self.load_q(row_tile, q_head, request, done)
                 self.load_listed(source, map_row, total, whole * config.tile_n, count)
             else:
-                self.load_all(source, blocks, count)
+                self.load_all(source, blocks, count, row_tile, q_head, done)
+            # NOTE: not before the tile's loads: a CTA that has a heavy tile would take another too early
+            following = tiles
+            if tiles > ctas:
+                following = self.take(tensors.counter) + ctas
             count, done, index = count + blocks, done + 1, following
         stage = done % TASK_STAGES
         tasks.acquire(stage, done // TASK_STAGES)

@@ -15,7 +15,7 @@ from flash_mla.kernels.hopper.prefill.config import TASK, TASK_STAGES, Config
 
 
 class Tensors(NamedTuple):
-    """Global memory, all but q, k, v and out, which only TMA touches.
+    """Global memory, all but q, k and v, which only TMA touches, and out.
 
     table [B, table_blocks], seq_lens [B] and start_pos [B] int32; sink [Hq] FP32; score_scale and value_scale [B, Hk]
     FP32: factors of Q K^T and of V; lse [B * Hq, P] FP32, natural log;
@@ -37,13 +37,15 @@ class Tensors(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """scale * log2(e); dims; heads of a section; 0 or 1: whether the call is causal, and which inputs count."""
+    """scale * log2(e); dims; the order of tiles (`schedule.Order`); 0 or 1: is it causal, and which inputs count."""
 
     scale_log2: Float32
     Hq: Int32
     Hk: Int32
     S_kv: Int32
     section: Int32
+    late: Int32
+    tail: Int32
     causal: Int32
     has_lens: Int32
     has_start: Int32
@@ -55,7 +57,8 @@ class Scalars(NamedTuple):
 class Shared:
     """Views of a CTA's shared memory (frozen, like every group of trace-time objects: branches may then use it).
 
-    sQ [TILE_M, D, q_stages]; sO [TILE_M, Dv, q_stages], over it; sK [TILE_N, D, 2]; sV [TILE_N, Dv, 2].
+    sQ [TILE_M, D, q_stages]; sO [TILE_M, Dv, q_stages], over it; sK [TILE_N, D, stages]; sV [TILE_N, Dv, stages];
+    staged: STAGED elements of out for each consumer warp, where out does not go over Q.
     """
 
     config: Config
@@ -63,6 +66,7 @@ class Shared:
     sO: cute.Tensor
     sK: cute.Tensor
     sV: cute.Tensor
+    staged: cute.Pointer
     sTask: cute.Tensor
     sKeys: cute.Tensor
     tasks: Channel
@@ -92,10 +96,11 @@ class Shared:
             sO=sO,
             sK=rows(storage.sK, config.tile_n, config.D, config.stages),
             sV=rows(storage.sV, config.tile_n, config.Dv, config.stages),
+            staged=storage.staged.data_ptr(),
             sTask=storage.sTask.get_tensor(cute.make_layout((TASK, TASK_STAGES))),
             sKeys=storage.sKeys.get_tensor(cute.make_layout(config.stages)),
-            tasks=channel("tasks", storage.task_barriers, TASK_STAGES, readers=warps + 1),
-            q=channel("Q", storage.q_barriers, config.q_stages, readers=1),
+            tasks=channel("tasks", storage.task_barriers, TASK_STAGES, readers=warps + (not config.staged)),
+            q=channel("Q", storage.q_barriers, config.q_stages, readers=warps if config.staged else 1),
             k=channel("K", storage.k_barriers, config.stages, readers=warps),
             v=channel("V", storage.v_barriers, config.stages, readers=warps),
             # refilling Q empties it
@@ -104,7 +109,8 @@ class Shared:
 
     @property
     def channels(self) -> tuple[Channel, ...]:
-        return self.tasks, self.q, self.k, self.v, self.out
+        all_roles = (self.tasks, self.q, self.k, self.v)
+        return all_roles if self.config.staged else (*all_roles, self.out)
 
 
 class Task(NamedTuple):

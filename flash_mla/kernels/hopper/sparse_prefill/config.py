@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, ROW_BYTES, TILE_M, WARP, barrier_bytes, smem_bytes
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, ROW_BYTES, STAGED, TILE_M, WARP, barrier_bytes, smem_bytes
 from flash_mla.kernels.hopper.mla_decode.config import (
     CONSUMER_REGISTERS,
     CONSUMER_WARPS,
     DV,
     K_CHUNKS,
     PRODUCER_REGISTERS,
-    STAGED,
     STAGES,
 )
 

@@ -75,7 +75,7 @@ class Tiles:
                     total = total + cute.math.exp2(sink - rows.max[r], fastmath=True)
             # NOTE: a row without keys has O = 0 and, with a sink, a total above 0; without, 0 * inf would be NaN
             scales[r] = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
-        store_out(consumer, tensors.out, token, head0, heads, scales)
+        store_out(consumer, tensors.out, token, head0, scales)
         # NOTE: the sums may be overwritten by the next tile only when both warpgroups have read them
         sync(Bar.SUMS, CONSUMERS)
 

@@ -12,8 +12,8 @@ from cutlass import Float32, Int32, Int64
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARP
-from flash_mla.kernels.hopper.mla_decode.config import CONSUMER_WARPS, K_CHUNKS, STAGED, STAGES
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARP
+from flash_mla.kernels.hopper.mla_decode.config import CONSUMER_WARPS, K_CHUNKS, STAGES
 from flash_mla.kernels.hopper.mla_decode.shared import Buffers
 from flash_mla.kernels.hopper.sparse_prefill.config import PAIR, PRODUCER_WARPS, Config
 

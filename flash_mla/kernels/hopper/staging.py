@@ -1,0 +1,53 @@
+"""Rows of an accumulator to global memory, through a piece of shared memory that each warp has for itself.
+
+A thread holds two neighbouring columns of a row in every eight: stored from registers they would be 16 bytes of 8 rows
+an instruction. By way of the staging a warp writes 64 bytes of 8 rows, with a quarter of the instructions.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+
+@cute.jit
+def store_rows(
+    O: cute.Tensor,  # [64, columns] / 128 threads
+    scales: cute.Tensor,  # [2]: of this thread's two rows
+    staged: cute.Pointer,  # STAGED elements of this warp
+    out: cute.Tensor,  # [rows, at least column0 + columns], columns contiguous
+    row0,
+    column0: cutlass.Constexpr,
+    tid,
+) -> None:
+    """O, scaled, to the rows of `out` from row `row0` on that it has, 32 columns at a time.
+
+    tid: of the thread among those that hold the tile.
+    """
+    lane, warp_row = tid % 32, tid // 32 * 16
+    dtype = out.element_type
+    # 16 rows of four 16-byte pieces, piece c of row i at place c ^ (i / 2) % 4: neither side then has bank conflicts
+    written, read = (lane // 8) % 2 * 8 + lane % 8, lane // 4
+    packed = cute.make_rmem_tensor(8, dtype)
+    words = cute.recast_tensor(packed, Int32)
+    piece = cute.make_rmem_tensor(8, dtype)
+    for group in cutlass.range_constexpr(cute.size(O) // 16):
+        for half in cutlass.range_constexpr(2):
+            for i in cutlass.range_constexpr(8):
+                packed[i] = (O[16 * group + 8 * half + i] * scales[(i // 2) % 2]).to(dtype)
+            place = (2 * half + lane // 16) ^ ((written // 2) % 4)
+            address = (staged + 32 * written + 8 * place).toint()
+            cute.arch.inline_ptx(
+                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+                read_only_args=[address, words[0], words[1], words[2], words[3]],
+            )
+        cute.arch.sync_warp()
+        for r in cutlass.range_constexpr(2):
+            i, row = read + 8 * r, row0 + warp_row + read + 8 * r
+            place = (lane % 4) ^ ((i // 2) % 4)
+            cute.autovec_copy(cute.make_tensor((staged + 32 * i + 8 * place).align(16), cute.make_layout(8)), piece)
+            if row < out.shape[0]:
+                columns = column0 // 8 + 4 * group + lane % 4
+                cute.autovec_copy(piece, cute.local_tile(out[row, None], (8,), (columns,)))
+        cute.arch.sync_warp()

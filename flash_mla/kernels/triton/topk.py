@@ -1,0 +1,358 @@
+"""Top-k: the columns of the k greatest scores of a row, in ascending order, the leftmost first where scores are equal.
+
+pivot_kernel, grid (rows): a strided sample of the row gives a pivot that a little more than k scores are expected to
+reach. narrow_kernel, grid (rows, parts): the columns of those that do, in order, are a part's candidates; each score is
+read once, compared once and given a place by a running sum. select_kernel, grid (rows): a radix select of one bit a
+step among the candidates, which it holds in registers as integers that order as the scores do, halves the range of the
+threshold until k of them lie at or above it. Rows of at most `room` scores are all candidates: the third kernel alone.
+
+The answer never depends on the sample: where too few or too many scores reach the pivot (many equal ones can), the
+third kernel takes the whole row instead, with a pass over it for every bit.
+
+Bound: bytes, one read of the scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flash_mla.kernels.triton.target import Target
+from flash_mla.kernels.triton.tiles import power_of_2
+
+# --- Config ---
+
+
+@dataclass(frozen=True)
+class Config:
+    """room candidates a row, 16 a thread of warps warps; parts programs look for them, tile scores a step, with a pivot
+    from sample scores. parts is 0 where every score is a candidate.
+    """
+
+    room: int
+    parts: int
+    tile: int
+    sample: int
+
+    @property
+    def warps(self) -> int:
+        """Of select_kernel."""
+        return min(16, max(1, self.room // 512))
+
+
+MAX_K = 4096
+MAX_PARTS = 16
+PIVOT_WARPS = 8
+NARROW_WARPS = 4
+
+
+def config(*, rows: int, N: int, topk: int, target: Target) -> Config:
+    """Room for twice topk: the pivot aims between the two. Four programs an SM while a part has two tiles or more."""
+    interpreted = target.backend == "interpreter"
+    room = max(512 if interpreted else 4096, power_of_2(2 * topk))
+    if room >= N:
+        return Config(max(128, power_of_2(max(N, 1))), 0, 0, 0)
+    tile = 512 if interpreted else 2048
+    # a sixteenth of the row: of 128k scores, 128 +- 9 of the sample are among the greatest 2048
+    sample = min(16384, max(64 if interpreted else 2048, power_of_2(N) // 16))
+    parts = min(-(-N // (2 * tile)), -(-4 * target.multiprocessors // rows), MAX_PARTS)
+    return Config(room, max(parts, 1), tile, sample)
+
+
+# --- Steps ---
+
+NEVER = tl.constexpr(-(2**31))
+"""The integer of a score that is never selected."""
+LEAST = tl.constexpr(-0x7F800000)
+"""The integer of the least finite score."""
+GREATEST = tl.constexpr(0x7F800000)
+"""The integer of +inf."""
+
+
+@triton.jit
+def ordered(scores, live):
+    """Integers in the order of the scores: -0 is 0, what is not live, -inf and NaN are NEVER."""
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(live & (scores > float("-inf")), keys, NEVER)
+
+
+@triton.jit
+def score_of(key):
+    """The score that an integer stands for."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reaching(keys, key):
+    """How many of them are not less than key."""
+    return tl.sum((keys >= key).to(tl.int32), 0)
+
+
+@triton.jit
+def halve(low, high):
+    """The middle, rounded down, without overflow."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def running(x):
+    """(sum of what came before each, the sum of all) of a tile of a multiple of 128.
+
+    NOTE: a warp scans 128 in a row, then the rows: 26 instructions a score where a scan of the whole tile takes 55.
+    """
+    rows = tl.reshape(x, [x.shape[0] // 128, 128])
+    totals = tl.sum(rows, 1)
+    before = tl.cumsum(rows, 1) - rows + (tl.cumsum(totals, 0) - totals)[:, None]
+    return tl.reshape(before, [x.shape[0]]), tl.sum(totals, 0)
+
+
+@triton.jit
+def threshold(keys, wanted, enough):
+    """(low, at_low, high, at_high): at_low keys reach low, at_high < wanted reach high, and either high is low + 1 or
+    at_low is at most `enough` (>= wanted); low is the least key where no more than that are there."""
+    at_low = reaching(keys, LEAST)
+    low = tl.min(tl.where(keys == NEVER, GREATEST, keys), 0)
+    high = tl.max(keys, 0) + 1
+    at_high = 0
+    while (at_low > enough) & (high > low + 1):
+        middle = halve(low, high)
+        count = reaching(keys, middle)
+        if count >= wanted:
+            low = middle
+            at_low = count
+        else:
+            high = middle
+            at_high = count
+    return low, at_low, high, at_high
+
+
+@triton.jit
+def emit(out_row, keys, columns, low, high, room, aboves, equals, table_row, table_blocks, PAGE: tl.constexpr):
+    """Write the columns of the keys that reach high, and the leftmost `room` of those that are low, in order.
+
+    aboves and equals: how many of either came before; returns them with these.
+    """
+    above = keys >= high
+    equal = keys == low
+    # both counts in one running sum; neither exceeds a tile
+    before, total = running(above.to(tl.int32) | (equal.to(tl.int32) << 16))
+    equals_before = equals + (before >> 16)
+    place = aboves + (before & 0xFFFF) + tl.minimum(equals_before, room)
+    chosen = above | (equal & (equals_before < room))
+    rows = columns
+    if PAGE > 0:
+        block = tl.minimum(columns // PAGE, table_blocks - 1)
+        rows = (tl.load(table_row + block, mask=chosen, other=0) * PAGE + columns % PAGE).to(tl.int32)
+    tl.store(out_row + place, rows, mask=chosen)
+    return aboves + (total & 0xFFFF), equals + (total >> 16)
+
+
+@triton.jit
+def bounds(start_ptr, end_ptr, row, N):
+    """The row's columns begin <= t < end."""
+    begin, end = 0, N
+    if start_ptr is not None:
+        begin = tl.minimum(tl.maximum(tl.load(start_ptr + row), 0), N).to(tl.int32)
+    if end_ptr is not None:
+        end = tl.minimum(tl.maximum(tl.load(end_ptr + row), 0), N).to(tl.int32)
+    return begin, end
+
+
+# --- Kernels ---
+
+
+@triton.jit
+def pivot_kernel(
+    score_ptr,  # [rows, width]
+    start_ptr,  # [rows]
+    end_ptr,  # [rows]
+    pivot_ptr,  # [rows]; -inf where every finite score is a candidate
+    N,
+    stride_row,
+    AIM: tl.constexpr,  # scores that are wanted to reach the pivot
+    ROOM: tl.constexpr,
+    SAMPLE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    begin, end = bounds(start_ptr, end_ptr, row, N)
+    length = tl.maximum(end - begin, 1)
+    offs = begin + (tl.arange(0, SAMPLE).to(tl.int64) * length // SAMPLE).to(tl.int32)
+    live = (offs < end) & (length > ROOM)
+    keys = ordered(tl.load(score_ptr + row * stride_row + offs, mask=live, other=float("-inf")), live)
+    wanted = tl.maximum(tl.cast(SAMPLE, tl.int64) * AIM // length, 1).to(tl.int32)
+    low, at_low, _, _ = threshold(keys, wanted, wanted + wanted // 16)
+    tl.store(pivot_ptr + row, tl.where(at_low < wanted, float("-inf"), score_of(low)))
+
+
+@triton.jit
+def narrow_kernel(
+    score_ptr,  # [rows, width]
+    start_ptr,  # [rows]
+    end_ptr,  # [rows]
+    pivot_ptr,  # [rows]
+    candidate_ptr,  # [rows, PARTS, ROOM]
+    count_ptr,  # [rows, PARTS]
+    N,
+    width,
+    stride_row,
+    ROOM: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    begin, end = bounds(start_ptr, end_ptr, row, N)
+    pivot = tl.maximum(tl.load(pivot_ptr + row), score_of(tl.cast(LEAST, tl.int32)))
+    # this part's tiles, on multiples of TILE so that loads are wide
+    base = begin // TILE * TILE
+    each = ((end - base + TILE - 1) // TILE + PARTS - 1) // PARTS * TILE
+    first = base + part * each
+    score_row = score_ptr + row * stride_row
+    candidates = candidate_ptr + (row * PARTS + part) * ROOM
+    count = 0
+    for t in tl.range(first, tl.minimum(first + each, end), TILE, num_stages=3):
+        offs = t + tl.arange(0, TILE)
+        # NOTE: the mask names width alone, so that four scores are one access where it is a multiple of 16
+        scores = tl.load(score_row + offs, mask=offs < width, other=float("-inf"))
+        kept = ((scores >= pivot) & (offs >= begin) & (offs < end)).to(tl.int32)
+        before, total = running(kept)
+        tl.store(candidates + count + before, offs, mask=(kept > 0) & (count + before < ROOM))
+        count += total
+    tl.store(count_ptr + row * PARTS + part, count)
+
+
+@triton.jit
+def select_kernel(
+    score_ptr,  # [rows, width]
+    start_ptr,  # [rows]
+    end_ptr,  # [rows]
+    pivot_ptr,  # [rows]
+    candidate_ptr,  # [rows, PARTS, ROOM]
+    count_ptr,  # [rows, PARTS]
+    table_ptr,  # [rows / queries, table_blocks]
+    out_ptr,  # [rows, K]
+    N,
+    width,
+    stride_row,
+    queries,
+    table_blocks,
+    K: tl.constexpr,
+    K_TILE: tl.constexpr,
+    PAGE: tl.constexpr,  # 0: columns are not mapped
+    ROOM: tl.constexpr,
+    PARTS: tl.constexpr,  # 0: all scores are candidates
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    begin, end = bounds(start_ptr, end_ptr, row, N)
+    score_row = score_ptr + row * stride_row
+    out_row = out_ptr + row * K
+    table_row = table_ptr
+    if PAGE > 0:
+        table_row += row // queries * table_blocks
+
+    # the candidates of all parts, laid end to end
+    offs = tl.arange(0, ROOM)
+    if PARTS == 0:
+        columns = offs
+        live = (offs >= begin) & (offs < end)
+        scores = tl.load(score_row + offs, mask=offs < width, other=float("-inf"))
+        fits = True
+    else:
+        total = 0
+        most = 0
+        place = offs
+        for part in tl.static_range(PARTS):
+            count = tl.load(count_ptr + row * PARTS + part)
+            place = tl.where(offs >= total, part * ROOM + offs - total, place)
+            total += count
+            most = tl.maximum(most, count)
+        live = offs < total
+        columns = tl.load(candidate_ptr + row * (PARTS * ROOM) + place, mask=live, other=0)
+        complete = tl.load(pivot_ptr + row) == float("-inf")
+        fits = (total <= ROOM) & (complete | (total >= K))
+        live = live & fits
+        scores = tl.load(score_row + columns, mask=live, other=float("-inf"))
+
+    keys = ordered(scores, live)
+    low, at_low, high, at_high = threshold(keys, K, K)
+    if PARTS > 0:  # noqa: SIM102 (known when the kernel is compiled)
+        if fits == 0:
+            # NOTE: up to 32 passes over the row (H200, 64 rows of 128k scores of 50 values: 0.9 ms)
+            low, high, at_high = tl.cast(LEAST, tl.int32), tl.cast(GREATEST, tl.int32) + 1, 0
+            at_low = reaching_row(score_row, low, begin, end, width, TILE)
+            while (at_low > K) & (high > low + 1):
+                middle = halve(low, high)
+                count = reaching_row(score_row, middle, begin, end, width, TILE)
+                if count >= K:
+                    low = middle
+                    at_low = count
+                else:
+                    high = middle
+                    at_high = count
+
+    # all that reach the threshold, or all above it and of those at it the leftmost
+    room = tl.where(at_low <= K, 0, K - at_high)
+    high = tl.where(at_low <= K, low, high)
+    aboves, equals = emit(out_row, keys, columns, low, high, room, 0, 0, table_row, table_blocks, PAGE)
+    if PARTS > 0:  # noqa: SIM102
+        if fits == 0:
+            for t in tl.range(begin // TILE * TILE, end, TILE):
+                offs_t = t + tl.arange(0, TILE)
+                tile = tl.load(score_row + offs_t, mask=offs_t < width, other=float("-inf"))
+                keys_t = ordered(tile, (offs_t >= begin) & (offs_t < end))
+                aboves, equals = emit(
+                    out_row, keys_t, offs_t, low, high, room, aboves, equals, table_row, table_blocks, PAGE
+                )
+    rest = tl.arange(0, K_TILE)
+    tl.store(out_row + rest, tl.full([K_TILE], -1, tl.int32), mask=(rest >= tl.minimum(at_low, K)) & (rest < K))
+
+
+@triton.jit
+def reaching_row(score_row, key, begin, end, width, TILE: tl.constexpr):
+    """How many of the row's scores are not less than key."""
+    count = 0
+    for t in tl.range(begin // TILE * TILE, end, TILE):
+        offs = t + tl.arange(0, TILE)
+        scores = tl.load(score_row + offs, mask=offs < width, other=float("-inf"))
+        count += reaching(ordered(scores, (offs >= begin) & (offs < end)), key)
+    return count
+
+
+# --- Launch ---
+
+
+def pivot_arguments(
+    config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, pivots: Tensor, N: int, topk: int
+) -> tuple[Tensor | int | None, ...]:
+    """pivot_kernel's arguments, in its order: the pivot aims at the mean of topk and room, as their ratio goes."""
+    aim = int((topk * config.room) ** 0.5)
+    return scores, starts, ends, pivots, N, scores.stride(0), aim, config.room, config.sample
+
+
+def narrow_arguments(
+    config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, pivots: Tensor, candidates: Tensor,
+    counts: Tensor, N: int,
+) -> tuple[Tensor | int | None, ...]:  # fmt: skip
+    """narrow_kernel's arguments, in its order."""
+    return (
+        scores, starts, ends, pivots, candidates, counts, N, scores.shape[1], scores.stride(0), config.room,
+        config.parts, config.tile,
+    )  # fmt: skip
+
+
+def select_arguments(
+    config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, pivots: Tensor | None,
+    candidates: Tensor | None, counts: Tensor | None, block_table: Tensor | None, out: Tensor, N: int,
+    queries: int, page: int,
+) -> tuple[Tensor | int | None, ...]:  # fmt: skip
+    """select_kernel's arguments, in its order."""
+    table_blocks = 0 if block_table is None else block_table.shape[1]
+    return (
+        scores, starts, ends, pivots, candidates, counts, block_table, out, N, scores.shape[1], scores.stride(0),
+        queries, table_blocks, out.shape[1], power_of_2(out.shape[1]), page, config.room, config.parts, config.tile,
+    )  # fmt: skip

@@ -1,0 +1,326 @@
+"""decode_over_pages: the door for caches as serving engines hold them, read where they lie.
+
+The reference's functions ask for blocks of 64 tokens, each one slab. Engines hold pages of 16, 32 or a multiple of 64
+tokens, heads inside or outside of a page, K beside V in one tensor or in one row, and MLA's latent and rope in tensors
+of their own. All of that is strides: a page view `[B, Hk, num_blocks, page, D]` of the memory, which the same kernels
+read. No cache is copied, whatever its size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_mla import contract
+from flash_mla.backends import choose
+from flash_mla.contract import NO_DESCALES, Descales, named
+from flash_mla.errors import BlockCountError, LayoutError, ShapeError
+from flash_mla.launch import launch
+from flash_mla.plan import Plan, plan
+from flash_mla.problem import BLOCK, DecodeProblem
+
+__all__ = ["decode_over_pages"]
+
+LAYOUTS = {"NHD": "[num_blocks, page, Hk, D]", "HND": "[num_blocks, Hk, page, D]"}
+
+
+def decode_over_pages(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    layout: str = "NHD",
+    k_rope_pages: Tensor | None = None,
+    v_head_dim: int | None = None,
+    causal: bool = True,
+    check_values: bool = True,
+    softmax_scale: float | None = None,
+    q_descale: float | Tensor | None = None,
+    k_descale: float | Tensor | None = None,
+    v_descale: float | Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Decode over a pool of pages that all requests share, in the layout of a serving engine. Nothing is copied.
+
+    Only the last dim of q, the pages and out must be contiguous; all other strides are free, so that K and V may be
+    slices of one tensor or of one row.
+
+    Args:
+        q: [B, Hq, S_q, D], BF16, FP16, FP8 (e4m3) or (CPU, Triton) FP32.
+        k_pages: [num_blocks, page, Hk, D] or, with layout="HND", [num_blocks, Hk, page, D], in q's dtype, or FP8 under
+            BF16 or FP16 q. page: 16, 32 or a multiple of 64 tokens.
+        v_pages: likewise with Dv columns. None: V is the first v_head_dim columns of k_pages (MLA), read once.
+        block_table: [B, max_pages] int32 or int64: token t of request b is in page block_table[b, t // page].
+        seq_lens: [B] int32 or int64, tokens in the cache, the new ones included. 0: out 0, lse -inf.
+        mask: as in flash_mla_with_kvcache.
+        layout: "NHD" (default) or "HND", of all three pools.
+        k_rope_pages: K's last columns where the latent is split: k_pages then holds the first Dv (ckv), this one the
+            D - Dv others (kpe), and V is k_pages. Default None.
+        v_head_dim: Dv where v_pages is None. Default: all columns of k_pages.
+        causal: without a mask, query i sees keys t <= seq_lens[b] - S_q + i (default); False: every key.
+        check_values: read seq_lens and block_table and check them, which waits for the GPU. False, in an engine's loop:
+            no value is read.
+        softmax_scale, q_descale, k_descale, v_descale, attn_sink, return_lse, backend: as in flash_mla_with_kvcache.
+        out: [B, Hq, S_q, Dv] to write into, apart from every other tensor; only its last dim need be contiguous.
+
+    Returns:
+        out [B, Hq, S_q, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32).
+
+    Raises:
+        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+    """
+    descales = (q_descale, k_descale, v_descale)
+    views = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
+    k, v, k_rope, table = views
+    fold = not causal and mask is None and q.shape[2] > 1
+    if fold:
+        # all queries see the same keys, which is what heads of one group do
+        return unfold(
+            q, k, v, k_rope, table, seq_lens, softmax_scale, descales, attn_sink, return_lse, out, backend, check_values
+        )
+    return attend_pages(
+        q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, return_lse, out, backend,
+        check_values,
+    )  # fmt: skip
+
+
+# --- Views ------------------------------------------------------------------------------------------------------------
+
+
+def page_views(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor | None,
+    k_rope_pages: Tensor | None,
+    block_table: Tensor,
+    layout: str,
+    v_head_dim: int | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(k, v, k_rope, table): page views [B, Hk, num_blocks, page, columns] of checked pools, and their table."""
+    if layout not in LAYOUTS:
+        raise ShapeError(f"layout = {layout!r}"[:200], "'NHD' or 'HND'", "`layout` names no layout", "Pass one of them")
+    contract.check_tensor("q", q)
+    contract.check_rank("q", q.shape, 4, "[B, Hq, S_q, D]")
+    contract.check_tensor("block_table", block_table)
+    contract.check_index("block_table", block_table, (q.shape[0], -1), "[B, max_pages]")
+    pools = {"q": q, "k_pages": k_pages}
+    for name, pool in (("k_pages", k_pages), ("v_pages", v_pages), ("k_rope_pages", k_rope_pages)):
+        if pool is None and name != "k_pages":
+            continue
+        contract.check_tensor(name, pool)
+        assert pool is not None
+        contract.check_rank(name, pool.shape, 4, LAYOUTS[layout])
+        contract.check_last_dim(name, pool)
+        pools[name] = pool
+        if pool.shape[:3] != k_pages.shape[:3]:
+            raise ShapeError(
+                named(k_pages=k_pages, **{name: pool}),
+                f"the same num_blocks, page and Hk, as {layout} {LAYOUTS[layout]}",
+                f"`k_pages` and `{name}` differ",
+            )
+    contract.check_last_dim("q", q)
+    contract.check_on(q.device, block_table=block_table, **{n: x for n, x in pools.items() if n != "q"})
+    D, columns = q.shape[3], k_pages.shape[3] + (0 if k_rope_pages is None else k_rope_pages.shape[3])
+    if columns != D:
+        raise ShapeError(
+            named(**pools), f"k_pages{'' if k_rope_pages is None else ' and k_rope_pages'} of q's D = {D} columns",
+            "The rows of K and of q differ in D", contract.UNABSORBED,
+        )  # fmt: skip
+    if v_pages is not None and (k_rope_pages is not None or v_head_dim not in (None, v_pages.shape[3])):
+        raise ShapeError(
+            f"{named(**pools)}, v_head_dim = {v_head_dim}",
+            "v_pages None where the latent is split, and v_head_dim None or v_pages' columns",
+            "V is given twice",
+            "Leave v_pages or the other out",
+        )
+    width = k_pages.shape[3] if v_head_dim is None else v_head_dim
+    if v_pages is None and not (isinstance(width, int) and 0 < width <= k_pages.shape[3]):
+        raise ShapeError(
+            f"{named(k_pages=k_pages)}, v_head_dim = {v_head_dim!r}"[:300],
+            f"v_head_dim from 1 to {k_pages.shape[3]}",
+            "V is the first v_head_dim columns of K",
+        )
+    if k_rope_pages is not None and width != k_pages.shape[3]:
+        raise ShapeError(
+            f"{named(**pools)}, v_head_dim = {v_head_dim}",
+            f"v_head_dim = {k_pages.shape[3]}, all columns of k_pages",
+            "The latent of a split row is V",
+            "Leave v_head_dim out",
+        )
+    page = k_pages.shape[1 if layout == "NHD" else 2]
+    if page not in (16, 32) and (page % BLOCK or not page):
+        raise BlockCountError(
+            f"{named(k_pages=k_pages)}, layout {layout}: pages of {page} tokens",
+            f"pages of 16, 32 or a multiple of {BLOCK} tokens",
+            "The kernels' tiles do not fit such pages",
+            "Re-pack the pool, or name the other layout",
+        )
+    given = [pool for pool in (k_pages, v_pages, k_rope_pages) if pool is not None]
+    order = (2, 0, 1, 3) if layout == "NHD" else (1, 0, 2, 3)
+    views = [pool.permute(order).expand(q.shape[0], -1, -1, -1, -1) for pool in given]
+    views, table = as_blocks(views, block_table.contiguous())
+    k = views[0]
+    v = k[..., :width] if v_pages is None else views[1]
+    return k, v, None if k_rope_pages is None else views[-1], table
+
+
+def as_blocks(views: list[Tensor], table: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Pages of 64m tokens whose rows lie evenly, as 64-token blocks: what every backend reads."""
+    page = views[0].shape[3]
+    parts = page // BLOCK
+    if page <= BLOCK or any(x.shape[2] > 1 and x.stride(2) != page * x.stride(3) for x in views):
+        return views, table
+    # int64: an unused entry may be 2^31-1
+    table = (table.long().unsqueeze(2) * parts + torch.arange(parts, device=table.device)).flatten(1)
+    return [x.unflatten(3, (parts, BLOCK)).flatten(2, 3) for x in views], table
+
+
+# --- Calls ------------------------------------------------------------------------------------------------------------
+
+
+def attend_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_rope: Tensor | None,
+    table: Tensor,
+    seq_lens: Tensor,
+    mask: Tensor | None,
+    softmax_scale: float | None,
+    descales: Descales,
+    attn_sink: Tensor | None,
+    return_lse: bool,
+    out: Tensor | None,
+    backend: str | None,
+    check_values: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The call over page views, every check of the other arguments made."""
+    problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+    q_descale, k_descale, v_descale = descales
+    problem = contract.check_out(
+        out, problem, q=q, k_pages=k, v_pages=v, k_rope_pages=k_rope, block_table=table, seq_lens=seq_lens, mask=mask,
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
+    )  # fmt: skip
+    chosen = pick(problem, backend)
+    if check_values:
+        longest = contract.check_values(table, seq_lens, problem.Nblk, page=problem.page)
+        contract.check_mask_length("mask", mask, longest)
+    packed = chosen.problem != problem
+    result = launch(
+        chosen, "decode_over_pages", q=q.contiguous() if packed else q, k=k, v=v, k_rope=k_rope, block_table=table,
+        seq_lens=seq_lens, mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink,
+        out=None if packed else out, return_lse=return_lse,
+    )  # fmt: skip
+    if not packed or out is None:
+        return result
+    if isinstance(result, tuple):
+        return out.copy_(result[0]), result[1]
+    return out.copy_(result)
+
+
+def pages_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_rope: Tensor | None,
+    table: Tensor,
+    seq_lens: Tensor,
+    mask: Tensor | None,
+    softmax_scale: float | None,
+    descales: Descales,
+    attn_sink: Tensor | None,
+    out: Tensor | None,
+) -> DecodeProblem:
+    """The problem of a call over page views; reads no value."""
+    B, Hq, S_q, D = q.shape
+    Hk = k.shape[1]
+    contract.check_tensor("seq_lens", seq_lens)
+    contract.check_on(q.device, seq_lens=seq_lens, mask=mask)
+    contract.check_decode_dtypes(q, k, v)
+    if k_rope is not None:
+        contract.check_dtypes(k_pages=k, k_rope_pages=k_rope)
+    contract.check_grouping(Hq, Hk)
+    contract.check_head_dims(D, v.shape[4])
+    contract.check_seq_lens_shape(seq_lens, B)
+    contract.check_sink(attn_sink, Hq, q.device)
+    out_strides = None
+    if out is not None:
+        contract.check_tensor("out", out)
+        if not out.is_contiguous():
+            check_spread(out)
+            out_strides = out.stride()
+    return contract.decode_problem(
+        q, k, v, table, k_rope, alias=contract.is_alias(k, v),
+        mask=contract.check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, L]"),
+        descale=contract.check_descales(descales, B, Hk, q.device), sink=attn_sink is not None,
+        scale_sign=contract.check_scale(softmax_scale), out_strides=out_strides,
+    )  # fmt: skip
+
+
+def check_spread(out: Tensor) -> None:
+    """A strided out: rows contiguous, no two rows on the same memory."""
+    contract.check_last_dim("out", out)
+    extent = out.shape[-1]
+    for stride, size in sorted(zip(out.stride()[:-1], out.shape[:-1], strict=True)):
+        if size > 1 and stride < extent:
+            raise LayoutError(
+                f"{named(out=out)} with strides {out.stride()}",
+                "rows that do not overlap",
+                "`out` has several names for the same memory",
+                "Pass another tensor, or none",
+            )
+        extent = max(extent, stride * (size - 1) + extent)
+
+
+def pick(problem: DecodeProblem, backend: str | None) -> Plan:
+    """The plan of the problem, or of the same one with q and out packed where the backend that serves wants them so."""
+    Hq, S_q, D = problem.Hq, problem.S_q, problem.D
+    packed = problem._replace(q_strides=(Hq * S_q * D, S_q * D, D, 1), out_strides=None)
+    if problem.empty or packed == problem:
+        return plan(problem, backend)
+    best = plan(packed, backend)
+    return best if isinstance(choose(best.name, problem), str) else plan(problem, best.name)
+
+
+def unfold(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_rope: Tensor | None,
+    table: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float | None,
+    descales: Descales,
+    attn_sink: Tensor | None,
+    return_lse: bool,
+    out: Tensor | None,
+    backend: str | None,
+    check_values: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The call without causality: its S_q queries as heads of their group, and back."""
+    B, Hq, S_q, _ = q.shape
+    Hk, Dv = k.shape[1], v.shape[4]
+    contract.check_grouping(Hq, Hk)
+    contract.check_sink(attn_sink, Hq, q.device)
+    ratio = Hq // Hk
+    # [B, Hk * S_q * ratio, 1, D]: a view where Hk is 1 and q lies as [B, S_q, Hq, D]
+    rows = q.unflatten(1, (Hk, ratio)).transpose(2, 3).reshape(B, Hk * S_q * ratio, 1, -1)
+    sink = None if attn_sink is None else attn_sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
+    result = attend_pages(
+        rows, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, sink, True, None, backend, check_values
+    )
+    assert isinstance(result, tuple)
+    folded = (B, Hk, S_q, ratio)
+    first = result[0].view(*folded, Dv).transpose(2, 3).flatten(1, 2)
+    lse = result[1].view(folded).transpose(2, 3).flatten(1, 2)
+    if out is not None:
+        problem = pages_problem(q, k, v, k_rope, table, seq_lens, None, None, NO_DESCALES, None, out)
+        contract.check_out(out, problem, q=q, k_pages=k, v_pages=v, block_table=table, seq_lens=seq_lens)
+        first = out.copy_(first)
+    return (first, lse) if return_lse else first

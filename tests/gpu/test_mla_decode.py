@@ -1,0 +1,57 @@
+"""The Hopper MLA decode on the GPU: shapes, layouts and lengths beyond `flash-mla check`, hostile, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flash_mla.backends import hopper
+from flash_mla.testing import DecodeCase, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(hopper.available() is not None, reason=f"hopper: {hopper.available()}"),
+]
+
+LENGTHS = (0, 1, 63, 64, 65, 127, 128, 129, 200, 1000, 4097)
+MLA = DecodeCase("mla", LENGTHS, Hq=128, Hk=1, D=576, Dv=512, alias=True, device="cuda", backend="hopper")
+FEW = replace(MLA, Hq=16)
+MANY = tuple((37 * i * i + 11 * i) % 1500 for i in range(300))
+CASES = {
+    # two row tiles share K (clusters of 2), one does not
+    "heads-128": MLA,
+    "heads-64": replace(MLA, Hq=64),
+    "heads-16": FEW,
+    "heads-1": replace(MLA, Hq=1),
+    "heads-7": replace(MLA, Hq=7, sink=True),
+    "heads-96": replace(MLA, Hq=96),
+    "heads-192": replace(MLA, Hq=192, lengths=(700, 0, 4097)),
+    # rows of several tokens; the first queries of a short request see no key
+    "queries-2": replace(MLA, S_q=2, sink=True),
+    "queries-3-heads-40": replace(MLA, Hq=40, S_q=3),
+    "queries-8-heads-16": replace(FEW, S_q=8),
+    "queries-8-heads-128": replace(MLA, S_q=8, lengths=(7, 600, 0, 3)),
+    # widths, dtypes, layouts
+    "no-rope": replace(MLA, D=512),
+    "no-rope-heads-16": replace(FEW, D=512, S_q=2),
+    "fp16": replace(MLA, dtype=torch.float16),
+    "fp16-heads-16": replace(FEW, dtype=torch.float16),
+    "sliced": replace(MLA, layout="sliced"),
+    "pool": replace(MLA, layout="pool", sink=True),
+    "engine": replace(MLA, layout="serving"),
+    # split among all clusters, in many, and in a few of many requests
+    "one-long": replace(MLA, lengths=(20000,)),
+    "one-block": replace(MLA, lengths=(64,)),
+    "requests": replace(FEW, lengths=MANY, layout="pool", S_q=2),
+    "requests-heads-128": replace(MLA, lengths=MANY[:150], layout="pool"),
+    "int64": replace(FEW, index_dtype=torch.int64),
+    "scale": replace(MLA, softmax_scale=0.31),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mla_decode(name: str) -> None:
+    result = run(CASES[name])
+    assert result.passed, str(result)
