@@ -9,9 +9,10 @@ Bound. A block of 64 keys costs 2 * 64 * 64 * (576 + 512) = 8.9 MFLOP, 2176 cycl
 bound.
 
 Roles (384 threads; entry 168 registers):
-    warpgroup 0   232 registers   S0 = Q K_even^T, softmax, O[:, 0:256]       `mla_decode/consumer.py`, with a mask
+    warpgroup 0   232 registers   S0 = Q K_even^T, softmax, O[:, 0:256]       `consumer.py`: MLA decode's, with a mask
     warpgroup 1   232 registers   S1 = Q K_odd^T, softmax, O[:, 256:512]
     warps 8-11     40 registers   gather of K by cp.async, 16 rows of a block each (`gather.py`); warp 8: TMA of Q
+With at most 16 heads (`few.py`; 216 and 72 registers) warpgroup 0 computes the even blocks and warpgroup 1 the odd ones.
 Shared memory is that of MLA decode: Q, two K buffers, P in the rope chunk of the buffer that its scores came from.
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
@@ -33,7 +34,7 @@ row of zeros in K: memory is not read for it, and no NaN of a row that no id nam
 Supports BF16 and FP16; D 576 or 512; any number of heads, ids and rows; strides of q and kv in multiples of 16 bytes.
 Where the rows do not fit into the L2, `order.py` puts the ids in the order of their rows first.
 
-Measured and rejected: docs/design/sparse.md.
+Measured and rejected: docs/design/sparse-prefill.md.
 """
 
 from __future__ import annotations
