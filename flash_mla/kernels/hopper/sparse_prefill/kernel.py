@@ -12,7 +12,7 @@ Roles (384 threads; entry 168 registers):
     warpgroup 0   232 registers   S0 = Q K_even^T, softmax, O[:, 0:256]       `consumer.py`: MLA decode's, with a mask
     warpgroup 1   232 registers   S1 = Q K_odd^T, softmax, O[:, 256:512]
     warps 8-11     40 registers   gather of K by cp.async, 16 rows of a block each (`gather.py`); warp 8: TMA of Q
-With at most 16 heads (`few.py`; 216 and 72 registers) warpgroup 0 computes the even blocks and warpgroup 1 the odd ones.
+With at most 16 heads (`few.py`; 216 and 72 registers) warpgroup 0 takes the even blocks, warpgroup 1 the odd ones.
 Shared memory is that of MLA decode: Q, two K buffers, P in the rope chunk of the buffer that its scores came from.
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
