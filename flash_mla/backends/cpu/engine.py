@@ -67,7 +67,14 @@ def missing() -> str | None:
 
 def refuse(problem: Attention) -> str | None:
     """Why torch must serve, or None."""
-    return missing()
+    if (reason := missing()) is not None:
+        return reason
+    if isinstance(problem, SparseProblem) and problem.format is not None:
+        from flash_mla.kernels.cpu.formats import ROWS
+
+        if problem.format not in ROWS:
+            return f"rows of {problem.format}: the compiled kernels read {', '.join(ROWS)}"
+    return None
 
 
 def config(problem: Attention) -> Call:
