@@ -1,4 +1,4 @@
-"""Random calls of every public function, about three minutes of them; `python -m tests.fuzz` makes as many as wanted."""
+"""Random calls of every public function, three minutes of them; `python -m tests.fuzz` makes as many as wanted."""
 
 from __future__ import annotations
 
