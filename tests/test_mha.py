@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from flash_mla import mha_fwd_kvcache
 from flash_mla.testing import DTYPES, MhaCase, mha_cases, run, same_bits
 
+pytestmark = pytest.mark.usefixtures("cpu_engine")
+
 # NOTE: the interpreter takes half a minute a case of several tiles
 MOST_TOKENS = 600 if os.environ.get("TRITON_INTERPRET") == "1" else 1000
 

@@ -13,6 +13,8 @@ from flash_mla import BlockSparseLayout, flash_mla_prefill
 from flash_mla.reference import prefill_reference
 from flash_mla.testing import DTYPES, PrefillCase, check, prefill_cases, run
 
+pytestmark = pytest.mark.usefixtures("cpu_engine")
+
 # NOTE: the interpreter takes half a minute a case of several tiles
 MOST_TOKENS = 200 if os.environ.get("TRITON_INTERPRET") == "1" else 1000
 
@@ -119,3 +121,12 @@ EMPTY = {
 def test_empty(case):
     result = run(case)
     assert result.passed, str(result)
+
+
+def test_a_mask_of_finfo_min_is_causality():
+    """A layer of transformers' masks: finfo.min where a key is hidden, 0 elsewhere."""
+    q, k, v = (torch.randn(1, 2, 130, 64) for _ in range(3))
+    seen = torch.ones(130, 130, dtype=torch.bool).tril()
+    mask = torch.zeros(130, 130).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+    out = flash_mla_prefill(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(out, flash_mla_prefill(q, k, v), atol=1e-6, rtol=1e-5)

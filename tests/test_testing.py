@@ -93,14 +93,13 @@ def wrong_launch(monkeypatch):
     """Let `spoil(args)` follow the CPU backend's launch."""
 
     def install(spoil):
-        for name in ("decode", "prefill", "sparse"):
-            phase = backends.module("cpu", name)
+        engine = backends.module("cpu", "engine")
 
-            def spoiled(problem, config, args, launch=phase.launch):
-                launch(problem, config, args)
-                spoil(args)
+        def spoiled(problem, config, args, launch=engine.launch):
+            launch(problem, config, args)
+            spoil(args)
 
-            monkeypatch.setattr(phase, "launch", spoiled)
+        monkeypatch.setattr(engine, "launch", spoiled)
 
     return install
 
@@ -158,7 +157,7 @@ def test_run_sees_a_wrong_sparse_launch(wrong_launch, case, spoil, words):
 
 def test_run_sees_outputs_left_unwritten(monkeypatch):
     """The first call finds NaN where the launch does not write."""
-    monkeypatch.setattr(backends.module("cpu", "sparse"), "launch", lambda problem, config, args: None)
+    monkeypatch.setattr(backends.module("cpu", "engine"), "launch", lambda problem, config, args: None)
     result = run(SparsePrefillCase("spoiled"))
     assert any("are NaN" in failure for failure in result.failures), result.failures
 

@@ -1,6 +1,6 @@
 """The backend of a call without work, on any device: no query, or no key to see.
 
-Rows are 0, their lse and max_logits -inf; scores are -inf, indices -1.
+Rows are 0, their lse and max_logits -inf (a sparse call may want another lse); scores are -inf, indices -1.
 """
 
 from __future__ import annotations
@@ -31,5 +31,7 @@ def launch(problem: Problem, config: None, args: Args) -> None:
     args.out.zero_()
     if args.lse is not None:
         args.lse.fill_(-math.inf)
-    if isinstance(args, SparseArgs) and args.max_logits is not None:
-        args.max_logits.fill_(-math.inf)
+    if isinstance(args, SparseArgs):
+        args.mark_empty()
+        if args.max_logits is not None:
+            args.max_logits.fill_(-math.inf)

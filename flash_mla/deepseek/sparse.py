@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from flash_mla.contract import (
     is_aligned,
     named,
 )
-from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
+from flash_mla.deepseek.checks import check_query, check_same_dtype
 from flash_mla.errors import HeadGroupingError, ShapeError
 from flash_mla.plan import plan
 from flash_mla.problem import FP8, SparseArgs, SparseKeys, SparseProblem, SparseSet
@@ -160,6 +162,7 @@ def sparse(
         out=q.new_empty(B, S_q, Hq, Dv),
         lse=q.new_empty(B, S_q, Hq, dtype=torch.float32),
         max_logits=q.new_empty(B, S_q, Hq, dtype=torch.float32) if max_logits else None,
+        empty_lse=math.inf,
     )
     plan(problem, backend).launch(args)
-    return args.out, empty_is_inf(args.lse), args.max_logits
+    return args.out, args.lse, args.max_logits

@@ -21,11 +21,12 @@ NO_TOKEN = (-(2**31), -123456, -1, 1919810, 2147480000, 2**31 - 1)
 
 def sparse_pool(
     B: int, S_q: int, topk: int, pages: int, page: int, D: int, format_name: str | None, dtype: torch.dtype,
-    lengths: bool, source: Source,
+    lengths: bool, source: Source, apart: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(pool, indices [B, S_q, topk] int32, topk_length [B] or None).
 
-    A fifth of the indices name no token, all of the very first query token's do; rows that no query names hold NaN.
+    A fifth of the indices name no token, all of the very first query token's do; rows that no query names hold NaN, and
+    so do the `apart` bytes between one page and the next.
     """
     slots, generator = pages * page, source.generator
     indices = torch.randint(0, slots, (B, S_q, topk), generator=generator)
@@ -40,7 +41,18 @@ def sparse_pool(
     pool = rows.view(pages, page, 1, D)
     pool = pool.to(dtype) if format_name is None else FORMATS[format_name].quantise(pool.bfloat16())
     topk_length = counts.int().to(source.device) if lengths else None
+    pool = move_apart(pool, apart) if apart else pool
     return to_device(pool, source.device), indices.int().to(source.device), topk_length
+
+
+def move_apart(pool: Tensor, num_bytes: int) -> Tensor:
+    """The pool with so many more bytes from one page to the next, all ones."""
+    pages, size = pool.shape[0], pool.element_size()
+    pitch = pool.stride(0) * size + num_bytes
+    memory = torch.full((pages * pitch,), 255, dtype=torch.uint8).view(pool.dtype)
+    moved = memory.as_strided(pool.shape, (pitch // size, *pool.stride()[1:]))
+    moved.copy_(pool)
+    return moved
 
 
 def to_device(pool: Tensor, device: str) -> Tensor:
@@ -78,6 +90,8 @@ class SparseDecodeCase:
     dtype: torch.dtype = torch.bfloat16
     extra_topk: int | None = None
     extra_page: int = 53
+    apart: int = 0
+    """Bytes between a page and the next beyond what the rows, or the row format, take."""
     lengths: bool = False
     """Pass topk_length, and extra_topk_length."""
     sink: bool = False
@@ -93,11 +107,24 @@ class SparseDecodeCase:
         """The tensors; the reference takes rows in float64."""
         source = Source(self.seed, self.device)
         shape = (self.B, self.S_q)
-        pools = [sparse_pool(*shape, self.topk, 7, self.page, self.D, self.format, self.dtype, self.lengths, source)]
+        pools = [
+            sparse_pool(
+                *shape, self.topk, 7, self.page, self.D, self.format, self.dtype, self.lengths, source, self.apart
+            )
+        ]
         if self.extra_topk is not None:
             pools.append(
                 sparse_pool(
-                    *shape, self.extra_topk, 5, self.extra_page, self.D, self.format, self.dtype, self.lengths, source
+                    *shape,
+                    self.extra_topk,
+                    5,
+                    self.extra_page,
+                    self.D,
+                    self.format,
+                    self.dtype,
+                    self.lengths,
+                    source,
+                    self.apart,
                 )
             )
         (k_cache, indices, length), (extra, extra_indices, extra_length) = (*pools, (None, None, None))[:2]
@@ -378,7 +405,7 @@ DropInCase = SparseDecodeCase | SparsePrefillCase | DenseDecodeCase | VarlenCase
 
 def drop_in_cases() -> list[DropInCase]:
     cases: list[DropInCase] = []
-    widths = {"fp8_ds_mla": 576, "model1": 512, "v4.1": 512, "flat": 576}
+    widths = {"fp8_ds_mla": 576, "model1": 512, "v4.1": 512, "flat": 576, "fp8_token": 576}
     for format_name, D in widths.items():
         base = SparseDecodeCase(f"deepseek/sparse-{format_name}", format=format_name, D=D)
         cases += [
@@ -404,6 +431,7 @@ def drop_in_cases() -> list[DropInCase]:
         replace(decode, name="deepseek/sparse-sink", sink=True),
         replace(decode, name="deepseek/sparse-lengths", lengths=True),
         replace(decode, name="deepseek/sparse-extra", extra_topk=33),
+        replace(decode, name="deepseek/sparse-apart", apart=1152, extra_topk=33),
         replace(decode, name="deepseek/sparse-heads-3", Hq=3, softmax_scale=0.03),
         replace(decode, name="deepseek/sparse-narrow", format=None, D=128, Dv=64),
         replace(prefill, name="deepseek/sparse-prefill-512", D=512, Hq=64, topk=300),

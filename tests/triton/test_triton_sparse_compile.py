@@ -34,6 +34,8 @@ CASES = {
     "decode/one-row": ("model1", 512, 1, 1, 16, (65,), 1, 1),
     "decode/one-index": ("model1", 512, 2, 1, 16, (1, 1), 64, 1),
     "decode/one-index-plain": (None, 576, 1, 1, 128, (1,), 1, 1),
+    "decode/v4.1-small": ("v4.1", 512, 1, 1, 8, (512,), 64, 256),
+    "decode/fp8_token": ("fp8_token", 576, 64, 1, 128, (8192,), 64, 512),
 }
 
 
@@ -77,7 +79,7 @@ def build(name, target):
 SPILLS = 1152
 
 
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_89", "sm_90", "sm_120"])
 @pytest.mark.parametrize("name", CASES)
 def test_sparse_kernel_fits(name, gpu):
     built = build(name, TARGETS[gpu])

@@ -1,11 +1,11 @@
-"""The CPU backend: torch's flash attention op over pages where they lie.
+"""The CPU backend: compiled kernels (`engine`), or torch's ops where llvmlite is missing.
 
-Softmax does not care about the order of keys, so a request's pages need not be put in order. Decode sorts the blocks
-that a request uses by physical id; each run of consecutive ids is one strided view of the cache, and one call of
-`aten::_scaled_dot_product_flash_attention_for_cpu` (it returns out and lse), with the query heads of a group as its
-rows, reads K and V once for all of them. What cannot be read in place is gathered in slices of bounded size: the last
-blocks of a request (slots past its length may hold NaN), short runs, and dtypes or head dims that the op does not take.
-Partial results meet in `merge`.
+Through torch: softmax does not care about the order of keys, so a request's pages need not be put in order. Decode
+sorts the blocks that a request uses by physical id; each run of consecutive ids is one strided view of the cache, and
+one call of `aten::_scaled_dot_product_flash_attention_for_cpu` (it returns out and lse), with the query heads of a
+group as its rows, reads K and V once for all of them. What cannot be read in place is gathered in slices of bounded
+size: the last blocks of a request (slots past its length may hold NaN), short runs, and dtypes or head dims that the op
+does not take. Partial results meet in `merge`.
 
 Prefill runs one request at a time through the same op; masks and block layouts go through tiles of query rows, so that
 no bias of [P, P] exists.
@@ -34,10 +34,13 @@ def refuse(problem: Problem) -> str | None:
 
 def phase(problem: Problem) -> Phase | str:
     """The module that such problems go to."""
-    if isinstance(problem, DecodeProblem):
-        return module("cpu", "decode")
     if isinstance(problem, IndexProblem):
         return module("cpu", "indexer")
     if isinstance(problem, TopkProblem):
         return module("cpu", "topk")
+    engine = module("cpu", "engine")
+    if engine.refuse(problem) is None:
+        return engine
+    if isinstance(problem, DecodeProblem):
+        return module("cpu", "decode")
     return module("cpu", "prefill" if isinstance(problem, PrefillProblem) else "sparse")

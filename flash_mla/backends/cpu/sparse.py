@@ -38,6 +38,7 @@ def launch(problem: SparseProblem, config: None, args: SparseArgs) -> None:
     step = max(1, SLICE_BYTES // (4 * max(topk, 1) * (problem.D + problem.Hq)))
     for first in range(0, tokens, step):
         attend_tokens(problem, args, torch.arange(first, min(first + step, tokens)))
+    args.mark_empty()
 
 
 def attend_tokens(problem: SparseProblem, args: SparseArgs, tokens: Tensor) -> None:

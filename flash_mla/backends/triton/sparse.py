@@ -120,6 +120,7 @@ def arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, p
 def launch(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> None:
     """One kernel, and a merge where the keys of a token are split; smaller tiles where the device refuses these."""
     launch_fitting(launch_config, smaller, problem, config, args)
+    args.mark_empty()
 
 
 def launch_config(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
-from cutlass import Boolean, Float32, Int32
+from cutlass import Boolean, Float32, Int32, const_expr
 
 from flash_mla.kernels.hopper import split
 
@@ -42,6 +42,7 @@ def combine_kernel(
     has_sink: Int32,
     S_q: Int32,
     heads: Int32,
+    empty_lse: Float32,
 ):
     cta, _, _ = cute.arch.block_idx()
     warp_id, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
@@ -67,7 +68,7 @@ def combine_kernel(
     cute.arch.sync_threads()
 
     few = items * item_rows * parts <= 2 * CTAS
-    target = Target(out, lse, split_of, sink, has_sink, S_q, heads, cluster_rows)
+    target = Target(out, lse, split_of, sink, has_sink, S_q, heads, empty_lse, cluster_rows)
     if few:
         unit = cta
         while unit < items * item_rows * parts:
@@ -111,6 +112,7 @@ class Target(NamedTuple):
     has_sink: Int32
     S_q: Int32
     heads: Int32
+    empty_lse: Float32
     cluster_rows: int
 
 
@@ -180,7 +182,7 @@ def write_row(target: Target, cluster, part_row, part, largest, total, result: c
     if head_row < rows:
         if part == 0 and cute.arch.lane_idx() == 0:
             lse[request, row] = (
-                (largest + cute.math.log2(total, fastmath=True)) * math.log(2.0) if total > 0.0 else -Float32.inf
+                (largest + cute.math.log2(total, fastmath=True)) * math.log(2.0) if total > 0.0 else target.empty_lse
             )
         denominator = total
         if target.has_sink != 0:
@@ -211,8 +213,12 @@ def lse_of(lse_partial: cute.Tensor, cluster, piece, pieces, part_row):
 
 
 @cute.jit
-def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink: Int32, S_q: Int32, heads: Int32, stream):
-    """Launch the kernel behind the decode kernel of the same stream; `heads`: KV heads."""
-    combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads).launch(
+def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads, stream, empty_lse=None):
+    """Launch the kernel behind the decode kernel of the same stream.
+
+    has_sink, S_q and heads (KV heads): Int32; empty_lse: lse of a row without keys, Float32; None: -inf.
+    """
+    empty_lse = -Float32.inf if const_expr(empty_lse is None) else empty_lse
+    combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads, empty_lse).launch(
         grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream
     )

@@ -82,9 +82,9 @@ def unsplit(heaviest: Any, items: Any, most_items: Any) -> Plan:
     return Plan(most_items * heaviest, items * heaviest, heaviest, 0)
 
 
-def pays(split: Plan, whole: Plan) -> Any:
-    """Whether splitting beats whole items."""
-    return split.chunk + SPLIT_COST < whole.chunk
+def pays(split: Plan, whole: Plan, cost: Any = SPLIT_COST) -> Any:
+    """Whether splitting, which costs a call so many steps, beats whole items."""
+    return split.chunk + cost < whole.chunk
 
 
 class Segment(NamedTuple):

@@ -48,12 +48,12 @@ def warp_scan(value):
 
 
 @cute.jit
-def choose(total, heaviest, items, most_items, clusters, start):
+def choose(total, heaviest, items, most_items, clusters, start, split_cost):
     """The plan for `items` items of `total` steps, the heaviest of `heaviest`; `most_items`: a cluster's share."""
     even = split.even(total, items, clusters, start, cutlass.min, cutlass.max)
     whole = split.unsplit(heaviest, items, most_items)
     chunk, total, floor, start = even.chunk, even.total, Int32(1), even.start
-    if not split.pays(even, whole):
+    if not split.pays(even, whole, split_cost):
         chunk, total, floor, start = whole.chunk, whole.total, whole.floor, Int32(0)
     return split.Plan(chunk, total, floor, start)
 
@@ -68,6 +68,7 @@ def find_work(
     warps: cutlass.Constexpr,
     sScan: cute.Tensor,  # [split.scan_words(warps)] int32
     start: cutlass.Constexpr = 0,  # steps that beginning an item costs
+    split_cost: cutlass.Constexpr = split.SPLIT_COST,
 ):
     """This cluster's range of the line of steps, found by all `warps` warps of a CTA.
 
@@ -103,7 +104,7 @@ def find_work(
             sums, heaviest = sScan[lane], sScan[warps + lane]
         base, total, heaviest = warp_sum(sums if lane < warp_id else 0), warp_sum(sums), warp_max(heaviest)
 
-    chunk, total, floor, start = choose(total, heaviest, B * groups, most_items, clusters, Int32(start))
+    chunk, total, floor, start = choose(total, heaviest, B * groups, most_items, clusters, Int32(start), split_cost)
     # where the range starts, and the request there
     here = cluster_id * chunk
     request, begin = Int32(0), Int32(0)

@@ -27,6 +27,11 @@ class Segments:
     scalars: Scalars
     cta: Int32
 
+    @property
+    def empty_lse(self):
+        """lse of a row without keys."""
+        return -Float32.inf
+
     @cute.jit
     def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """Compute a segment and write its result; of an empty request, zeros."""
@@ -85,7 +90,7 @@ class Segments:
                 out_row = item.head * scalars.rows + head_row
                 if side == 0 and warp_id == 0 and lane < 4:
                     if whole:
-                        global_lse[item.request, out_row] = lse * math.log(2.0)
+                        global_lse[item.request, out_row] = lse * math.log(2.0) if total > 0.0 else self.empty_lse
                     else:
                         lse_partial[slot, row] = lse
                 if whole and scalars.has_sink != 0:
@@ -141,11 +146,11 @@ class Segments:
 
     @cute.jit
     def write_nothing(self, item: Item) -> None:
-        """An empty request: out 0, lse -inf."""
+        """An empty request: out 0."""
         consumer, config, out, lse = self.consumer, self.consumer.config, self.tensors.out, self.tensors.lse
         row0 = item.head * self.scalars.rows + item.tile * config.tile_n
         rows = cutlass.min(config.tile_n, self.scalars.rows - item.tile * config.tile_n)
         for i in cutlass.range(128 * consumer.side + consumer.tid, rows * config.Dv, CONSUMERS, unroll=1):
             out[item.request, row0 + i // config.Dv, i % config.Dv] = Float32(0.0).to(out.element_type)
             if i % config.Dv == 0:
-                lse[item.request, row0 + i // config.Dv] = -Float32.inf
+                lse[item.request, row0 + i // config.Dv] = self.empty_lse

@@ -30,6 +30,11 @@ class Segments:
     rank: Int32
     cluster_id: Int32
 
+    @property
+    def empty_lse(self):
+        """lse of a row without keys."""
+        return -Float32.inf
+
     @cute.jit
     def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """Compute a segment and write its result; of an empty request, zeros."""
@@ -74,7 +79,7 @@ class Segments:
             if whole:
                 if row < rows:
                     if writes:
-                        global_lse[request, row] = lse * math.log(2.0)
+                        global_lse[request, row] = lse * math.log(2.0) if total > 0.0 else self.empty_lse
                     if self.scalars.has_sink != 0:
                         sink = tensors.sink[packing.head_of(row, self.scalars.S_q)] * math.log2(math.e)
                         total = total + cute.math.exp2(sink - rows_of.max[r], fastmath=True)
@@ -94,7 +99,7 @@ class Segments:
 
     @cute.jit
     def write_nothing(self, request, row0) -> None:
-        """An empty request: out 0, lse -inf."""
+        """An empty request: out 0."""
         out, lse, tid = self.tensors.out, self.tensors.lse, self.consumer.tid
         zeros = cute.make_rmem_tensor(8, out.element_type)
         zeros.fill(0.0)
@@ -103,7 +108,7 @@ class Segments:
             if row < out.shape[1]:
                 cute.autovec_copy(zeros, cute.local_tile(out[request, row, None], (8,), (tid % 64,)))
                 if tid % 64 == 0:
-                    lse[request, row] = -Float32.inf
+                    lse[request, row] = self.empty_lse
 
 
 @cute.jit

@@ -1,0 +1,384 @@
+"""The compiled kernels of `kernels/cpu`, bound to problems: what is compiled, the arguments, threads and splits.
+
+A problem is bound once: its kernel, its items, and the arguments that all its calls share. A call copies them, puts its
+addresses in, and runs the kernel in torch's OpenMP team: nothing here grows with the number of requests, no value of a
+tensor is read, and nothing is allocated but a thread's memory, once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flash_mla.problem import (
+    BLOCK,
+    FP8,
+    DecodeArgs,
+    DecodeProblem,
+    PrefillArgs,
+    PrefillProblem,
+    SparseArgs,
+    SparseProblem,
+)
+
+if TYPE_CHECKING:
+    from flash_mla.kernels.cpu.config import Spec
+
+Attention = DecodeProblem | PrefillProblem | SparseProblem
+
+NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+    FP8: "fp8",
+    torch.bool: "bool",
+}
+"""What the kernels call an element type."""
+
+ROWS = 32
+"""Most rows of an item: q and O of 32 MLA rows are 140 KiB, beside 74 KiB of K a block, in an L2 of 512 KiB."""
+ITEMS = 32
+"""Items that a call is split into, at least, where its keys allow: enough for the threads of a desktop."""
+SPLIT_BLOCKS = 8
+"""Blocks that a split has at least."""
+TEAM_FLOPS = 4_000_000
+"""Work from which on a team is woken: about 50 us of one core, five times what waking costs."""
+
+
+@cache
+def missing() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    try:
+        import llvmlite  # noqa: F401
+    except ImportError:
+        return "llvmlite is not installed: pip install 'flash-mla[cpu]'"
+    from flash_mla.kernels.cpu import config, team
+
+    return config.lacks(config.host()) or (None if team.team() else "torch's OpenMP runtime has no known entry point")
+
+
+def refuse(problem: Attention) -> str | None:
+    """Why torch must serve, or None."""
+    return missing()
+
+
+def config(problem: Attention) -> Call:
+    """The problem bound to its kernel, which the first call compiles."""
+    if isinstance(problem, SparseProblem):
+        return Sparse(problem)
+    return Decode(problem) if isinstance(problem, DecodeProblem) else Prefill(problem)
+
+
+def launch(problem: Attention, config: Call, args: DecodeArgs | PrefillArgs | SparseArgs) -> None:
+    """Fill args.out and args.lse."""
+    config.launch(args)
+
+
+def spec(problem: Attention, rows: int, **more: Any) -> Spec:
+    """The kernel for items of so many rows, its mask's element type left open; `more` are fields of Spec."""
+    from flash_mla.kernels.cpu.config import Spec, host, tile
+
+    tile_m, tile_n = tile(rows, host())
+    return Spec(
+        D=problem.D,
+        Dv=problem.Dv,
+        q=NAMES[problem.dtype],
+        rows=min(-(-rows // tile_m) * tile_m, ROWS),
+        tile_m=tile_m,
+        tile_n=tile_n,
+        lanes=host().lanes,
+        **more,
+    )
+
+
+# --- Calls ------------------------------------------------------------------------------------------------------------
+
+
+Arguments = Any
+"""The kernels' arguments: an array of 8-byte integers."""
+
+
+class Call:
+    """A problem bound to its kernel.
+
+    Args:
+        spec: the kernel.
+        requests, heads, rows: an item is a group of `rows` rows of one of the heads of one of the requests.
+        blocks: of keys, at most, that an item sees.
+        values: arguments that every call shares, by name.
+    """
+
+    def __init__(self, spec: Spec, requests: int, heads: int, rows: int, blocks: int, **values: int) -> None:
+        from flash_mla.kernels.cpu.item import FIELDS
+
+        self.spec, self.at = spec, {name: i for i, name in enumerate(FIELDS)}
+        groups = -(-rows // spec.rows)
+        items = requests * heads * groups
+        splits = max(1, min(-(-ITEMS // items), blocks // SPLIT_BLOCKS)) if 0 < items < ITEMS else 1
+        self.work = items * splits
+        self.partial = self.work * spec.partial if splits > 1 else 0
+        flops = 2 * BLOCK * blocks * items * min(rows, spec.rows) * (spec.D + spec.Dv)
+        self.alone = flops < TEAM_FLOPS
+        values |= {"work": self.work, "heads": heads, "groups": groups, "splits": splits, "R": rows}
+        self.template = (ctypes.c_int64 * len(FIELDS))(*(values.get(name, 0) for name in FIELDS))
+        self.entries: dict[str | None, Entries] = {}
+
+    def launch(self, args: Any) -> None:
+        """One call."""
+        raise NotImplementedError
+
+    def arguments(self, softmax_scale: float) -> Arguments:
+        """A copy of what all calls share, and the scale."""
+        packed = type(self.template).from_buffer_copy(self.template)
+        packed[self.at["scale"]] = FLOAT_BITS.unpack(FLOAT.pack(softmax_scale))[0]
+        return packed
+
+    def put(self, packed: Arguments, name: str, x: Tensor | None, dims: str) -> None:
+        """The address of a tensor that may be missing, and its strides: `dims` names that of each dim."""
+        if x is None:
+            return
+        at, size = self.at, x.element_size()
+        packed[at[name]] = x.data_ptr()
+        for dim, stride in zip(dims, x.stride(), strict=True):
+            packed[at[f"{name}_{dim}"]] = stride * size
+
+    def integers(self, packed: Arguments, name: str, x: Tensor | None) -> Tensor | None:
+        """The address of [B] integers, int32 or int64; gives back what lies there, to be kept during the call."""
+        if x is None:
+            return None
+        x = x.contiguous()
+        packed[self.at[name]] = x.data_ptr()
+        packed[self.at[f"{name}_wide"]] = x.dtype == torch.int64
+        return x
+
+    def run(self, packed: Arguments, mask: torch.dtype | None = None) -> None:
+        """Run the kernel for masks of this dtype."""
+        if not self.work:
+            return
+        kind = None if mask is None else NAMES[mask]
+        entries = self.entries.get(kind)
+        if entries is None:
+            entries = self.entries[kind] = Entries(replace(self.spec, mask=kind))
+        at, threads = self.at, 1 if self.alone else min(torch.get_num_threads(), self.work)
+        packed[at["memory"]], packed[at["partial"]], packed[at["done"]] = MEMORY.reserve(
+            threads * entries.memory, self.partial
+        )
+        if threads == 1:
+            entries.alone(ctypes.addressof(packed))
+        else:
+            entries.team(entries.addresses, ctypes.addressof(packed), threads)
+
+
+FLOAT, FLOAT_BITS = struct.Struct("<f"), struct.Struct("<i")
+
+
+class Entries:
+    """A compiled kernel: how to run it in this thread and in a team, and the bytes a thread needs."""
+
+    def __init__(self, spec: Spec) -> None:
+        from flash_mla.kernels.cpu import store, team
+
+        run = team.team()
+        assert run is not None
+        self.team, self.memory = run, spec.memory()[1]
+        self.addresses = store.load(spec)
+        self.alone = team.alone(self.addresses["attend"])
+
+
+class Memory(threading.local):
+    """What the calls of one Python thread work in; it grows to the largest call."""
+
+    def __init__(self) -> None:
+        self.done = torch.zeros(ITEMS, dtype=torch.int64, device="cpu")
+        self.threads = self.partial = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.addresses = (0, 0, self.done.data_ptr())
+
+    def reserve(self, threads: int, partial: int) -> tuple[int, int, int]:
+        """The addresses of at least so many bytes for the threads, for the splits, and of the splits' counters, which
+        every call leaves at 0."""
+        if self.threads.numel() < threads + BLOCK or self.partial.numel() < partial:
+            self.threads = torch.empty(max(threads + BLOCK, self.threads.numel()), dtype=torch.uint8, device="cpu")
+            self.partial = torch.empty(max(partial, self.partial.numel()), dtype=torch.uint8, device="cpu")
+            aligned = -(-self.threads.data_ptr() // BLOCK) * BLOCK
+            self.addresses = (aligned, self.partial.data_ptr(), self.done.data_ptr())
+        return self.addresses
+
+
+MEMORY = Memory()
+
+
+# --- Phases -----------------------------------------------------------------------------------------------------------
+
+
+def strides(name: str, steps: tuple[int, ...], dtype: torch.dtype, dims: str) -> dict[str, int]:
+    """Strides in bytes, by the kernels' names."""
+    return {f"{name}_{dim}": step * dtype.itemsize for dim, step in zip(dims, steps, strict=True)}
+
+
+def packed_strides(heads: int, rows: int, columns: int) -> tuple[int, int, int]:
+    """Strides of a contiguous [B, heads, rows, columns], the last dim left out."""
+    return heads * rows * columns, rows * columns, columns
+
+
+class Decode(Call):
+    """Decode: the rows of an item are all queries of a KV head."""
+
+    def __init__(self, problem: DecodeProblem) -> None:
+        p = problem
+        self.cap = p.table_blocks * p.page if p.Nblk else 0
+        rope = 0 if p.rope_strides is None else p.D - p.Dv
+        more = strides("rope", p.rope_strides[:4], p.kv_dtype, "bhpk") if p.rope_strides else {}
+        outer = packed_strides(p.Hq, p.S_q, p.Dv) if p.out_strides is None else p.out_strides[:3]
+        kv, out = NAMES[p.kv_dtype], NAMES[p.out_dtype]
+        super().__init__(
+            spec(p, p.ratio * p.S_q, kv=kv, out=out, alias=p.alias, page=p.page, rope=rope),
+            p.B,
+            p.Hk,
+            p.ratio * p.S_q,
+            -(-self.cap // BLOCK),
+            S_q=p.S_q,
+            share=1,
+            from_end=1,
+            causal=int(p.mask == "none"),
+            cap=self.cap,
+            Nblk=p.Nblk,
+            **strides("q", p.q_strides[:3], p.dtype, "bhr"),
+            **strides("k", p.k_strides[:4], p.kv_dtype, "bhpk"),
+            **strides("v", p.v_strides[:4], p.kv_dtype, "bhpk"),
+            **more,
+            **strides("out", outer, p.out_dtype, "bhr"),
+            **strides("lse", packed_strides(p.Hq, p.S_q, 1), torch.float32, "bhr"),
+            sink_h=torch.float32.itemsize,
+        )
+
+    def launch(self, args: DecodeArgs) -> None:
+        packed = self.arguments(args.softmax_scale)
+        if args.k_rope is not None:
+            packed[self.at["rope"]] = args.k_rope.data_ptr()
+        kept = self.integers(packed, "lens", args.seq_lens)
+        self.run(packed, share_arguments(self, packed, args))
+        del kept
+
+
+class Prefill(Call):
+    """Prefill: the rows of an item are queries of one head, so that a group of them ends at one key."""
+
+    def __init__(self, problem: PrefillProblem) -> None:
+        p = problem
+        self.cap = p.S_kv
+        outer = packed_strides(p.Hq, p.P, p.Dv)
+        values: dict[str, int] = {}
+        for name, steps in (("k", p.k_strides), ("v", p.v_strides)):
+            if not p.paged:
+                steps = (*steps[:2], BLOCK * steps[2], steps[2])
+            values |= strides(name, steps[:4], p.dtype, "bhpk")
+        made = spec(
+            p,
+            p.P,
+            kv=NAMES[p.dtype],
+            out=NAMES[p.out_dtype],
+            alias=p.alias,
+            source="table" if p.paged else "rows",
+            layout=p.block_mask,
+        )
+        super().__init__(
+            made,
+            p.B,
+            p.Hq,
+            p.P,
+            -(-self.cap // BLOCK),
+            S_q=p.P,
+            share=p.ratio,
+            causal=int(p.causal),
+            cap=self.cap,
+            **values,
+            **strides("q", p.q_strides[:3], p.dtype, "bhr"),
+            **strides("out", outer, p.out_dtype, "bhr"),
+            **strides("lse", packed_strides(p.Hq, p.P, 1), torch.float32, "bhr"),
+            sink_h=torch.float32.itemsize,
+        )
+
+    def launch(self, args: PrefillArgs) -> None:
+        packed, at = self.arguments(args.softmax_scale), self.at
+        if args.block_table is not None:
+            packed[at["Nblk"]] = args.k.shape[2]
+            packed[at["cap"]] = min(self.cap, BLOCK * args.block_table.shape[1]) if args.k.shape[2] else 0
+        kept = [self.integers(packed, "lens", args.seq_lens), self.integers(packed, "starts", args.start_pos)]
+        self.put(packed, "layout", args.block_mask, "bhrk")
+        self.run(packed, share_arguments(self, packed, args))
+        del kept
+
+
+def share_arguments(call: Call, packed: Arguments, args: DecodeArgs | PrefillArgs) -> torch.dtype | None:
+    """The addresses that decode and prefill pass alike; the mask's dtype."""
+    at = call.at
+    packed[at["q"]], packed[at["out"]] = args.q.data_ptr(), args.out.data_ptr()
+    packed[at["k"]], packed[at["v"]] = args.k.data_ptr(), args.v.data_ptr()
+    if args.lse is not None:
+        packed[at["lse"]] = args.lse.data_ptr()
+    if args.attn_sink is not None:
+        packed[at["sink"]] = args.attn_sink.data_ptr()
+    if (table := args.block_table) is not None:
+        packed[at["table"]] = table.data_ptr()
+        packed[at["table_row"]] = table.stride(0) * table.element_size()
+        packed[at["table_wide"]] = table.dtype == torch.int64
+    call.put(packed, "q_descale", args.q_descale, "bh")
+    call.put(packed, "k_descale", args.k_descale, "bh")
+    call.put(packed, "v_descale", args.v_descale, "bh")
+    if args.mask is None:
+        return None
+    call.put(packed, "mask", args.mask, "bhrk")
+    packed[at["cap"]] = min(packed[at["cap"]], args.mask.shape[-1])
+    return args.mask.dtype
+
+
+class Sparse(Call):
+    """Sparse: an item is a query token; its rows are the heads, which stand where queries do elsewhere."""
+
+    def __init__(self, problem: SparseProblem) -> None:
+        p = problem
+        values: dict[str, int] = {}
+        for n, keys in enumerate(p.sets):
+            size = p.dtype.itemsize if p.format is None else 1
+            values |= {f"c_p{n}": keys.cache_strides[0] * size, f"c_k{n}": keys.cache_strides[1] * size}
+            values |= {f"topk{n}": keys.topk, f"page{n}": max(keys.page, 1), f"limit{n}": keys.pages * keys.page}
+        kv, out = p.format or NAMES[p.dtype], NAMES[p.dtype]
+        super().__init__(
+            spec(p, p.Hq, kv=kv, out=out, alias=True, source="sparse", sets=len(p.sets)),
+            p.B,
+            p.S_q,
+            p.Hq,
+            sum(-(-keys.topk // BLOCK) for keys in p.sets),
+            S_q=p.Hq,
+            share=1,
+            **values,
+            **strides("q", p.q_strides[:3], p.dtype, "bhr"),
+            **strides("out", packed_strides(p.S_q, p.Hq, p.Dv), p.dtype, "bhr"),
+            **strides("lse", packed_strides(p.S_q, p.Hq, 1), torch.float32, "bhr"),
+            sink_r=torch.float32.itemsize,
+        )
+
+    def launch(self, args: SparseArgs) -> None:
+        packed, at = self.arguments(args.softmax_scale), self.at
+        packed[at["q"]], packed[at["out"]], packed[at["lse"]] = (x.data_ptr() for x in (args.q, args.out, args.lse))
+        for name, x in (("max_logits", args.max_logits), ("sink", args.attn_sink)):
+            if x is not None:
+                packed[at[name]] = x.data_ptr()
+        kept = []
+        for n, keys in enumerate(args.keys):
+            packed[at[f"cache{n}"]], packed[at[f"indices{n}"]] = keys.cache.data_ptr(), keys.indices.data_ptr()
+            size = keys.indices.element_size()
+            packed[at[f"wide{n}"]] = size == torch.int64.itemsize
+            packed[at[f"i_b{n}"]], packed[at[f"i_h{n}"]] = (step * size for step in keys.indices.stride()[:2])
+            kept.append(self.integers(packed, f"count{n}", keys.lengths))
+        self.run(packed)
+        del kept
+        args.mark_empty()

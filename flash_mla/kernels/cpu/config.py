@@ -1,0 +1,164 @@
+"""What a kernel is compiled for: its shape and element types, its register tile, its memory, and the processor.
+
+**Register tile.** Scores are computed for tile_m rows x tile_n keys at a time, one accumulator of W lanes each, and
+values for tile_m rows x 2 W columns. AVX2 has 16 registers: 4 x 3 scores leave four for a vector of K and the rows'
+loads, and reach 76 to 87 % of the FMA peak of a Zen 3 core; 4 x 2 reach 73 to 85 %, 2 x 4 half of it, 4 x 4 spill.
+AVX-512 and NEON have 32 registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from flash_mla.kernels.cpu.formats import ROWS, SIZE
+
+BLOCK = 64
+"""Keys of a block: one online softmax step."""
+
+X86 = ("avx2", "fma", "f16c")
+"""What an x86 processor must have: FMA on 8 lanes, and FP16 to FP32 in one instruction."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A processor to compile for: LLVM's names of the platform, of the processor and of its features."""
+
+    triple: str
+    cpu: str
+    features: str = ""
+
+    @property
+    def lanes(self) -> int:
+        """FP32 lanes of a vector."""
+        if not self.triple.startswith("x86"):
+            return 4
+        return 16 if "+avx512bw" in self.features and "+avx512vl" in self.features else 8
+
+    @property
+    def registers(self) -> int:
+        return 16 if self.lanes == 8 else 32
+
+
+@cache
+def host() -> Target:
+    """The processor at hand."""
+    import llvmlite.binding as llvm
+
+    return Target(llvm.get_process_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+
+
+def lacks(target: Target) -> str | None:
+    """Why the kernels cannot run on a processor, or None."""
+    if target.triple.startswith(("aarch64", "arm64")):
+        return None
+    if not target.triple.startswith("x86_64"):
+        return f"the kernels are written for x86-64 and ARM64, not for {target.triple}"
+    missing = [name for name in X86 if f"+{name}" not in target.features.split(",")]
+    return f"the processor {target.cpu} has no {', '.join(missing)}" if missing else None
+
+
+class Part(NamedTuple):
+    """A piece of a thread's memory: where it starts and its bytes."""
+
+    at: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A kernel. D, Dv: columns of a row of K and of V; q, kv, out: element types (kv also a row format); alias: V is
+    the first Dv columns of K; mask: the mask's element type; source: "table" (pages through a block table), "rows"
+    (keys one after another), "sparse" (each query names its rows, in `sets` caches); layout: blocks that a flag drops
+    are skipped. rows: of a work item, a multiple of tile_m. page: keys of a page. rope: the last columns of a row of K
+    that lie in a cache of their own (a split latent).
+    """
+
+    D: int
+    Dv: int
+    q: str
+    kv: str
+    out: str
+    rows: int
+    tile_m: int
+    tile_n: int
+    lanes: int
+    alias: bool = False
+    mask: str | None = None
+    source: str = "table"
+    sets: int = 1
+    layout: bool = False
+    page: int = BLOCK
+    rope: int = 0
+
+    @property
+    def staged(self) -> bool:
+        """Whether rows are copied to the thread's memory first: decoded there, or gathered."""
+        return self.source == "sparse" or self.kv == "fp8" or self.rope > 0
+
+    @property
+    def block(self) -> int:
+        """Keys of a step: of a block, or of a page where pages are smaller."""
+        return min(self.page, BLOCK)
+
+    @property
+    def held(self) -> str:
+        """The element type that products read."""
+        return "f32" if self.kv == "fp8" or self.kv in ROWS else self.kv
+
+    @property
+    def chunk(self) -> int:
+        """Columns of a chunk: two vectors."""
+        return 2 * self.lanes
+
+    @property
+    def tiles(self) -> int:
+        return self.rows // self.tile_m
+
+    def padded(self, columns: int) -> int:
+        """Columns in whole chunks."""
+        return -(-columns // self.chunk) * self.chunk
+
+    @property
+    def state(self) -> int:
+        """Bytes of one vector for each tile, in whole lines."""
+        return -(-self.tiles * self.lanes * 4 // 64) * 64
+
+    @property
+    def partial(self) -> int:
+        """Bytes that a split leaves: max, sum, O."""
+        return 2 * self.state + 4 * self.rows * self.padded(self.Dv)
+
+    def memory(self) -> tuple[dict[str, Part], int]:
+        """The one ledger of a thread's memory, by name, and its bytes. max, sum and o adjoin: a partial result."""
+        width = BLOCK + self.lanes  # keys of a row of scores, with room for a vector past the end
+        staged = BLOCK * SIZE[self.held] if self.staged else 0
+        sizes = {
+            "max": self.state,
+            "sum": self.state,
+            "o": 4 * self.rows * self.padded(self.Dv),
+            "q": 4 * self.rows * self.padded(self.D),
+            "scores": 4 * self.rows * width,
+            "bias": 4 * self.tile_m * width if self.mask else 0,
+            "factor": self.state,
+            "limit": self.state,
+            "low": 8 * self.tiles,
+            "mask_rows": 8 * self.rows if self.mask else 0,
+            "k": staged * self.D,
+            "v": 0 if self.alias else staged * self.Dv,
+            "addresses": 2 * 8 * (BLOCK + 8) if self.source == "sparse" else 0,
+        }
+        parts, at = {}, 0
+        for name, size in sizes.items():
+            parts[name] = Part(at, size)
+            at += -(-size // 64) * 64
+        return parts, -(-at // 4096) * 4096 + 64  # NOTE: threads' memories a page and a line apart
+
+
+def tile(rows: int, target: Target) -> tuple[int, int]:
+    """(tile_m, tile_n) for so many query rows of a KV head."""
+    tile_m = 4 if rows > 2 else rows
+    if tile_m == 4:
+        return 4, 3 if target.registers == 16 else 6
+    return tile_m, 4

@@ -1,0 +1,257 @@
+"""An item of work: its arguments and memory, its rows and keys, and how it ends.
+
+An item is (request, heads that share a KV head, split of the keys, group of rows). Row r is query r % S_q of head
+r // S_q: all queries of a KV head in decode, those of one head in prefill, the heads of one query in sparse attention.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llvmlite import ir
+
+from flash_mla.kernels.cpu.config import Spec
+from flash_mla.kernels.cpu.formats import SIZE, chunk, narrow, store_pair, tail, widen
+from flash_mla.kernels.cpu.ir import F32, I32, I64, POINTER, Code, Value, vector
+from flash_mla.kernels.cpu.lanes import exp, log
+
+ARGUMENTS = (
+    # counters of the call
+    "next slot "
+    # items: how many, and how they divide; rows R of an item's heads, S_q of each; `share` item heads use one KV head
+    "work heads groups splits R S_q share "
+    # keys: lengths and starts [B] (or 0: `cap` keys, start 0), 8-byte ones where wide; from_end: start = length - S_q
+    "lens lens_wide cap starts starts_wide causal from_end "
+    "table table_wide table_row Nblk "
+    "q k v rope out lse max_logits sink mask layout q_descale k_descale v_descale scale "
+    # strides in bytes: b request, h head, r query, p page, k row of a page or key
+    "q_b q_h q_r k_b k_h k_p k_k v_b v_h v_p v_k rope_b rope_h rope_p rope_k "
+    "out_b out_h out_r lse_b lse_h lse_r sink_h sink_r "
+    "mask_b mask_h mask_r mask_k layout_b layout_h layout_r layout_k "
+    "q_descale_b q_descale_h k_descale_b k_descale_h v_descale_b v_descale_h "
+    # rows named by index, in one cache or two
+    "cache0 indices0 wide0 topk0 count0 count0_wide limit0 page0 c_p0 c_k0 i_b0 i_h0 "
+    "cache1 indices1 wide1 topk1 count1 count1_wide limit1 page1 c_p1 c_k1 i_b1 i_h1 "
+    # memory: of the threads, of the splits, and how many parts of each item are done
+    "memory partial done "
+)
+FIELDS = ARGUMENTS.split()
+"""The arguments, 8 bytes each."""
+
+
+class Item:
+    """The item that is being worked on. `a` are the arguments by name, `m` the parts of the thread's memory."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.module = ir.Module("flash_mla")
+        self.g = g = Code(self.module, "attend", [POINTER])
+        self.args = g.args[0]
+        self.a = {name: (self.args + 8 * i).load(I64, 8) for i, name in enumerate(FIELDS)}
+        self.V, self.I = vector(F32, spec.lanes), vector(I32, spec.lanes)
+        self.zero, self.lowest = g.const(0.0, self.V), g.const(-math.inf, self.V)
+        parts, size = spec.memory()
+        slot = (self.args + 8 * FIELDS.index("slot")).add_atomic(1, "monotonic")
+        memory = self.pointer("memory") + slot * size
+        self.m = {name: memory + part.at for name, part in parts.items()}
+
+    def pointer(self, name: str) -> Value:
+        return self.a[name].cast("inttoptr", POINTER)
+
+    def integer(self, base: Value, i: Value, wide: Value) -> Value:
+        """Element i of an array of int32, or of int64 where wide, as I64."""
+        g = self.g
+        x = g.variable(g.const(0))
+        with g.either(wide.differs(0)) as (yes, no):
+            with yes:
+                x.set((base + i * 8).load(I64))
+            with no:
+                x.set((base + i * 4).load(I32).cast("sext", I64))
+        return x.get()
+
+    def begin(self, number: Value) -> None:
+        """Begin the item of this number: the groups of a split adjoin, then splits, heads and requests."""
+        a = self.a
+        # NOTE: the last rows of a causal call see the most keys, and come first
+        self.group = a["groups"] - 1 - number % a["groups"]
+        x = number // a["groups"]
+        self.split = x % a["splits"]
+        x = x // a["splits"]
+        self.h, self.b = x % a["heads"], x // a["heads"]
+        self.bounds()
+        self.load_q()
+
+    def bounds(self) -> None:
+        """Rows [r0, r0 + nr), keys [0, n), the position of query 0."""
+        g, a, rows = self.g, self.a, self.spec.rows
+        self.r0 = self.group * rows
+        self.nr = (a["R"] - self.r0).min(rows)
+        self.live_tiles = (self.nr + (self.spec.tile_m - 1)) // self.spec.tile_m
+        self.scale = (self.args + 8 * FIELDS.index("scale")).load(F32) * self.descale("q") * self.descale("k")
+        if self.spec.source == "sparse":
+            return
+        length = g.variable(a["cap"])
+        with g.when(a["lens"].differs(0)):
+            length.set(self.integer(self.pointer("lens"), self.b, a["lens_wide"]).max(0).min(a["cap"]))
+        self.length = length.get()
+        start = g.variable(a["from_end"].differs(0).pick(self.length - a["S_q"], 0))
+        with g.when(a["starts"].differs(0)):
+            start.set(self.integer(self.pointer("starts"), self.b, a["starts_wide"]).max(0).min(a["cap"]))
+        self.start, self.causal = start.get(), a["causal"].differs(0)
+        last = self.r0 % a["S_q"] + self.nr
+        reach = (self.start + last.min(a["S_q"])).max(0).min(self.length)
+        self.n = self.causal.pick(reach, self.length)
+        self.first, self.stop = self.part_of((self.n + (self.spec.block - 1)) // self.spec.block)
+
+    def part_of(self, blocks: Value) -> tuple[Value, Value]:
+        """This split's blocks."""
+        splits = self.a["splits"]
+        return blocks * self.split // splits, blocks * (self.split + 1) // splits
+
+    def descale(self, name: str) -> Value:
+        """The descale of q, k or v for this request and KV head; 1 where there is none."""
+        a, name = self.a, f"{name}_descale"
+        x = self.g.variable(self.g.const(1.0, F32))
+        with self.g.when(a[name].differs(0)):
+            head = self.h // a["share"]
+            x.set((self.pointer(name) + self.b * a[f"{name}_b"] + head * a[f"{name}_h"]).load(F32))
+        return x.get()
+
+    def row(self, name: str, r: Value) -> Value:
+        """Where row r of the item's heads starts in q, out, lse, mask or layout."""
+        a = self.a
+        head, i = self.h * (a["R"] // a["S_q"]) + r // a["S_q"], r % a["S_q"]
+        return self.pointer(name) + self.b * a[f"{name}_b"] + head * a[f"{name}_h"] + i * a[f"{name}_r"]
+
+    def load_q(self) -> None:
+        """Widen q to [tile, chunk, tile_m, 2W] FP32; set each row's limit, a max of -inf, a sum of 0 and O = 0."""
+        g, s, m, W = self.g, self.spec, self.m, self.spec.lanes
+        pairs = "bf16" if s.held == "bf16" else None  # columns in the order of K's chunks
+        with g.loop(0, self.live_tiles * s.tile_m) as r:
+            row = (self.r0 + r).min(self.a["R"] - 1)
+            source = self.row("q", row)
+            to = m["q"] + ((r // s.tile_m) * (s.padded(s.D) * s.tile_m) + r % s.tile_m * s.chunk) * 4
+            with g.loop(0, s.D // s.chunk) as c:
+                for half in (0, 1):
+                    at = source + c * (s.chunk * SIZE[s.q])
+                    x = chunk(at, s.q, W, half) if pairs or s.q != "bf16" else widen(at + half * W * 2, "bf16", W)
+                    (to + c * (s.chunk * s.tile_m * 4) + half * W * 4).store(x, 4)
+            for half in self.tail_halves(s.D):
+                whole = s.D // s.chunk
+                x = tail(source + whole * s.chunk * SIZE[s.q], s.q, W, half, s.D % s.chunk)
+                (to + (whole * s.chunk * s.tile_m + half * W) * 4).store(x, 4)
+            if s.source != "sparse":
+                own = self.causal.pick((self.start + row % self.a["S_q"] + 1).min(self.length), self.length).index()
+                for k in range(0, W, s.tile_m):
+                    lane = (r // s.tile_m) * W + r % s.tile_m + k
+                    (m["limit"] + lane * 4).store(own, 4)
+            if s.mask:
+                start = self.row("mask", row).cast("ptrtoint", I64)
+                (m["mask_rows"] + r * 8).store(start, 8)
+        with g.loop(0, self.live_tiles) as t:
+            (m["max"] + t * (4 * W)).store(self.lowest, 4)
+            (m["sum"] + t * (4 * W)).store(self.zero, 4)
+            if s.source != "sparse":
+                limits = [(m["limit"] + t * (4 * W) + 4 * r).load(I32, 4) for r in range(s.tile_m)]
+                least = limits[0]
+                for x in limits[1:]:
+                    least = least.min(x)
+                (m["low"] + t * 8).store(least.cast("sext", I64), 8)
+        self.clear_o()
+
+    def clear_o(self) -> None:
+        """O = 0."""
+        with self.g.loop(0, self.spec.rows * self.spec.padded(self.spec.Dv) * 4, self.spec.lanes * 4) as at:
+            (self.m["o"] + at).store(self.zero, 4)
+
+    def tail_halves(self, columns: int) -> range:
+        """The vectors of what whole chunks leave of a row."""
+        return range(-(-(columns % self.spec.chunk) // self.spec.lanes))
+
+    # --- The end ------------------------------------------------------------------------------------------------------
+
+    def merge(self, claim: ir.Block) -> None:
+        """Leave this split's max, sum and O; the last to do so merges all, in their order, and goes on to store."""
+        g, a, s, m, W = self.g, self.a, self.spec, self.m, self.spec.lanes
+        one = (self.b * a["heads"] + self.h) * a["groups"] + self.group  # the item without its split
+        parts = self.pointer("partial") + one * a["splits"] * s.partial
+        own = parts + self.split * s.partial
+        with g.loop(0, s.partial, 4 * W) as at:
+            (own + at).store((m["max"] + at).load(self.V, 4), 4)
+        counter = self.pointer("done") + one * 8
+        before = counter.add_atomic(1, "acq_rel")
+        last = g.label("last")
+        g.b.cbranch((before + 1).equals(a["splits"]).v, last, claim)
+        g.b.position_at_end(last)
+        counter.store(g.const(0), 8)  # for the next call
+        with g.loop(0, self.live_tiles * (4 * W), 4 * W) as t:
+            top = g.variable(self.lowest)
+            with g.loop(0, a["splits"]) as part:
+                top.set(top.get().max((parts + part * s.partial + t).load(self.V, 4)))
+            (m["max"] + t).store(top.get(), 4)
+            (m["sum"] + t).store(self.zero, 4)
+        self.clear_o()
+        with g.loop(0, a["splits"]) as part:
+            source = parts + part * s.partial
+            with g.loop(0, self.live_tiles) as t:
+                peak = (m["max"] + t * (4 * W)).load(self.V, 4)
+                base = peak.equals(-math.inf).pick(0.0, peak)
+                factor = exp((source + t * (4 * W)).load(self.V, 4) - base)
+                at = m["sum"] + t * (4 * W)
+                at.store((source + s.state + t * (4 * W)).load(self.V, 4).fma(factor, at.load(self.V, 4)), 4)
+                with g.loop(0, s.padded(s.Dv) // s.chunk) as c:
+                    for r in range(s.tile_m):
+                        for half in (0, 1):
+                            x = (c * (s.rows * s.chunk) + t * (s.tile_m * s.chunk) + (r * s.chunk + half * W)) * 4
+                            o = m["o"] + x
+                            y = (source + 2 * s.state + x).load(self.V, 4)
+                            o.store(y.fma(factor.shuffle([r] * W), o.load(self.V, 4)), 4)
+
+    def store(self) -> None:
+        """out = O / sum by V's descale and the sink's share; lse = max + ln sum."""
+        g, a, s, m, W = self.g, self.a, self.spec, self.m, self.spec.lanes
+        descale = self.descale("v")
+        with g.loop(0, self.nr) as r:
+            at = (r // s.tile_m * W + r % s.tile_m) * 4
+            top = (m["max"] + at).load(F32, 4)
+            parts = [(m["sum"] + at + 4 * k).load(F32, 4) for k in range(0, W, s.tile_m)]
+            total = parts[0]
+            for part in parts[1:]:
+                total = total + part
+            row = self.r0 + r
+            for name, x in (("lse", top.splat(4) + log(total.splat(4))), ("max_logits", top.splat(4))):
+                with g.when(a[name].differs(0)):
+                    self.scalar_row(self.pointer(name), row).store(x.shuffle([0]))
+            weighed = g.variable(total)
+            with g.when(a["sink"].differs(0)):
+                i = row // a["S_q"] + self.h * (a["R"] // a["S_q"])
+                sink = (self.pointer("sink") + i * a["sink_h"] + row % a["S_q"] * a["sink_r"]).load(F32)
+                base = top.equals(-math.inf).pick(0.0, top)
+                extra = exp((sink - base).splat(4)).shuffle([0]).bits(F32)
+                weighed.set(total + extra)
+            weight = weighed.get()
+            inverse = weight.equals(0.0).pick(0.0, descale / weight).splat(W)
+            o = m["o"] + (r * s.chunk) * 4
+            out = self.row("out", row)
+            whole = s.Dv // s.chunk
+
+            def read(c: Value, half: int, o: Value = o, inverse: Value = inverse) -> Value:
+                return (o + (c * (s.rows * s.chunk) + half * W) * 4).load(self.V, 4) * inverse
+
+            with g.loop(0, whole) as c:
+                to = out + c * (s.chunk * SIZE[s.out])
+                if s.held == "bf16":
+                    store_pair(to, read(c, 0), read(c, 1))
+                else:
+                    for half in (0, 1):
+                        narrow(to + half * W * SIZE[s.out], read(c, half), s.out)
+            for half in self.tail_halves(s.Dv):
+                left = min(s.Dv % s.chunk - half * W, W)
+                to = out + (whole * s.chunk + half * W) * SIZE[s.out]
+                narrow(to, read(g.const(whole), half).shuffle(range(left)), s.out)
+
+    def scalar_row(self, base: Value, r: Value) -> Value:
+        """Where row r lies in lse and max_logits."""
+        a = self.a
+        head = self.h * (a["R"] // a["S_q"]) + r // a["S_q"]
+        return base + self.b * a["lse_b"] + head * a["lse_h"] + r % a["S_q"] * a["lse_r"]

@@ -1,0 +1,204 @@
+"""Sparse decode on Hopper: how rows lie in a cache, what is compiled, and the ledger of shared memory. No DSL here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, REGISTERS, TILE_M, WARP, barrier_bytes, smem_bytes
+from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGED, STAGES
+
+TILES = (8, 16, 64)
+"""Query heads of a CTA: as the N of the products, 64 as their M."""
+DV = 512
+CHUNK_BYTES = 2 * BLOCK * CHUNK
+SPLIT_COST = 1
+"""Steps that splitting costs a call: about 5 us, at 4.5 to 7 us a step."""
+ROPE_CHUNK = 8
+
+CONSUMER_WARPS = 8
+"""Two warpgroups; in front of the producers."""
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How a token's row lies in a cache: `codes` chunks of 64 e4m3, then `wide` chunks of 64 BF16 from byte `wide_at`.
+
+    scale: kind of the stored scales, one for `group` columns, from byte `scale_at` of the row on. `split`: the scales
+    lie apart, 8 bytes a row, behind the `row_bytes` of all rows of the page.
+    """
+
+    codes: int
+    wide: int
+    wide_at: int = 0
+    scale: Literal["fp32", "e8m0"] | None = None
+    group: int = 0
+    scale_at: int = 0
+    split: bool = False
+    row_bytes: int = 0
+
+    @property
+    def D(self) -> int:
+        """Columns of a row."""
+        return CHUNK * (self.codes + self.wide)
+
+    def scale_word(self, chunk: int) -> int:
+        """Which 32-bit word of a row's scales holds those of a chunk."""
+        return CHUNK * chunk // self.group if self.scale == "fp32" else CHUNK * chunk // self.group // 4
+
+
+ROWS = {
+    "fp8_ds_mla": RowLayout(codes=8, wide=1, wide_at=528, scale="fp32", group=128, scale_at=512, row_bytes=656),
+    "model1": RowLayout(codes=7, wide=1, wide_at=448, scale="e8m0", group=64, split=True, row_bytes=576),
+    "v4.1": RowLayout(codes=8, wide=0, scale="e8m0", group=32, scale_at=512, row_bytes=528),
+    "flat": RowLayout(codes=9, wide=0, row_bytes=576),
+    "bf16_576": RowLayout(codes=0, wide=9, row_bytes=1152),
+    "bf16_512": RowLayout(codes=0, wide=8, row_bytes=1024),
+}
+"""The rows of `quant.FORMATS`, and plain BF16 ones."""
+
+
+class Batch(NamedTuple):
+    """What a thread loads at once: its columns of some chunks, of all its rows, for a stage."""
+
+    stage: int
+    chunks: list[int]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compiled: everything else is an argument of the kernel.
+
+    rows: a name of ROWS; caches: 1, or 2 (a token's keys lie in both); tile_heads: query heads of a CTA, 64 as the M of
+    the products or fewer as their N; cluster: CTAs of 64 heads that share a token's keys.
+    """
+
+    rows: str
+    caches: int
+    tile_heads: int
+    cluster: int = 1
+
+    @property
+    def few(self) -> bool:
+        """Whether the heads are the N of the products."""
+        return self.tile_heads < TILE_M
+
+    @property
+    def layout(self) -> RowLayout:
+        return ROWS[self.rows]
+
+    @property
+    def D(self) -> int:
+        return self.layout.D
+
+    @property
+    def chunks(self) -> int:
+        """64-column chunks of a row."""
+        return self.D // CHUNK
+
+    @property
+    def producer_warps(self) -> int:
+        """Warps that fill the rows of a block; in a cluster each CTA fills half of the block."""
+        # NOTE: 8 leave 128 registers on entry, too few for O of 32 heads, or of 64 in two halves
+        return 8 if self.tile_heads <= 16 else 4
+
+    @property
+    def thread_rows(self) -> int:
+        """Rows of a block that a thread fills a part of; a warp fills 8 at a time."""
+        return BLOCK // (8 * self.producer_warps * self.cluster)
+
+    @property
+    def warps(self) -> int:
+        """Of a CTA."""
+        return CONSUMER_WARPS + self.producer_warps
+
+    @property
+    def entry_registers(self) -> int:
+        """What every thread has on entry."""
+        return REGISTERS // (WARP * self.warps) // 8 * 8
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a consumer's and of a producer's thread."""
+        if self.producer_warps == 8:
+            return self.entry_registers, self.entry_registers
+        # NOTE: at 200 the consumers' wgmma are serialised
+        return 208, 88
+
+    @property
+    def vectors_in_batch(self) -> int:
+        """16-byte loads of a thread in a batch. Two batches are in registers: one in flight, one converted."""
+        return 6 if self.cluster == 2 else 4
+
+    def vectors(self, chunks: list[int]) -> int:
+        """16-byte loads of a thread for 16 columns of each of these chunks, of all its rows."""
+        return self.thread_rows * sum(1 if chunk < self.layout.codes else 2 for chunk in chunks)
+
+    def batches(self) -> list[Batch]:
+        """A pair of blocks, in the order in which it is loaded."""
+        batches = []
+        for stage in range(STAGES):
+            batch = Batch(stage, [])
+            for chunk in self.stage_chunks(stage):
+                if batch.chunks and self.vectors([*batch.chunks, chunk]) > self.vectors_in_batch:
+                    batches.append(batch)
+                    batch = Batch(stage, [])
+                batch.chunks.append(chunk)
+            batches.append(batch)
+        return batches
+
+    @property
+    def tile_rows(self) -> int:
+        """Query heads of a cluster."""
+        return self.tile_heads * self.cluster
+
+    def stage_chunks(self, stage: int) -> list[int]:
+        """Chunks that travel through a stage: four of V, and the rope chunk with stages 1 and 2."""
+        first = 4 * (stage % 2)
+        rope = [ROPE_CHUNK] if stage in (1, 2) and self.chunks == K_CHUNKS else []
+        return [*range(first, first + 4), *rope]
+
+    @property
+    def batch_vectors(self) -> int:
+        """Of the largest batch."""
+        return max(self.vectors(batch.chunks) for batch in self.batches())
+
+    def workspace_words(self, clusters: int) -> int:
+        """32-bit words of workspace: partial results, their lse, notes of split items."""
+        return split.workspace_words(clusters, self.tile_rows, DV)
+
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA: Q, two K buffers, what the consumers exchange, live keys, work search, barriers."""
+        q, k = 2 * self.tile_heads * self.D, 2 * K_CHUNKS * CHUNK_BYTES
+        if self.few:
+            # P, two buffers a warpgroup; row sums of each warp, row max of each warpgroup
+            rest = 2 * 4 * self.tile_heads * BLOCK + 4 * self.tile_heads * (CONSUMER_WARPS + 2)
+        else:
+            # row max of each block, row sums; staged out
+            rest = 4 * (2 * TILE_M + 2 * TILE_M) + CONSUMER_WARPS * 2 * STAGED
+        return smem_bytes(q, k, rest, 2 * BLOCK // 8, 4 * split.scan_words(self.warps), barrier_bytes(STAGES, 1))
+
+    # what the consumers of MLA decode and of GQA decode read of their configs
+
+    @property
+    def dtype(self) -> Literal["bf16"]:
+        """Dtype of q, of the rows once converted, and of out."""
+        return "bf16"
+
+    product = dtype
+    fp8 = False
+    stages = 2
+    """Blocks in shared memory."""
+    q_stages = 1
+    Dv = DV
+    tiles_m = DV // TILE_M
+
+    @property
+    def tile_n(self) -> int:
+        return self.tile_heads
+
+    @property
+    def k_steps(self) -> int:
+        """Instructions of K Q^T: 16 columns each."""
+        return self.D // 16

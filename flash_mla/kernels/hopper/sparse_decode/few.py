@@ -1,0 +1,159 @@
+"""The consumers of sparse decode with fewer than 64 heads a CTA: those of GQA decode, but for keys that are not there.
+
+Keys and output columns are the M of the products and heads their N, so that no product is paid for 64 heads:
+    S^T [64, heads] = K Q^T        O^T [512, heads] += V^T P^T
+Warpgroup 0 takes the even blocks, warpgroup 1 the odd ones, each with its own max, sum and O; they merge in the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32
+
+from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.barriers import any_of, sync
+from flash_mla.kernels.hopper.boxes import row_layout
+from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.gqa_decode import result, shared
+from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer
+from flash_mla.kernels.hopper.gqa_decode.shared import Item
+from flash_mla.kernels.hopper.limits import BLOCK, WARPGROUP
+from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES
+from flash_mla.kernels.hopper.softmax import LAZY
+from flash_mla.kernels.hopper.sparse_decode.config import (
+    CHUNK_BYTES,
+    CONSUMER_WARPS,
+    DV,
+    Config,
+)
+from flash_mla.kernels.hopper.sparse_decode.live import live_words
+from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.walk import Done, Place
+
+
+@dataclass(frozen=True)
+class Shared(shared.Shared):
+    """Views of a CTA's shared memory: stage i of sK and sV is block i of a pair, and V its first 512 columns.
+
+    k_buffers: where K lies; sLive: a bit for each key of the even, the odd block, set where it is there.
+    """
+
+    k_buffers: cute.Pointer
+    sLive: cute.Tensor
+
+    @staticmethod
+    def fields(config: Config) -> dict:
+        """Those of this kind of CTA alone."""
+        align, array = cute.struct.Align, cute.struct.MemRange
+        return {
+            "sP": align[array[BFloat16, 4 * config.tile_heads * BLOCK], 1024],
+            "sSum": array[Float32, CONSUMER_WARPS * config.tile_heads],
+            "sMax": array[Float32, 2 * config.tile_heads],
+        }
+
+    @staticmethod
+    def over(config: Config, storage) -> Shared:
+        def view(field, rows: int, columns: int, count: int, apart: int) -> cute.Tensor:
+            one = row_layout(BFloat16, rows, columns)
+            return field.get_tensor(cute.append(one.outer, cute.make_layout(count, stride=apart)), swizzle=one.inner)
+
+        heads, block = config.tile_heads, K_CHUNKS * CHUNK_BYTES // 2
+        k_barriers, q_barriers = storage.k_barriers.data_ptr(), storage.q_barriers.data_ptr()
+        # NOTE: each stage has one reader, the warpgroup of its block
+        k = Channel.over("K", k_barriers, STAGES, readers=CONSUMER_WARPS // 2, writers=config.producer_warps)
+        sK = view(storage.sK, BLOCK, config.D, 2, block)
+        return Shared(
+            config=config,
+            sQ=view(storage.sQ, heads, config.D, 1, heads * config.D),
+            sK=sK,
+            sV=view(storage.sK, BLOCK, DV, 2, block),
+            sP=view(storage.sP, heads, BLOCK, 4, heads * BLOCK),
+            exchange=cute.make_tensor(
+                cute.recast_ptr(storage.sP.data_ptr(), dtype=Float32),
+                cute.make_layout((128, heads // 2, 2), stride=(1, 128, 128 * heads // 2)),
+            ),
+            sSum=storage.sSum.get_tensor(cute.make_layout((heads, CONSUMER_WARPS))),
+            sMax=storage.sMax.get_tensor(cute.make_layout((heads, 2))),
+            sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(config.warps))),
+            q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
+            k=k,
+            v=k,
+            k_buffers=sK.iterator,
+            sLive=storage.sLive.get_tensor(cute.make_layout(2 * BLOCK // 8)),
+        )
+
+
+@dataclass(frozen=True)
+class Segments(result.Segments):
+    """A consumer warpgroup's way through the segments of its CTA."""
+
+    @property
+    def empty_lse(self):
+        """lse of a row without keys."""
+        return self.scalars.empty_lse
+
+    @cute.jit
+    def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
+        """Compute a segment and write its result; of a token without keys, zeros."""
+        item = Item(place.request, Int32(0), place.group)
+        if part.last > part.first:
+            pairs = part.last - part.first
+            self.consumer.start()
+            self.consumer.shared.q.wait(0, done.segments)
+            consume(self.consumer, self.scalars.scale_log2, pairs, done.items)
+            self.write_result(item, Float32(1.0), part.whole, split.SLOTS * self.cta + part.slot)
+            done = done.plus(pairs)
+        elif part.whole:
+            self.write_nothing(item)
+        return done
+
+
+@cute.jit
+def consume(consumer: Consumer, scale_log2, pairs, count) -> None:
+    """The warpgroup's block of each pair of a segment; `count` pairs were computed before."""
+    k, side = consumer.shared.k, consumer.side
+    for pair in cutlass.range(pairs, unroll=1):
+        turn, buffer = count + pair, 2 * side + (count + pair) % 2
+        # scores
+        k.wait(2 * side, turn)
+        k.wait(2 * side + 1, turn)
+        consumer.scores(side, 0, scale_log2)
+        hide_keys(consumer)
+
+        # P against the max so far; made anew if that is too low
+        largest = consumer.exponentials()
+        consumer.publish(buffer)
+        if any_of(consumer.bar, WARPGROUP, largest > LAZY) != 0:
+            consumer.raise_max()
+            consumer.exponentials()
+            consumer.publish(buffer)
+            sync(consumer.bar, WARPGROUP)
+        consumer.add_sums()
+
+        # output
+        consumer.values(side, buffer)
+        k.release(2 * side)
+        k.release(2 * side + 1)
+    consumer.shared.q.release(0)
+
+
+@cute.jit
+def hide_keys(consumer: Consumer) -> None:
+    """S = -inf where a key of the own block is not there."""
+    live = live_words(consumer.shared.sLive)
+    bits = live[2 * consumer.side + consumer.key // 32] >> (consumer.key % 32)
+    if (bits & 0x101) != 0x101:
+        hide_two(consumer.S, bits)
+
+
+@cute.jit
+def hide_two(S: cute.Tensor, bits) -> None:
+    """S = -inf for a thread's first key unless bit 0 is set, for its second unless bit 8 is."""
+    first, second = (bits & 1) != 0, (bits & 256) != 0
+    for i in cutlass.range_constexpr(cute.size(S) // 4):
+        for e in cutlass.range_constexpr(2):
+            S[4 * i + e] = S[4 * i + e] if first else -Float32.inf
+            S[4 * i + 2 + e] = S[4 * i + 2 + e] if second else -Float32.inf

@@ -1,0 +1,294 @@
+"""Sparse decode on Hopper: out = softmax(scale * Q K^T) V, V = K[:, :512], K the rows that a token's indices name.
+
+The rows lie in one paged cache or in two, in a row format (FP8) or in BF16; all heads of a token share them. A token is
+what a request is in dense decode: its keys are its indices, in blocks of 64, those of the second cache behind.
+
+Grid: one CTA an SM, persistent. A CTA takes a tile of a token's heads: all of up to 16 (`few.py`), or 64 (`many.py`);
+two CTAs with 64 heads each of one token form a cluster. Every CTA finds its range of keys from the counts on the device
+(`split.py`); `combine.py` adds the pieces of tokens that were split. Nothing comes from the host: a captured graph
+stays right when indices and counts change.
+
+Bound. 64 heads against a block are 8.9 MFLOP, 2176 cycles of an SM's tensor cores. Its 64 rows are 42 KB in
+fp8_ds_mla: 2300 cycles at an SM's share of 4.3 TB/s. To make them BF16 takes 16384 pairs of values through two
+conversions: 1024 to 4096 cycles of an SM, and a cluster shares them. With 16 heads or fewer the bound is the bytes.
+
+Roles (producers behind the two consumer warpgroups):
+    many   warpgroups 0, 1   208 registers   as in MLA decode: scores of the even, of the odd block; half of O each
+    few    warpgroups 0, 1   128 registers   as in GQA decode: the even, the odd blocks; merged in the end
+    producer warps: 4 at 88 registers beside many, 8 at 128 beside few; the first also loads Q (TMA), notes split items
+
+Channels, producer -> consumer (full arrivals / empty arrivals):
+    K   producer warps -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block
+            many: one a warp (in a cluster also the peer's bytes) / 4 warps a CTA, as in MLA decode
+            few: one a warp / the 4 warps that take the block
+        The mask of live keys travels with the left half of its block.
+    Q   producer warp 0 -> warpgroups 0, 1   1 stage   1 + bytes / 8 warps
+
+Steady state of a producer warp, a batch (up to 4 or 6 loads of 16 bytes a thread): start the loads of the next batch |
+wait for the stage | convert the batch, e4m3 -> FP16 -> FP32 * scale -> BF16, one rounding | store it swizzled. Then, at
+the end of a half block: proxy fence, arrive; in a cluster copy the rows to the peer (bulk copy, 1 KB a chunk a warp).
+
+Supports any number of heads and of tokens, any topk, pages of any length at any pitch (multiples of 16 bytes), rows of
+`config.ROWS`. Rows that no index names are never read, indices outside a cache name none; keys that are not there have
+their scores masked and their rows zeroed, so that no NaN comes from them.
+
+Measured: docs/design/sparse.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, const_expr
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from flash_mla.kernels.hopper.boxes import row_layout
+from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.combine import combine
+from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer as FewConsumer
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARP, WARPGROUP
+from flash_mla.kernels.hopper.memory import allocate
+from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES, START
+from flash_mla.kernels.hopper.mla_decode.consumer import Consumer as ManyConsumer
+from flash_mla.kernels.hopper.partials import Partials, note_split
+from flash_mla.kernels.hopper.sparse_decode import few, many
+from flash_mla.kernels.hopper.sparse_decode.config import (
+    CHUNK_BYTES,
+    CONSUMER_WARPS,
+    DV,
+    SPLIT_COST,
+    Config,
+)
+from flash_mla.kernels.hopper.sparse_decode.producer import Producer
+from flash_mla.kernels.hopper.sparse_decode.rows import Cache, Lengths
+from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.walk import Done, walk
+from flash_mla.kernels.hopper.work import find_work
+
+
+class Results(NamedTuple):
+    """Global memory that is written, and the sink.
+
+    sink [Hq] FP32; out [tokens, Hq, 512]; lse [tokens, Hq] FP32, natural log; partials: see `Partials`.
+    """
+
+    sink: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    partials: Partials
+
+
+class Tensors(NamedTuple):
+    """The same beside the lengths, as the consumers of dense decode take them."""
+
+    table: Lengths
+    seq_lens: Lengths
+    sink: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    partials: Partials
+
+
+class Scalars(NamedTuple):
+    """scale * log2(e); whether `sink` counts; groups of heads a token; heads; S_q: rows that share a head, 1; lse of a
+    row without keys.
+    """
+
+    scale_log2: Float32
+    has_sink: Int32
+    groups: Int32
+    rows: Int32
+    S_q: Int32
+    empty_lse: Float32
+
+
+class SparseDecode:
+    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # [B, S_q, Hq, D]
+        rows: cute.Tensor,  # [pages, page, D] BF16, or [pages, page, row bytes]
+        indices: cute.Tensor,  # [B, S_q, topk] int32
+        lengths: cute.Tensor,  # [B] int32; anything if not has_lengths & 1
+        extra_rows: cute.Tensor,  # the second cache, as the first; anything if there is none
+        extra_indices: cute.Tensor,
+        extra_lengths: cute.Tensor,  # anything if not has_lengths & 2
+        sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
+        out: cute.Tensor,  # [B, S_q, Hq, 512], contiguous
+        lse: cute.Tensor,  # [B, S_q, Hq] FP32, contiguous
+        workspace: cute.Tensor,  # [Partials.words(clusters, tile_rows, 512)] FP32
+        scale_log2: Float32,
+        empty_lse: Float32,  # lse of a row without keys
+        has_lengths: Int32,
+        has_sink: Int32,
+        clusters: Int32,
+        stream,
+    ):
+        config = self.config
+        B, S_q, Hq = q.shape[0], q.shape[1], q.shape[2]
+        tokens = B * S_q
+        # [Hq, D, S_q, B]
+        strides = (q.stride[2], 1, q.stride[1], q.stride[0])
+        gQ = cute.make_tensor(q.iterator, cute.make_layout((Hq, config.D, S_q, B), stride=strides))
+        caches = (Cache.over(config.layout, rows, indices, lengths, has_lengths & 1),)
+        if const_expr(config.caches == 2):
+            caches = (
+                *caches,
+                Cache.over(config.layout, extra_rows, extra_indices, extra_lengths, has_lengths >> 1),
+            )
+        results = Results(
+            sink=sink,
+            out=cute.make_tensor(out.iterator, cute.make_layout((tokens, Hq, DV), stride=(Hq * DV, DV, 1))),
+            lse=cute.make_tensor(lse.iterator, cute.make_layout((tokens, Hq), stride=(Hq, 1))),
+            partials=Partials.over(workspace, clusters, config.tile_rows, DV),
+        )
+        box = (config.tile_heads, CHUNK)
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, row_layout(BFloat16, config.tile_heads, CHUNK), box)
+        groups = (Hq + (config.tile_rows - 1)) // config.tile_rows
+        scalars = Scalars(scale_log2, has_sink, groups, Hq, Int32(1), empty_lse)
+        self.kernel(tma_q, tQ, caches, tokens, S_q, results, scalars).launch(
+            grid=(clusters * config.cluster, 1, 1),
+            block=(WARP * config.warps, 1, 1),
+            cluster=(config.cluster, 1, 1) if const_expr(config.cluster > 1) else None,
+            smem=config.smem_bytes(),
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+        combine(
+            results.out,
+            results.lse,
+            results.partials.out,
+            results.partials.lse,
+            results.partials.split_of,
+            results.sink,
+            has_sink,
+            Int32(1),
+            Int32(1),
+            stream,
+            empty_lse,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        tQ: cute.Tensor,
+        caches: tuple[Cache, ...],
+        tokens: Int32,
+        S_q: Int32,
+        results: Results,
+        scalars: Scalars,
+    ):
+        config = self.config
+        roles, align, array = few if config.few else many, cute.struct.Align, cute.struct.MemRange
+        fields = {
+            "sQ": align[array[BFloat16, config.tile_heads * config.D], 1024],
+            "sK": align[array[BFloat16, K_CHUNKS * CHUNK_BYTES], 1024],
+            **roles.Shared.fields(config),
+            "sScan": array[Int32, scan_words(config.warps)],
+            "sLive": align[array[Uint8, 2 * BLOCK // 8], 8],
+            "k_barriers": array[Int64, Channel.words(STAGES)],
+            "q_barriers": array[Int64, Channel.words(1)],
+        }
+        storage = cute.struct(type("Storage", (), {"__annotations__": fields}))
+        shared = roles.Shared.over(config, allocate(storage, config))
+        lengths = Lengths(caches, tokens, S_q)
+        tensors = Tensors(lengths, lengths, *results)
+        warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        bidx, _, _ = cute.arch.block_idx()
+        gdim, _, _ = cute.arch.grid_dim()
+        rank, cluster_id, clusters = bidx % config.cluster, bidx // config.cluster, gdim // config.cluster
+
+        # barriers, and the work of this cluster
+        if warp_id == 0:
+            cpasync.prefetch_descriptor(tma_q)
+            with cute.arch.elect_one():
+                shared.k.init()
+                shared.q.init()
+            cute.arch.mbarrier_init_fence()
+        if const_expr(config.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+        work = find_work(
+            lengths, lengths, scalars.groups, cluster_id, clusters, config.warps, shared.sScan, START, SPLIT_COST
+        )
+        if const_expr(config.cluster > 1):
+            cute.arch.cluster_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if warp_id >= CONSUMER_WARPS:
+            if const_expr(config.registers[1] < config.entry_registers):
+                cute.arch.setmaxregister_decrease(config.registers[1])
+            warp = warp_id - CONSUMER_WARPS
+            if warp == 0 and rank == 0:
+                note_split(results.partials, work, lengths, lengths, scalars.groups, cluster_id)
+            Producer.over(shared, lengths, rank, warp, tma_q, tQ).run(scalars.groups, work)
+        else:
+            if const_expr(config.registers[0] > config.entry_registers):
+                cute.arch.setmaxregister_increase(config.registers[0])
+            tidx, _, _ = cute.arch.thread_idx()
+            if const_expr(config.few):
+                consumer = FewConsumer.over(shared, warp_id // 4, tidx % WARPGROUP)
+                segments = few.Segments(consumer, tensors, scalars, cluster_id)
+                walk(work, lengths, lengths, scalars.groups, segments.compute, Done.nothing())
+            elif warp_id < CONSUMER_WARPS // 2:
+                consumer = ManyConsumer.over(shared, 0, tidx, scalars.scale_log2)
+                left = many.Segments(consumer, tensors, scalars, rank, cluster_id)
+                walk(work, lengths, lengths, scalars.groups, left.compute, Done.nothing())
+            else:
+                consumer = ManyConsumer.over(shared, 1, tidx - WARPGROUP, scalars.scale_log2)
+                right = many.Segments(consumer, tensors, scalars, rank, cluster_id)
+                walk(work, lengths, lengths, scalars.groups, right.compute, Done.nothing())
+        for channel in (shared.q, shared.k):
+            channel.check()
+
+
+def arguments(config: Config) -> tuple:
+    """Symbolic arguments of `SparseDecode.__call__`, for compiling without a GPU."""
+
+    def some():
+        return cute.sym_int64()
+
+    B, S_q, Hq = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
+    wide = functools.partial(cute.sym_int64, divisibility=8)  # a stride in elements, of 16 bytes
+    fp32 = functools.partial(make_fake_tensor, Float32)
+    element = BFloat16 if config.layout.codes == 0 else Uint8
+    sizes = cute.sym_int32, cute.sym_int32, cute.sym_int32
+
+    def cache():
+        return make_fake_tensor(element, tuple(size() for size in sizes), (some(), some(), 1), assumed_align=16)
+
+    def indices():
+        return make_fake_tensor(Int32, (B, S_q, cute.sym_int32()), (some(), some(), 1), assumed_align=4)
+
+    def lengths():
+        return make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=4)
+
+    return (
+        make_fake_tensor(BFloat16, (B, S_q, Hq, config.D), (wide(), wide(), wide(), 1), assumed_align=16),
+        *(cache(), indices(), lengths()),
+        *(cache(), indices(), lengths()),
+        fp32((cute.sym_int32(),), (1,), assumed_align=4),
+        make_fake_tensor(BFloat16, (B, S_q, Hq, DV), (some(), some(), some(), 1), assumed_align=16),
+        fp32((B, S_q, Hq), (some(), some(), some()), assumed_align=4),
+        fp32((cute.sym_int32(),), (1,), assumed_align=16),
+        Float32(1.0),
+        Float32(0.0),
+        Int32(0),
+        Int32(0),
+        Int32(1),
+    )
+
+
+def build(config: Config, options: str = ""):
+    """Compile the kernel and its combine for sm_90a; takes seconds."""
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(SparseDecode(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")

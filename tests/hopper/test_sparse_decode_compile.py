@@ -1,0 +1,44 @@
+"""Compiles configs of the Hopper sparse decode for sm_90a, without a GPU, and gates what the assembler made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sass import NEEDS, compiled
+
+from flash_mla.kernels.hopper.sparse_decode.config import Config
+
+pytestmark = NEEDS
+
+CONFIGS = [
+    Config("fp8_ds_mla", 1, 64),
+    Config("fp8_ds_mla", 1, 64, cluster=2),
+    Config("fp8_ds_mla", 1, 8),
+    Config("fp8_ds_mla", 2, 16),
+    Config("model1", 2, 64),
+    Config("model1", 2, 64, cluster=2),
+    Config("v4.1", 1, 16),
+    Config("flat", 1, 64, cluster=2),
+    Config("bf16_576", 1, 64),
+    Config("bf16_512", 2, 16),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_sparse_decode(config: Config, tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.sparse_decode.kernel import build
+
+    sass = compiled(build, config, tmp_path)
+    # entry registers of the two kernels: 65536 / threads, rounded down to 8; and combine's
+    assert max(registers for registers, _ in sass.resources) == config.entry_registers
+    # NOTE: one word, written once a segment and read once a pair, where scales lie apart in two caches
+    assert sass.spills == ((8, 1, 1) if config == Config("model1", 2, 64) else (0, 0, 0))
+    if config.few:
+        # Q K^T: 16 columns each; V^T P^T: 4 steps of 16 keys for each 64 columns
+        assert sass.count("HGMMA") == config.D // 16 + 4 * 8
+    else:
+        # as in MLA decode
+        assert sass.count("HGMMA") == 3 * config.D // 16 + 3 * 2 * 4
+    # NOTE: serialised wgmma shows as one wait an instruction
+    assert sass.count(r"WARPGROUP\.DEPBAR") < 16
