@@ -16,6 +16,7 @@ from flash_mla.errors import (
     DTypeError,
     FlashMLAError,
     HeadGroupingError,
+    SequenceLengthError,
     ShapeError,
 )
 from flash_mla.quant import FORMATS
@@ -539,3 +540,49 @@ def test_errors():
         deepseek.flash_attn_varlen_func(q[0], q[0], q[0], lengths, lengths, 1, 1, dropout_p=0.1)
     with pytest.raises(FlashMLAError, match="indices"):
         call(q, pool, None, None, 512, None, indices=indices[0])
+
+
+@pytest.mark.parametrize(
+    ("starts", "match"),
+    [
+        ([1, 5, 9], "from 1 to 9"),
+        ([0, 7, 5, 9], "does not decrease"),
+        ([0, -3, 9], "does not decrease"),
+        ([0, 4, 12], "from 0 to 12, 9 rows"),
+        ([0, 4], "from 0 to 4, 9 rows"),
+    ],
+)
+@pytest.mark.parametrize("which", ["qo", "kv"])
+def test_starts_of_sequences_are_checked(starts, match, which):
+    q = torch.randn(9, 2, 64)
+    own = torch.tensor(starts, dtype=torch.int32)
+    other = torch.linspace(0, 9, len(starts)).to(torch.int32)
+    cu = (own, other) if which == "qo" else (other, own)
+    with pytest.raises(SequenceLengthError, match=match):
+        deepseek.flash_attn_varlen_func(q, q, q, *cu, 9, 9)
+    if which == "qo":
+        with pytest.raises(SequenceLengthError, match=match):
+            deepseek.flash_attn_varlen_qkvpacked_func(torch.cat([q, q, q], -1), own, 9, 64)
+        with pytest.raises(SequenceLengthError):
+            deepseek.ragged_indices(torch.zeros(9, 2, dtype=torch.int32), own, other)
+    else:
+        with pytest.raises(SequenceLengthError, match=match):
+            deepseek.flash_attn_varlen_kvpacked_func(q, torch.cat([q, q], -1), *cu, 9, 9, 64)
+
+
+def test_packed_forms_need_columns_of_v():
+    for width in (64, 128):
+        with pytest.raises(ShapeError, match="No columns are left for V"):
+            deepseek.flash_attn_varlen_qkvpacked_func(torch.randn(4, 2, width), torch.tensor([0, 4]), 4, 64)
+
+
+def test_an_index_past_int32_names_no_token():
+    """Table entries that hold anything: the product with the page would wrap to another token's row."""
+    positions = torch.tensor([[[0, 64, 65, -1, 128]]])
+    table = torch.tensor([[5, 2**26 + 1]], dtype=torch.int32)
+    assert deepseek.pool_indices(positions, table).tolist() == [[[320, -1, -1, -1, -1]]]
+    starts = torch.tensor([0, 1]), torch.tensor([0, 4])
+    assert deepseek.ragged_indices(torch.tensor([[3, 4, -1]]), *starts).tolist() == [[[3, -1, -1]]]
+    for page in (0, -1, "64", 1.5):
+        with pytest.raises(ShapeError, match="page"):
+            deepseek.pool_indices(positions, table, page)

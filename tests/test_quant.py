@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from flash_mla.errors import BlockTableError, DTypeError, FlashMLAError, LayoutError, ShapeError
+from flash_mla.errors import BlockTableError, DeviceError, DTypeError, FlashMLAError, LayoutError, ShapeError
 from flash_mla.quant import FLAT, FORMATS, FP8_DS_MLA, FP8_TOKEN, MODEL1, V41, RowFormat, dequantise, quantise
 
 FP8 = torch.float8_e4m3fn
@@ -328,3 +328,67 @@ def test_given_factors_broadcast_saturate_and_keep_nan() -> None:
     zero, descale = quantise(torch.zeros(1, 1, 2, 2))
     assert zero.float().abs().max() == 0
     assert descale > 0
+
+
+@pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_one_special_value_leaves_the_others_alone(special: float, per_head: bool) -> None:
+    x = torch.randn(2, 3, 4, 8)
+    x[1, 2, 3, 7] = 0.0
+    want, factor = quantise(x, per_head=per_head)
+    x[1, 2, 3, 7] = special
+    stored, got = quantise(x, per_head=per_head)
+    assert torch.equal(got, factor)
+    others = x.isfinite()
+    assert torch.equal(stored.float()[others], want.float()[others])
+    value = stored[1, 2, 3, 7].item()
+    assert math.isnan(value) if math.isnan(special) else value == math.copysign(448, special)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_a_row_format_saturates_infinity(fmt) -> None:
+    rows = torch.randn(1, 4, 1, fmt.head_dim).bfloat16()
+    factor = 0.02 if fmt.name == "flat" else None
+    want = fmt.dequantise(fmt.quantise(rows, factor), factor)
+    rows[0, 2, 0, 5] = math.inf
+    got = fmt.dequantise(fmt.quantise(rows, factor), factor)
+    others = torch.ones_like(rows, dtype=torch.bool)
+    others[0, 2, 0, 5] = False
+    assert torch.equal(got[others], want[others])
+    assert got[0, 2, 0, 5].isfinite()
+
+
+def test_nothing_has_a_factor_too() -> None:
+    for size in ((2, 3, 0, 8), (0, 3, 4), (2, 3, 0)):
+        for per_head in (False, True):
+            stored, factor = quantise(torch.empty(size), per_head=per_head)
+            assert stored.shape == size
+            assert (factor > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"slots": [0]}, ShapeError),
+        ({"slots": torch.zeros(1)}, DTypeError),
+        ({"slots": torch.zeros(2, dtype=torch.int64)}, ShapeError),
+        ({"k_nope": [1]}, ShapeError),
+        ({"k_rope": torch.zeros(2, 64, dtype=torch.bfloat16)}, ShapeError),
+        ({"pages": [1]}, ShapeError),
+        ({"slots": torch.zeros(1, dtype=torch.int64, device="meta")}, DeviceError),
+    ],
+)
+def test_append_refuses(change: dict, error: type) -> None:
+    fmt = FORMATS["fp8_ds_mla"]
+    pages = fmt.quantise(torch.randn(1, 4, 1, 576).bfloat16())
+    before = pages.view(torch.uint8).clone()
+    rows = torch.randn(1, 576).bfloat16()
+    call = {
+        "pages": pages,
+        "slots": torch.zeros(1, dtype=torch.int64),
+        "k_nope": rows[:, :512],
+        "k_rope": rows[:, 512:],
+    }
+    with pytest.raises(error):
+        fmt.append(**call | change)
+    assert torch.equal(pages.view(torch.uint8), before)

@@ -113,7 +113,7 @@ def judge(
     error = (got - want_out).abs().nan_to_num(nan=math.inf)
     m = want_out.abs().max().item() or 1.0
     allowed = budget.out + rounding
-    if error.max() > allowed * m:
+    if error.max() > allowed * m + torch.finfo(expected).tiny:
         failures.append(f"out: error {error.max() / m:.1e} of m {m:.2g} > {allowed:.1e}, {place(error, got, want_out)}")
     empty = want_lse == -math.inf
     if (got[empty] != 0).any():

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 
 import pytest
 import torch
 from torch import Tensor
 
-from flash_mla import backends, flash_mla_with_kvcache
+from flash_mla import backends, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata
 from flash_mla.backends import triton as backend
 from flash_mla.kernels.triton import combine
+from flash_mla.kernels.triton import prefill as prefill_kernel
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import widening
 from flash_mla.problem import AppendArgs, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem
@@ -528,3 +530,56 @@ def test_refuses_with_a_reason() -> None:
     )
     far = (*problem.k_strides[:3], 2**26, 1)
     assert "elements apart" in str(backends.choose("triton", problem._replace(D=16, Dv=16, k_strides=far)))
+
+
+def test_a_refused_config_gives_way_to_a_smaller_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that takes no more than two stages: reported once, then the smaller config is launched at once."""
+    from triton.runtime.errors import OutOfResources
+
+    from flash_mla.backends.triton import device, prefill
+
+    tried = []
+
+    def launch(problem, config, args):
+        tried.append(config.stages)
+        if config.stages > 2:
+            raise OutOfResources(300000, 232448, "shared memory")
+
+    monkeypatch.setattr(prefill, "launch_config", launch)
+    monkeypatch.setattr(device, "SMALLER", {})
+    problem = type("Problem", (), {"device": torch.device("cpu")})()
+    config = prefill_kernel.config(
+        P=64, D=64, Dv=64, paged=False, alias=False, mask=0, block_mask=False, itemsize=2,
+        target=Target("cuda", 90, 227 * 1024, 132),
+    )  # fmt: skip
+    assert config.stages == 3
+    with pytest.warns(RuntimeWarning, match="in place of"):
+        prefill.launch(problem, config, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prefill.launch(problem, config, None)
+    assert tried == [3, 2, 2]
+
+
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -3e38, -1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_finite_mask_hides_nothing(value: float, dtype: torch.dtype) -> None:
+    """Rows masked by the lowest number throughout attend to all of their keys alike; -inf still hides."""
+    q, k, v = (torch.randn(1, 1, 20, 16) for _ in range(3))
+    mask = torch.full((1, 1, 20, 20), value, dtype=dtype)
+    mask[..., 10:] = -math.inf
+    out, lse = flash_mla_prefill(q, k, v, attn_mask=mask, return_lse=True, backend="triton")
+    assert lse.isfinite().all()
+    assert (out - v[:, :, :10].mean(2, keepdim=True)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("length", [2**32 + 3, 2**40, 2**31 + 1])
+def test_long_lengths_are_clamped_before_they_are_narrowed(length: int) -> None:
+    q, cache = torch.randn(2, 1, 1, 16), torch.randn(2, 1, 2, 64, 16)
+    table, lengths = torch.arange(2).repeat(2, 1), torch.tensor([128, 128])
+    metadata = get_mla_metadata(q.shape, cache.shape, table, lengths)
+    want = flash_mla_with_kvcache(q, cache, cache, table, lengths, backend="triton")
+    lengths[0], lengths[1] = length, -length
+    out = flash_mla_with_kvcache(q, cache, cache, table, lengths, metadata=metadata, backend="triton")
+    assert torch.equal(out[0], want[0])
+    assert (out[1] == 0).all()

@@ -30,6 +30,10 @@ CASES = {
     "decode/model1": ("model1", 512, 64, 2, 64, (128, 512), 64, 256),
     "decode/model1-small": ("model1", 512, 64, 2, 16, (128, 512), 64, 256),
     "decode/v4.1": ("v4.1", 512, 64, 2, 64, (512,), 64, 256),
+    # arguments of 1, which Triton makes constants
+    "decode/one-row": ("model1", 512, 1, 1, 16, (65,), 1, 1),
+    "decode/one-index": ("model1", 512, 2, 1, 16, (1, 1), 64, 1),
+    "decode/one-index-plain": (None, 576, 1, 1, 128, (1,), 1, 1),
     "decode/v4.1-small": ("v4.1", 512, 1, 1, 8, (512,), 64, 256),
     "decode/fp8_token": ("fp8_token", 576, 64, 1, 128, (8192,), 64, 512),
 }
