@@ -371,5 +371,12 @@ A cache of before 2026.09.30 is as large but splits its pages as MODEL1 does; it
 FLAT = RowFormat("flat", quantised=576, rope=0)
 """576 e4m3, rope too, and one descale for the whole cache."""
 
-FORMATS = {format_.name: format_ for format_ in (FP8_DS_MLA, MODEL1, V41, FLAT)}
+FP8_TOKEN = RowFormat("fp8_token", quantised=512, rope=64, tile=512, scale_bytes=4, page_split=True, page_multiple=16)
+"""A scale a token: 644 bytes; 512 e4m3 | 64 BF16 rope of all rows, then one FP32 scale a row, a power of two.
+
+SnapMLA's row (arXiv 2602.10718): its scale multiplies a key's whole score, and in P V its whole row, so that a kernel
+which multiplies e4m3 never unpacks it. A page of 64 holds rows of 640 bytes, each on 16 bytes.
+"""
+
+FORMATS = {format_.name: format_ for format_ in (FP8_DS_MLA, MODEL1, V41, FLAT, FP8_TOKEN)}
 """The row formats by name."""

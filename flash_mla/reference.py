@@ -204,6 +204,11 @@ def format_rows(cache: Tensor, name: str | None) -> Tensor:
         rope = bits[..., 528:]
     elif name == "v4.1":
         latent, scales, rope = to_e4m3(bits[..., :512]), 2.0 ** (bits[..., 512:].double() - 127), bits[..., :0]
+    elif name == "fp8_token":
+        page_bytes = bits.as_strided((pages, page * size), (bits.stride(0), 1))
+        rows = page_bytes[:, : page * 640].unflatten(1, (page, 640))
+        scales = page_bytes[:, page * 640 :].contiguous().view(torch.float32).double().unsqueeze(-1)
+        latent, rope = to_e4m3(rows[..., :512]), rows[..., 512:]
     else:
         assert name == "model1"
         page_bytes = bits.as_strided((pages, page * size), (bits.stride(0), 1))

@@ -486,6 +486,32 @@ def test_packed_forms():
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("format_name", ["fp8_token", "fp8_ds_mla", "flat"])
+def test_dense_decode_over_rows_of_a_format(format_name, causal):
+    """As dense decode over the same rows dequantised; entries past the pool name no token."""
+    q, pool, table, lengths = dense_case([140, 0, 1, 64, 3], 2, 16, 1)
+    fmt = FORMATS[format_name]
+    cache = fmt.quantise(pool.nan_to_num(0.0))
+    rows = fmt.dequantise(cache)
+    sink = torch.randn(16, generator=generator(4))
+    out, lse = deepseek.flash_mla_with_kvcache(
+        q, cache, table, lengths, 512, None, None, 0.1, causal, is_fp8_kvcache=True, attn_sink=sink
+    )
+    expected, expected_lse = deepseek.flash_mla_with_kvcache(
+        q, rows, table, lengths, 512, None, None, 0.1, causal, attn_sink=sink
+    )
+    assert_close(out, expected.double())
+    assert_lse(lse, expected_lse.double(), relative=1.2e-4)
+    hostile = table.clone()
+    hostile[:, 1] = torch.tensor([len(cache), 2**31 - 1, -1, -(2**31), 5])
+    got, want = (
+        deepseek.flash_mla_with_kvcache(q, cache, *tokens, 512, None, None, 0.1, is_fp8_kvcache=True)[0]
+        for tokens in ((hostile, lengths), (table, lengths.clamp(max=64)))
+    )
+    assert_close(got[1:], want[1:].double())
+
+
 def test_errors():
     q, pool, table, lengths = dense_case([100], 1, 8, 1)
     cache, _, indices, _ = sparse_scope(1, 1, 8, 64, 576, "fp8_ds_mla", False, 0)
@@ -495,8 +521,8 @@ def test_errors():
 
     with pytest.raises(BlockCountError, match="pages of 48 tokens"):
         call(q, pool[:, :48], table, lengths, 512, None)
-    with pytest.raises(ShapeError, match="flash_mla_with_kvcache_fp8"):
-        call(q, cache, table, lengths, 512, None, is_fp8_kvcache=True)
+    with pytest.raises(ShapeError, match="block_table"):
+        call(q, cache, None, None, 512, None, is_fp8_kvcache=True)
     with pytest.raises(ShapeError, match="block_table"):
         call(q, pool, None, None, 512, None)
     with pytest.raises(DTypeError, match="is_fp8_kvcache"):

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from flash_mla import ShapeError, decode_over_pages, deepseek
+from flash_mla import GradientError, ShapeError, decode_over_pages, deepseek
 from flash_mla.errors import BlockCountError, LayoutError
 from flash_mla.reference import decode_reference
 from flash_mla.testing import check
@@ -20,6 +20,10 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
 BACKENDS = [None, "triton"] if DEVICE == "cuda" else ["cpu", "triton"] if INTERPRET else ["cpu"]
 LENGTHS = (130, 3, 0, 65)
+
+
+def rope_columns(D):
+    return 64 if D == 576 else 16
 
 
 def pool(gen, N, page, Hk, D, dtype, layout, packing):
@@ -39,7 +43,8 @@ def pool(gen, N, page, Hk, D, dtype, layout, packing):
         return both[..., 0, :D], both[..., 1, :D], None
     if packing == "latent":
         return draw(*shape, D), None, None
-    return draw(*shape, D - 16), None, draw(*shape, 24)[..., :16]  # split
+    rope = rope_columns(D)
+    return draw(*shape, D - rope), None, draw(*shape, rope + 8)[..., :rope]  # split
 
 
 def truth(x, layout, page):
@@ -78,7 +83,7 @@ CASES = {
     "mla-page-16": dict(page=16, packing="latent", Hk=1, Hq=8, D=80, Dv=64, S_q=2),
     "split": dict(page=64, packing="split", Hk=1, Hq=8, D=80, S_q=2),
     "split-page-16": dict(page=16, packing="split", Hk=1, Hq=8, D=80, sink=True),
-    "split-fp8": dict(page=32, packing="split", Hk=1, Hq=8, D=80, kv_dtype=FP8, descale=True),
+    "split-fp8": dict(page=32, packing="split", Hk=1, Hq=8, D=576, kv_dtype=FP8, descale=True),
     "fp8": dict(page=16, dtype=FP8, descale=True),
     "bf16-over-fp8": dict(page=64, dtype=BF16, kv_dtype=FP8, descale=True),
     "fp16-over-fp8": dict(page=16, dtype=torch.float16, kv_dtype=FP8, descale=True, packing="tensor"),
@@ -120,7 +125,7 @@ def make(page, layout="NHD", packing="apart", Hq=4, Hk=2, D=64, Dv=None, S_q=1, 
         "mask": torch.rand(B, 1, S_q, 140, generator=gen) > 0.3 if mask else None,
         "q_descale": None, "k_descale": factor, "v_descale": factor, "causal": causal, "softmax_scale": softmax_scale,
         "attn_sink": torch.randn(Hq, generator=gen) if sink else None,
-        "Dv": D - 16 if packing == "split" else Dv or D,
+        "Dv": D - rope_columns(D) if packing == "split" else Dv or D,
     }  # fmt: skip
     return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in made.items()}
 
@@ -206,3 +211,32 @@ def test_deepseek_takes_pages_of_any_size():
     for i, (out, lse) in enumerate(results):
         torch.testing.assert_close(out, results[i % 2][0], rtol=1.6e-2, atol=1e-3)
         torch.testing.assert_close(lse, results[i % 2][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["page-16", "page-64", "mla", "split", "full", "mask", "fp8"])
+def test_compiled_pages(name):
+    """One graph, whose op reads the caller's pages; out, of q's strides, is written."""
+    case = CASES[name]
+    x = make(**case)
+    Dv = x.pop("Dv")
+    x |= {"layout": case.get("layout", "NHD"), "v_head_dim": Dv if case.get("packing") == "latent" else None}
+    want, want_lse = decode_over_pages(**x, return_lse=True)
+    torch._dynamo.reset()
+    call = torch.compile(decode_over_pages, backend="aot_eager", fullgraph=True)
+    given = torch.full_like(want.transpose(1, 2).contiguous(), math.nan).transpose(1, 2)
+    out, lse = call(**x, return_lse=True, out=given)
+    assert out.data_ptr() == given.data_ptr()
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("leaf", ["q", "k_pages"])
+def test_a_gradient_is_refused(leaf, compiled):
+    x = make(page=16, dtype=torch.float32)
+    x.pop("Dv")
+    x[leaf].requires_grad_()
+    torch._dynamo.reset()
+    call = torch.compile(decode_over_pages, backend="aot_eager", fullgraph=True) if compiled else decode_over_pages
+    with pytest.raises(GradientError):
+        call(**x).sum().backward()

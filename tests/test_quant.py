@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from flash_mla.errors import BlockTableError, DTypeError, FlashMLAError, LayoutError, ShapeError
-from flash_mla.quant import FLAT, FORMATS, FP8_DS_MLA, MODEL1, V41, RowFormat, dequantise, quantise
+from flash_mla.quant import FLAT, FORMATS, FP8_DS_MLA, FP8_TOKEN, MODEL1, V41, RowFormat, dequantise, quantise
 
 FP8 = torch.float8_e4m3fn
 formats = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
@@ -88,6 +88,54 @@ def test_v41_rows_are_byte_for_byte_e4m3_then_exponents() -> None:
         assert memory_of(pages, block) == expected
 
 
+def test_token_pages_are_byte_for_byte_all_rows_then_all_scales() -> None:
+    rows = latents(FP8_TOKEN, page=4)
+    pages = FP8_TOKEN.quantise(rows)
+    assert pages.shape == (2, 4, 1, 644)
+    for block in range(2):
+        parts = [encode(row, 512, 512, e8m0=False) for row in rows[block, :, 0].tolist()]
+        expected = b"".join(latent + rope for latent, _, rope in parts) + b"".join(scale for _, scale, _ in parts)
+        assert memory_of(pages, block) == expected
+
+
+def attention_error(kind: str, format_name: str | None) -> float:
+    """Relative norm of the error of attention over rows in a format (None: BF16), against float64 over the rows.
+
+    kind: "gaussian"; "heavy", rows of very different size; "outlier", four latent columns 50 times the others; "rope",
+    rope columns 30 times the latent's.
+    """
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(1024, 576, generator=g, dtype=torch.float64)
+    if kind == "heavy":
+        rows *= torch.exp(1.5 * torch.randn(1024, 1, generator=g, dtype=torch.float64))
+    if kind == "outlier":
+        rows[:, [3, 100, 300, 511]] *= 50
+    if kind == "rope":
+        rows[:, 512:] *= 30
+    q = torch.randn(64, 576, generator=g, dtype=torch.float64)
+    q /= (q @ rows.T).std()
+    exact = torch.softmax(q @ rows.T, -1) @ rows[:, :512]
+    stored = rows.bfloat16()
+    if format_name is not None:
+        form = FORMATS[format_name]
+        descale = float(rows.abs().max() / 448) if form.tile is None else None
+        stored = form.dequantise(form.quantise(stored.view(16, 64, 1, 576), descale), descale).view(1024, 576)
+    stored = stored.double()
+    return float((torch.softmax(q @ stored.T, -1) @ stored[:, :512] - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "heavy", "outlier", "rope"])
+def test_one_scale_a_token_is_as_accurate_as_four(kind: str) -> None:
+    """e4m3's own rounding decides, not the number of scales: ten to twenty times BF16's error, BF16 rope or not."""
+    names = (None, "fp8_token", "fp8_ds_mla", "flat")
+    bf16, token, tiles, flat = (attention_error(kind, name) for name in names)
+    print(f"{kind}: BF16 {bf16:.1e}, fp8_token {token:.1e}, fp8_ds_mla {tiles:.1e}, flat {flat:.1e}")
+    assert bf16 < token < 1.05 * tiles
+    assert token < 0.1
+    if kind == "rope":  # quantised with the latent's scale, rope is what errs
+        assert token < 0.8 * flat
+
+
 def test_model1_pages_are_byte_for_byte_all_rows_then_all_scales() -> None:
     rows = latents(MODEL1, page=4)
     pages = MODEL1.quantise(rows)
@@ -106,6 +154,7 @@ def test_pages_of_64_have_the_published_sizes() -> None:
         "model1": (584, 37440),
         "v4.1": (528, 64 * 528),
         "flat": (576, 64 * 576),
+        "fp8_token": (644, 64 * 644),
     }
     assert MODEL1.empty(3).stride() == (37440, 584, 584, 1)
 
@@ -179,7 +228,10 @@ def test_append_writes_the_named_slots_alone(form: RowFormat, data: st.DataObjec
             if slot // page == block:
                 offset = slot % page
                 if form.page_split:
-                    spans = [(offset * data_bytes, data_bytes), (page * data_bytes + offset * 8, 8)]
+                    spans = [
+                        (offset * data_bytes, data_bytes),
+                        (page * data_bytes + offset * form.scale_bytes, form.scale_bytes),
+                    ]
                 else:
                     spans = [(offset * form.row_bytes, form.row_bytes)]
                 for start, size in spans:

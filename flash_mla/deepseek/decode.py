@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla.contract import check_head_dims, check_index, check_rank, check_tensor, named, out_dtype
+from flash_mla.contract import check_head_dims, check_index, check_on, check_rank, check_tensor, named, out_dtype
 from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
 from flash_mla.deepseek.sparse import row_format, sparse, sparse_keys
 from flash_mla.errors import DTypeError, ShapeError
-from flash_mla.pages import decode_over_pages
+from flash_mla.pages import attend_pages, page_views, unfold
 from flash_mla.problem import FP8
 
 
@@ -60,15 +60,15 @@ def flash_mla_with_kvcache(
     Args:
         q: [b, s_q, h_q, d], BF16, FP16 or (CPU, Triton) FP32; last dim contiguous.
         k_cache: [num_blocks, page, h_kv, d] in q's dtype, whose first head_dim_v columns are V; or, with
-            is_fp8_kvcache, the bytes of a row format (fp8_ds_mla 656, model1 584, v4.1 528, flat 576 with factor 1) as
-            [num_blocks, page, 1, bytes], told apart by their size.
+            is_fp8_kvcache, the bytes of a row format (fp8_ds_mla 656, fp8_token 644, model1 584, v4.1 528, flat 576
+            with factor 1) as [num_blocks, page, 1, bytes], told apart by their size.
         block_table: [b, max_blocks] int32, pages of the pool; dense only, else None or anything.
         cache_seqlens: [b] int32, tokens of each request; dense only.
         head_dim_v: columns of a row that are V.
         tile_scheduler_metadata, num_splits: not used.
         softmax_scale: 1/sqrt(d) if None.
         causal: query i of s_q sees keys t <= cache_seqlens[b] - s_q + i; otherwise every key. Dense only.
-        is_fp8_kvcache: the caches hold a row format; sparse only.
+        is_fp8_kvcache: the caches hold a row format; dense or sparse.
         indices: [b, s_q, topk] int32, block * page + offset in the pool; a negative one or one past the pool names no
             token. Given: sparse attention, with h_kv = 1 and pages of any length.
         attn_sink: [h_q] FP32: out is scaled by exp(lse) / (exp(lse) + exp(attn_sink)); lse is not.
@@ -88,12 +88,16 @@ def flash_mla_with_kvcache(
     check_rank("k_cache", k_cache.shape, 4, "[num_blocks, page, h_kv, d]")
     if indices is None:
         sparse_only = (extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
-        if is_fp8_kvcache or any(x is not None for x in sparse_only):
+        if any(x is not None for x in sparse_only):
             raise ShapeError(
-                f"indices None, is_fp8_kvcache = {is_fp8_kvcache}",
-                "indices with is_fp8_kvcache, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length",
+                "indices None",
+                "indices with extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length",
                 "These arguments belong to sparse attention",
-                "Pass indices; for a dense FP8 cache call flash_mla_with_kvcache_fp8",
+                "Pass indices",
+            )
+        if is_fp8_kvcache:
+            return dense_rows(
+                q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, attn_sink, backend
             )
         return dense(
             q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, (None, None), attn_sink, backend
@@ -154,6 +158,43 @@ def flash_mla_with_kvcache_fp8(
     return dense(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, descales, None, backend)
 
 
+# --- Dense, over rows of a format -------------------------------------------------------------------------------------
+def dense_rows(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    Dv: int,
+    softmax_scale: float | None,
+    causal: bool,
+    attn_sink: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Dense decode over a pool in a row format: the sparse launch, told to read every token of a request in turn.
+
+    The indices cost 4 bytes a token and query beside the row's hundreds.
+    """
+    table, lengths = named_tokens(block_table, cache_seqlens)
+    fmt = row_format(q, k_cache)
+    B, S_q = q.shape[:2]
+    check_on(q.device, k_cache=k_cache, block_table=table, cache_seqlens=lengths)
+    check_index("block_table", table, (B, -1), "[b, max_blocks]")
+    check_index("cache_seqlens", lengths, (B,), "[b]")
+    num_blocks, page = k_cache.shape[:2]
+    slots = torch.arange(page, device=q.device)
+    inside = (table >= 0) & (table < num_blocks)
+    rows = torch.where(inside, table.long() * page, -page).unsqueeze(2) + slots  # [b, max_blocks, page]
+    last = lengths.long()[:, None]
+    if causal:
+        last = last + torch.arange(1 - S_q, 1, device=q.device)
+    t = torch.arange(rows.shape[1] * page, device=q.device)
+    seen = t < last.expand(B, S_q).unsqueeze(2)  # [b, s_q, tokens]
+    indices = torch.where(seen, rows.flatten(1).unsqueeze(1), -1).to(torch.int32)
+    keys = sparse_keys(q, fmt, "", k_cache, indices, lengths)
+    out, lse, _ = sparse(q, fmt, [keys], Dv, softmax_scale, attn_sink, False, backend)
+    return out, lse.transpose(1, 2)
+
+
 # --- Dense ------------------------------------------------------------------------------------------------------------
 def dense(
     q: Tensor,
@@ -167,14 +208,8 @@ def dense(
     attn_sink: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Our own decode over pages; q and out are read and written where they lie."""
-    if block_table is None or cache_seqlens is None:
-        raise ShapeError(
-            "indices None, block_table or cache_seqlens None",
-            "block_table and cache_seqlens, or indices",
-            "Dense attention finds its tokens through them",
-            "Pass block_table [b, max_blocks] and cache_seqlens [b], or indices for sparse attention",
-        )
+    """Our own decode over pages, as `decode_over_pages` has it; q and out are read and written where they lie."""
+    block_table, cache_seqlens = named_tokens(block_table, cache_seqlens)
     B, S_q, Hq, D = q.shape
     check_same_dtype(q, "k_cache", k_cache)
     check_head_dims(D, Dv)
@@ -187,22 +222,23 @@ def dense(
     check_index("cache_seqlens", cache_seqlens, (B,), "[b]")
     descale_q, descale_k = (None if x is None else x.to(torch.float32).view(-1, 1) for x in descales)
     out = q.new_empty(B, S_q, Hq, Dv, dtype=out_dtype(q.dtype))
-    result = decode_over_pages(
-        q.transpose(1, 2),
-        k_cache,
-        None,
-        block_table,
-        cache_seqlens,
-        v_head_dim=Dv,
-        causal=causal,
-        check_values=False,
-        softmax_scale=softmax_scale,
-        q_descale=descale_q,
-        k_descale=descale_k,
-        v_descale=descale_k,
-        attn_sink=attn_sink,
-        return_lse=True,
-        out=out.transpose(1, 2),
-        backend=backend,
-    )
+    rows, given = q.transpose(1, 2), out.transpose(1, 2)
+    k, v, _, table = page_views(rows, k_cache, None, None, block_table, "NHD", Dv)
+    attend = attend_pages if causal or S_q == 1 else unfold
+    result = attend(
+        rows, k, v, None, table, cache_seqlens, None, softmax_scale, (descale_q, descale_k, descale_k), attn_sink, True,
+        given, backend, False,
+    )  # fmt: skip
     return out, empty_is_inf(result[1])
+
+
+def named_tokens(block_table: Tensor | None, cache_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both, or an error: dense attention has no other way to its tokens."""
+    if block_table is None or cache_seqlens is None:
+        raise ShapeError(
+            "indices None, block_table or cache_seqlens None",
+            "block_table and cache_seqlens, or indices",
+            "Dense attention finds its tokens through them",
+            "Pass block_table [b, max_blocks] and cache_seqlens [b], or indices for sparse attention",
+        )
+    return block_table, cache_seqlens

@@ -39,6 +39,8 @@ class DecodeCase:
     """None: D."""
     S_q: int = 1
     dtype: torch.dtype = torch.bfloat16
+    kv_dtype: torch.dtype | None = None
+    """Of the caches; None: dtype, as q."""
     layout: CacheLayout = "slab"
     order: Order = "shuffled"
     alias: bool = False
@@ -55,19 +57,24 @@ class DecodeCase:
 
     function = "flash_mla_with_kvcache"
 
+    @property
+    def budget(self) -> torch.dtype:
+        """The dtype whose error budget holds: the coarser one's."""
+        return self.kv_dtype or self.dtype
+
     def call(self) -> Call:
         """The tensors; `reference` is the same dict, as decode_reference takes the same names."""
         source = Source(self.seed, self.device)
-        B, Dv = len(self.lengths), self.Dv or self.D
+        B, Dv, kv_dtype = len(self.lengths), self.Dv or self.D, self.kv_dtype or self.dtype
         table, Nblk = block_table(self.lengths, self.layout, self.order, self.spare, self.shared, source)
-        k_cache = nan_cache(self.layout, B, self.Hk, Nblk, self.D, self.dtype, self.device)
+        k_cache = nan_cache(self.layout, B, self.Hk, Nblk, self.D, kv_dtype, self.device)
         v_cache = (
-            k_cache[..., :Dv] if self.alias else nan_cache(self.layout, B, self.Hk, Nblk, Dv, self.dtype, self.device)
+            k_cache[..., :Dv] if self.alias else nan_cache(self.layout, B, self.Hk, Nblk, Dv, kv_dtype, self.device)
         )
         for b, length in enumerate(self.lengths):
-            fill(k_cache, table, b, source.normal((self.Hk, length, self.D), self.dtype))
+            fill(k_cache, table, b, source.normal((self.Hk, length, self.D), kv_dtype))
             if not self.alias:
-                fill(v_cache, table, b, source.normal((self.Hk, length, Dv), self.dtype))
+                fill(v_cache, table, b, source.normal((self.Hk, length, Dv), kv_dtype))
         L = max(self.lengths, default=0) + 3
         mask_rows = 1 if self.mask in ("bool", "float") else self.S_q
         arguments = {
@@ -315,7 +322,20 @@ def decode_cases() -> list[DecodeCase]:
         replace(gqa, name="decode/fp8-no-descale", dtype=FP8),
         replace(gqa, name="decode/fp8-float", dtype=FP8, descale="float"),
         replace(mla, name="decode/fp8-mla-sink", dtype=FP8, descale="tensor", sink=True, S_q=2),
+        replace(mla, name="decode/fp8-mla-queries-8", dtype=FP8, descale="tensor", S_q=8, lengths=(700, 7, 0)),
+        replace(mla, name="decode/fp8-mla-no-rope", dtype=FP8, descale="float", D=512),
+        replace(mla, name="decode/fp8-mla-pool", dtype=FP8, layout="pool"),
     ]
+    for heads in (1, 64, 128):
+        cases.append(replace(mla, name=f"decode/fp8-mla-heads-{heads}", dtype=FP8, descale="tensor", Hq=heads))
+    for name in ("bf16", "fp16"):
+        over = replace(mla, dtype=DTYPES[name], kv_dtype=FP8)
+        cases += [
+            replace(over, name=f"decode/{name}-over-fp8-mla", descale="tensor"),
+            replace(over, name=f"decode/{name}-over-fp8-mla-heads-128", descale="float", Hq=128),
+            replace(over, name=f"decode/{name}-over-fp8-mla-sink", Hq=40, S_q=2, sink=True, layout="pool"),
+            replace(gqa, name=f"decode/{name}-over-fp8-gqa", dtype=DTYPES[name], kv_dtype=FP8, descale="tensor"),
+        ]
     return cases
 
 

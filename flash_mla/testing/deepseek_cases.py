@@ -405,7 +405,7 @@ DropInCase = SparseDecodeCase | SparsePrefillCase | DenseDecodeCase | VarlenCase
 
 def drop_in_cases() -> list[DropInCase]:
     cases: list[DropInCase] = []
-    widths = {"fp8_ds_mla": 576, "model1": 512, "v4.1": 512, "flat": 576}
+    widths = {"fp8_ds_mla": 576, "model1": 512, "v4.1": 512, "flat": 576, "fp8_token": 576}
     for format_name, D in widths.items():
         base = SparseDecodeCase(f"deepseek/sparse-{format_name}", format=format_name, D=D)
         cases += [

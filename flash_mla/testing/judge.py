@@ -72,7 +72,8 @@ def run(case: Case) -> Result:
         return Result(case, None, (f"{type(error).__name__}: {error}",), seconds=time.perf_counter() - begin)
     true = truth(case, call)
     (out, lse), (true_out, true_lse) = first[:2], true[:2]
-    verdict = check(out, lse, true_out, true_lse, case.dtype)
+    budget = case.budget if isinstance(case, DecodeCase) else case.dtype
+    verdict = check(out, lse, true_out, true_lse, budget)
     failures = list(verdict.failures)
     if isinstance(case, DropInCase):
         for name, got, want in zip(case.more, first[2:], true[2:], strict=True):

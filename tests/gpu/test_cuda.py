@@ -17,6 +17,21 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
+try:
+    import triton
+    import triton.language as tl
+
+    from flash_mla.kernels.triton.attend import widen
+except ImportError:
+    pass
+else:
+
+    @triton.jit
+    def widen_kernel(codes_ptr, out_ptr, WIDEN: tl.constexpr):
+        offs = tl.arange(0, 256)
+        tl.store(out_ptr + offs, widen(tl.load(codes_ptr + offs), WIDEN))
+
+
 LENGTHS = (1500, 64, 700)
 CASES = {
     "gqa": DecodeCase("gqa", LENGTHS, Hq=8, Hk=2, D=128, spare=4, device="cuda"),
@@ -125,3 +140,16 @@ def test_sparse_decode_replays_new_indices(case):
     true_out, true_lse, _ = sparse_reference(**{**call.reference, "pools": pools})
     verdict = check(out.transpose(1, 2), library_lse(lse), true_out, true_lse, case.dtype)
     assert verdict.passed, verdict.failures
+
+
+@pytest.mark.parametrize("way", ["fp8_once", "fp8_bits_once"])
+def test_every_e4m3_code_in_ptx(way):
+    """The conversions that Triton's interpreter cannot run: exact, subnormals and signed zeros too (NaN aside)."""
+    pytest.importorskip("triton")
+    if way == "fp8_once" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU that converts e4m3")
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda")
+    out = torch.empty(256, dtype=torch.float16, device="cuda")
+    widen_kernel[(1,)](codes, out, way)
+    real = codes[codes & 0x7F != 0x7F].long()
+    assert torch.equal(out[real].view(torch.int16), codes.view(torch.float8_e4m3fn).half()[real].view(torch.int16))

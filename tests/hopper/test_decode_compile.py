@@ -10,6 +10,7 @@ from sass import NEEDS, compiled
 from flash_mla.kernels.hopper.gqa_decode.config import Config as GqaConfig
 from flash_mla.kernels.hopper.limits import SMEM_BYTES
 from flash_mla.kernels.hopper.mla_decode.config import Config as MlaConfig
+from flash_mla.kernels.hopper.mla_decode_fp8.config import Config as MlaFp8Config
 
 pytestmark = NEEDS
 
@@ -27,6 +28,17 @@ GQA_CONFIGS = [
     ("fp8", 128, 128, 64),
     ("fp8", 256, 256, 32),
 ]
+MLA_FP8_CONFIGS = [
+    ("fp8", 576, 64, 2),
+    ("fp8", 576, 64, 1),
+    ("fp8", 576, 32, 1),
+    ("fp8", 576, 16, 1),
+    ("fp8", 512, 64, 2),
+    ("bf16", 576, 64, 2),
+    ("bf16", 576, 32, 1),
+    ("bf16", 576, 16, 1),
+    ("fp16", 512, 64, 1),
+]
 
 
 @pytest.mark.parametrize(("dtype", "D", "cluster"), CONFIGS)
@@ -43,6 +55,26 @@ def test_mla_decode(dtype: str, D: int, cluster: int, tmp_path: Path) -> None:
     assert sass.count("HGMMA") == 3 * D // 16 + 3 * 2 * 4
     # NOTE: serialised wgmma shows as one wait an instruction
     assert sass.count(r"WARPGROUP\.DEPBAR") < 16
+
+
+@pytest.mark.parametrize(("q", "D", "tile_n", "cluster"), MLA_FP8_CONFIGS)
+def test_mla_decode_fp8(q: str, D: int, tile_n: int, cluster: int, tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.mla_decode_fp8.kernel import build
+
+    config = MlaFp8Config(q, D, tile_n, cluster, descale=True)  # type: ignore[arg-type]
+    assert config.stages >= 4, "loads and products must overlap"
+    assert config.smem_bytes() <= SMEM_BYTES
+    sass = compiled(build, config, tmp_path)
+    # entry registers: 65536 / 512 threads
+    assert max(registers for registers, _ in sass.resources) == 128
+    assert sass.spills == (0, 0, 0)
+    # Q K^T in two places, 32 columns each; V^T P^T: 4 tiles of 64 columns, 32 keys each
+    assert sass.count("QGMMA") == 2 * config.q_tiles * D // 32 + 4 * 2 * config.p_parts
+    assert sass.count("HGMMA") == 0
+    # NOTE: serialised wgmma shows as one wait an instruction
+    assert sass.count(r"WARPGROUP\.DEPBAR") < 8
+    # V goes through ldmatrix once: 4 tiles, 32 keys each, and the loads of two tiles before P is there
+    assert sass.count("LDSM") == 8
 
 
 @pytest.mark.parametrize(("dtype", "D", "Dv", "tile_n"), GQA_CONFIGS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_mla.backends import hopper
-from flash_mla.backends.hopper import device, gqa_decode, mla_decode
+from flash_mla.backends.hopper import device, gqa_decode, mla_decode, mla_decode_fp8
 from flash_mla.problem import FP8, DecodeProblem
 
 
@@ -43,6 +43,59 @@ def test_separate_k_and_v_go_to_the_gqa_kernel() -> None:
     assert hopper.phase(problem(alias=True)) is gqa_decode
     assert hopper.phase(problem(Hk=1)) is gqa_decode
     assert hopper.phase(problem(alias=True, Hk=1)) is mla_decode
+
+
+def latent(**changes: object) -> DecodeProblem:
+    """MLA over a pool of FP8, 128 heads."""
+    B, Hq, D, pool = 4, 128, 576, (0, 576, 64 * 576, 576, 1)
+    facts = {"B": B, "Hq": Hq, "Hk": 1, "D": D, "Dv": 512, "q_strides": (Hq * D, D, D, 1)}
+    fp8 = {"dtype": FP8, "kv_dtype": FP8, "k_strides": pool, "v_strides": pool, "alias": True}
+    return problem(**facts, **fp8)._replace(**changes)  # type: ignore[arg-type]
+
+
+BF16_QUERIES = {"dtype": torch.bfloat16, "out_dtype": torch.bfloat16}
+
+
+def test_an_fp8_latent_goes_to_its_own_kernel() -> None:
+    assert hopper.phase(latent()) is mla_decode_fp8
+    assert hopper.phase(latent(**BF16_QUERIES)) is mla_decode_fp8
+
+
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({}, ("fp8", 576, 64, 2)),
+        ({"Hq": 64}, ("fp8", 576, 64, 1)),
+        ({"Hq": 16}, ("fp8", 576, 16, 1)),
+        ({"Hq": 8, "S_q": 3, "q_strides": (24 * 576, 3 * 576, 576, 1)}, ("fp8", 576, 32, 1)),
+        ({"Hq": 1, **BF16_QUERIES}, ("bf16", 576, 16, 1)),
+        ({"dtype": torch.float16, "out_dtype": torch.float16}, ("fp16", 576, 64, 2)),
+        ({"D": 512}, ("fp8", 512, 64, 2)),
+    ],
+)
+def test_config_of_an_fp8_latent(changes: dict, config: tuple) -> None:
+    changed = latent(**changes)
+    assert mla_decode_fp8.refuse(changed) is None
+    assert mla_decode_fp8.config(changed) == mla_decode_fp8.Config(*config, descale=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kv_dtype": torch.bfloat16}, "over FP8"),
+        ({"dtype": torch.float32, "out_dtype": torch.float32}, "over FP8"),
+        ({"out_dtype": torch.float16}, "BF16 for FP8"),
+        ({"D": 640}, "576/512"),
+        ({"S_q": 9}, "at most 8 query tokens"),
+        ({"mask": "bool"}, "a bool mask"),
+        ({"S_q": 2, "q_strides": (2 * 128 * 576, 576, 128 * 576, 1)}, "evenly spaced"),
+        ({"k_strides": (0, 0, 64 * 576, 512, 1)}, "k_cache strides"),
+        ({"k_strides": (0, 0, 64 * 584, 584, 1)}, "k_cache stride of 584"),
+        ({"q_strides": (128 * 584, 584, 584, 1)}, "q stride of 584"),
+    ],
+)
+def test_refuses_an_fp8_latent_with_a_reason(changes: dict, words: str) -> None:
+    assert words in str(mla_decode_fp8.refuse(latent(**changes)))
 
 
 ENGINE = (0, 128, 64 * 8 * 128, 8 * 128, 1)

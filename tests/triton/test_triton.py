@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_mla import backends
+from flash_mla import backends, flash_mla_with_kvcache
 from flash_mla.backends import triton as backend
 from flash_mla.kernels.triton import combine
 from flash_mla.kernels.triton.target import Target
+from flash_mla.kernels.triton.tiles import widening
 from flash_mla.problem import AppendArgs, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem
+from flash_mla.reference import decode_reference
 
 pytestmark = pytest.mark.skipif(backend.available() is not None, reason=str(backend.available()))
 
@@ -231,9 +233,29 @@ def test_decode(case: str) -> None:
 @pytest.mark.parametrize("case", ["gqa", "mla", "fp8_gqa", "mla_fp8"])
 @pytest.mark.parametrize("on", [Target("cuda", 80, 163 * 1024, 3), Target("hip", 0, 64 * 1024, 3)])
 def test_decode_with_the_tiles_of_other_gpus(case: str, on: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The configs that other GPUs get, FP8 by integer arithmetic on sm_80 among them."""
+    """The configs that other GPUs get, FP8 by integer arithmetic on sm_80 (there in PTX) too."""
+    monkeypatch.setattr("flash_mla.kernels.triton.decode.widening", lambda itemsize, on, once: widening(itemsize, on))
     monkeypatch.setattr("flash_mla.backends.triton.decode.target", lambda device: on)
     run_decode(**DECODE[case])
+
+
+@pytest.mark.parametrize(("Hq", "Hk", "D", "Dv"), [(16, 1, 576, 512), (8, 2, 64, 64)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 3e5), (torch.float16, 1.0)])
+def test_16_bit_queries_over_fp8(dtype: torch.dtype, size: float, Hq: int, Hk: int, D: int, Dv: int) -> None:
+    """q is multiplied in FP16; BF16 queries beyond its range, with a scale that undoes it, are as right."""
+    gen = torch.Generator().manual_seed(0)
+    table, lens = torch.randperm(6, generator=gen).int().view(2, 3), torch.tensor([130, 70], dtype=torch.int32)
+    k, v = (torch.randn(1, Hk, 6, 64, n, generator=gen).to(FP8).expand(2, -1, -1, -1, -1) for n in (D, Dv))
+    v = k[..., :Dv] if Hk == 1 else v
+    q = (torch.randn(2, Hq, 1, D, generator=gen) * size).to(dtype)
+    factor = torch.rand(2, Hk, generator=gen) + 0.5
+    scale = {"softmax_scale": D**-0.5 / size, "k_descale": to_device(factor), "v_descale": to_device(factor)}
+    call = [to_device(x) for x in (q, k, v, table, lens)]
+    out, lse = flash_mla_with_kvcache(*call, **scale, return_lse=True, backend="triton")
+    want, want_lse = decode_reference(*call, **scale)
+    assert out.dtype == dtype
+    assert (out.double() - want).norm() < 4e-3 * want.norm()
+    assert (lse - want_lse).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("programs", [1, 2, 5, 11])

@@ -48,6 +48,7 @@ MAX_STACK = 64
 SPILLS = {
     # on sm_90: in the epilogue, where a [64, 512] FP32 tile changes layout
     "mla_128": 1024, "page_16_mla_128": 1024, "split_mla_128": 1024, "fp8_mla_128": 1792, "bf16_fp8_mla_128": 1792,
+    "fp8_mla_16": 160,
     "fp32_d128": 512, "d256": 320,
 }  # fmt: skip
 """Where more is allowed. The SASS of mla_128 on sm_90 has 6 LDL among the 74 HGMMA of its loop."""
@@ -205,6 +206,7 @@ DECODE = {
     "gqa_d128": dict(Hq=32, Hk=8, D=128, Dv=128),
     "gqa_d256": dict(Hq=16, Hk=8, D=256, Dv=256),
     "mla_16": dict(Hq=16, Hk=1, D=576, Dv=512, alias=True),
+    "fp8_mla_16": dict(Hq=16, Hk=1, D=576, Dv=512, alias=True, dtype=FP8),
     "mla_128": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True),
     "fp8_gqa_d128": dict(Hq=32, Hk=8, D=128, Dv=128, dtype=FP8),
     "fp8_mla_128": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True, dtype=FP8),
@@ -241,6 +243,7 @@ PREFILL = {
 def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
     problem, args = decode_case(**DECODE[case])
     config = decode_phase.config(problem, target).decode
+    args = decode_phase.in_half(problem, args) if config.widen else args
     tensors = (
         *(stored(x, config.widen) for x in (args.q, args.k, args.v)),
         None if args.k_rope is None else stored(args.k_rope, config.widen), args.block_table, args.seq_lens, args.mask,

@@ -37,6 +37,7 @@ decode = functools.partial(deepseek.flash_mla_with_kvcache, backend="triton")
         ("model1", 512, 16, 2, None, False),
         ("v4.1", 512, 16, 64, 7, False),
         ("flat", 576, 16, 64, None, True),
+        ("fp8_token", 576, 16, 64, 53, True),
         (None, 576, 16, 7, 64, True),
     ],
 )

@@ -30,6 +30,8 @@ CASES = {
     "decode/model1": ("model1", 512, 64, 2, 64, (128, 512), 64, 256),
     "decode/model1-small": ("model1", 512, 64, 2, 16, (128, 512), 64, 256),
     "decode/v4.1": ("v4.1", 512, 64, 2, 64, (512,), 64, 256),
+    "decode/v4.1-small": ("v4.1", 512, 1, 1, 8, (512,), 64, 256),
+    "decode/fp8_token": ("fp8_token", 576, 64, 1, 128, (8192,), 64, 512),
 }
 
 
@@ -73,7 +75,7 @@ def build(name, target):
 SPILLS = 1152
 
 
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_89", "sm_90", "sm_120"])
 @pytest.mark.parametrize("name", CASES)
 def test_sparse_kernel_fits(name, gpu):
     built = build(name, TARGETS[gpu])

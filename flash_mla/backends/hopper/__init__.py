@@ -10,13 +10,15 @@ from flash_mla.backends import Phase, module
 from flash_mla.backends.hopper.device import available as available
 from flash_mla.backends.hopper.device import is_latent
 from flash_mla.backends.hopper.device import refuse as refuse
-from flash_mla.problem import DecodeProblem, PrefillProblem, Problem, SparseProblem
+from flash_mla.problem import FP8, DecodeProblem, PrefillProblem, Problem, SparseProblem
 
 
 def phase(problem: Problem) -> Phase | str:
     """The module that such problems go to, or why there is none."""
     if isinstance(problem, DecodeProblem):
-        return module("hopper", "mla_decode" if is_latent(problem) else "gqa_decode")
+        if not is_latent(problem):
+            return module("hopper", "gqa_decode")
+        return module("hopper", "mla_decode_fp8" if problem.kv_dtype == FP8 else "mla_decode")
     if isinstance(problem, PrefillProblem):
         return module("hopper", "prefill")
     if not isinstance(problem, SparseProblem):

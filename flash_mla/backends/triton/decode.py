@@ -83,6 +83,8 @@ def smaller_config(config: DecodeConfig) -> DecodeConfig | None:
 def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> None:
     """The kernels with these tiles."""
     rows = problem.S_q * problem.ratio
+    if config.decode.widen:
+        args = in_half(problem, args)
     partial = None
     if config.decode.programs:
         numel = decode.partial_numel(config.decode, rows)
@@ -106,6 +108,21 @@ def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs
     )  # fmt: skip
     if merge is not None:
         merge((args.seq_lens, partial, args.attn_sink, args.out, args.lse))
+
+
+def in_half(problem: DecodeProblem, args: DecodeArgs) -> DecodeArgs:
+    """q in FP16, which FP8 is multiplied in: exact, but for a BF16 element below 2^-14 of its group's greatest.
+
+    NOTE: done here and not in the kernel: Hopper would take a q that was converted there from registers, anew for every
+    tile, and spill 1.7 KB a thread.
+    """
+    if problem.dtype != torch.bfloat16:
+        return args._replace(q=args.q.to(torch.float16))
+    groups = args.q.unflatten(1, (problem.Hk, problem.ratio))  # [B, Hk, ratio, S_q, D]
+    exponent = torch.frexp(groups.abs().amax((2, 3, 4)).float()).exponent  # [B, Hk]
+    factor = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    q = (groups.float() / factor[:, :, None, None, None]).to(torch.float16).flatten(1, 2)
+    return args._replace(q=q, q_descale=factor if args.q_descale is None else factor * args.q_descale)
 
 
 def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> tuple[Launcher, Launcher | None]:

@@ -109,5 +109,5 @@ def refuse_columns(problem: DecodeProblem | PrefillProblem) -> str | None:
 
 
 def stored(tensor: Tensor, widen: str) -> Tensor:
-    """FP8 as the kernel reads it: bytes where the GPU does not convert e4m3."""
-    return tensor.view(torch.uint8) if widen == "fp8_bits" and tensor.dtype == FP8 else tensor
+    """FP8 as the kernel reads it: bytes where PTX or integer arithmetic converts it."""
+    return tensor.view(torch.uint8) if widen not in ("", "fp8") and tensor.dtype == FP8 else tensor

@@ -1,4 +1,4 @@
-"""Tiles in shared memory as TMA writes and wgmma reads them: chunks of 128-byte rows, swizzled."""
+"""Tiles in shared memory as TMA writes and wgmma reads them: chunks of 128-byte (or 64-byte) rows, swizzled."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
+from flash_mla.kernels.hopper.limits import ROW_BYTES
 
-def row_layout(dtype, rows: int, columns: int, stages: int | None = None) -> cute.ComposedLayout:
-    """[rows, columns] or [rows, columns, stages]: chunks one after another, each `rows` rows of 128 swizzled bytes."""
-    atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
+SWIZZLES = {128: warpgroup.SmemLayoutAtomKind.K_SW128, 64: warpgroup.SmemLayoutAtomKind.K_SW64}
+"""By the bytes of a chunk's row."""
+
+
+def row_layout(
+    dtype, rows: int, columns: int, stages: int | None = None, row_bytes: int = ROW_BYTES
+) -> cute.ComposedLayout:
+    """[rows, columns] or [rows, columns, stages]: chunks one after another, each `rows` rows of swizzled bytes."""
+    atom = warpgroup.make_smem_layout_atom(SWIZZLES[row_bytes], dtype)
     shape = (rows, columns) if stages is None else (rows, columns, stages)
     return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
 
@@ -21,7 +28,8 @@ def tma_boxes(tma: cute.CopyAtom, memory: cute.Pointer, many: cute.Layout, tenso
     memory: the first box in shared memory; many: the layout of the boxes there; box: (rows, columns), one chunk;
     coordinate: the tiles of `tensor`, the tensor that came with the TMA atom, as `cute.local_tile` takes it.
     """
-    smem = cute.make_tensor(memory, cute.append(row_layout(memory.dtype, *box).outer, many))
+    layout = row_layout(memory.dtype, *box, row_bytes=box[1] * memory.dtype.width // 8)
+    smem = cute.make_tensor(memory, cute.append(layout.outer, many))
     gmem = cute.local_tile(tensor, box, coordinate)
     one_cta = cute.make_layout(1)
     return cpasync.tma_partition(tma, 0, one_cta, cute.group_modes(smem, 0, 2), cute.group_modes(gmem, 0, 2))

@@ -15,9 +15,41 @@ LOWEST = tl.constexpr(-2.0e38)
 """In natural units; in base 2 it is -2.9e38, so that a score may be added to it in FP32."""
 
 
+CONVERT = tl.constexpr("""{
+    .reg .b16 low, high;
+    mov.b32 {low, high}, $2;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
+"""PTX: four e4m3 to FP16."""
+CONVERT_BITS = tl.constexpr("""{
+    .reg .b32 low, high, sign, scale;
+    mov.b32 scale, 0x5c005c00;
+    prmt.b32 low, $2, 0, 0x1404;
+    prmt.b32 high, $2, 0, 0x3424;
+    and.b32 sign, low, 0x80008000;
+    shr.u32 low, low, 1;
+    and.b32 low, low, 0x3f803f80;
+    or.b32 low, low, sign;
+    mul.rn.f16x2 $0, low, scale;
+    and.b32 sign, high, 0x80008000;
+    shr.u32 high, high, 1;
+    and.b32 high, high, 0x3f803f80;
+    or.b32 high, high, sign;
+    mul.rn.f16x2 $1, high, scale;
+}""")
+"""The same by integer arithmetic, two bytes an instruction: see `widen`."""
+
+
 @triton.jit
 def widen(x, WIDEN: tl.constexpr):
     """A tile as the dots take it; exact. See tiles.widening for the choice."""
+    # NOTE: is_pure=False keeps Triton from moving the conversion past the tile's way through shared memory, where each
+    # of the two products would then do it on its own, from bytes
+    if WIDEN == "fp8_once":
+        x = tl.inline_asm_elementwise(CONVERT, "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4)
+    if WIDEN == "fp8_bits_once":
+        x = tl.inline_asm_elementwise(CONVERT_BITS, "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4)
     if WIDEN == "fp8":
         x = x.to(tl.float16)
     if WIDEN == "fp8_bits":

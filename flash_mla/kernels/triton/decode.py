@@ -125,8 +125,8 @@ def config(
     idle = B * Hk * blocks <= target.multiprocessors
     pdl = target.backend == "cuda" and target.arch >= 90 and idle
     return Config(
-        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), products, programs, pdl, warps,
-        stages,
+        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target, once=True), products, programs, pdl,
+        warps, stages,
     )  # fmt: skip
 
 

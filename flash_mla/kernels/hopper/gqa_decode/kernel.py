@@ -31,7 +31,7 @@ bytes), a shared pool too; ragged lengths, 0 included; causal among the S_q toke
 may hold NaN: the scores past the end are masked and the V rows zeroed. Block ids are forced inside the cache, lengths
 inside the table.
 
-Measured: docs/kernels.md, "Hopper GQA decode".
+Measured: docs/design/gqa-decode.md.
 """
 
 from __future__ import annotations

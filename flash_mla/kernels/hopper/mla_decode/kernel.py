@@ -37,7 +37,7 @@ Supports BF16 and FP16; D 576 or 512; any row count; any strides that TMA takes 
 too; ragged lengths, 0 included; causal among the S_q tokens. Unused slots may hold NaN: the scores past the end are
 masked and the V rows zeroed. Block ids are forced inside the cache, lengths inside the table.
 
-Measured: docs/kernels.md, "Hopper MLA decode".
+Measured: docs/design/mla-decode.md.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     Config,
 )
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
-from flash_mla.kernels.hopper.mla_decode.producer import Producer, prefetch_table
+from flash_mla.kernels.hopper.mla_decode.producer import Producer
 from flash_mla.kernels.hopper.mla_decode.result import Segments
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared, Tensors
 from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows
 from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.table import prefetch_table
 from flash_mla.kernels.hopper.walk import Done, walk
 from flash_mla.kernels.hopper.work import find_work
 

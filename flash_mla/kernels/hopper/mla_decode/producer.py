@@ -13,7 +13,7 @@ from flash_mla.kernels.hopper.boxes import tma_boxes
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, K_CHUNKS, P_CHUNK, STAGES, Config
 from flash_mla.kernels.hopper.mla_decode.shared import Shared
-from flash_mla.kernels.hopper.table import block_of, prefetch_line
+from flash_mla.kernels.hopper.table import block_of
 from flash_mla.kernels.hopper.walk import Done, Place
 
 EVICT_FIRST = 0x12F0000000000000
@@ -140,13 +140,3 @@ class Producer:
                 "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
                 read_only_args=[address, Int32(2 * BLOCK * self.config.D)],
             )
-
-
-@cute.jit
-def prefetch_table(table: cute.Tensor, cluster_id, clusters) -> None:
-    """Ask L2 for the row of the table that this cluster starts with if all requests are equally long."""
-    # NOTE: a short call is a chain of DRAM latencies: lengths, block ids, K; this takes the second out
-    request = cluster_id * table.shape[0] // clusters
-    first = 32 * cute.arch.lane_idx()
-    if first < table.shape[1]:
-        prefetch_line((table[request, None].iterator + first).toint())

@@ -41,7 +41,7 @@ ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a t
 the scores and of V for each request and KV head. Unused slots may hold NaN: scores past the end are masked and V rows
 zeroed. Block ids are forced inside the cache, lengths inside the table.
 
-Measured: docs/kernels.md, "Hopper prefill".
+Measured: docs/design/prefill.md.
 """
 
 from __future__ import annotations

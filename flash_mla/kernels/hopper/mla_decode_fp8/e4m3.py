@@ -1,0 +1,65 @@
+"""Words of four e4m3: made from FP32, and turned from rows of a cache into columns."""
+
+from __future__ import annotations
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+
+@cute.jit
+def pack(a, b, c, d):
+    """Four numbers as e4m3 in a word, and, in FP16 pairs, the sums a + c and b + d of what was rounded."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b16 lo, hi; .reg .b32 x, y; cvt.rn.satfinite.e4m3x2.f32 lo, {$r1}, {$r0}; "
+        "cvt.rn.satfinite.e4m3x2.f32 hi, {$r3}, {$r2}; mov.b32 {$w0}, {lo, hi}; "
+        "cvt.rn.f16x2.e4m3x2 x, lo; cvt.rn.f16x2.e4m3x2 y, hi; add.rn.f16x2 {$w1}, x, y; }",
+        write_only_types=[Int32, Int32],
+        read_only_args=[a, b, c, d],
+    )
+
+
+@cute.jit
+def pack_twice(a, b, c, d):
+    """Four numbers as e4m3 in a word, and what that leaves of them as e4m3 in another."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b16 lo, hi, h<4>; .reg .b32 x, y; .reg .f32 f<4>; cvt.rn.satfinite.e4m3x2.f32 lo, {$r1}, {$r0}; "
+        "cvt.rn.satfinite.e4m3x2.f32 hi, {$r3}, {$r2}; mov.b32 {$w0}, {lo, hi}; "
+        "cvt.rn.f16x2.e4m3x2 x, lo; cvt.rn.f16x2.e4m3x2 y, hi; mov.b32 {h0, h1}, x; mov.b32 {h2, h3}, y; "
+        "cvt.f32.f16 f0, h0; cvt.f32.f16 f1, h1; cvt.f32.f16 f2, h2; cvt.f32.f16 f3, h3; "
+        "sub.f32 f0, {$r0}, f0; sub.f32 f1, {$r1}, f1; sub.f32 f2, {$r2}, f2; sub.f32 f3, {$r3}, f3; "
+        "cvt.rn.satfinite.e4m3x2.f32 lo, f1, f0; cvt.rn.satfinite.e4m3x2.f32 hi, f3, f2; mov.b32 {$w1}, {lo, hi}; }",
+        write_only_types=[Int32, Int32],
+        read_only_args=[a, b, c, d],
+    )
+
+
+@cute.jit
+def sum_pairs(a, b, c, d):
+    """Sum of eight FP16, four pairs."""
+    low, high = cute.arch.inline_ptx(
+        "{ .reg .b32 x, y; .reg .b16 h, i; add.rn.f16x2 x, {$r0}, {$r1}; add.rn.f16x2 y, {$r2}, {$r3}; "
+        "add.rn.f16x2 x, x, y; mov.b32 {h, i}, x; cvt.f32.f16 {$w0}, h; cvt.f32.f16 {$w1}, i; }",
+        write_only_types=[Float32, Float32],
+        read_only_args=[a, b, c, d],
+    )
+    return low + high
+
+
+@cute.jit
+def transpose_load(address):
+    """Four 8 x 8 matrices of 16-bit elements from shared memory, transposed; lane l gives the address of row l."""
+    return cute.arch.inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Int32, Int32, Int32, Int32],
+        read_only_args=[address],
+    )
+
+
+@cute.jit
+def separate(low, high):
+    """Bytes (key 0, d 0), (0, 1), (1, 0), (1, 1) of keys 0, 1 and of 8, 9 -> keys 0, 1, 8, 9 of d 0 and of d 1."""
+    return cute.arch.inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, {$r1}, 0x6420; prmt.b32 {$w1}, {$r0}, {$r1}, 0x7531;",
+        write_only_types=[Int32, Int32],
+        read_only_args=[low, high],
+    )

@@ -1,0 +1,107 @@
+"""What the roles of an FP8 MLA decode CTA share: the global tensors, and views of shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Float8E4M3FN, Float32, Int32
+
+from flash_mla.kernels.hopper.boxes import row_layout
+from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.limits import BLOCK, TILE_M
+from flash_mla.kernels.hopper.mla_decode_fp8.config import DV, P_STAGES, ROPE, WARPS, WARPS_A_GROUP, Config
+from flash_mla.kernels.hopper.partials import Partials
+from flash_mla.kernels.hopper.split import scan_words
+
+
+class Tensors(NamedTuple):
+    """Global memory, all but k and FP8 queries, which only TMA reads.
+
+    q [B, rows, D], read where it is not FP8; table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; descales
+    [B, 1] FP32; out [B, rows, 512]; lse [B, rows] FP32, natural log.
+    """
+
+    q: cute.Tensor
+    table: cute.Tensor
+    seq_lens: cute.Tensor
+    sink: cute.Tensor
+    q_descale: cute.Tensor
+    k_descale: cute.Tensor
+    v_descale: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    partials: Partials
+
+
+class Scalars(NamedTuple):
+    """scale * log2(e); query tokens a request; whether `sink` counts; row groups a request."""
+
+    scale_log2: Float32
+    S_q: Int32
+    has_sink: Int32
+    groups: Int32
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Views of a CTA's shared memory (frozen, like every group of trace-time objects: branches may then use it).
+
+    sQ [64, 512, Q tile] and sQ_rope [64, 64, Q tile]; sK [64, 512, stage] and sK_rope [64, 64, stage]; the latter if
+    there is a rope part. sP [tile_n, 64, parts * P stage + part]: keys in the order of `values.py`. Beside each P:
+    sFactor [64, P stage], what O is to be multiplied by first, and sMoved [warp, P stage], whether a warp has a factor
+    that is not 1. sUnit [64]: what scores of 16-bit queries are to be multiplied by. sScale [64]: what turns O into
+    out.
+    """
+
+    config: Config
+    sQ: cute.Tensor
+    sQ_rope: cute.Tensor | None
+    sK: cute.Tensor
+    sK_rope: cute.Tensor | None
+    sP: cute.Tensor
+    sFactor: cute.Tensor
+    sMoved: cute.Tensor
+    sUnit: cute.Tensor
+    sScale: cute.Tensor
+    sScan: cute.Tensor
+    k: Channel
+    q: Channel
+    p: Channel
+    scale: Channel
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        return (self.k, self.q, self.p, self.scale)
+
+    @staticmethod
+    def over(config: Config, storage) -> Shared:
+        def view(field, rows: int, columns: int, stages: int, row_bytes: int = 128) -> cute.Tensor | None:
+            if columns == 0:
+                return None
+            layout = row_layout(Float8E4M3FN, rows, columns, stages, row_bytes)
+            return field.get_tensor(layout.outer, swizzle=layout.inner)
+
+        barriers = storage.barriers.data_ptr()
+        at_q, at_p = Channel.words(config.stages), Channel.words(config.stages) + Channel.words(1)
+        at_scale, values_warps = at_p + Channel.words(P_STAGES), 2 * WARPS_A_GROUP
+        return Shared(
+            config=config,
+            sQ=view(storage.sQ, TILE_M, DV, config.q_tiles),
+            sQ_rope=view(storage.sQ_rope, TILE_M, config.rope, config.q_tiles, row_bytes=ROPE),
+            sK=view(storage.sK, BLOCK, DV, config.stages),
+            sK_rope=view(storage.sK_rope, BLOCK, config.rope, config.stages, row_bytes=ROPE),
+            sP=view(storage.sP, config.tile_n, BLOCK, P_STAGES * config.p_parts, row_bytes=BLOCK),
+            sFactor=storage.sFactor.get_tensor(cute.make_layout((TILE_M, P_STAGES))),
+            sMoved=storage.sMoved.get_tensor(cute.make_layout((WARPS_A_GROUP, P_STAGES))),
+            sUnit=storage.sUnit.get_tensor(cute.make_layout(TILE_M)),
+            sScale=storage.sScale.get_tensor(cute.make_layout(TILE_M)),
+            sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(WARPS))),
+            k=Channel.over("K", barriers, config.stages, readers=values_warps * config.cluster, cluster=config.cluster),
+            q=Channel.over(
+                "Q", barriers + at_q, 1, readers=WARPS_A_GROUP, writers=1 if config.q == "fp8" else values_warps
+            ),
+            p=Channel.over("P", barriers + at_p, P_STAGES, readers=values_warps, writers=WARPS_A_GROUP),
+            scale=Channel.over("scale", barriers + at_scale, 1, readers=values_warps, writers=WARPS_A_GROUP),
+        )
