@@ -1,0 +1,206 @@
+"""Time the CPU's compiled kernels beside what else a machine offers: one thread, least CPU time, in random order.
+
+    OMP_NUM_THREADS=1 python docs/bench/cpu_kernels.py [seconds a case]
+
+`gather` copies the pages into a contiguous KV and calls torch's op: SDPA with a group's heads as rows, and for MLA the
+flash op with V = K (its last columns dropped). `torch` is the library's own path without llvmlite. `read` reads 64 MiB
+in shuffled blocks of 16 KiB; `peak` is a loop of FMAs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+import time
+from collections.abc import Callable
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from flash_mla import deepseek, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla.backends.cpu import engine
+from flash_mla.bench.timing import device_name
+from flash_mla.kernels.cpu import config, store
+from flash_mla.kernels.cpu.ir import F32, I32, I64, POINTER, Code, vector
+from flash_mla.plan import plan
+from flash_mla.problem import FP8
+from flash_mla.quant import FORMATS
+
+SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 3.0
+BLOCKS = 4096
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def compiled(module: ir.Module, name: str) -> int:
+    machine = store.machine(config.host())
+    parsed = llvm.parse_assembly(str(module))
+    tuning = llvm.create_pipeline_tuning_options(speed_level=2)
+    tuning.loop_unrolling = False
+    passes = llvm.create_pass_builder(machine, tuning)
+    passes.getModulePassManager().run(parsed, passes)
+    code = llvm.create_mcjit_compiler(parsed, machine)
+    code.finalize_object()
+    store.ENGINES.append(code)
+    return code.get_function_address(name)
+
+
+def reader() -> Callable[[], None]:
+    """Sum 64 MiB, block by block in random order."""
+    module = ir.Module("read")
+    g = Code(module, "read", [POINTER, I64, POINTER])
+    memory, n, order = g.args
+    sums = [g.variable(g.const(0, vector(I32, 8))) for _ in range(4)]
+    with g.loop(0, n) as i:
+        block = memory + (order + i * 8).load(I64) * 16384
+        with g.loop(0, 16384, 128) as at:
+            for k, total in enumerate(sums):
+                total.set(total.get() + (block + at + 32 * k).load(vector(I32, 8)))
+    memory.store(sums[0].get() + sums[1].get() + sums[2].get() + sums[3].get())
+    g.finish()
+    read = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)(compiled(module, "read"))
+    x, order = torch.ones(BLOCKS * 16384, dtype=torch.uint8), torch.randperm(BLOCKS)
+    return lambda: read(x.data_ptr(), BLOCKS, order.data_ptr())
+
+
+def multiplier() -> Callable[[], None]:
+    """FMAs on ten accumulators."""
+    module = ir.Module("peak")
+    g = Code(module, "peak", [POINTER])
+    x = g.args[0].load(F32, 4).splat(8)
+    sums = [g.variable(g.const(float(i), x.type)) for i in range(10)]
+    with g.loop(0, 1 << 18):
+        for total in sums * 4:
+            total.set(total.get().fma(x, x))
+    all_of = sums[0].get()
+    for total in sums[1:]:
+        all_of = all_of + total.get()
+    g.args[0].store(all_of, 4)
+    g.finish()
+    peak = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled(module, "peak"))
+    buffer = (ctypes.c_float * 64)(0.5)
+    return lambda: peak(ctypes.addressof(buffer))
+
+
+READ, PEAK = reader(), multiplier()
+READ_BYTES, PEAK_FLOPS = BLOCKS * 16384, 2 * 8 * 10 * 4 * (1 << 18)
+
+
+def through_torch(call: Callable[[], object]) -> Callable[[], object]:
+    """The same call without the kernels."""
+    before = engine.missing
+
+    def run() -> object:
+        plan.cache_clear()
+        engine.missing = lambda: "left out"
+        try:
+            return call()
+        finally:
+            engine.missing = before
+            plan.cache_clear()
+
+    return run
+
+
+def show(name: str, calls: dict[str, Callable[[], object]], flops: float, bytes_read: float) -> None:
+    """Measure, and print one row of the table."""
+    calls = {**calls, "read": READ, "peak": PEAK}
+    for call in calls.values():
+        call()
+    least = dict.fromkeys(calls, 1e9)
+    end, rounds = time.process_time() + SECONDS, 0
+    while rounds < 3 or time.process_time() < end:
+        rounds += 1
+        for key in random.sample(list(calls), len(calls)):
+            start = time.process_time()
+            calls[key]()
+            least[key] = min(least[key], time.process_time() - start)
+    ours = least["ours"]
+    peak = flops / ours / (PEAK_FLOPS / least["peak"])
+    rate = bytes_read / ours / (READ_BYTES / least["read"])
+    peers = "; ".join(f"{key} {x / ours:.2f}x" for key, x in least.items() if key not in ("ours", "read", "peak"))
+    print(f"| {name} | {ours * 1e3:.3f} | {peak:.0%} | {rate:.0%} | {peers} |", flush=True)
+
+
+def decode(name: str, B: int, Hq: int, Hk: int, D: int, S: int, Dv: int | None = None, dtype=torch.bfloat16) -> None:
+    n, alias, Dv = S // 64, Dv is not None, Dv or D
+    k = torch.randn(B, Hk, n, 64, D).to(dtype)
+    v = k[..., :Dv] if alias else torch.randn(B, Hk, n, 64, Dv).to(dtype)
+    table = torch.stack([torch.randperm(n) for _ in range(B)]).int()
+    lengths, q = torch.full((B,), S, dtype=torch.int32), torch.randn(B, Hq, 1, D).to(dtype)
+    metadata = get_mla_metadata(q.shape, k.shape, table, lengths, v_head_dim=Dv)
+    call = lambda: flash_mla_with_kvcache(q, k, v, table, lengths, None, metadata)  # noqa: E731
+    buffers = k.new_empty(B, Hk, n, 64, D), k.new_empty(B, Hk, n, 64, Dv)
+
+    def gather() -> object:
+        for b in range(B):
+            ids = table[b].long()
+            torch.index_select(k[b], 1, ids, out=buffers[0][b])
+            if not alias:
+                torch.index_select(v[b], 1, ids, out=buffers[1][b])
+        rows = buffers[0].flatten(2, 3)
+        if alias:
+            return flash(q.view(B, 1, Hq, D), rows, rows)[0][..., :Dv]
+        return sdpa(q.view(B, Hk, Hq // Hk, D), rows, buffers[1].flatten(2, 3))
+
+    calls = {"ours": call}
+    if B < 1024:
+        calls["torch"] = through_torch(call)
+    if dtype != FP8:
+        calls["gather"] = gather
+    columns = D if alias else D + Dv
+    show(name, calls, 2.0 * B * Hq * S * (D + Dv), float(B * S * Hk * columns * k.element_size()))
+
+
+def prefill(name: str, H: int, D: int, Dv: int, P: int) -> None:
+    q, k, v = (torch.randn(1, H, P, x).bfloat16() for x in (D, D, Dv))
+    calls = {"ours": lambda: flash_mla_prefill(q, k, v), "SDPA": lambda: sdpa(q, k, v, is_causal=True)}
+    show(name, calls, H * P * (P + 1.0) * (D + Dv), 0.0)
+
+
+def block_sparse(P: int) -> None:
+    q, k, v = (torch.randn(1, 4, P, 128).bfloat16() for _ in range(3))
+    layout = torch.rand(1, 1, P // 64, P // 64) < 0.25
+    calls = {
+        "ours": lambda: flash_mla_prefill(q, k, v, layout, causal=False),
+        "dense": lambda: flash_mla_prefill(q, k, v, causal=False),
+    }
+    show(f"block-sparse 25 %, P {P}, D 128", calls, 4 * 4.0 * P * P * 128 * layout.float().mean().item(), 0.0)
+
+
+def sparse(Hq: int, S: int, topk: int = 2048) -> None:
+    form = FORMATS["fp8_ds_mla"]
+    pages = form.quantise(torch.randn(S // 64, 64, 1, 576).bfloat16())
+    q, indices = torch.randn(1, 1, Hq, 576).bfloat16(), torch.randperm(S)[:topk].int().view(1, 1, topk)
+    schedule = deepseek.get_mla_metadata()[0]
+    call = lambda: deepseek.flash_mla_with_kvcache(  # noqa: E731
+        q, pages, None, None, 512, schedule, is_fp8_kvcache=True, indices=indices
+    )
+    name = f"sparse fp8_ds_mla, {Hq} heads, topk {topk}, s_kv {S}"
+    show(name, {"ours": call, "torch": through_torch(call)}, 2.0 * Hq * topk * 1088, 656.0 * topk)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(f"{device_name('cpu')}, torch {torch.__version__}, one thread\n")
+    print("| case | ms | of FMA peak | of read rate | over |\n| --- | --- | --- | --- | --- |")
+    for S in (256, 1024, 16384):
+        decode(f"GQA 32/8 D 128, S {S}", 1, 32, 8, 128, S)
+    decode("same, B 16, S 4096", 16, 32, 8, 128, 4096)
+    for dtype in (torch.bfloat16, torch.float16, FP8):
+        decode(f"GQA 32/8 D 128, S 4096, {dtype}", 1, 32, 8, 128, 4096, dtype=dtype)
+    decode("MHA 32/32 D 128, S 2048", 1, 32, 32, 128, 2048)
+    for B in (1, 64, 1024):
+        decode(f"GQA 8/1 D 64, S 64, B {B}", B, 8, 1, 64, 64)
+    for B, heads in ((1, 16), (16, 16), (1, 128)):
+        decode(f"MLA {heads} heads, B {B}, S 4096", B, heads, 1, 576, 4096, Dv=512)
+    for D, Dv in ((64, 64), (128, 128), (192, 128)):
+        for P, H in ((512, 8), (2048, 8), (8192, 1)):
+            prefill(f"causal prefill, {H} heads, D {D}/{Dv}, P {P}", H, D, Dv, P)
+    block_sparse(2048)
+    for heads in (16, 128):
+        for S in (8192, 131072):
+            sparse(heads, S)
