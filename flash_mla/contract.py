@@ -260,7 +260,7 @@ def check_head_dims(D: int, Dv: int) -> None:
     for name, size in (("D", D), ("Dv", Dv)):
         if not isinstance(size, (int, torch.SymInt)) or size % 8 or not 8 <= size <= 576:
             raise ShapeError(
-                f"head dim {name} = {size}",
+                f"head dim {name} = {size!r}"[:200],
                 "a multiple of 8 from 8 to 576",
                 f"`{name}` is not a head dimension that the kernels support",
                 f"Pad {name} with zeros to the next multiple of 8",

@@ -16,6 +16,7 @@ from flash_mla import contract
 from flash_mla.api import attend_mha, plan_decode, plan_mha, plan_prefill
 from flash_mla.autograd import refuse_op
 from flash_mla.launch import launch
+from flash_mla.pages import check_pages_out, decode_over_pages, page_views
 from flash_mla.problem import AppendArgs
 
 
@@ -135,6 +136,62 @@ def mha_op(
         return attend_mha(
             chosen, q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, softmax_scale, descales, None, True
         )  # type: ignore[return-value]
+
+
+@torch.library.custom_op("flash_mla::decode_over_pages", mutates_args=())
+def pages_op(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    mask: Tensor | None,
+    layout: str,
+    k_rope_pages: Tensor | None,
+    v_head_dim: int | None,
+    causal: bool,
+    check_values: bool,
+    softmax_scale: float | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    attn_sink: Tensor | None,
+    backend: str | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """decode_over_pages."""
+    with torch.no_grad():
+        if out is not None:
+            views = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
+            descales = (q_descale, k_descale, v_descale)
+            check_pages_out(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+        return decode_over_pages(
+            q, k_pages, v_pages, block_table, seq_lens, mask, layout=layout, k_rope_pages=k_rope_pages,
+            v_head_dim=v_head_dim, causal=causal, check_values=check_values, softmax_scale=softmax_scale,
+            q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink, return_lse=True,
+            backend=backend,
+        )  # type: ignore[return-value]  # fmt: skip
+
+
+@pages_op.register_fake
+def fake_pages(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    mask: Tensor | None,
+    layout: str,
+    k_rope_pages: Tensor | None,
+    v_head_dim: int | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    """As `fake`, V being v_pages or the first columns of k_pages."""
+    v = k_pages[..., :v_head_dim] if v_pages is None else v_pages
+    return fake(q, k_pages, v)
+
+
+refuse_op(pages_op, "decode_over_pages")
 
 
 def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

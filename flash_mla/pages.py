@@ -8,16 +8,19 @@ read. No cache is copied, whatever its size.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from flash_mla import contract
+from flash_mla.api import as_tensors, give_back
 from flash_mla.backends import choose
-from flash_mla.contract import NO_DESCALES, Descales, named
+from flash_mla.contract import Descales, named
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.launch import launch
 from flash_mla.plan import Plan, plan
-from flash_mla.problem import BLOCK, DecodeProblem
+from flash_mla.problem import ALIGNMENT, BLOCK, DecodeProblem
 
 __all__ = ["decode_over_pages"]
 
@@ -76,15 +79,17 @@ def decode_over_pages(
         FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
     """
     descales = (q_descale, k_descale, v_descale)
-    views = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
-    k, v, k_rope, table = views
-    fold = not causal and mask is None and q.shape[2] > 1
-    if fold:
-        # all queries see the same keys, which is what heads of one group do
-        return unfold(
-            q, k, v, k_rope, table, seq_lens, softmax_scale, descales, attn_sink, return_lse, out, backend, check_values
-        )
-    return attend_pages(
+    if torch.compiler.is_compiling():
+        result = torch.ops.flash_mla.decode_over_pages(
+            q, k_pages, v_pages, block_table, seq_lens, mask, layout, k_rope_pages, v_head_dim, causal, check_values,
+            softmax_scale, *as_tensors(descales, q), attn_sink, backend, out,
+        )  # fmt: skip
+        return give_back(result, return_lse, out)
+    k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
+    if out is not None:
+        check_pages_out(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+    attend = attend_pages if causal or mask is not None or q.shape[2] <= 1 else unfold
+    return attend(
         q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, return_lse, out, backend,
         check_values,
     )  # fmt: skip
@@ -200,13 +205,10 @@ def attend_pages(
     backend: str | None,
     check_values: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The call over page views, every check of the other arguments made."""
+    """The call over page views; `out` has passed `check_pages_out`, or is new memory."""
     problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
-    q_descale, k_descale, v_descale = descales
-    problem = contract.check_out(
-        out, problem, q=q, k_pages=k, v_pages=v, k_rope_pages=k_rope, block_table=table, seq_lens=seq_lens, mask=mask,
-        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
-    )  # fmt: skip
+    if out is not None and not contract.is_aligned(out):
+        problem = problem._replace(aligned=False)
     chosen = pick(problem, backend)
     if check_values:
         longest = contract.check_values(table, seq_lens, problem.Nblk, page=problem.page)
@@ -237,7 +239,18 @@ def pages_problem(
     attn_sink: Tensor | None,
     out: Tensor | None,
 ) -> DecodeProblem:
-    """The problem of a call over page views; reads no value."""
+    """The problem of a call over page views; reads no value.
+
+    A call without a mask whose shapes, strides, dtypes and devices passed before is not checked again.
+    """
+    scale_sign = contract.check_scale(softmax_scale)
+    out_strides = None if out is None or out.is_contiguous() else out.stride()
+    key = None if mask is not None else contract.passing(q, k, v, table, seq_lens, descales, attn_sink)
+    if key is not None:
+        rope = None if k_rope is None else (k_rope.shape, k_rope.stride(), k_rope.dtype, k_rope.data_ptr() % ALIGNMENT)
+        key = (*key, rope, scale_sign, out_strides)
+        if (problem := PASSED.get(key)) is not None:
+            return problem
     B, Hq, S_q, D = q.shape
     Hk = k.shape[1]
     contract.check_tensor("seq_lens", seq_lens)
@@ -249,17 +262,45 @@ def pages_problem(
     contract.check_head_dims(D, v.shape[4])
     contract.check_seq_lens_shape(seq_lens, B)
     contract.check_sink(attn_sink, Hq, q.device)
-    out_strides = None
-    if out is not None:
-        contract.check_tensor("out", out)
-        if not out.is_contiguous():
-            check_spread(out)
-            out_strides = out.stride()
-    return contract.decode_problem(
+    problem = contract.decode_problem(
         q, k, v, table, k_rope, alias=contract.is_alias(k, v),
         mask=contract.check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, L]"),
         descale=contract.check_descales(descales, B, Hk, q.device), sink=attn_sink is not None,
-        scale_sign=contract.check_scale(softmax_scale), out_strides=out_strides,
+        scale_sign=scale_sign, out_strides=out_strides,
+    )  # fmt: skip
+    if key is not None:
+        if len(PASSED) >= contract.MOST_PASSED:
+            PASSED.clear()
+        PASSED[key] = problem
+    return problem
+
+
+PASSED: dict[tuple[object, ...], DecodeProblem] = {}
+
+
+def check_pages_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_rope: Tensor | None,
+    table: Tensor,
+    seq_lens: Tensor,
+    mask: Tensor | None,
+    softmax_scale: float | None,
+    descales: Descales,
+    attn_sink: Tensor | None,
+    out: Tensor,
+) -> None:
+    """A caller's out: its shape, its layout, and that it shares memory with nothing."""
+    contract.check_tensor("out", out)
+    contract.check_rank("out", out.shape, 4, "[B, Hq, S_q, Dv]")
+    if not out.is_contiguous():
+        check_spread(out)
+    problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+    q_descale, k_descale, v_descale = descales
+    contract.check_out(
+        out, problem, q=q, k_pages=k, v_pages=v, k_rope_pages=k_rope, block_table=table, seq_lens=seq_lens, mask=mask,
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
     )  # fmt: skip
 
 
@@ -278,6 +319,7 @@ def check_spread(out: Tensor) -> None:
         extent = max(extent, stride * (size - 1) + extent)
 
 
+@lru_cache(maxsize=4096)
 def pick(problem: DecodeProblem, backend: str | None) -> Plan:
     """The plan of the problem, or of the same one with q and out packed where the backend that serves wants them so."""
     Hq, S_q, D = problem.Hq, problem.S_q, problem.D
@@ -295,6 +337,7 @@ def unfold(
     k_rope: Tensor | None,
     table: Tensor,
     seq_lens: Tensor,
+    mask: Tensor | None,
     softmax_scale: float | None,
     descales: Descales,
     attn_sink: Tensor | None,
@@ -303,14 +346,14 @@ def unfold(
     backend: str | None,
     check_values: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The call without causality: its S_q queries as heads of their group, and back."""
-    B, Hq, S_q, _ = q.shape
+    """The call without causality: its S_q queries see the same keys, as heads of one group do, and go in as such."""
+    B, Hq, S_q, D = q.shape
     Hk, Dv = k.shape[1], v.shape[4]
     contract.check_grouping(Hq, Hk)
     contract.check_sink(attn_sink, Hq, q.device)
     ratio = Hq // Hk
     # [B, Hk * S_q * ratio, 1, D]: a view where Hk is 1 and q lies as [B, S_q, Hq, D]
-    rows = q.unflatten(1, (Hk, ratio)).transpose(2, 3).reshape(B, Hk * S_q * ratio, 1, -1)
+    rows = q.unflatten(1, (Hk, ratio)).transpose(2, 3).reshape(B, Hk * S_q * ratio, 1, D)
     sink = None if attn_sink is None else attn_sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
     result = attend_pages(
         rows, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, sink, True, None, backend, check_values
@@ -320,7 +363,5 @@ def unfold(
     first = result[0].view(*folded, Dv).transpose(2, 3).flatten(1, 2)
     lse = result[1].view(folded).transpose(2, 3).flatten(1, 2)
     if out is not None:
-        problem = pages_problem(q, k, v, k_rope, table, seq_lens, None, None, NO_DESCALES, None, out)
-        contract.check_out(out, problem, q=q, k_pages=k, v_pages=v, block_table=table, seq_lens=seq_lens)
         first = out.copy_(first)
     return (first, lse) if return_lse else first

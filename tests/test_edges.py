@@ -18,6 +18,7 @@ from flash_mla import (
     PagedKVCache,
     ShapeError,
     decode_over_pages,
+    deepseek,
     flash_mla_prefill,
     flash_mla_with_kvcache,
     get_mla_metadata,
@@ -108,8 +109,6 @@ def empty_calls():
 def test_empty_work(name, backend, compiled):
     """An empty result of the right shape, or rows of 0 and -inf, written into an out that held NaN."""
     function, arguments = empty_calls()[name]
-    if compiled and function is decode_over_pages:
-        pytest.skip("decode_over_pages is no custom op")
     call = torch.compile(function, backend="aot_eager") if compiled else function
     q = arguments[0]
     given = torch.full(q.shape, math.nan)
@@ -392,3 +391,21 @@ def test_tokens_before_heads_are_recognised():
     q, k = torch.randn(2, 70, 8, 64), torch.randn(2, 70, 2, 64)
     with pytest.raises(ShapeError, match="transpose"):
         flash_mla_prefill(q, k, k)
+
+
+@pytest.mark.parametrize("value", ["64", 64.0, None, [64]])
+def test_head_dim_v_of_the_drop_in_is_an_int(value):
+    q, pool = torch.randn(2, 1, 4, 64), torch.randn(3, 64, 1, 64)
+    ints = torch.zeros(2, 2, dtype=torch.int32)
+    with pytest.raises(ShapeError, match="Dv"):
+        deepseek.flash_mla_with_kvcache(q, pool, ints, ints[:, 0], value)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_drop_in_takes_no_request(causal):
+    ints = torch.zeros(0, 2, dtype=torch.int32)
+    out, lse = deepseek.flash_mla_with_kvcache(
+        torch.randn(0, 2, 4, 64), torch.randn(3, 64, 1, 64), ints, ints[:, 0], 64, causal=causal
+    )
+    assert out.shape == (0, 2, 4, 64)
+    assert lse.shape == (0, 4, 2)

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from flash_mla import ShapeError, decode_over_pages, deepseek
+from flash_mla import GradientError, ShapeError, decode_over_pages, deepseek
 from flash_mla.errors import BlockCountError, LayoutError
 from flash_mla.reference import decode_reference
 from flash_mla.testing import check
@@ -211,3 +211,32 @@ def test_deepseek_takes_pages_of_any_size():
     for i, (out, lse) in enumerate(results):
         torch.testing.assert_close(out, results[i % 2][0], rtol=1.6e-2, atol=1e-3)
         torch.testing.assert_close(lse, results[i % 2][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["page-16", "page-64", "mla", "split", "full", "mask", "fp8"])
+def test_compiled_pages(name):
+    """One graph, whose op reads the caller's pages; out, of q's strides, is written."""
+    case = CASES[name]
+    x = make(**case)
+    Dv = x.pop("Dv")
+    x |= {"layout": case.get("layout", "NHD"), "v_head_dim": Dv if case.get("packing") == "latent" else None}
+    want, want_lse = decode_over_pages(**x, return_lse=True)
+    torch._dynamo.reset()
+    call = torch.compile(decode_over_pages, backend="aot_eager", fullgraph=True)
+    given = torch.full_like(want.transpose(1, 2).contiguous(), math.nan).transpose(1, 2)
+    out, lse = call(**x, return_lse=True, out=given)
+    assert out.data_ptr() == given.data_ptr()
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("leaf", ["q", "k_pages"])
+def test_a_gradient_is_refused(leaf, compiled):
+    x = make(page=16, dtype=torch.float32)
+    x.pop("Dv")
+    x[leaf].requires_grad_()
+    torch._dynamo.reset()
+    call = torch.compile(decode_over_pages, backend="aot_eager", fullgraph=True) if compiled else decode_over_pages
+    with pytest.raises(GradientError):
+        call(**x).sum().backward()

@@ -12,7 +12,7 @@ from flash_mla.contract import check_head_dims, check_index, check_on, check_ran
 from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
 from flash_mla.deepseek.sparse import row_format, sparse, sparse_keys
 from flash_mla.errors import DTypeError, ShapeError
-from flash_mla.pages import decode_over_pages
+from flash_mla.pages import attend_pages, page_views, unfold
 from flash_mla.problem import FP8
 
 
@@ -208,7 +208,7 @@ def dense(
     attn_sink: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Our own decode over pages; q and out are read and written where they lie."""
+    """Our own decode over pages, as `decode_over_pages` has it; q and out are read and written where they lie."""
     block_table, cache_seqlens = named_tokens(block_table, cache_seqlens)
     B, S_q, Hq, D = q.shape
     check_same_dtype(q, "k_cache", k_cache)
@@ -222,24 +222,13 @@ def dense(
     check_index("cache_seqlens", cache_seqlens, (B,), "[b]")
     descale_q, descale_k = (None if x is None else x.to(torch.float32).view(-1, 1) for x in descales)
     out = q.new_empty(B, S_q, Hq, Dv, dtype=out_dtype(q.dtype))
-    result = decode_over_pages(
-        q.transpose(1, 2),
-        k_cache,
-        None,
-        block_table,
-        cache_seqlens,
-        v_head_dim=Dv,
-        causal=causal,
-        check_values=False,
-        softmax_scale=softmax_scale,
-        q_descale=descale_q,
-        k_descale=descale_k,
-        v_descale=descale_k,
-        attn_sink=attn_sink,
-        return_lse=True,
-        out=out.transpose(1, 2),
-        backend=backend,
-    )
+    rows, given = q.transpose(1, 2), out.transpose(1, 2)
+    k, v, _, table = page_views(rows, k_cache, None, None, block_table, "NHD", Dv)
+    attend = attend_pages if causal or S_q == 1 else unfold
+    result = attend(
+        rows, k, v, None, table, cache_seqlens, None, softmax_scale, (descale_q, descale_k, descale_k), attn_sink, True,
+        given, backend, False,
+    )  # fmt: skip
     return out, empty_is_inf(result[1])
 
 

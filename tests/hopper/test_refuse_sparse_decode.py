@@ -63,6 +63,7 @@ def test_takes(keys: dict, changes: dict) -> None:
     [
         ({}, {"dtype": torch.float16, "format": None}, "BF16"),
         ({}, {"D": 128, "Dv": 128}, "576/512 or 512/512"),
+        ({}, {"format": "fp8_token"}, "rows of fp8_token"),
         ({}, {"Dv": 256}, "576/512 or 512/512"),
         ({"pages": 0}, {}, "empty"),
         ({"cache_strides": (64 * 644, 644)}, {"format": "fp8_token"}, "rows of fp8_token"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sass import NEEDS, compiled
+from sass import NEEDS, Sass, compiled
 
 from flash_mla.backends import hopper
 from flash_mla.backends.hopper import sparse_prefill
@@ -16,6 +16,7 @@ from flash_mla.kernels.hopper.sparse_prefill.config import BINS, CHUNK_BYTES, Co
 from flash_mla.problem import SparseProblem, SparseSet
 
 CONFIGS = [Config("bf16", 576), Config("bf16", 512), Config("fp16", 576)]
+FEW = [Config("bf16", 576, 8), Config("bf16", 576, 16), Config("fp16", 512, 16)]
 needs_dsl = pytest.mark.skipif(
     importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed"
 )
@@ -92,6 +93,11 @@ def test_orders_ids_where_the_l2_does_not_hold_the_rows(changes: dict[str, objec
     assert sparse_prefill.config(problem(**changes)) == (Config("bf16", 576), order)
 
 
+@pytest.mark.parametrize(("Hq", "tile"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 64), (64, 64), (65, 64), (200, 64)])
+def test_few_heads_are_the_n_of_the_products(Hq: int, tile: int) -> None:
+    assert sparse_prefill.config(problem(Hq=Hq)).kernel == Config("bf16", 576, tile)
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 31, 32, 33, 1000, 65536, 65537, 2**31 - 1])
 def test_bins_hold_every_row(num_rows: int) -> None:
     last = (num_rows - 1) >> bin_shift(num_rows)
@@ -99,7 +105,7 @@ def test_bins_hold_every_row(num_rows: int) -> None:
     assert last >= BINS // 2 or num_rows <= BINS // 2
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS + FEW, ids=str)
 def test_stages_cover_each_chunk_once(config: Config) -> None:
     for block in range(2):
         halves = [config.stage_chunks(stage) for stage in range(2 * block, 2 * block + 2)]
@@ -151,11 +157,27 @@ def test_compiles(config: Config, tmp_path: Path) -> None:
     from flash_mla.kernels.hopper.sparse_prefill.kernel import build
 
     sass = compiled(build, config, tmp_path)
-    assert sass.resources == [(168, 0)]
-    assert sass.spills == (0, 0, 0)
+    check(sass, config)
     # Q K^T in three places; P V: 4 steps, two blocks, in three places
     assert sass.count("HGMMA") == 3 * config.D // 16 + 3 * 2 * 4
-    # a pair: each thread copies 16 bytes of four rows of each chunk, of two blocks
-    assert sass.count(r"LDGSTS\.E\.BYPASS\.LTC128B\.128") == 2 * 4 * config.chunks
     # NOTE: serialised wgmma shows as one wait an instruction
     assert sass.count(r"WARPGROUP\.DEPBAR") < 16
+
+
+@marked
+@pytest.mark.parametrize("config", FEW, ids=str)
+def test_few_heads_compile(config: Config, tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.sparse_prefill.kernel import build
+
+    sass = compiled(build, config, tmp_path)
+    check(sass, config)
+    # K Q^T; V^T P^T: 4 steps of 16 keys for each 64 columns
+    assert sass.count("HGMMA") == config.D // 16 + 4 * 8
+    assert sass.count(r"WARPGROUP\.DEPBAR") == 2
+
+
+def check(sass: Sass, config: Config) -> None:
+    """Entry registers, no spills, and the copies of a pair: 16 bytes a thread of four rows of a chunk, two blocks."""
+    assert sass.resources == [(168, 0)]
+    assert sass.spills == (0, 0, 0)
+    assert sass.count(r"LDGSTS\.E\.BYPASS\.LTC128B\.128") == 2 * 4 * config.chunks

@@ -19,7 +19,7 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("fmt", [fmt for name, fmt in FORMATS.items() if name in ROWS], ids=str)
 def test_rows_are_the_formats(fmt: RowFormat) -> None:
     row = ROWS[fmt.name]
     pages = fmt.empty(2, page=5).view(torch.uint8)

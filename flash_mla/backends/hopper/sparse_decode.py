@@ -22,8 +22,8 @@ def refuse(problem: SparseProblem) -> str | None:
         return f"dtype {problem.dtype}: the kernel takes and gives BF16"
     if problem.D not in WIDTHS or problem.Dv != DV:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
-    if problem.format is not None and problem.format not in ROWS:
-        return f"rows of {problem.format}: the kernel reads those of {', '.join(ROWS)}"
+    if rows_name(problem) not in ROWS:
+        return f"rows of {problem.format}: the kernel takes {', '.join(ROWS)}"
     if any(keys.pages * keys.page == 0 for keys in problem.sets):
         return "an empty cache beside one with rows"
     return refuse_strides(problem)
@@ -48,11 +48,15 @@ def refuse_strides(problem: SparseProblem) -> str | None:
     return None
 
 
+def rows_name(problem: SparseProblem) -> str:
+    """What the kernel calls the caches' rows."""
+    return f"bf16_{problem.D}" if problem.format is None else problem.format
+
+
 def config(problem: SparseProblem) -> Config:
     """The kernel variant: the smallest tile of heads that holds them, and two CTAs of 64 that share a token's keys."""
-    rows = f"bf16_{problem.D}" if problem.format is None else problem.format
     tile_heads = next((tile for tile in TILES if problem.Hq <= tile), TILES[-1])
-    return Config(rows, len(problem.sets), tile_heads, cluster=1 if problem.Hq <= tile_heads else 2)
+    return Config(rows_name(problem), len(problem.sets), tile_heads, cluster=1 if problem.Hq <= tile_heads else 2)
 
 
 def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:

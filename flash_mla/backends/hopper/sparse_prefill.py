@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import HALVES, device_of, int32, multiprocessors
-from flash_mla.kernels.hopper.limits import TILE_M, TMA_BYTES
-from flash_mla.kernels.hopper.sparse_prefill.config import MAX_ORDERED, MAX_ROWS, WIDTHS, Config, bin_shift
+from flash_mla.kernels.hopper.limits import TMA_BYTES
+from flash_mla.kernels.hopper.sparse_prefill.config import MAX_ORDERED, MAX_ROWS, TILES, WIDTHS, Config, bin_shift
 from flash_mla.problem import SparseArgs, SparseProblem
 
 ORDER_BYTES, ORDER_TOKENS, ORDER_TOPK = 24 * 2**20, 264, 128
@@ -52,7 +52,8 @@ def config(problem: SparseProblem) -> Choice:
         and problem.B >= ORDER_TOKENS
         and ORDER_TOPK <= keys.topk <= MAX_ORDERED
     )
-    return Choice(Config(dtype=HALVES[problem.dtype], D=problem.D), order)
+    tile_heads = next((n for n in TILES if problem.Hq <= n), TILES[-1])
+    return Choice(Config(HALVES[problem.dtype], problem.D, tile_heads), order)
 
 
 def ordered(indices: Tensor, lengths: Tensor | None, num_rows: int, wave: int) -> tuple[Tensor, Tensor]:
@@ -86,7 +87,7 @@ def launch(problem: SparseProblem, config: Choice, args: SparseArgs) -> None:
     kernel = store.load("sparse_prefill", config.kernel, sparse_prefill.build)
     (keys,) = args.keys
     indices, lengths = int32(keys.indices), None if keys.lengths is None else int32(keys.lengths)
-    head_tiles = -(-problem.Hq // TILE_M)
+    head_tiles = -(-problem.Hq // config.kernel.tile_heads)
     ctas = min(problem.B * head_tiles, multiprocessors(problem.device))
     max_logits = torch.empty_like(args.lse) if args.max_logits is None else args.max_logits
     with device_of(problem.device):

@@ -65,6 +65,7 @@ from flash_mla.kernels.hopper.sparse_decode.config import (
 from flash_mla.kernels.hopper.sparse_decode.producer import Producer
 from flash_mla.kernels.hopper.sparse_decode.rows import Cache, Lengths
 from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.walk import Done, walk
 from flash_mla.kernels.hopper.work import find_work
 
 
@@ -236,13 +237,16 @@ class SparseDecode:
             tidx, _, _ = cute.arch.thread_idx()
             if const_expr(config.few):
                 consumer = FewConsumer.over(shared, warp_id // 4, tidx % WARPGROUP)
-                few.Segments(consumer, tensors, scalars, cluster_id).run(work)
+                segments = few.Segments(consumer, tensors, scalars, cluster_id)
+                walk(work, lengths, lengths, scalars.groups, segments.compute, Done.nothing())
             elif warp_id < CONSUMER_WARPS // 2:
                 consumer = ManyConsumer.over(shared, 0, tidx, scalars.scale_log2)
-                many.Segments(consumer, tensors, scalars, rank, cluster_id).run(work)
+                left = many.Segments(consumer, tensors, scalars, rank, cluster_id)
+                walk(work, lengths, lengths, scalars.groups, left.compute, Done.nothing())
             else:
                 consumer = ManyConsumer.over(shared, 1, tidx - WARPGROUP, scalars.scale_log2)
-                many.Segments(consumer, tensors, scalars, rank, cluster_id).run(work)
+                right = many.Segments(consumer, tensors, scalars, rank, cluster_id)
+                walk(work, lengths, lengths, scalars.groups, right.compute, Done.nothing())
         for channel in (shared.q, shared.k):
             channel.check()
 

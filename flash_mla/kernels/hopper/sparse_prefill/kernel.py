@@ -9,9 +9,10 @@ Bound. A block of 64 keys costs 2 * 64 * 64 * (576 + 512) = 8.9 MFLOP, 2176 cycl
 bound.
 
 Roles (384 threads; entry 168 registers):
-    warpgroup 0   232 registers   S0 = Q K_even^T, softmax, O[:, 0:256]       `mla_decode/consumer.py`, with a mask
+    warpgroup 0   232 registers   S0 = Q K_even^T, softmax, O[:, 0:256]       `consumer.py`: MLA decode's, with a mask
     warpgroup 1   232 registers   S1 = Q K_odd^T, softmax, O[:, 256:512]
     warps 8-11     40 registers   gather of K by cp.async, 16 rows of a block each (`gather.py`); warp 8: TMA of Q
+With at most 16 heads (`few.py`; 216 and 72 registers) warpgroup 0 takes the even blocks, warpgroup 1 the odd ones.
 Shared memory is that of MLA decode: Q, two K buffers, P in the rope chunk of the buffer that its scores came from.
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
@@ -33,7 +34,7 @@ row of zeros in K: memory is not read for it, and no NaN of a row that no id nam
 Supports BF16 and FP16; D 576 or 512; any number of heads, ids and rows; strides of q and kv in multiples of 16 bytes.
 Where the rows do not fit into the L2, `order.py` puts the ids in the order of their rows first.
 
-Measured and rejected: docs/design/sparse.md.
+Measured and rejected: docs/design/sparse-prefill.md.
 """
 
 from __future__ import annotations
@@ -41,26 +42,26 @@ from __future__ import annotations
 import functools
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint16
+from cutlass import Float32, Int32, Int64, Uint16, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
+from flash_mla.kernels.hopper.limits import CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import (
     CHUNK_ELEMENTS,
-    CONSUMER_REGISTERS,
     CONSUMER_WARPS,
     DV,
     K_CHUNKS,
-    PRODUCER_REGISTERS,
     STAGES,
 )
 from flash_mla.kernels.hopper.sparse_prefill.config import PRODUCER_WARPS, THREADS, Config
 from flash_mla.kernels.hopper.sparse_prefill.consumer import Consumer
+from flash_mla.kernels.hopper.sparse_prefill.few import Shared as FewShared
+from flash_mla.kernels.hopper.sparse_prefill.few import Tiles as FewTiles
 from flash_mla.kernels.hopper.sparse_prefill.producer import Producer
 from flash_mla.kernels.hopper.sparse_prefill.result import Tiles
 from flash_mla.kernels.hopper.sparse_prefill.shared import Scalars, Shared, Tensors
@@ -91,10 +92,11 @@ class SparsePrefill:
     ):
         config = self.config
         tokens, Hq, topk = q.shape[0], q.shape[2], indices.shape[2]
-        head_tiles = (Hq + (TILE_M - 1)) // TILE_M
+        heads = config.tile_heads
+        head_tiles = (Hq + (heads - 1)) // heads
         q_layout = cute.make_layout((Hq, config.D, tokens), stride=(q.stride[2], 1, q.stride[0]))
-        chunk, load = row_layout(DTYPES[config.dtype], BLOCK, CHUNK), cpasync.CopyBulkTensorTileG2SOp()
-        tma_q, tQ = cpasync.make_tiled_tma_atom(load, cute.make_tensor(q.iterator, q_layout), chunk, (TILE_M, CHUNK))
+        chunk, load = row_layout(DTYPES[config.dtype], heads, CHUNK), cpasync.CopyBulkTensorTileG2SOp()
+        tma_q, tQ = cpasync.make_tiled_tma_atom(load, cute.make_tensor(q.iterator, q_layout), chunk, (heads, CHUNK))
         per_head = cute.make_layout((tokens, Hq), stride=(Hq, 1))
         id_layout = cute.make_layout((tokens, topk), stride=(indices.stride[0], 1))
         tensors = Tensors(
@@ -125,22 +127,18 @@ class SparsePrefill:
 
     @cute.kernel
     def kernel(self, tma_q: cute.CopyAtom, tQ: cute.Tensor, tensors: Tensors, scalars: Scalars):
-        config = self.config
-        dtype = DTYPES[config.dtype]
-
-        @cute.struct
-        class Storage:
-            sQ: cute.struct.Align[cute.struct.MemRange[dtype, TILE_M * config.D], 1024]
-            sK: cute.struct.Align[cute.struct.MemRange[dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024]
-            staged: cute.struct.Align[cute.struct.MemRange[dtype, CONSUMER_WARPS * STAGED], 128]
-            sMax: cute.struct.MemRange[Float32, 2 * TILE_M]
-            sSum: cute.struct.MemRange[Float32, 2 * TILE_M]
-            sTop: cute.struct.MemRange[Float32, 2 * TILE_M]
-            sSeen: cute.struct.Align[cute.struct.MemRange[Uint16, 2 * PRODUCER_WARPS], 16]
-            k_barriers: cute.struct.MemRange[Int64, Channel.words(STAGES)]
-            q_barriers: cute.struct.MemRange[Int64, Channel.words(1)]
-
-        shared = Shared.over(config, allocate(Storage, config))
+        config, align, array = self.config, cute.struct.Align, cute.struct.MemRange
+        dtype, kind = DTYPES[config.dtype], FewShared if config.few else Shared
+        fields = {
+            "sQ": align[array[dtype, config.tile_heads * config.D], 1024],
+            "sK": align[array[dtype, 2 * K_CHUNKS * CHUNK_ELEMENTS], 1024],
+            **kind.fields(config),
+            "sSeen": align[array[Uint16, 2 * PRODUCER_WARPS], 16],
+            "k_barriers": array[Int64, Channel.words(STAGES)],
+            "q_barriers": array[Int64, Channel.words(1)],
+        }
+        storage = cute.struct(type("Storage", (), {"__annotations__": fields}))
+        shared = kind.over(config, allocate(storage, config))
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
@@ -153,12 +151,14 @@ class SparsePrefill:
         cute.arch.sync_threads()
 
         if warp_id >= CONSUMER_WARPS:
-            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            cute.arch.setmaxregister_decrease(config.registers[1])
             Producer.over(shared, tensors, scalars, tma_q, tQ, warp_id - CONSUMER_WARPS).run(cta, ctas)
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(config.registers[0])
             tidx, _, _ = cute.arch.thread_idx()
-            if warp_id < CONSUMER_WARPS // 2:
+            if const_expr(config.few):
+                FewTiles.over(shared, warp_id // 4, tidx % WARPGROUP, tensors, scalars).run(cta, ctas)
+            elif warp_id < CONSUMER_WARPS // 2:
                 left = Consumer.over(shared, 0, tidx, scalars.scale_log2)
                 Tiles(left, tensors, scalars).run(cta, ctas)
             else:

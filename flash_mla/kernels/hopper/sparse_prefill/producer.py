@@ -10,8 +10,8 @@ from cutlass import Int32, Uint16, const_expr
 
 from flash_mla.kernels.hopper.boxes import tma_boxes
 from flash_mla.kernels.hopper.gather import NO_ROW, ROWS, Gather
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARP
-from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, K_CHUNKS
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARP
+from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS
 from flash_mla.kernels.hopper.sparse_prefill.config import CHUNK_BYTES, PAIR, PRODUCER_WARPS, Config
 from flash_mla.kernels.hopper.sparse_prefill.shared import Scalars, Shared, Tensors, Tile, tile_at
 
@@ -38,8 +38,9 @@ class Producer:
     @staticmethod
     def over(shared: Shared, tensors: Tensors, scalars: Scalars, tma_q, tQ, warp) -> Producer:
         config, lane = shared.config, cute.arch.lane_idx()
-        many = cute.make_layout(config.chunks, stride=CHUNK_ELEMENTS)
-        sQ, gQ = tma_boxes(tma_q, shared.sQ.iterator, many, tQ, (TILE_M, CHUNK), (None, None, None))
+        box = (config.tile_heads, CHUNK)
+        many = cute.make_layout(config.chunks, stride=config.tile_heads * CHUNK)
+        sQ, gQ = tma_boxes(tma_q, shared.sQ.iterator, many, tQ, box, (None, None, None))
         gather = Gather.over(tensors.kv, scalars.row_bytes, warp, lane)
         key = lane // ROWS * BLOCK + ROWS * warp + lane % ROWS
         shared.q.written_by("gather")
@@ -61,9 +62,9 @@ class Producer:
         q = self.shared.q
         q.acquire(0, count)
         with cute.arch.elect_one():
-            q.expect(0, self.config.chunks * CHUNK_BYTES)
+            q.expect(0, self.config.tile_heads * self.config.D * 2)
         for chunk in cutlass.range_constexpr(self.config.chunks):
-            source = self.gQ[None, tile.head0 // TILE_M, chunk, tile.token]
+            source = self.gQ[None, tile.group, chunk, tile.token]
             cute.copy(self.tma_q, source, self.sQ[None, chunk], tma_bar_ptr=q.bar(0))
 
     @cute.jit

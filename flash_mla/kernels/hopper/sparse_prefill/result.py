@@ -41,9 +41,9 @@ class Tiles:
                 else:
                     consume_right(consumer, tile.pairs, pairs_done)
                 tiles_done, pairs_done = tiles_done + 1, pairs_done + tile.pairs
-                self.write_result(tile.token, tile.head0)
+                self.write_result(tile.token, tile.group * TILE_M)
             elif const_expr(consumer.side == 0):
-                self.write_nothing(tile.token, tile.head0)
+                self.write_nothing(tile.token, tile.group * TILE_M)
             index, tile = index + ctas, next_tile
 
     @cute.jit

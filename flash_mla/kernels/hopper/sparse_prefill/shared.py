@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -12,7 +12,7 @@ from cutlass import Float32, Int32, Int64
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARP
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARP
 from flash_mla.kernels.hopper.mla_decode.config import CONSUMER_WARPS, K_CHUNKS, STAGES
 from flash_mla.kernels.hopper.mla_decode.shared import Buffers
 from flash_mla.kernels.hopper.sparse_prefill.config import PAIR, PRODUCER_WARPS, Config
@@ -49,10 +49,10 @@ class Scalars(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile: the token, its first head, how many of the token's ids count, and the steps that they take."""
+    """A tile: the token, which group of its heads, how many of the token's ids count, and the steps that they take."""
 
     token: Int32
-    head0: Int32
+    group: Int32
     keys: Int32
     pairs: Int32
 
@@ -66,7 +66,7 @@ def tile_at(tensors: Tensors, scalars: Scalars, index) -> Tile:
         keys = Int32(0)
     elif scalars.has_lengths != 0:
         keys = cutlass.max(0, cutlass.min(tensors.lengths[token], keys))
-    return Tile(token, (index - token * scalars.head_tiles) * TILE_M, keys, (keys + (PAIR - 1)) // PAIR)
+    return Tile(token, index - token * scalars.head_tiles, keys, (keys + (PAIR - 1)) // PAIR)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,17 @@ class Shared(Buffers):
     staged: cute.Pointer
     k: Channel
     q: Channel
+
+    @staticmethod
+    def fields(config: Config) -> dict[str, Any]:
+        """The memory of this kind of CTA alone."""
+        array = cute.struct.MemRange
+        return {
+            "staged": cute.struct.Align[array[DTYPES[config.dtype], CONSUMER_WARPS * STAGED], 128],
+            "sMax": array[Float32, 2 * TILE_M],
+            "sSum": array[Float32, 2 * TILE_M],
+            "sTop": array[Float32, 2 * TILE_M],
+        }
 
     @staticmethod
     def over(config: Config, storage) -> Shared:
