@@ -66,6 +66,7 @@ def test_takes(keys: dict, changes: dict) -> None:
         ({}, {"format": "fp8_token"}, "rows of fp8_token"),
         ({}, {"Dv": 256}, "576/512 or 512/512"),
         ({"pages": 0}, {}, "empty"),
+        ({"cache_strides": (64 * 644, 644)}, {"format": "fp8_token"}, "rows of fp8_token"),
         ({}, {"q_strides": (0, 0, 2, 2)}, "rows must be contiguous"),
         ({}, {"q_strides": (2 * 128 * 580, 128 * 580, 580, 1)}, "q head stride of 580"),
         ({"cache_strides": (64 * 656 + 8, 656)}, {}, "page stride of 41992 bytes"),

@@ -118,6 +118,7 @@ ROWS = {
     "model1": Row(448, 64, 64, True, 0, 448, 576, scale_bytes=8),
     "v4.1": Row(512, 0, 32, True, 512, 528, 528),
     "flat": Row(576, 0, 0, False, 576, 576, 576),
+    "fp8_token": Row(512, 64, 512, False, 0, 512, 640, scale_bytes=4),
 }
 
 
