@@ -105,7 +105,7 @@ class Config:
 
     @property
     def thread_rows(self) -> int:
-        """Queries of a thread of the scores. Where they are few, the second of its two rows is free for a second term."""
+        """Queries of a thread of the scores: where they are few, its second row is free for a second term."""
         return 1 if self.tile_n < TILE_M else 2
 
     @property
