@@ -1,4 +1,58 @@
-"""MLA decode over an FP8 cache on Hopper."""
+"""MLA decode over an FP8 cache on Hopper: out = softmax(scale * Q K^T) V with V = K[:, :512], K in e4m3.
+
+Grid: one CTA an SM, persistent, in clusters of 1 or 2. The S_q * Hq query rows of a request are packed (row = head *
+S_q + token) and cut into tiles of `tile_n`: 16, 32 or 64. A CTA computes one row tile against a range of the request's
+keys; a cluster of two takes two tiles against the same keys, and each CTA loads half of a block's rows for both (TMA
+multicast). Every CTA finds its range from `seq_lens` on the device (`split.py`); `combine.py` adds the pieces of
+requests that were split.
+
+Bound. A block of 64 keys is 36.9 KB: 1000 ns of an SM's share of 4.8 TB/s, 1700 cycles. Its products are 8.9 MFLOP,
+1088 cycles of the FP8 tensor cores. Shared memory: TMA writes 37 KB, Q K^T reads 74 KB, ldmatrix 33 KB of V, V^T P^T
+33 KB of P at 64 rows: 177 KB, 1380 cycles at 128 bytes a cycle. So bytes bound one row tile, and shared memory two.
+
+Roles (512 threads; entry 128 registers):
+    warpgroup 0      120 registers   S = Q K^T [64, 64] of every block, softmax, P in e4m3                `scores.py`
+    warpgroups 1, 2  184 registers   O^T[256 columns each, tile_n] += V^T P^T; 16-bit queries   `values.py`, `query.py`
+    warp 12           24 registers   TMA of Q and K                                                     `producer.py`
+    warp 13           24 registers   asks L2 for the table; notes the split item for combine
+V^T is the A operand, from registers: a transposing ldmatrix of 16-bit pairs gives a thread two neighbouring columns of
+two neighbouring keys, and a byte permutation separates the columns. So V needs no transposed copy in shared memory,
+and the rows of an O^T tile are pairs of columns, which is how they are stored. The order of the keys in P is the order
+in which the accumulator of S has them: four bytes of a thread, so that P leaves by stmatrix without a shuffle.
+
+Channels, producer -> consumer (full arrivals / empty arrivals):
+    K      warp 12 -> all               5 stages of a block (4 beside 64 rows of 16-bit queries)  1 + bytes / 8 warps a CTA
+        Freed by the values alone: P of a block is there only when its Q K^T is done.
+    Q      warp 12 -> warpgroup 0       1 stage                                                   1 + bytes / 4 warps
+        16-bit: warpgroups 1, 2 -> 0                                                              8 warps / 4 warps
+    P      warpgroup 0 -> 1, 2          2 stages of a block, with the factors of O                4 warps / 8 warps
+    scale  warpgroup 0 -> 1, 2          1 stage: what turns O into out                            4 warps / 8 warps
+
+Steady state, a block:
+    warpgroup 0      wait S | S to other registers, scaled | start the next block's S | softmax | P -> smem
+    warpgroups 1, 2  V of two tiles -> registers | wait P | four tiles, V of the third and fourth under the products
+
+P = 2^(S - reference) in e4m3. The reference of a row stays whole powers of two away from its largest score so far, puts
+that at 2^6, and moves down where a block's largest P would lie below 1, so that many small weights survive; O is
+rescaled then (half of all blocks of 16 rows at S 4096, a third at S 8192: 2 columns x 8 of a thread). The largest
+score is exact so: errors are 4 % smaller than with a reference that moves rarely. out is divided by the sum of the
+rounded P, lse takes the sum before rounding.
+At tile_n 16 and 32 bytes bound, and P has two terms, e4m3 of what the first leaves, and V^T P^T of each block is added
+to O in FP32: errors are those of 16-bit products (1.7e-3 against 1.1e-2).
+
+Queries in BF16 or FP16 are two e4m3 rows each (`query.py`): in the tile's free rows below 64, in a second tile at 64,
+where Q K^T then takes twice the products.
+
+Supports e4m3, BF16 and FP16 queries; D 576 or 512; any row count; any strides that TMA takes (multiples of 16 bytes), a
+shared pool too; ragged lengths, 0 included; causal among the S_q tokens; descales and sinks. Unused slots may hold NaN:
+the scores past the end are masked and the V rows zeroed. Block ids are forced inside the cache, lengths inside the
+table.
+
+Limit: the tensor cores keep some 14 bits of a sum of e4m3 products. A score is off by up to 5e-3 of the sum of the
+magnitudes of its products, so scores of hundreds (q and k of magnitude 20) choose between near ties wrongly.
+
+Measured: docs/design/mla-decode-fp8.md.
+"""
 
 from __future__ import annotations
 
