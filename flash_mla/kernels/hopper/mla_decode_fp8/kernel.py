@@ -21,7 +21,7 @@ and the rows of an O^T tile are pairs of columns, which is how they are stored. 
 in which the accumulator of S has them: four bytes of a thread, so that P leaves by stmatrix without a shuffle.
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
-    K      warp 12 -> all            5 stages of a block (4 beside 64 rows of 16-bit queries)   1 + bytes / 8 warps a CTA
+    K      warp 12 -> all            5 stages of a block (4 beside 64 rows of 16-bit queries)   1 + bytes / 8 a CTA
         Freed by the values alone: P of a block is there only when its Q K^T is done.
     Q      warp 12 -> warpgroup 0    1 stage                                                    1 + bytes / 4 warps
         16-bit: warpgroups 1, 2 -> 0                                                            8 warps / 4 warps
