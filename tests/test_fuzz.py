@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fuzz.runner import Options, run
 
-CALLS = 4000
+CALLS = 2000
 
 
 def test_random_calls() -> None:

@@ -224,7 +224,7 @@ def dense(
     out = q.new_empty(B, S_q, Hq, Dv, dtype=out_dtype(q.dtype))
     rows, given = q.transpose(1, 2), out.transpose(1, 2)
     k, v, _, table = page_views(rows, k_cache, None, None, block_table, "NHD", Dv)
-    attend = attend_pages if causal or S_q == 1 else unfold
+    attend = attend_pages if causal or S_q <= 1 else unfold
     result = attend(
         rows, k, v, None, table, cache_seqlens, None, softmax_scale, (descale_q, descale_k, descale_k), attn_sink, True,
         given, backend, False,
