@@ -18,7 +18,7 @@ types: .venv/dev.stamp
 	$(BIN)/mypy
 
 unit: .venv/dev.stamp
-	$(BIN)/pytest -m "not compile"
+	$(BIN)/pytest -n 2 -m "not compile"
 
 # The GPU kernels without a GPU: Triton's interpreter, then ahead-of-time compiles and their register gates.
 kernels: .venv/dev.stamp

@@ -590,8 +590,8 @@ def test_an_index_past_int32_names_no_token():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_no_query_gives_an_empty_result(causal):
-    q = torch.zeros(2, 0, 4, 64, dtype=FP8)
-    pool, table = torch.zeros(3, 64, 1, 64, dtype=FP8), torch.zeros(2, 1, dtype=torch.int32)
+    q = torch.zeros(2, 0, 4, 64, dtype=torch.float8_e4m3fn)
+    pool, table = torch.zeros(3, 64, 1, 64, dtype=torch.float8_e4m3fn), torch.zeros(2, 1, dtype=torch.int32)
     out, lse = deepseek.flash_mla_with_kvcache_fp8(
         q, pool, table, torch.tensor([3, 64], dtype=torch.int32), 64, causal=causal
     )
