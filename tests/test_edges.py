@@ -168,12 +168,14 @@ def test_misaligned_tensors(name, backend):
 
 
 def out_inside(tensor, shape, dtype):
-    """An out of that shape on the memory that begins where the tensor does."""
+    """A copy of the tensor, and an out of that shape whose memory begins where the copy's does."""
     numel = math.prod(shape)
+    if tensor.dtype == dtype:  # views of one base, as a compiled graph can express them
+        storage = torch.zeros(max(numel, tensor.numel()), dtype=dtype)
+        return storage[: tensor.numel()].view(tensor.shape).copy_(tensor), storage[:numel].view(shape)
     storage = torch.zeros(numel + tensor.numel() * 8, dtype=dtype)
     inside = storage.view(torch.uint8)[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
-    inside.copy_(tensor)
-    return inside, storage[:numel].view(shape)
+    return inside.copy_(tensor), storage[:numel].view(shape)
 
 
 OVERLAPS = {
@@ -195,10 +197,15 @@ def test_out_shares_memory_with_nothing(name, other, compiled):
     shape = (*x["q"].shape[:3], v.shape[-1])
     x[other], out = out_inside(x[other].contiguous(), shape, torch.bfloat16)
     before = {key: storage_bytes(value) for key, value in x.items() if isinstance(value, torch.Tensor)}
+    words = f"`out` overlaps `{other}`"
     function = FUNCTIONS[name][0]
-    call = torch.compile(function, backend="aot_eager") if compiled else function
-    with pytest.raises(Exception, match=f"`out` overlaps `{other}`"):
-        call(**x, out=out)
+    if compiled:
+        torch.compiler.reset()  # a call that falls back to eager mode after many compiles proves nothing
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
+        if x[other].dtype != torch.bfloat16:  # torch itself refuses what is written and has a view of another dtype
+            words = r"aot_autograd\(\) does not yet handle"
+    with pytest.raises(Exception, match=words):
+        function(**x, out=out)
     assert all(torch.equal(content, storage_bytes(x[key])) for key, content in before.items())
 
 
