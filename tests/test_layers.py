@@ -11,12 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
     "errors problem version",
     "blocks layout quant merge reference kernels",
-    "cache",
     "contract backends",
     "plan autograd",
     "launch",
     "api",
-    "pages",
+    "cache pages",
     "ops",
     "deepseek distributed indexer",
     "testing __init__",
