@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -103,6 +103,33 @@ def get_mla_metadata(
     return contract.metadata(q_shape, kv_shape, block_table, seq_lens, v_head_dim, check_values)
 
 
+@overload
+def flash_mla_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
+    metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
+    k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+    return_lse: Literal[False] = False, out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_mla_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
+    metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
+    k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+    return_lse: Literal[True], out: Tensor | None = ..., backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def flash_mla_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
+    metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
+    k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+    return_lse: bool, out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 @explains
 def flash_mla_with_kvcache(
     q: Tensor,
@@ -172,6 +199,36 @@ def flash_mla_with_kvcache(
     )  # fmt: skip
 
 
+@overload
+def flash_mla_prefill(
+    q: Tensor, k: Tensor, v: Tensor, sparse_layout: Tensor | BlockSparseLayout | BlockMask | None = ...,
+    attn_mask: Tensor | None = ..., *, causal: bool | None = ..., softmax_scale: float | None = ...,
+    seq_lens: Tensor | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[False] = False,
+    out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_mla_prefill(
+    q: Tensor, k: Tensor, v: Tensor, sparse_layout: Tensor | BlockSparseLayout | BlockMask | None = ...,
+    attn_mask: Tensor | None = ..., *, causal: bool | None = ..., softmax_scale: float | None = ...,
+    seq_lens: Tensor | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[True],
+    out: Tensor | None = ..., backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def flash_mla_prefill(
+    q: Tensor, k: Tensor, v: Tensor, sparse_layout: Tensor | BlockSparseLayout | BlockMask | None = ...,
+    attn_mask: Tensor | None = ..., *, causal: bool | None = ..., softmax_scale: float | None = ...,
+    seq_lens: Tensor | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: bool, out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 @explains
 def flash_mla_prefill(
     q: Tensor,
@@ -234,6 +291,35 @@ def flash_mla_prefill(
         softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=out, return_lse=return_lse,
         start_pos=None, block_mask=blocks,
     )  # fmt: skip
+
+
+@overload
+def mha_fwd_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, attn_mask: Tensor | None = ..., *,
+    k: Tensor | None = ..., v: Tensor | None = ..., start_pos: Tensor | None = ..., causal: bool | None = ...,
+    softmax_scale: float | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., return_lse: Literal[False] = False, out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def mha_fwd_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, attn_mask: Tensor | None = ..., *,
+    k: Tensor | None = ..., v: Tensor | None = ..., start_pos: Tensor | None = ..., causal: bool | None = ...,
+    softmax_scale: float | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., return_lse: Literal[True], out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def mha_fwd_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, attn_mask: Tensor | None = ..., *,
+    k: Tensor | None = ..., v: Tensor | None = ..., start_pos: Tensor | None = ..., causal: bool | None = ...,
+    softmax_scale: float | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., return_lse: bool, out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 @explains

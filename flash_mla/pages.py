@@ -9,6 +9,7 @@ read. No cache is copied, whatever its size.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +26,39 @@ from flash_mla.problem import ALIGNMENT, BLOCK, DecodeProblem
 __all__ = ["decode_over_pages"]
 
 LAYOUTS = {"NHD": "[num_blocks, page, Hk, D]", "HND": "[num_blocks, Hk, page, D]"}
+
+
+@overload
+def decode_over_pages(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor | None, block_table: Tensor, seq_lens: Tensor,
+    mask: Tensor | None = ..., *, layout: str = ..., k_rope_pages: Tensor | None = ..., v_head_dim: int | None = ...,
+    causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
+    q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[False] = False,
+    out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def decode_over_pages(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor | None, block_table: Tensor, seq_lens: Tensor,
+    mask: Tensor | None = ..., *, layout: str = ..., k_rope_pages: Tensor | None = ..., v_head_dim: int | None = ...,
+    causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
+    q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[True],
+    out: Tensor | None = ..., backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def decode_over_pages(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor | None, block_table: Tensor, seq_lens: Tensor,
+    mask: Tensor | None = ..., *, layout: str = ..., k_rope_pages: Tensor | None = ..., v_head_dim: int | None = ...,
+    causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
+    q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: bool, out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def decode_over_pages(
