@@ -17,6 +17,7 @@ from flash_mla.errors import (
     SequenceLengthError,
     ShapeError,
 )
+from flash_mla.explanation import Explanation, explain
 from flash_mla.layout import BlockSparseLayout
 from flash_mla.pages import decode_over_pages
 from flash_mla.version import __version__ as __version__
@@ -28,6 +29,7 @@ __all__ = [
     "CacheFullError",
     "DTypeError",
     "DeviceError",
+    "Explanation",
     "FlashMLAError",
     "GradientError",
     "HeadGroupingError",
@@ -38,6 +40,7 @@ __all__ = [
     "SequenceLengthError",
     "ShapeError",
     "decode_over_pages",
+    "explain",
     "flash_mla_prefill",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
