@@ -14,6 +14,7 @@ from flash_mla.errors import (
     HeadGroupingError,
     LayoutError,
     MaskShapeError,
+    ScaleWarning,
     SequenceLengthError,
     ShapeError,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "MLAMetadata",
     "MaskShapeError",
     "PagedKVCache",
+    "ScaleWarning",
     "SequenceLengthError",
     "ShapeError",
     "decode_over_pages",

@@ -122,7 +122,8 @@ def flash_mla_with_kvcache(
             None (default): causal, query i sees t <= seq_lens[b] - S_q + i.
         metadata: from get_mla_metadata. With it no value is read and the GPU is never waited for; without it
             (None, default) the values are checked in this call, which waits for the GPU.
-        softmax_scale: any finite number, 0 and negative ones too. Default D ** -0.5.
+        softmax_scale: any finite number, 0 and negative ones too. Default D ** -0.5; over MLA's latent that is not the
+            model's, which is (nope + rope) ** -0.5, and leaving it out gives a ScaleWarning.
         q_descale, k_descale, v_descale: factor from stored to real value, not negative, a float or FP32 broadcasting to
             [B, Hk]; default 1.
         attn_sink: [Hq] FP32, one extra logit a head that takes weight and gives no value. Default none.
@@ -378,6 +379,8 @@ def plan_decode(
 ) -> Plan:
     """Every check of a `flash_mla_with_kvcache` call, and its plan. Values are checked where nobody has."""
     problem = contract.decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale)
+    if softmax_scale is None and problem.alias:
+        contract.warn_default_scale(problem.D, problem.Dv, stacklevel=4)
     if out is not None:
         q_descale, k_descale, v_descale = descales
         problem = contract.check_out(

@@ -18,6 +18,7 @@ __all__ = [
     "HeadGroupingError",
     "LayoutError",
     "MaskShapeError",
+    "ScaleWarning",
     "SequenceLengthError",
     "ShapeError",
 ]
@@ -46,9 +47,12 @@ class FlashMLAError(ValueError):
         self.fix = fix or type(self).fix
 
     def __str__(self) -> str:
-        return (
-            f"\n  given:    {self.given}\n  required: {self.required}\n  cause:    {self.cause}\n  fix:      {self.fix}"
-        )
+        return describe(self.given, self.required, self.cause, self.fix)
+
+
+def describe(given: str, required: str, cause: str, fix: str) -> str:
+    """The four parts as lines."""
+    return f"\n  given:    {given}\n  required: {required}\n  cause:    {cause}\n  fix:      {fix}"
 
 
 class HeadGroupingError(FlashMLAError):
@@ -126,3 +130,7 @@ class CacheFullError(FlashMLAError):
 
     cause = "The cache has too few free blocks"
     fix = "Call grow(num_blocks), or free() requests that are done"
+
+
+class ScaleWarning(UserWarning):
+    """MLA's latent is attended to under the default scale, which is hardly ever the model's."""
