@@ -14,6 +14,7 @@ from flash_mla.errors import (
     HeadGroupingError,
     LayoutError,
     MaskShapeError,
+    RankError,
     SequenceLengthError,
     ShapeError,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "MLAMetadata",
     "MaskShapeError",
     "PagedKVCache",
+    "RankError",
     "SequenceLengthError",
     "ShapeError",
     "decode_over_pages",
