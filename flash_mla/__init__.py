@@ -15,6 +15,7 @@ from flash_mla.errors import (
     LayoutError,
     MaskShapeError,
     RankError,
+    ScaleWarning,
     SequenceLengthError,
     ShapeError,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "MaskShapeError",
     "PagedKVCache",
     "RankError",
+    "ScaleWarning",
     "SequenceLengthError",
     "ShapeError",
     "decode_over_pages",

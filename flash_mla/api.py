@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -103,6 +103,33 @@ def get_mla_metadata(
     return contract.metadata(q_shape, kv_shape, block_table, seq_lens, v_head_dim, check_values)
 
 
+@overload
+def flash_mla_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
+    metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
+    k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+    return_lse: Literal[False] = False, out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_mla_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
+    metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
+    k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+    return_lse: Literal[True], out: Tensor | None = ..., backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def flash_mla_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
+    metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
+    k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+    return_lse: bool, out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 @explains
 def flash_mla_with_kvcache(
     q: Tensor,
@@ -137,7 +164,8 @@ def flash_mla_with_kvcache(
             None (default): causal, query i sees t <= seq_lens[b] - S_q + i.
         metadata: from get_mla_metadata. With it no value is read and the GPU is never waited for; without it
             (None, default) the values are checked in this call, which waits for the GPU.
-        softmax_scale: any finite number, 0 and negative ones too. Default D ** -0.5.
+        softmax_scale: any finite number, 0 and negative ones too. Default D ** -0.5; over MLA's latent that is not the
+            model's, which is (nope + rope) ** -0.5, and leaving it out gives a ScaleWarning.
         q_descale, k_descale, v_descale: factor from stored to real value, not negative, a float or FP32 broadcasting to
             [B, Hk]; default 1.
         attn_sink: [Hq] FP32, one extra logit a head that takes weight and gives no value. Default none.
@@ -170,6 +198,36 @@ def flash_mla_with_kvcache(
         chosen, "flash_mla_with_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
         mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=out, return_lse=return_lse,
     )  # fmt: skip
+
+
+@overload
+def flash_mla_prefill(
+    q: Tensor, k: Tensor, v: Tensor, sparse_layout: Tensor | BlockSparseLayout | BlockMask | None = ...,
+    attn_mask: Tensor | None = ..., *, causal: bool | None = ..., softmax_scale: float | None = ...,
+    seq_lens: Tensor | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[False] = False,
+    out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_mla_prefill(
+    q: Tensor, k: Tensor, v: Tensor, sparse_layout: Tensor | BlockSparseLayout | BlockMask | None = ...,
+    attn_mask: Tensor | None = ..., *, causal: bool | None = ..., softmax_scale: float | None = ...,
+    seq_lens: Tensor | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[True],
+    out: Tensor | None = ..., backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def flash_mla_prefill(
+    q: Tensor, k: Tensor, v: Tensor, sparse_layout: Tensor | BlockSparseLayout | BlockMask | None = ...,
+    attn_mask: Tensor | None = ..., *, causal: bool | None = ..., softmax_scale: float | None = ...,
+    seq_lens: Tensor | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: bool, out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 @explains
@@ -234,6 +292,35 @@ def flash_mla_prefill(
         softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=out, return_lse=return_lse,
         start_pos=None, block_mask=blocks,
     )  # fmt: skip
+
+
+@overload
+def mha_fwd_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, attn_mask: Tensor | None = ..., *,
+    k: Tensor | None = ..., v: Tensor | None = ..., start_pos: Tensor | None = ..., causal: bool | None = ...,
+    softmax_scale: float | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., return_lse: Literal[False] = False, out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def mha_fwd_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, attn_mask: Tensor | None = ..., *,
+    k: Tensor | None = ..., v: Tensor | None = ..., start_pos: Tensor | None = ..., causal: bool | None = ...,
+    softmax_scale: float | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., return_lse: Literal[True], out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def mha_fwd_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, attn_mask: Tensor | None = ..., *,
+    k: Tensor | None = ..., v: Tensor | None = ..., start_pos: Tensor | None = ..., causal: bool | None = ...,
+    softmax_scale: float | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., return_lse: bool, out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 @explains
@@ -333,6 +420,8 @@ def plan_decode(
 ) -> Plan:
     """Every check of a `flash_mla_with_kvcache` call, and its plan. Values are checked where nobody has."""
     problem = contract.decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale)
+    if softmax_scale is None and problem.alias:
+        contract.warn_default_scale(problem.D, problem.Dv, stacklevel=4)
     if out is not None:
         q_descale, k_descale, v_descale = descales
         problem = contract.check_out(

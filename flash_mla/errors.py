@@ -19,6 +19,7 @@ __all__ = [
     "LayoutError",
     "MaskShapeError",
     "RankError",
+    "ScaleWarning",
     "SequenceLengthError",
     "ShapeError",
 ]
@@ -47,9 +48,12 @@ class FlashMLAError(ValueError):
         self.fix = fix or type(self).fix
 
     def __str__(self) -> str:
-        return (
-            f"\n  given:    {self.given}\n  required: {self.required}\n  cause:    {self.cause}\n  fix:      {self.fix}"
-        )
+        return describe(self.given, self.required, self.cause, self.fix)
+
+
+def describe(given: str, required: str, cause: str, fix: str) -> str:
+    """The four parts as lines."""
+    return f"\n  given:    {given}\n  required: {required}\n  cause:    {cause}\n  fix:      {fix}"
 
 
 class HeadGroupingError(FlashMLAError):
@@ -134,3 +138,7 @@ class RankError(FlashMLAError):
 
     cause = "A rank died, or did not make the same call within the process group's timeout"
     fix = "Read that rank's log; then start the process group again"
+
+
+class ScaleWarning(UserWarning):
+    """MLA's latent is attended to under the default scale, which is hardly ever the model's."""

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
     "errors problem version",
-    "blocks layout quant merge reference kernels",
+    "blocks layout mla quant merge reference kernels",
     "cache",
     "contract backends",
     "plan autograd",
