@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("transformers")
 rich_console = pytest.importorskip("rich.console")
 
-from flash_mla import demo as demo_module  # noqa: E402
 from flash_mla.demo import PAD, cut_prompts, demo  # noqa: E402
 from flash_mla.integrations.transformers import step  # noqa: E402
 

@@ -10,10 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
     "errors problem version",
-    "blocks layout quant merge reference kernels",
+    "blocks layout mla quant merge reference kernels",
     "contract backends",
     "plan autograd",
-    "launch",
+    "entry explanation launch",
     "api",
     "cache pages",
     "ops",
