@@ -66,10 +66,8 @@ class Built(NamedTuple):
     kernel: Any
 
 
-def compile_for(
-    kernel: Any, arguments: tuple[Any, ...], options: dict[str, int], target: Target, language: Any = ASTSource
-) -> Built:
-    """Compile a kernel as a launch with these arguments would; language: ASTSource, or GluonASTSource."""
+def compile_for(kernel: Any, arguments: tuple[Any, ...], options: dict[str, int], target: Target) -> Built:
+    """Compile a kernel as a launch with these arguments would."""
     signature, constants, attributes = {}, {}, {}
     for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
         name = parameter.name
@@ -83,7 +81,7 @@ def compile_for(
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = language(kernel, signature, constants, attributes)
+    source = ASTSource(kernel, signature, constants, attributes)
     gpu = GPUTarget("hip", "gfx942", 64) if target.backend == "hip" else GPUTarget("cuda", target.arch, 32)
     built = triton.compile(source, target=gpu, options=options)
     registers, stack = resources(built, target)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,16 +13,6 @@ from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import power_of_2, smaller
 from flash_mla.problem import SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS, RowFormat
-
-
-@functools.cache
-def gluon() -> bool:
-    """Whether this Triton has the names that sparse_wgmma.py is written in; Gluon is experimental, and changes."""
-    try:
-        importlib.import_module("flash_mla.kernels.triton.sparse_wgmma")
-    except (ImportError, AttributeError):
-        return False
-    return True
 
 
 class Parts(NamedTuple):
@@ -47,8 +34,7 @@ def refuse(problem: SparseProblem) -> str | None:
 
 def config(problem: SparseProblem, on: Target | None = None) -> sparse.Config:
     """The kernel's tiles; max_logits is not kept through a merge, and its callers have tokens enough."""
-    on = on or target(problem.device)
-    chosen = sparse.config(
+    return sparse.config(
         tokens=problem.B * problem.S_q,
         Hq=problem.Hq,
         D=problem.D,
@@ -57,24 +43,7 @@ def config(problem: SparseProblem, on: Target | None = None) -> sparse.Config:
         quantised=0 if problem.format is None else FORMATS[problem.format].quantised,
         flat=flat(problem),
         split=not problem.max_logits,
-        target=on,
-    )
-    return replace(chosen, tile_m=64, tile_n=64, warps=8, wgmma=True) if wgmma(problem, on) else chosen
-
-
-def wgmma(problem: SparseProblem, on: Target) -> bool:
-    """Whether sparse_wgmma.py takes the problem, and with more heads than half of its 64 rows."""
-    shape = (problem.Dv, len(problem.sets), problem.dtype) == (512, 1, torch.bfloat16) and problem.D in (576, 512)
-    strides = (*problem.q_strides[:3], *problem.sets[0].cache_strides)
-    return (
-        on.wgmma
-        and gluon()
-        and problem.aligned
-        and shape
-        and problem.Hq > 32
-        and problem.format in (None, "fp8_ds_mla")
-        and flat(problem)
-        and all(n % 8 == 0 for n in strides)
+        target=on or target(problem.device),
     )
 
 
@@ -131,33 +100,11 @@ def launch_config(problem: SparseProblem, config: sparse.Config, args: SparseArg
     if config.splits > 1:
         partial = args.q.new_empty(config.splits * rows * (problem.Dv + 1), dtype=torch.float32)
     grid = sparse.grid(config, tokens, problem.Hq)
-    if config.wgmma:
-        # imported here: only Hopper needs Gluon
-        from flash_mla.kernels.triton.sparse_wgmma import sparse_wgmma_kernel
-
-        sparse_wgmma_kernel[grid](*wgmma_arguments(problem, config, args, partial), num_warps=config.warps)
-    else:
-        sparse.sparse_kernel[grid](
-            *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
-        )
+    sparse.sparse_kernel[grid](
+        *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
+    )
     if partial is not None:
         sparse.merge_kernel[(rows,)](
             partial, args.attn_sink, args.out, args.lse, rows, problem.Hq, problem.Dv, power_of_2(problem.Dv),
             config.splits, num_warps=4,
         )  # fmt: skip
-
-
-def wgmma_arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None) -> tuple:
-    """sparse_wgmma_kernel's arguments, in its order."""
-    fmt = None if problem.format is None else FORMATS[problem.format]
-    (keys,) = args.keys
-    codes, rope, scales = parts(keys.cache, fmt)
-    rope = codes if rope is None else rope
-    pages, page = keys.cache.shape[:2]
-    return (
-        args.q, keys.indices, keys.lengths, codes, rope, scales, args.attn_sink, args.out, args.lse, args.max_logits,
-        partial, args.softmax_scale, problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], keys.indices.shape[2],
-        pages * page, *keys.indices.stride()[:2], codes.stride(1), rope.stride(1),
-        0 if scales is None else scales.stride(1), problem.S_q, problem.D, 0 if fmt is None else fmt.tile,
-        config.splits,
-    )  # fmt: skip

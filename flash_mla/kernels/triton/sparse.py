@@ -34,7 +34,6 @@ class Config:
 
     native: e4m3 is converted by the GPU's own instruction.
     flat: row i of a cache lies i rows after its first, so that an index alone is an address.
-    wgmma: sparse_wgmma.py's kernel, whose tiles these are, instead of this file's.
     """
 
     tile_m: int
@@ -47,7 +46,6 @@ class Config:
     warps: int
     stages: int
     flat: bool
-    wgmma: bool = False
 
 
 TILES = ((64, 64, 2), (64, 32, 2), (32, 32, 2), (32, 16, 2), (16, 16, 2), (16, 16, 1))

@@ -44,8 +44,6 @@ def smaller(config: Config) -> Config | None:
 
     The last one has FP32's products exact, which takes less shared memory than three TF32 ones, and far longer.
     """
-    if getattr(config, "wgmma", False):
-        return replace(config, wgmma=False)
     if config.stages > 1:
         return replace(config, stages=config.stages - 1)
     for name in ("tile_n", "tile_m"):
