@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from flash_mla.kernels.triton.target import Target
 
 Config = TypeVar("Config", bound=Any)
@@ -92,6 +94,13 @@ def smem_bytes(
     probabilities = 0 if in_place else parts * tile_m * tile_n * wide
     loop = tile_n * tiles * itemsize + parts * tile_m * d * wide + probabilities + widened
     return max(loop + stages * tile_m * tile_n * mask, tile_m * dv_tile * 4)
+
+
+def mask_kind(mask: Tensor | None) -> str:
+    """The kernels' MASK, and MASK_BYTES' key."""
+    if mask is None:
+        return "none"
+    return "float" if mask.is_floating_point() else "bool"
 
 
 MASK_BYTES = {"none": 0, "bool": 1, "float": 4}
