@@ -14,7 +14,7 @@ LAYERS = (
     "cache",
     "contract backends",
     "plan autograd",
-    "launch",
+    "launch gradients",
     "api",
     "pages",
     "ops",
