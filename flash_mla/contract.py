@@ -7,6 +7,7 @@ reads the values of a tensor.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -24,8 +25,10 @@ from flash_mla.errors import (
     HeadGroupingError,
     LayoutError,
     MaskShapeError,
+    ScaleWarning,
     SequenceLengthError,
     ShapeError,
+    describe,
 )
 from flash_mla.layout import BlockSparseLayout
 from flash_mla.problem import ALIGNMENT, BLOCK, DTYPES, FP8, DecodeProblem, MaskKind, PrefillProblem
@@ -443,6 +446,19 @@ def check_scale(softmax_scale: float | None) -> int:
             "Pass a float",
         )
     return int(softmax_scale > 0) - int(softmax_scale < 0)
+
+
+def warn_default_scale(D: int, Dv: int, stacklevel: int) -> None:
+    """Tell who attends to a latent without a scale: D ** -0.5 is the absorbed query's, not the model's."""
+    if D == Dv:
+        return
+    message = describe(
+        f"softmax_scale = None; V is the first {Dv} of K's {D} columns, MLA's latent",
+        "the scale of the query before absorption, (nope + rope) ** -0.5",
+        f"The default, {D} ** -0.5, is made of the absorbed query's D",
+        f"Pass softmax_scale: 192 ** -0.5 for DeepSeek-V2 and -V3, or {D} ** -0.5 to say that you mean it",
+    )
+    warnings.warn(message, ScaleWarning, stacklevel=stacklevel + 1)
 
 
 def settle_causal(causal: bool | None, mask: Tensor | None) -> bool:

@@ -10,11 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
     "errors problem version",
-    "blocks layout quant merge reference kernels",
+    "blocks layout mla quant merge reference kernels",
     "cache",
     "contract backends",
     "plan autograd",
-    "launch gradients",
+    "entry explanation launch gradients",
     "api",
     "pages",
     "ops",

@@ -33,6 +33,7 @@ from flash_mla.api import MLAMetadata, flash_mla_prefill, flash_mla_with_kvcache
 from flash_mla.autograd import refusing
 from flash_mla.cache import PagedKVCache
 from flash_mla.errors import FlashMLAError, GradientError, ShapeError
+from flash_mla.mla import MLAProjection
 from flash_mla.problem import BLOCK
 
 # NOTE: transformers takes any name with "flash" in it for one of FlashAttention's and checks it as such.
@@ -452,14 +453,9 @@ def decode_absorbed(module: Any, step: Step, q: Tensor, k_cache: Tensor, v_cache
 
     q [B, Hq, P, nope + rope] -> [B, Hq, P, Dv], as `expand_kv` and attention of every head would give.
     """
-    nope = module.qk_nope_head_dim
-    weight = module.kv_b_proj.weight.view(q.shape[1], nope + module.v_head_dim, -1)  # [Hq, nope + Dv, kv_lora_rank]
-    # NOTE: einsum multiplies all requests' rows of a head at once; `@` would copy the weight for every request.
-    absorbed = torch.einsum("bhpd,hdr->bhpr", q[..., :nope], weight[:, :nope])
-    # autocast makes a product in its own dtype
-    rows = torch.cat([absorbed.to(q.dtype), q[..., nope:]], -1)
-    out = step.decode(rows, k_cache, v_cache, scale)
-    return torch.einsum("bhpr,hdr->bhpd", out, weight[:, nope:])
+    heads, nope, rope = q.shape[1], module.qk_nope_head_dim, module.qk_rope_head_dim
+    kv_b = MLAProjection.from_weight(module.kv_b_proj.weight, heads, nope=nope, rope=rope)
+    return kv_b.project(step.decode(kv_b.absorb(q), k_cache, v_cache, scale))
 
 
 AttentionInterface.register(ATTENTION, paged_attention)
