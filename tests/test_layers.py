@@ -14,7 +14,7 @@ LAYERS = (
     "cache",
     "contract backends",
     "plan autograd",
-    "entry explanation launch",
+    "entry explanation launch gradients",
     "api",
     "pages",
     "ops",
