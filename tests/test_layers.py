@@ -11,12 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
     "errors problem version",
     "blocks layout mla quant merge reference kernels",
-    "cache",
     "contract backends",
     "plan autograd",
     "entry explanation launch gradients",
     "api",
-    "pages",
+    "cache pages",
     "ops",
     "deepseek distributed indexer",
     "testing __init__",
