@@ -7,20 +7,18 @@ when the graph runs.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from flash_mla import contract
 from flash_mla.contract import MLAMetadata
-from flash_mla.errors import ShapeError
+from flash_mla.entry import entry
 from flash_mla.launch import launch
 from flash_mla.layout import BlockSparseLayout
-from flash_mla.plan import Plan, plan
+from flash_mla.plan import Plan, check_backend, plan
 from flash_mla.problem import AppendArgs
 
 if TYPE_CHECKING:
@@ -28,48 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MLAMetadata", "flash_mla_prefill", "flash_mla_with_kvcache", "get_mla_metadata", "mha_fwd_kvcache"]
 
-P_ = ParamSpec("P_")
-R_ = TypeVar("R_")
 
-
-ELSEWHERE = {
-    "scale": "Pass softmax_scale",
-    "sm_scale": "Pass softmax_scale",
-    "causal": "Leave it out: decode is causal, and a mask says otherwise",
-    "window_size": "Pass mask (attn_mask in prefill), True where a key is in the window",
-    "softcap": "Leave it out: there is no kernel with a soft cap",
-    "cache_seqlens": "Pass seq_lens",
-    "page_table": "Pass block_table",
-}
-"""Names of FlashAttention's that a call here may carry, and what to do instead."""
-
-
-def explains(function: Callable[P_, R_]) -> Callable[P_, R_]:
-    """Turn the TypeError of a call with DeepSeek's or FlashAttention's arguments into a ShapeError that says what to
-    do."""
-
-    @wraps(function)
-    def call(*args: P_.args, **kwargs: P_.kwargs) -> R_:
-        try:
-            return function(*args, **kwargs)
-        except TypeError:
-            contract.refuse_deepseek_order(*args)
-            unknown = kwargs.keys() - inspect.signature(function).parameters
-            if not (args or kwargs) or contract.DEEPSEEK_NAMES & unknown:
-                contract.deepseek_order([*args, *kwargs.values()])
-            for name in sorted(unknown & ELSEWHERE.keys()):
-                raise ShapeError(
-                    f"{name} = {kwargs[name]!r}"[:200],
-                    f"the arguments of {function.__name__}: {', '.join(inspect.signature(function).parameters)}",
-                    f"`{name}` is an argument of FlashAttention's functions",
-                    ELSEWHERE[name],
-                ) from None
-            raise
-
-    return call
-
-
-@explains
+@entry("flash_mla", reference=True)
 def get_mla_metadata(
     q_shape: Sequence[int],
     kv_shape: Sequence[int],
@@ -129,7 +87,7 @@ def flash_mla_with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
-@explains
+@entry("flash_mla", reference=True)
 def flash_mla_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -181,6 +139,7 @@ def flash_mla_with_kvcache(
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
+        check_backend(backend)
         if metadata is not None:
             contract.check_metadata(metadata, q, k_cache, v_cache, block_table)
         check_values = metadata is None
@@ -229,7 +188,7 @@ def flash_mla_prefill(
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
-@explains
+@entry("flash_mla", reference=True)
 def flash_mla_prefill(
     q: Tensor,
     k: Tensor,
@@ -277,6 +236,7 @@ def flash_mla_prefill(
     causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
+        check_backend(backend)
         result = torch.ops.flash_mla.flash_mla_prefill(
             q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, *as_tensors(descales, q), attn_sink, backend,
             out,
@@ -322,7 +282,7 @@ def mha_fwd_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
-@explains
+@entry("flash_mla", reference=True)
 def mha_fwd_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -368,10 +328,12 @@ def mha_fwd_kvcache(
     causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
+        check_backend(backend)
         writes = k is not None or v is not None
         if writes and (is_pool(k_cache) or is_pool(v_cache)):
-            # NOTE: a graph cannot declare that it writes to an expanded tensor: it breaks here, and the call is eager
-            return mha_outside_of_graphs(
+            # NOTE: a graph cannot declare that it writes to an expanded tensor: it breaks here, and the call is eager.
+            # Disabled here and not once: that imports dynamo, which takes longer than all of torch
+            return torch.compiler.disable(mha_fwd_kvcache)(
                 q, k_cache, v_cache, block_table, attn_mask, k=k, v=v, start_pos=start_pos, causal=causal,
                 softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
                 return_lse=return_lse, out=out, backend=backend,
@@ -390,9 +352,6 @@ def mha_fwd_kvcache(
     return attend_mha(
         chosen, q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, softmax_scale, descales, out, return_lse
     )
-
-
-mha_outside_of_graphs = torch.compiler.disable(mha_fwd_kvcache)
 
 
 def is_pool(cache: Tensor) -> bool:

@@ -14,7 +14,7 @@ LAYERS = (
     "cache",
     "contract backends",
     "plan autograd",
-    "launch",
+    "entry explanation launch",
     "api",
     "pages",
     "ops",

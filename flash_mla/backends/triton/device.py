@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import warnings
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -27,6 +27,8 @@ else:
         from flash_mla.kernels.triton import interpreter
 
         interpreter.repair()
+
+logger = logging.getLogger("flash_mla")
 
 MAX_D = 576
 MAX_ROW_STRIDE = 2**25
@@ -93,7 +95,7 @@ def launch_fitting(
             instead = smaller(chosen) if in_gluon or isinstance(refusal, OutOfResources) else None
             if instead is None:
                 raise
-            warnings.warn(f"flash_mla: {refusal}; {instead} runs in place of {chosen}", RuntimeWarning, stacklevel=2)
+            logger.warning("%s; %s runs in place of %s", refusal, instead, chosen)
             SMALLER[problem, config] = instead
 
 

@@ -7,9 +7,13 @@ which selects another binary. So that is all this looks at.
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
 from torch import Tensor
+
+logger = logging.getLogger("flash_mla")
 
 
 class Launcher:
@@ -41,6 +45,8 @@ class Launcher:
         if compiled is not None:
             compiled[self.grid](*addresses, *scalars, *self.constants)
             return
+        started = time.monotonic()
         compiled = self.kernel[self.grid](*tensors, *scalars, *self.constants, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
             self.compiled[aligned] = compiled
+            logger.info("%s: compiled, or loaded, in %.1f s", compiled.name, time.monotonic() - started)
