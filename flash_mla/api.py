@@ -55,8 +55,7 @@ def get_mla_metadata(
         An immutable MLAMetadata.
 
     Raises:
-        HeadGroupingError, BlockCountError, SequenceLengthError, BlockTableError, LayoutError, DTypeError,
-        DeviceError, ShapeError: see docs/contract.md, section 8.
+        FlashMLAError: the subclass that names what does not fit, see docs/contract.md, section 8.
     """
     contract.refuse_deepseek_order(q_shape, kv_shape, block_table)
     return contract.metadata(q_shape, kv_shape, block_table, seq_lens, v_head_dim, check_values)
@@ -137,7 +136,7 @@ def flash_mla_with_kvcache(
         through them raises GradientError.
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
@@ -231,7 +230,7 @@ def flash_mla_prefill(
         GradientError.
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         contract.check_tensor(name, tensor)
@@ -329,7 +328,7 @@ def mha_fwd_kvcache(
         out [B, H, P, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, H, P] FP32).
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("block_table", block_table)):
         contract.check_tensor(name, tensor)
