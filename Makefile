@@ -5,7 +5,7 @@ TEXT ?= examples/text.txt
 # A worker with nothing left takes tests of the other: the two end together.
 WORKERS = -n 2 --dist worksteal
 
-.PHONY: demo test lint types unit kernels engines hub bench clean
+.PHONY: demo test lint types unit kernels engines hub docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/flash-mla demo $(TEXT)
@@ -51,6 +51,16 @@ hub: .venv-hub/stamp
 		> $$(.venv-hub/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch.pth
 	touch $@
 
+# The site in site/, strictly: a warning fails. Its plots are drawn from the committed records.
+docs: .venv/demo.stamp .venv-docs/stamp
+	for records in docs/bench/*.jsonl; do $(BIN)/flash-mla plot $$records || exit 1; done
+	.venv-docs/bin/mkdocs build --strict --clean
+
+.venv-docs/stamp: requirements-docs.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r requirements-docs.txt
+	touch $@
+
 bench: .venv/demo.stamp
 	$(BIN)/flash-mla bench --device cpu --jsonl docs/bench/cpu.jsonl --markdown docs/bench/cpu.md
 
@@ -65,4 +75,4 @@ bench: .venv/demo.stamp
 	touch $@
 
 clean:
-	rm -rf .venv .venv-engines .venv-hub .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-engines .venv-hub .venv-docs site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
