@@ -2,7 +2,7 @@
 
 A call checks its arguments (`contract`), finds its plan (`plan`) and launches (`launch`). Outside of torch.compile this
 is plain Python; while a graph is traced, the functions call the custom ops of `ops` instead, which do the same work
-when the graph runs.
+when the graph runs. So does a prefill whose backward is recorded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flash_mla import contract
+from flash_mla.autograd import Prefill, wants_gradient
 from flash_mla.contract import MLAMetadata
 from flash_mla.entry import entry
 from flash_mla.launch import launch
@@ -224,7 +225,9 @@ def flash_mla_prefill(
 
     Returns:
         out [B, Hq, P, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, P] FP32). A row with no key left gives 0
-        and lse -inf.
+        and lse -inf. Both carry gradients to q, k, v and attn_sink, the same bits in every run (Dao 2023,
+        FlashAttention-2, without its atomic sums); a backward to attn_mask, or with FP8 or a descale, raises
+        GradientError.
 
     Raises:
         FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
@@ -235,9 +238,13 @@ def flash_mla_prefill(
     blocks = contract.sparse_blocks(sparse_layout, q)
     causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling or wants_gradient(q, k, v, attn_mask, *descales, attn_sink):
         check_backend(backend)
-        result = torch.ops.flash_mla.flash_mla_prefill(
+        if out is not None:
+            contract.refuse_learning_out(out)
+        attend = torch.ops.flash_mla.flash_mla_prefill if compiling else Prefill.apply
+        result = attend(
             q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, *as_tensors(descales, q), attn_sink, backend,
             out,
         )  # fmt: skip
