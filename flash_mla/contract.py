@@ -292,6 +292,13 @@ def check_out(out: Tensor | None, problem: Some, **inputs: Tensor | float | None
             f"out with strides {out.stride()}", "out contiguous", "`out` is not contiguous", "Pass a contiguous out"
         )
     check_on(problem.device, out=out)
+    refuse_learning_out(out)
+    check_apart("out", out, **inputs)
+    return problem if is_aligned(out) else problem._replace(aligned=False)
+
+
+def refuse_learning_out(out: Tensor) -> None:
+    """No gradient to what `out` held."""
     if out.requires_grad and torch.is_grad_enabled():
         raise GradientError(
             "out, which requires grad",
@@ -299,8 +306,6 @@ def check_out(out: Tensor | None, problem: Some, **inputs: Tensor | float | None
             "`out` is written in place, and what it held has then no gradient",
             "Pass out.detach(), or none",
         )
-    check_apart("out", out, **inputs)
-    return problem if is_aligned(out) else problem._replace(aligned=False)
 
 
 def check_apart(written: str, target: Tensor, **inputs: Tensor | float | None) -> None:

@@ -9,11 +9,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
-    "errors problem version",
+    "errors problem uncompiled version",
     "blocks layout mla quant merge reference kernels",
     "contract backends",
     "plan autograd",
-    "entry explanation launch",
+    "entry explanation launch gradients",
     "api",
     "cache pages",
     "ops",

@@ -282,14 +282,18 @@ def test_autocast_keeps_the_tokens(family: str) -> None:
 
 
 def test_no_gradient_is_dropped() -> None:
-    """A model that trains is refused; one in evaluation mode raises in the backward."""
+    """A model that trains is refused; one in evaluation mode has gradients of its prompt, and raises after it."""
     model, ids = build("Llama"), prompts([9])["input_ids"]
     cache = paged_cache(model, 1, 64)
-    for _ in range(2):  # the prompt, then a step of decode
-        loss = model(input_ids=ids, past_key_values=cache).logits.sum()
-        with pytest.raises(GradientError):
-            loss.backward()
-        ids = ids[:, :1]
+    weight = model.get_input_embeddings().weight
+    (got,) = torch.autograd.grad(model(input_ids=ids, past_key_values=cache).logits.square().sum(), weight)
+    loss = model(input_ids=ids[:, :1], past_key_values=cache).logits.sum()
+    with pytest.raises(GradientError):
+        loss.backward()
+    plain = build("Llama")
+    plain.set_attn_implementation("sdpa")
+    (want,) = torch.autograd.grad(plain(input_ids=ids).logits.square().sum(), plain.get_input_embeddings().weight)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     model.train()
     with pytest.raises(GradientError, match=r"model\.eval"):
         model(input_ids=ids, past_key_values=cache)
