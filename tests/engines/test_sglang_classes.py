@@ -129,7 +129,8 @@ def test_a_prompt_its_decode_and_a_chain_through_the_wheel(monkeypatch: pytest.M
         slots = torch.cat([table[r, a:b] for r, (a, b) in zip(requests.tolist(), spans, strict=True)])
         batch = SimpleNamespace(
             batch_size=2, forward_mode=mode, req_pool_indices=requests, extend_seq_lens=new, extend_seq_lens_cpu=counts,
-            seq_lens=held if mode == ForwardMode.TARGET_VERIFY else held + new, out_cache_loc=slots, kv_loc_plan=None,
+            seq_lens=held if mode == ForwardMode.TARGET_VERIFY else held + new, out_cache_loc=slots,
+            out_cache_loc_is_physical=True, kv_loc_plan=None,
         )  # fmt: skip
         k = torch.cat([latents[b, first:last] for b, (first, last) in enumerate(spans)]).unsqueeze(1)
         q = torch.randn(sum(counts), H * D)

@@ -16,6 +16,7 @@ from flash_mla.errors import FlashMLAError, GradientError, ShapeError
 from flash_mla.integrations.transformers.cache import NewTokens
 from flash_mla.integrations.transformers.sparse import attend_picked
 from flash_mla.integrations.transformers.step import Tokens
+from flash_mla.mla import MLAProjection
 
 # NOTE: transformers takes any name with "flash" in it for one of FlashAttention's and checks it as such.
 ATTENTION = "paged_kv_cache"
@@ -103,14 +104,16 @@ def paged_attention(
     if picked is not None and step.is_first and step.longest <= picked.shape[-1]:
         picked = None  # nothing is left out
     if picked is not None:
-        out = lift(module, attend_picked(step, absorb(module, q), layer, picked, scale).transpose(1, 2))
+        kv_b = projection(module, q.dtype)
+        out = kv_b.project(attend_picked(step, kv_b.absorb(q), layer, picked, scale).transpose(1, 2))
     elif step.is_first:
         if is_latent:
             k, v = (as_attention_takes(x, cache.dtype) for x in module.expand_kv(key.k, key.v))
         q, k, v = step.align(q), step.align(k), step.align(v)
         out = cast(Tensor, flash_mla_prefill(q, k, v, softmax_scale=scale, seq_lens=step.lengths))
     elif is_latent:
-        out = lift(module, step.decode(absorb(module, step.align(q)), layer, scale))
+        kv_b = projection(module, q.dtype)
+        out = kv_b.project(step.decode(kv_b.absorb(step.align(q)), layer, scale))
     else:
         out = step.decode(step.align(q), layer, scale)
     if torch.is_grad_enabled():
@@ -126,27 +129,11 @@ def as_attention_takes(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x).to(dtype)
 
 
-def absorb(module: Any, q: Tensor) -> Tensor:
-    """MLA over latents: K's projection moves to q, so that all heads share the cache's rows.
-
-    q [B, Hq, P, nope + rope] -> [B, Hq, P, kv_lora_rank + rope].
-    """
-    nope = module.qk_nope_head_dim
-    # NOTE: einsum multiplies all requests' rows of a head at once; `@` would copy the weight for every request.
-    absorbed = torch.einsum("bhpd,hdr->bhpr", q[..., :nope], projection(module)[:, :nope].to(q.dtype))
-    # autocast makes a product in its own dtype
-    return torch.cat([absorbed.to(q.dtype), q[..., nope:]], -1)
-
-
-def lift(module: Any, out: Tensor) -> Tensor:
-    """V's projection of what `absorb`'s queries found: [B, Hq, P, kv_lora_rank] -> [B, Hq, P, Dv]."""
-    return torch.einsum("bhpr,hdr->bhpd", out, projection(module)[:, module.qk_nope_head_dim :].to(out.dtype))
-
-
-def projection(module: Any) -> Tensor:
-    """kv_b_proj's weight by heads: [Hq, nope + Dv, kv_lora_rank]."""
-    weight = module.kv_b_proj.weight
-    return weight.view(-1, module.qk_nope_head_dim + module.v_head_dim, weight.shape[-1])
+def projection(module: Any, dtype: torch.dtype) -> MLAProjection:
+    """An MLA layer's kv_b_proj, whose halves absorb queries and give values."""
+    weight, nope = module.kv_b_proj.weight.to(dtype), module.qk_nope_head_dim
+    heads = len(weight) // (nope + module.v_head_dim)
+    return MLAProjection.from_weight(weight, heads, nope=nope, rope=module.qk_rope_head_dim)
 
 
 AttentionInterface.register(ATTENTION, paged_attention)
