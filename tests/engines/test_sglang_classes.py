@@ -9,60 +9,22 @@ Its engine, which needs a GPU, is not started: runner, batch and layer are ours.
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
 import sys
-import types
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from standins import Finder
 
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("SGLang is not installed", allow_module_level=True)
 
 
-class Named(type):
-    """A class whose every attribute is its own name, as an enum's member has one."""
-
-    def __getattr__(cls, name: str) -> str:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return name
-
-
-class Empty(types.ModuleType):
-    """A module in which every name is an empty class."""
-
-    __path__ = ()
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Named(name, (), {})
-
-
-class Finder:
-    """Finds what is missing of STUBS, and all below it."""
-
-    STUBS = tuple(name for name in ("torchvision", "gguf") if importlib.util.find_spec(name) is None)
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] in self.STUBS:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return Empty(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
 transformers = pytest.importorskip("transformers")
-transformers.utils.is_torchvision_available()  # asked and kept before the stub is found
-sys.meta_path.append(Finder())
+transformers.utils.is_torchvision_available()  # asked, and the answer kept, before there is a stand-in
+sys.meta_path.append(Finder(("torchvision", "gguf")))
 
 from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES  # noqa: E402
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS  # noqa: E402

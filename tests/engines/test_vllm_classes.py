@@ -1,8 +1,9 @@
-"""The plugin's classes inside an installed vLLM, with layers and metadata of our own in place of its engine's.
+"""The plugin's classes with layers and metadata of our own in place of vLLM's engine.
 
-    make engines        # these, then vllm_tokens.py
+    make engines                              # inside an installed vLLM
+    pytest -m gpu tests/engines               # on a GPU: decode in a CUDA graph too
 
-Where vLLM is not installed these tests are skipped; on a GPU they capture decode in a CUDA graph.
+Where vLLM is not installed its base classes are stand-ins, so that our own methods run and nothing of vLLM's does.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from standins import standing_in
 from torch import Tensor
 
-pytest.importorskip("vllm")
-
-from flash_mla.integrations.vllm import mla, register, sparse
+from flash_mla.integrations.vllm import register
 from flash_mla.quant import FORMATS, quantise
+
+with standing_in("vllm") as missing:
+    from flash_mla.integrations.vllm import mla, sparse
 
 FP8 = torch.float8_e4m3fn
 H, RANK, ROPE = 16, 512, 64
@@ -132,7 +135,7 @@ def test_sparse(rows: str, device: str) -> None:
         picked[i, : len(some)] = some.int()
     made = sparse.FlashMLASparseImpl.__new__(sparse.FlashMLASparseImpl)
     made.kv_lora_rank, made.softmax_scale, made.kv_cache_dtype = RANK, SCALE, rows
-    made.init_topk_indices_buffer(None, picked.to(device))
+    made.topk_indices_buffer = picked.to(device)
     q = torch.randn(len(requests), H, D).bfloat16()
     metadata = SimpleNamespace(block_table=pool.table, req_id_per_token=requests.to(device))
     out, lse = made.forward_mqa(q.to(device), cache.to(device), metadata, None)
@@ -144,6 +147,38 @@ def test_sparse(rows: str, device: str) -> None:
         assert (out[i].cpu() - want).abs().max() <= 1.6e-2 * want.abs().max()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_prefill_of_new_tokens_and_of_a_chunk_of_context(device: str) -> None:
+    """lse as [heads, tokens], and out where the caller wants it."""
+    torch.manual_seed(8)
+    counts, context = [7, 64, 1], [100, 0, 65]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = (torch.randn(sum(counts), H, dim, device=device).to(dtype) for dim in (192, 192, 128))
+    k_old, v_old = (torch.randn(sum(context), H, dim, device=device).to(dtype) for dim in (192, 128))
+    starts, old = (torch.tensor([0, *counts]).cumsum(0).int().to(device) for counts in (counts, context))
+    backend = mla.FlashMLAPrefillBackend.__new__(mla.FlashMLAPrefillBackend)
+    backend.scale, backend._prefill_metadata = SCALE, SimpleNamespace(query_start_loc=starts)
+    new = backend.run_prefill_new_tokens(q, k, v, True)
+    chunk = SimpleNamespace(query_start_loc=starts, cu_seq_lens=old)
+    out = torch.full_like(new[0], float("nan"))
+    earlier = backend.run_prefill_context_chunk(chunk, q, k_old, v_old, out)
+    assert earlier[0] is out
+    assert torch.equal(backend.run_prefill_new_tokens(q, k, v, False), new[0])
+    for b in range(3):
+        mine = slice(starts[b], starts[b + 1])
+        for (x, lse), keys, values, span, causal in (
+            (new, k, v, mine, True), (earlier, k_old, v_old, slice(old[b], old[b + 1]), False),
+        ):  # fmt: skip
+            scores = SCALE * torch.einsum("shd,thd->hst", q[mine].double(), keys[span].double())
+            if causal:
+                scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf)
+            want = torch.einsum("hst,thd->shd", scores.softmax(-1), values[span].double())
+            budget = 1e-5 if dtype == torch.float32 else 1.6e-2
+            assert (x[mine] - want).abs().max() <= budget * want.abs().max().clamp(min=1e-9)
+            torch.testing.assert_close(lse[:, mine].double(), scores.logsumexp(-1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif("vllm" in missing, reason="vLLM is not installed")
 def test_what_is_registered() -> None:
     """Twice, as vLLM may; and vLLM's own question finds nothing against the classes."""
     from vllm.platforms.interface import DeviceCapability
