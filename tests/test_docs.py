@@ -1,8 +1,8 @@
 """README and docs say what is so: their examples run, their commands and links exist, their tables are the code's.
 
 A Python block runs, with the page's earlier blocks before it, and prints what the text block behind it says. One that
-needs a GPU or an engine stands behind `<!-- syntax only: WHY -->` and is compiled (or run, where the GPU is). A line of a
-shell block is parsed, and what it names must exist.
+needs a GPU or an engine stands behind `<!-- syntax only: WHY -->` and is compiled (or run, where the GPU is). A line of
+a shell block is parsed, and what it names must exist.
 """
 
 from __future__ import annotations
