@@ -2,7 +2,7 @@
 
 A call checks its arguments (`contract`), finds its plan (`plan`) and launches (`launch`). Outside of torch.compile this
 is plain Python; while a graph is traced, the functions call the custom ops of `ops` instead, which do the same work
-when the graph runs.
+when the graph runs. So does a prefill whose backward is recorded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flash_mla import contract
+from flash_mla.autograd import Prefill, wants_gradient
 from flash_mla.contract import MLAMetadata
 from flash_mla.entry import entry
 from flash_mla.launch import launch
@@ -54,8 +55,7 @@ def get_mla_metadata(
         An immutable MLAMetadata.
 
     Raises:
-        HeadGroupingError, BlockCountError, SequenceLengthError, BlockTableError, LayoutError, DTypeError,
-        DeviceError, ShapeError: see docs/contract.md, section 8.
+        FlashMLAError: the subclass that names what does not fit, see docs/contract.md, section 8.
     """
     contract.refuse_deepseek_order(q_shape, kv_shape, block_table)
     return contract.metadata(q_shape, kv_shape, block_table, seq_lens, v_head_dim, check_values)
@@ -136,7 +136,7 @@ def flash_mla_with_kvcache(
         through them raises GradientError.
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
@@ -225,10 +225,12 @@ def flash_mla_prefill(
 
     Returns:
         out [B, Hq, P, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, P] FP32). A row with no key left gives 0
-        and lse -inf.
+        and lse -inf. Both carry gradients to q, k, v and attn_sink, the same bits in every run (Dao 2023,
+        FlashAttention-2, without its atomic sums); a backward to attn_mask, or with FP8 or a descale, raises
+        GradientError.
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         contract.check_tensor(name, tensor)
@@ -236,9 +238,13 @@ def flash_mla_prefill(
     blocks = contract.sparse_blocks(sparse_layout, q)
     causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling or wants_gradient(q, k, v, attn_mask, *descales, attn_sink):
         check_backend(backend)
-        result = torch.ops.flash_mla.flash_mla_prefill(
+        if out is not None:
+            contract.refuse_learning_out(out)
+        attend = torch.ops.flash_mla.flash_mla_prefill if compiling else Prefill.apply
+        result = attend(
             q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, *as_tensors(descales, q), attn_sink, backend,
             out,
         )  # fmt: skip
@@ -322,7 +328,7 @@ def mha_fwd_kvcache(
         out [B, H, P, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, H, P] FP32).
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("block_table", block_table)):
         contract.check_tensor(name, tensor)

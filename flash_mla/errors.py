@@ -18,6 +18,7 @@ __all__ = [
     "HeadGroupingError",
     "LayoutError",
     "MaskShapeError",
+    "RankError",
     "ScaleWarning",
     "SequenceLengthError",
     "ShapeError",
@@ -130,6 +131,13 @@ class CacheFullError(FlashMLAError):
 
     cause = "The cache has too few free blocks"
     fix = "Call grow(num_blocks), or free() requests that are done"
+
+
+class RankError(FlashMLAError):
+    """Another rank died, did not come in time, refused its arguments, or was called with others."""
+
+    cause = "A rank died, or did not make the same call within the process group's timeout"
+    fix = "Read that rank's log; then start the process group again"
 
 
 class ScaleWarning(UserWarning):

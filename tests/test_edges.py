@@ -1,4 +1,3 @@
-# ruff: noqa: C408
 """The edges of the contract, section 11, on every backend that runs here: empty work, scales, strides, what is written,
 and what the caller has set for torch."""
 
