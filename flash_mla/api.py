@@ -338,9 +338,10 @@ def mha_fwd_kvcache(
         check_backend(backend)
         writes = k is not None or v is not None
         if writes and (is_pool(k_cache) or is_pool(v_cache)):
-            # NOTE: a graph cannot declare that it writes to an expanded tensor: it breaks here, and the call is eager.
-            # Disabled here and not once: that imports dynamo, which takes longer than all of torch
-            return torch.compiler.disable(mha_fwd_kvcache)(
+            # NOTE: a graph cannot declare that it writes to an expanded tensor: it breaks here, and the call is eager
+            from flash_mla import uncompiled
+
+            return uncompiled.mha_fwd_kvcache(
                 q, k_cache, v_cache, block_table, attn_mask, k=k, v=v, start_pos=start_pos, causal=causal,
                 softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
                 return_lse=return_lse, out=out, backend=backend,

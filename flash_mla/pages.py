@@ -124,7 +124,7 @@ def decode_over_pages(
         return give_back(result, return_lse, out)
     k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
     if softmax_scale is None and v_pages is None:
-        contract.warn_default_scale(q.shape[3], v.shape[4], stacklevel=2)
+        contract.warn_default_scale(q.shape[3], v.shape[4], stacklevel=3)
     if out is not None:
         check_pages_out(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
     attend = attend_pages if causal or mask is not None or q.shape[2] <= 1 else unfold

@@ -326,6 +326,15 @@ def test_compiled_mha_over_a_pool_writes_it():
     assert torch.equal(cache.k_cache, other.k_cache)
 
 
+def test_a_whole_graph_over_a_pool_is_told_why():
+    cache = PagedKVCache(2, 2, 16, max_seq_len=128, dtype=FP32, pool_blocks=6)
+    cache.extend(70)
+    rows = torch.randn(2, 2, 70, 16)
+    call = torch.compile(mha_fwd_kvcache, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="without fullgraph=True"):
+        call(rows, cache.k_cache, cache.v_cache, cache.block_table, k=rows, v=rows)
+
+
 # --- Raw errors -------------------------------------------------------------------------------------------------------
 
 JUNK = {"none": None, "text": "abc", "list": [1, 2], "number": 3, "scalar": torch.tensor(1.0), "empty": torch.empty(0)}
