@@ -341,10 +341,10 @@ def mha_fwd_kvcache(
             # NOTE: a graph cannot declare that it writes to an expanded tensor: it breaks here, and the call is eager
             from flash_mla import uncompiled
 
-            return uncompiled.mha_fwd_kvcache(
-                q, k_cache, v_cache, block_table, attn_mask, k=k, v=v, start_pos=start_pos, causal=causal,
-                softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-                return_lse=return_lse, out=out, backend=backend,
+            return uncompiled.write_pool(
+                mha_fwd_kvcache, q, k_cache, v_cache, block_table, attn_mask, k=k, v=v, start_pos=start_pos,
+                causal=causal, softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale,
+                v_descale=v_descale, return_lse=return_lse, out=out, backend=backend,
             )  # fmt: skip
         more = (attn_mask, k, v, start_pos, causal, softmax_scale, *as_tensors(descales, q), backend, out)
         if writes:

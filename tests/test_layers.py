@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
-    "errors problem version",
+    "errors problem uncompiled version",
     "blocks layout mla quant merge reference kernels",
     "contract backends",
     "plan autograd",
