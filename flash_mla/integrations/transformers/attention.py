@@ -104,16 +104,14 @@ def paged_attention(
     if picked is not None and step.is_first and step.longest <= picked.shape[-1]:
         picked = None  # nothing is left out
     if picked is not None:
-        kv_b = projection(module, q.dtype)
-        out = kv_b.project(attend_picked(step, kv_b.absorb(q), layer, picked, scale).transpose(1, 2))
+        out = lift(module, attend_picked(step, absorb(module, q), layer, picked, scale).transpose(1, 2))
     elif step.is_first:
         if is_latent:
             k, v = (as_attention_takes(x, cache.dtype) for x in module.expand_kv(key.k, key.v))
         q, k, v = step.align(q), step.align(k), step.align(v)
         out = cast(Tensor, flash_mla_prefill(q, k, v, softmax_scale=scale, seq_lens=step.lengths))
     elif is_latent:
-        kv_b = projection(module, q.dtype)
-        out = kv_b.project(step.decode(kv_b.absorb(step.align(q)), layer, scale))
+        out = lift(module, step.decode(absorb(module, step.align(q)), layer, scale))
     else:
         out = step.decode(step.align(q), layer, scale)
     if torch.is_grad_enabled():
@@ -129,11 +127,21 @@ def as_attention_takes(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x).to(dtype)
 
 
+def absorb(module: Any, q: Tensor) -> Tensor:
+    """MLA's queries over latents: [B, Hq, P, nope + rope] -> [B, Hq, P, kv_lora_rank + rope]."""
+    return projection(module, q.dtype).absorb(q)
+
+
+def lift(module: Any, out: Tensor) -> Tensor:
+    """The values of what `absorb`'s queries found: [B, Hq, P, kv_lora_rank] -> [B, Hq, P, Dv]."""
+    return projection(module, out.dtype).project(out)
+
+
 def projection(module: Any, dtype: torch.dtype) -> MLAProjection:
-    """An MLA layer's kv_b_proj, whose halves absorb queries and give values."""
-    weight, nope = module.kv_b_proj.weight.to(dtype), module.qk_nope_head_dim
-    heads = len(weight) // (nope + module.v_head_dim)
-    return MLAProjection.from_weight(weight, heads, nope=nope, rope=module.qk_rope_head_dim)
+    """A layer's kv_b_proj, in the dtype that attention computes in."""
+    nope, rope = module.qk_nope_head_dim, module.qk_rope_head_dim
+    weight = module.kv_b_proj.weight.to(dtype)
+    return MLAProjection.from_weight(weight, len(weight) // (nope + module.v_head_dim), nope=nope, rope=rope)
 
 
 AttentionInterface.register(ATTENTION, paged_attention)
