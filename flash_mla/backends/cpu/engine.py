@@ -45,6 +45,10 @@ NAMES = {
 
 ROWS = 32
 """Most rows of an item: q and O of 32 MLA rows are 140 KiB, beside 74 KiB of K a block, in an L2 of 512 KiB."""
+MANY = 24
+"""Rows of an item from which on they lie in lanes."""
+MANY_ROWS = 96
+"""Most rows of such an item: K is widened once for all of them; q, O, scores and K take 170 KiB at D 128."""
 ITEMS = 32
 """Items that a call is split into, at least, where its keys allow: enough for the threads of a desktop."""
 SPLIT_BLOCKS = 8
@@ -93,12 +97,16 @@ def spec(problem: Attention, rows: int, **more: Any) -> Spec:
     """The kernel for items of so many rows, its mask's element type left open; `more` are fields of Spec."""
     from flash_mla.kernels.cpu.config import Spec, host, tile
 
-    tile_m, tile_n = tile(rows, host())
+    many = rows >= MANY and isinstance(problem, PrefillProblem)
+    tile_m, tile_n = tile(rows, host(), many)
+    most = (MANY_ROWS if problem.D <= 256 else MANY_ROWS // 2) if many else ROWS
+    if many and more.get("layout"):
+        most, more["span"] = -(-BLOCK // tile_m) * tile_m, BLOCK
     return Spec(
         D=problem.D,
         Dv=problem.Dv,
         q=NAMES[problem.dtype],
-        rows=min(-(-rows // tile_m) * tile_m, ROWS),
+        rows=min(-(-rows // tile_m) * tile_m, most),
         tile_m=tile_m,
         tile_n=tile_n,
         lanes=host().lanes,
@@ -127,7 +135,7 @@ class Call:
         from flash_mla.kernels.cpu.item import FIELDS
 
         self.spec, self.at = spec, {name: i for i, name in enumerate(FIELDS)}
-        groups = -(-rows // spec.rows)
+        groups = -(-rows // (spec.span or spec.rows))
         items = requests * heads * groups
         splits = max(1, min(-(-ITEMS // items), blocks // SPLIT_BLOCKS)) if 0 < items < ITEMS else 1
         self.work = items * splits

@@ -17,7 +17,7 @@ from pathlib import Path
 import llvmlite
 import llvmlite.binding as llvm
 
-from flash_mla.kernels.cpu.attend import build
+from flash_mla.kernels.cpu.build import build
 from flash_mla.kernels.cpu.config import Spec, Target, host
 
 DIGEST = 32
