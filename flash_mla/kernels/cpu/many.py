@@ -93,16 +93,12 @@ class Many(Attend):
         return most.min(block.keys)
 
     def widen_k(self, block: Block) -> tuple[Value, int | Value]:
-        """K as FP32 rows, and their stride; ask for the next block."""
+        """K as FP32 rows, and their stride."""
         g, s, m, W = self.g, self.spec, self.m, self.spec.lanes
         if s.held == "f32" and s.staged:
             return block.k, block.k_row
         with g.loop(0, block.keys) as j:
             source, to = block.k + j * block.k_row, m["wide"] + j * self.wide_row
-            if block.ahead is not None:
-                for base, stride, columns in zip(block.ahead, (block.k_row, block.v_row), (s.D, s.Dv), strict=True):
-                    for line in range(0, columns * SIZE[s.kv], 64):
-                        g.prefetch(base + j * stride + line, 2)
 
             def copy(c: Value, half: int, rest: bool, source: Value = source, to: Value = to) -> None:
                 if rest:
@@ -131,6 +127,7 @@ class Many(Attend):
         with g.loop(0, reach, s.tile_n) as j:
             keys = [k + (j + n).min(block.keys - 1) * k_row for n in range(s.tile_n)]
             sums = [[g.variable(self.zero) for _ in range(per_tile)] for _ in keys]
+            self.prefetch(t, j, block)
             with g.loop(0, s.D, UNROLL) as c:
                 for u in range(UNROLL):
                     rows = [(q + (c + u) * width + v * W * 4).load(self.V, 4) for v in range(per_tile)]
@@ -156,6 +153,17 @@ class Many(Attend):
                     top.set(top.get().max(total.get()))
         for v, top in zip(vectors, tops, strict=True):
             (m["factor"] + v * (4 * W)).store(top.get(), 4)
+
+    def prefetch(self, t: Value, j: Value, block: Block) -> None:
+        """Ask for the next block's rows [j, j + tile_n), each tile for its share of their lines."""
+        s = self.spec
+        if block.ahead is None:
+            return
+        for base, stride, columns in zip(block.ahead, (block.k_row, block.v_row), (s.D, s.Dv), strict=True):
+            share = -(-columns * SIZE[s.kv] // (64 * s.tiles)) * 64
+            for n in range(s.tile_n):
+                for line in range(0, share, 64):
+                    self.g.prefetch(base + (j + n) * stride + t * share + line, 2)
 
     def softmax(self, t: Value, reach: Value) -> None:
         """Move the running max; p = exp(S - max), and its sum."""
