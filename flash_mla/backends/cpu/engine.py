@@ -95,18 +95,25 @@ def launch(problem: Attention, config: Call, args: DecodeArgs | PrefillArgs | Sp
 
 def spec(problem: Attention, rows: int, **more: Any) -> Spec:
     """The kernel for items of so many rows, its mask's element type left open; `more` are fields of Spec."""
-    from flash_mla.kernels.cpu.config import Spec, host, tile
+    from flash_mla.kernels.cpu.config import Spec, host, tile, wide_tile
 
-    many = rows >= MANY and isinstance(problem, PrefillProblem)
-    tile_m, tile_n = tile(rows, host(), many)
-    most = (MANY_ROWS if problem.D <= 256 else MANY_ROWS // 2) if many else ROWS
-    if many and more.get("layout"):
-        most, more["span"] = -(-BLOCK // tile_m) * tile_m, BLOCK
+    # NOTE: rows of K of a latent that are shared by 128 heads gain nothing: q, O and K fill L2 either way
+    wide = isinstance(problem, DecodeProblem) and problem.D > 256
+    span = 0
+    if rows >= MANY and not wide:
+        tile_m, tile_n = wide_tile(host(), bool(more.get("layout")) or not isinstance(problem, PrefillProblem))
+        span = BLOCK if more.get("layout") else MANY_ROWS if problem.D <= 256 else MANY_ROWS // 2
+        span = min(span, -(-rows // tile_m) * tile_m)
+        held = -(-span // 12) * 12
+    else:
+        tile_m, tile_n = tile(rows, host())
+        held = min(-(-rows // tile_m) * tile_m, ROWS)
     return Spec(
         D=problem.D,
         Dv=problem.Dv,
         q=NAMES[problem.dtype],
-        rows=min(-(-rows // tile_m) * tile_m, most),
+        rows=held,
+        span=span,
         tile_m=tile_m,
         tile_n=tile_n,
         lanes=host().lanes,

@@ -75,16 +75,15 @@ class Attend(Item):
 
         bias = m["bias"] + first % width * 4
         even = a["mask_k"].equals(SIZE[kind])
-        with g.loop(0, block.keys, W) as j:
-            with g.either(even & (j + W <= block.keys)) as (vectors, single):
-                with vectors:
-                    turned = interleave([addend(row + j * SIZE[kind], W) for row in starts])
-                    if rows == width:
-                        (bias + j * (width * 4)).store(turned)
-                    else:
-                        for key in range(W):
-                            part = turned.shuffle(range(key * rows, (key + 1) * rows))
-                            (bias + (j + key) * (width * 4)).store(part)
-                with single, g.loop(j, (j + W).min(block.keys)) as key:
-                    for r, row in enumerate(starts):
-                        (bias + (key * width + r) * 4).store(addend(row + key * a["mask_k"], 1))
+        with g.loop(0, block.keys, W) as j, g.either(even & (j + W <= block.keys)) as (vectors, single):
+            with vectors:
+                turned = interleave([addend(row + j * SIZE[kind], W) for row in starts])
+                if rows == width:
+                    (bias + j * (width * 4)).store(turned)
+                else:
+                    for n in range(W):
+                        part = turned.shuffle(range(n * rows, (n + 1) * rows))
+                        (bias + (j + n) * (width * 4)).store(part)
+            with single, g.loop(j, (j + W).min(block.keys)) as key:
+                for r, row in enumerate(starts):
+                    (bias + (key * width + r) * 4).store(addend(row + key * a["mask_k"], 1))

@@ -1,10 +1,10 @@
 """What a kernel is compiled for: its shape and element types, its register tile, its memory, and the processor.
 
-**Register tiles.** *Few* rows (decode): scores are computed for tile_m rows x tile_n keys at a time, one accumulator of W
-lanes each, and values for tile_m rows x 2 W columns. AVX2 has 16 registers: 4 x 3 scores leave four for a vector of K
-and the rows' loads, and reach 76 to 87 % of the FMA peak of a Zen 3 core; 4 x 2 reach 73 to 85 %, 2 x 4 half of it,
-4 x 4 spill. *Many* rows (prefill): 3 W rows, in lanes, x 4 keys, and 6 rows x 2 W columns for values: 12 accumulators
-each, which the latency of an FMA needs (4 cycles, two a cycle: 8), and no sums across lanes.
+**Register tiles.** *Few* rows (decode): scores are computed for tile_m rows x tile_n keys at a time, one accumulator of
+W lanes each, and values for tile_m rows x 2 W columns. AVX2 has 16 registers: 4 x 3 scores leave four for a vector of
+K and the rows' loads, and reach 76 to 87 % of the FMA peak of a Zen 3 core; 4 x 2 reach 73 to 85 %, 2 x 4 half of it,
+4 x 4 spill. *Many* rows (prefill): 3 W rows, in lanes, x 4 keys (2 W x 6), and 6 rows x 2 W columns for values: 12
+accumulators each, of which the latency of an FMA needs 8 (4 cycles, two a cycle), and no sums across lanes.
 AVX-512 and NEON have 32 registers.
 """
 
@@ -181,11 +181,16 @@ class Spec:
         return parts, -(-at // 4096) * 4096 + 64  # NOTE: threads' memories a page and a line apart
 
 
-def tile(rows: int, target: Target, many: bool = False) -> tuple[int, int]:
-    """(tile_m, tile_n) for so many query rows of a KV head."""
-    if many:
-        return 3 * target.lanes, 4 if target.registers == 16 else 8
+def tile(rows: int, target: Target) -> tuple[int, int]:
+    """(tile_m, tile_n) for so many query rows of a KV head, few of them."""
     tile_m = 4 if rows > 2 else rows
     if tile_m == 4:
         return 4, 3 if target.registers == 16 else 6
     return tile_m, 4
+
+
+def wide_tile(target: Target, even: bool) -> tuple[int, int]:
+    """(tile_m, tile_n) for many rows; even: where an item's rows are a multiple of 16."""
+    keys = 24 if target.registers == 32 else 12  # accumulators
+    vectors = 2 if even else 3
+    return vectors * target.lanes, keys // vectors

@@ -23,6 +23,8 @@ from flash_mla.kernels.cpu.walk import Block
 
 UNROLL = 4
 """Columns of an iteration of scores."""
+MOST_COLUMNS, SOME_COLUMNS = 256, 192
+"""q of a tile stays in L1 (3W rows of 256 columns: 24 KiB); of wider rows, so many columns are taken at a time."""
 
 
 class Many(Attend):
@@ -86,6 +88,8 @@ class Many(Attend):
 
     def reach(self, t: Value, block: Block) -> Value:
         """How many keys of the block tile t goes through."""
+        if self.spec.tile_m % self.spec.tile_rows:  # a tile of values has rows of two tiles of scores
+            return block.keys
         per_tile = self.spec.tile_m // self.spec.lanes
         most = block.limit(t * per_tile)[2]
         for v in range(1, per_tile):
@@ -124,35 +128,41 @@ class Many(Attend):
             least = least.min(x)
         tops = [g.variable((m["max"] + v * (4 * W)).load(self.V, 4)) for v in vectors]
         scale = self.scale.splat(W)
-        with g.loop(0, reach, s.tile_n) as j:
+        columns = s.D if s.D <= MOST_COLUMNS else SOME_COLUMNS
+        with g.loop(0, s.D, columns) as c0, g.loop(0, reach, s.tile_n) as j:
             keys = [k + (j + n).min(block.keys - 1) * k_row for n in range(s.tile_n)]
-            sums = [[g.variable(self.zero) for _ in range(per_tile)] for _ in keys]
+            places = [[to + (j + n) * (s.rows * 4) + v * W * 4 for v in range(per_tile)] for n in range(s.tile_n)]
+            first = c0.equals(0)
+            start = lambda p: self.zero if columns == s.D else first.pick(self.zero, p.load(self.V, 4))  # noqa: E731
+            sums = [[g.variable(start(p)) for p in row] for row in places]
             self.prefetch(t, j, block)
-            with g.loop(0, s.D, UNROLL) as c:
+            with g.loop(c0, (c0 + columns).min(s.D), UNROLL) as c:
                 for u in range(UNROLL):
                     rows = [(q + (c + u) * width + v * W * 4).load(self.V, 4) for v in range(per_tile)]
                     for key, totals in zip(keys, sums, strict=True):
                         x = (key + (c + u) * 4).load(F32, 4).splat(W)
                         for y, total in zip(rows, totals, strict=True):
                             total.set(x.fma(y, total.get()))
-
-            for n, totals in enumerate(sums):
-                for v, total in enumerate(totals):
-                    z = total.get() * scale
-                    if s.mask:
-                        z = z + (m["bias"] + (j + n) * width + v * W * 4).load(self.V, 4)
-                    total.set(z)
-            with g.when(least < j + s.tile_n):
+            with g.when(c0 + columns >= s.D):
                 for n, totals in enumerate(sums):
-                    key = (j + n).index().splat(W)
-                    for (limit, _, _), total in zip(limits, totals, strict=True):
-                        total.set((key < limit).pick(total.get(), -math.inf))
-            for n, totals in enumerate(sums):
-                for v, (total, top) in enumerate(zip(totals, tops, strict=True)):
-                    (to + (j + n) * (s.rows * 4) + v * W * 4).store(total.get(), 4)
-                    top.set(top.get().max(total.get()))
-        for v, top in zip(vectors, tops, strict=True):
-            (m["factor"] + v * (4 * W)).store(top.get(), 4)
+                    for v, total in enumerate(totals):
+                        z = total.get() * scale
+                        if s.mask:
+                            z = z + (m["bias"] + (j + n) * width + v * W * 4).load(self.V, 4)
+                        total.set(z)
+                with g.when(least < j + s.tile_n):
+                    for n, totals in enumerate(sums):
+                        key = (j + n).index().splat(W)
+                        for (limit, _, _), total in zip(limits, totals, strict=True):
+                            total.set((key < limit).pick(total.get(), -math.inf))
+                for totals in sums:
+                    for total, top in zip(totals, tops, strict=True):
+                        top.set(top.get().max(total.get()))
+            for row, totals in zip(places, sums, strict=True):
+                for p, total in zip(row, totals, strict=True):
+                    p.store(total.get(), 4)
+        for vector, top in zip(vectors, tops, strict=True):
+            (m["factor"] + vector * (4 * W)).store(top.get(), 4)
 
     def prefetch(self, t: Value, j: Value, block: Block) -> None:
         """Ask for the next block's rows [j, j + tile_n), each tile for its share of their lines."""
@@ -185,45 +195,43 @@ class Many(Attend):
             (m["sum"] + at).store(total.get(), 4)
 
     def values(self, block: Block) -> None:
-        """O = O factor + p V, tile after tile."""
+        """O = O factor + p V: all columns of a tile of rows, or all rows of a chunk, so that V stays in L1."""
         g, s, W = self.g, self.spec, self.spec.lanes
-        rows = s.tile_rows
-        whole, halves = s.Dv // s.chunk, self.tail_halves(s.Dv)
-        with g.loop(0, self.nr, rows) as r:
-            reach = self.reach(r // s.tile_m, block)
-            with g.when(reach > 0):
-                with g.loop(0, whole) as c:
-                    at = block.v + c * (s.chunk * SIZE[s.held])
-                    self.columns(r, rows, c, at, block, reach, range(2), lambda p, half: chunk(p, s.held, W, half))
-                if halves:
-                    at, left = block.v + whole * s.chunk * SIZE[s.held], s.Dv % s.chunk
-                    read = lambda p, half: tail(p, s.held, W, half, left)  # noqa: E731
-                    self.columns(r, rows, g.const(whole), at, block, reach, halves, read)
+        size = s.chunk * SIZE[s.held]
+        whole, left = s.Dv // s.chunk, s.Dv % s.chunk
+
+        def tile(r: Value, c: Value) -> None:
+            self.columns(r, c, block.v + c * size, block, range(2), lambda p, half: chunk(p, s.held, W, half))
+
+        if s.Dv <= MOST_COLUMNS:
+            with g.loop(0, self.nr, s.tile_rows) as r, g.loop(0, whole) as c:
+                tile(r, c)
+        else:
+            with g.loop(0, whole) as c, g.loop(0, self.nr, s.tile_rows) as r:
+                tile(r, c)
+        if left:
+            with g.loop(0, self.nr, s.tile_rows) as r:
+                read = lambda p, half: tail(p, s.held, W, half, left)  # noqa: E731
+                self.columns(r, g.const(whole), block.v + whole * size, block, self.tail_halves(s.Dv), read)
 
     def columns(
-        self,
-        first: Value,
-        rows: int,
-        c: Value,
-        v: Value,
-        block: Block,
-        reach: Value,
-        halves: range,
-        read: Callable[[Value, int], Value],
+        self, first: Value, c: Value, v: Value, block: Block, halves: range, read: Callable[[Value, int], Value]
     ) -> None:
-        """One chunk of columns of O, rows [first, first + rows)."""
+        """One chunk of columns of O, of a tile of rows."""
         g, s, m, W = self.g, self.spec, self.m, self.spec.lanes
-        o = m["o"] + (c * (s.rows * s.chunk) + first * s.chunk) * 4
-        sums = {}
-        for r in range(rows):
-            factor = (m["factor"] + (first + r) * 4).load(F32, 4).splat(W)
-            for half in halves:
-                sums[r, half] = g.variable((o + (r * s.chunk + half * W) * 4).load(self.V, 4) * factor)
-        with g.loop(0, reach) as j:
-            xs = [read(v + j * block.v_row, half) for half in halves]
+        rows, reach = s.tile_rows, self.reach(first // s.tile_m, block)
+        with g.when(reach > 0):  # else its factor is that of an earlier block
+            o = m["o"] + (c * (s.rows * s.chunk) + first * s.chunk) * 4
+            sums = {}
             for r in range(rows):
-                p = (m["scores"] + j * (s.rows * 4) + (first + r) * 4).load(F32, 4).splat(W)
-                for x, half in zip(xs, halves, strict=True):
-                    sums[r, half].set(p.fma(x, sums[r, half].get()))
-        for (r, half), total in sums.items():
-            (o + (r * s.chunk + half * W) * 4).store(total.get(), 4)
+                factor = (m["factor"] + (first + r) * 4).load(F32, 4).splat(W)
+                for half in halves:
+                    sums[r, half] = g.variable((o + (r * s.chunk + half * W) * 4).load(self.V, 4) * factor)
+            with g.loop(0, reach) as j:
+                xs = [read(v + j * block.v_row, half) for half in halves]
+                for r in range(rows):
+                    p = (m["scores"] + j * (s.rows * 4) + (first + r) * 4).load(F32, 4).splat(W)
+                    for x, half in zip(xs, halves, strict=True):
+                        sums[r, half].set(p.fma(x, sums[r, half].get()))
+            for (r, half), total in sums.items():
+                (o + (r * s.chunk + half * W) * 4).store(total.get(), 4)
