@@ -122,10 +122,12 @@ class Many(Attend):
         q = m["q"] + t * (s.tile_m * self.wide_row)
         to = m["scores"] + t * width
         vectors = [t * per_tile + v for v in range(per_tile)]
-        limits = [block.limit(v) for v in vectors]
-        least = limits[0][1]
-        for _, x, _ in limits[1:]:
-            least = least.min(x)
+        # NOTE: tile_n may go past the keys that there are, where the mask's addends are what memory held
+        least, end, limits = reach, reach.index().splat(W), []
+        for vector in vectors:
+            limit, low, _ = block.limit(vector)
+            limits.append(limit.min(end))
+            least = least.min(low)
         tops = [g.variable((m["max"] + v * (4 * W)).load(self.V, 4)) for v in vectors]
         scale = self.scale.splat(W)
         columns = s.D if s.D <= MOST_COLUMNS else SOME_COLUMNS
@@ -153,7 +155,7 @@ class Many(Attend):
                 with g.when(least < j + s.tile_n):
                     for n, totals in enumerate(sums):
                         key = (j + n).index().splat(W)
-                        for (limit, _, _), total in zip(limits, totals, strict=True):
+                        for limit, total in zip(limits, totals, strict=True):
                             total.set((key < limit).pick(total.get(), -math.inf))
                 for totals in sums:
                     for total, top in zip(totals, tops, strict=True):
