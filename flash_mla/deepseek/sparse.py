@@ -20,12 +20,14 @@ from flash_mla.contract import (
     named,
 )
 from flash_mla.deepseek.checks import check_query, check_same_dtype
+from flash_mla.entry import entry
 from flash_mla.errors import HeadGroupingError, ShapeError
 from flash_mla.plan import plan
 from flash_mla.problem import FP8, SparseArgs, SparseKeys, SparseProblem, SparseSet
 from flash_mla.quant import FORMATS, RowFormat
 
 
+@entry("flash_mla.deepseek")
 def flash_mla_sparse_fwd(
     q: Tensor,
     kv: Tensor,

@@ -21,6 +21,7 @@ from flash_mla.contract import (
     prefill_problem,
 )
 from flash_mla.deepseek.checks import check_query, check_same_dtype, check_start_values, check_starts
+from flash_mla.entry import entry
 from flash_mla.errors import ShapeError
 from flash_mla.plan import plan
 from flash_mla.problem import PrefillArgs
@@ -29,6 +30,7 @@ BACKWARD_BYTES = 64 << 20
 """Of one tile of scores in the backward, FP32."""
 
 
+@entry("flash_mla.deepseek")
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -83,6 +85,7 @@ def flash_attn_varlen_func(
     return Varlen.apply(q, k, v, starts, causal, scale, backend)
 
 
+@entry("flash_mla.deepseek")
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -93,16 +96,19 @@ def flash_attn_varlen_qkvpacked_func(
     causal: bool = False,
     deterministic: bool = False,
     is_varlen: bool = True,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """flash_attn_varlen_func with qkv [total, h, 2 * head_dim_qk + d_v]: q, k and v side by side in the last dim."""
     check_packed("qkv", qkv, head_dim_qk, 2)
     q, k, v = (qkv[..., :head_dim_qk], qkv[..., head_dim_qk : 2 * head_dim_qk], qkv[..., 2 * head_dim_qk :])
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, deterministic,
-        is_varlen,
+        is_varlen, backend=backend,
     )  # fmt: skip
 
 
+@entry("flash_mla.deepseek")
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -116,12 +122,14 @@ def flash_attn_varlen_kvpacked_func(
     causal: bool = False,
     deterministic: bool = False,
     is_varlen: bool = True,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """flash_attn_varlen_func with kv [total_kv, h_kv, head_dim_qk + d_v]: k and v side by side in the last dim."""
     check_packed("kv", kv, head_dim_qk, 1)
     return flash_attn_varlen_func(
         q, kv[..., :head_dim_qk], kv[..., head_dim_qk:], cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv,
-        dropout_p, softmax_scale, causal, deterministic, is_varlen,
+        dropout_p, softmax_scale, causal, deterministic, is_varlen, backend=backend,
     )  # fmt: skip
 
 

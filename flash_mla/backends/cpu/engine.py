@@ -8,6 +8,7 @@ tensor is read, and nothing is allocated but a thread's memory, once.
 from __future__ import annotations
 
 import ctypes
+import logging
 import struct
 import threading
 from dataclasses import replace
@@ -30,6 +31,8 @@ from flash_mla.problem import (
 
 if TYPE_CHECKING:
     from flash_mla.kernels.cpu.config import Spec
+
+logger = logging.getLogger("flash_mla")
 
 Attention = DecodeProblem | PrefillProblem | SparseProblem
 
@@ -59,7 +62,14 @@ TEAM_FLOPS = 4_000_000
 
 @cache
 def missing() -> str | None:
-    """Why the kernels cannot run here, or None."""
+    """Why the kernels cannot run here, or None. Logged once: torch's ops serve instead."""
+    reason = lacking()
+    if reason is not None:
+        logger.info("the CPU backend runs torch's ops: %s", reason)
+    return reason
+
+
+def lacking() -> str | None:
     try:
         import llvmlite  # noqa: F401
     except ImportError:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import llvmlite
@@ -19,6 +21,8 @@ import llvmlite.binding as llvm
 
 from flash_mla.kernels.cpu.build import build
 from flash_mla.kernels.cpu.config import Spec, Target, host
+
+logger = logging.getLogger("flash_mla")
 
 DIGEST = 32
 """Bytes of the digest in front of the code."""
@@ -111,8 +115,10 @@ def load(spec: Spec) -> dict[str, int]:
     file = path(spec, host())
     code = stored(file)
     if code is None:
+        started = time.monotonic()
         code = compiled(spec, host())
         keep(file, code)
+        logger.info("compiled %s for %s in %.1f s", spec, host().cpu, time.monotonic() - started)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine(host()))
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
