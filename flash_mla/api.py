@@ -55,7 +55,7 @@ def get_mla_metadata(
 
     Raises:
         HeadGroupingError, BlockCountError, SequenceLengthError, BlockTableError, LayoutError, DTypeError,
-        DeviceError, ShapeError: see docs/contract.md, section 8.
+        DeviceError, ShapeError: see docs/contract.md, "Errors".
     """
     contract.refuse_deepseek_order(q_shape, kv_shape, block_table)
     return contract.metadata(q_shape, kv_shape, block_table, seq_lens, v_head_dim, check_values)
@@ -136,7 +136,7 @@ def flash_mla_with_kvcache(
         through them raises GradientError.
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError's subclasses, before anything is written: see docs/contract.md, "Errors".
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
@@ -228,7 +228,7 @@ def flash_mla_prefill(
         and lse -inf.
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError's subclasses, before anything is written: see docs/contract.md, "Errors".
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         contract.check_tensor(name, tensor)
@@ -322,7 +322,7 @@ def mha_fwd_kvcache(
         out [B, H, P, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, H, P] FP32).
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError's subclasses, before anything is written: see docs/contract.md, "Errors".
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("block_table", block_table)):
         contract.check_tensor(name, tensor)

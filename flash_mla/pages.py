@@ -112,7 +112,7 @@ def decode_over_pages(
         out [B, Hq, S_q, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32).
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError's subclasses, before anything is written: see docs/contract.md, "Errors".
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():

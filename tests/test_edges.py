@@ -1,4 +1,4 @@
-"""The edges of the contract, section 11, on every backend that runs here: empty work, scales, strides, what is written,
+"""docs/contract.md, "Edges", on every backend that runs here: empty work, scales, strides, what is written,
 and what the caller has set for torch."""
 
 from __future__ import annotations
