@@ -32,6 +32,7 @@ from flash_mla.errors import (
 )
 from flash_mla.layout import BlockSparseLayout
 from flash_mla.problem import ALIGNMENT, BLOCK, DTYPES, FP8, DecodeProblem, MaskKind, PrefillProblem
+from flash_mla.quant import needs_descale
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 Descales = tuple[float | Tensor | None, float | Tensor | None, float | Tensor | None]
@@ -291,6 +292,13 @@ def check_out(out: Tensor | None, problem: Some, **inputs: Tensor | float | None
             f"out with strides {out.stride()}", "out contiguous", "`out` is not contiguous", "Pass a contiguous out"
         )
     check_on(problem.device, out=out)
+    refuse_learning_out(out)
+    check_apart("out", out, **inputs)
+    return problem if is_aligned(out) else problem._replace(aligned=False)
+
+
+def refuse_learning_out(out: Tensor) -> None:
+    """No gradient to what `out` held."""
     if out.requires_grad and torch.is_grad_enabled():
         raise GradientError(
             "out, which requires grad",
@@ -298,8 +306,6 @@ def check_out(out: Tensor | None, problem: Some, **inputs: Tensor | float | None
             "`out` is written in place, and what it held has then no gradient",
             "Pass out.detach(), or none",
         )
-    check_apart("out", out, **inputs)
-    return problem if is_aligned(out) else problem._replace(aligned=False)
 
 
 def check_apart(written: str, target: Tensor, **inputs: Tensor | float | None) -> None:
@@ -495,6 +501,18 @@ def check_descale(name: str, value: float | Tensor | None, B: int, Hk: int, devi
             "Pass a float, or a tensor [B, Hk] in which either dim may be 1",
         )
     return True
+
+
+def check_descales_given(k_cache: Tensor, v_cache: Tensor, descales: Descales) -> None:
+    """Refuse a cache that was stored with factors where one is left out: its values would be taken as they lie."""
+    for name, cache, descale in (("k", k_cache, descales[1]), ("v", v_cache, descales[2])):
+        if descale is None and needs_descale(cache):
+            raise ShapeError(
+                f"{name}_cache {list(cache.shape)} of a PagedKVCache made with {name}_descale, {name}_descale None",
+                f"{name}_descale = cache.{name}_descale",
+                f"The stored values were divided by `{name}_descale`",
+                "Call cache.decode(q), which passes it, or pass it along",
+            )
 
 
 def check_descales(descales: Descales, B: int, Hk: int, device: torch.device) -> bool:
@@ -704,7 +722,8 @@ def passing(
                 more = (*more, None)
             else:  # a number, whose value counts
                 return None
-    return (*tensors, k_start == v_start, (q_start | k_start | v_start) % ALIGNMENT, more)
+    marked = k_cache.dtype == FP8 and (needs_descale(k_cache), needs_descale(v_cache))
+    return (*tensors, k_start == v_start, (q_start | k_start | v_start) % ALIGNMENT, marked, more)
 
 
 def checked_decode(
@@ -728,6 +747,7 @@ def checked_decode(
     check_ranks(q, k_cache, v_cache)
     check_decode_dtypes(q, k_cache, v_cache)
     alias = check_caches(q, k_cache, v_cache)
+    check_descales_given(k_cache, v_cache, descales)
     B, Hq, S_q, _ = q.shape
     check_table(block_table, B)
     check_seq_lens_shape(seq_lens, B)
@@ -883,6 +903,7 @@ def mha(
     check_ranks(q, k_cache, v_cache)
     check_dtypes(q=q, k_cache=k_cache, v_cache=v_cache)
     alias = check_caches(q, k_cache, v_cache)
+    check_descales_given(k_cache, v_cache, descales)
     B, Hq, P, _ = q.shape
     Hk = k_cache.shape[1]
     if Hq != Hk:

@@ -87,32 +87,36 @@ def decode_over_pages(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode over a pool of pages that all requests share, in the layout of a serving engine. Nothing is copied.
 
-    Only the last dim of q, the pages and out must be contiguous; all other strides are free, so that K and V may be
-    slices of one tensor or of one row.
+        Only the last dim of q, the pages and out must be contiguous; all other strides are free, so that K and V may be
+        slices of one tensor or of one row.
 
-    Args:
-        q: [B, Hq, S_q, D], BF16, FP16, FP8 (e4m3) or (CPU, Triton) FP32.
-        k_pages: [num_blocks, page, Hk, D] or, with layout="HND", [num_blocks, Hk, page, D], in q's dtype, or FP8 under
-            BF16 or FP16 q. page: 16, 32 or a multiple of 64 tokens.
-        v_pages: likewise with Dv columns. None: V is the first v_head_dim columns of k_pages (MLA), read once.
-        block_table: [B, max_pages] int32 or int64: token t of request b is in page block_table[b, t // page].
-        seq_lens: [B] int32 or int64, tokens in the cache, the new ones included. 0: out 0, lse -inf.
-        mask: as in flash_mla_with_kvcache.
-        layout: "NHD" (default) or "HND", of all three pools.
-        k_rope_pages: K's last columns where the latent is split: k_pages then holds the first Dv (ckv), this one the
-            D - Dv others (kpe), and V is k_pages. Default None.
-        v_head_dim: Dv where v_pages is None. Default: all columns of k_pages.
-        causal: without a mask, query i sees keys t <= seq_lens[b] - S_q + i (default); False: every key.
-        check_values: read seq_lens and block_table and check them, which waits for the GPU. False, in an engine's loop:
-            no value is read.
-        softmax_scale, q_descale, k_descale, v_descale, attn_sink, return_lse, backend: as in flash_mla_with_kvcache.
-        out: [B, Hq, S_q, Dv] to write into, apart from every other tensor; only its last dim need be contiguous.
+        Args:
+            q: [B, Hq, S_q, D], BF16, FP16, FP8 (e4m3) or (CPU, Triton) FP32.
+            k_pages: [num_blocks, page, Hk, D] or, with layout="HND", [num_blocks, Hk, page, D], in q's dtype, or FP8 under
+                BF16 or FP16 q. page: 16, 32 or a multiple of 64 tokens.
+            v_pages: likewise with Dv columns. None: V is the first v_head_dim columns of k_pages (MLA), read once.
+            block_table: [B, max_pages] int32 or int64: token t of request b is in page block_table[b, t // page].
+            seq_lens: [B] int32 or int64, tokens in the cache, the new ones included. 0: out 0, lse -inf.
+            mask: as in flash_mla_with_kvcache.
+            layout: "NHD" (default) or "HND", of all three pools.
+            k_rope_pages: K's last columns where the latent is split: k_pages then holds the first Dv (ckv), this one the
+                D - Dv others (kpe), and V is k_pages. Default None.
+            v_head_dim: Dv where v_pages is None. Default: all columns of k_pages.
+            causal: without a mask, query i sees keys t <= seq_lens[b] - S_q + i (default); False: every key.
+            check_values: read seq_lens and block_table and check them, which waits for the GPU. False, in an engine's loop:
+                no value is read.
+            softmax_scale, q_descale, k_descale, v_descale, attn_sink, return_lse, backend: as in flash_mla_with_kvcache.
+            out: [B, Hq, S_q, Dv] to write into, apart from every other tensor; only its last dim need be contiguous.
 
-    Returns:
-        out [B, Hq, S_q, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32).
+        Returns:
+            out [B, Hq, S_q, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32).
 
-    Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, "Errors".
+        Raises:
+    <<<<<<< HEAD
+            FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+    =======
+            FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
+    >>>>>>> main
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
@@ -124,7 +128,7 @@ def decode_over_pages(
         return give_back(result, return_lse, out)
     k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
     if softmax_scale is None and v_pages is None:
-        contract.warn_default_scale(q.shape[3], v.shape[4], stacklevel=2)
+        contract.warn_default_scale(q.shape[3], v.shape[4], stacklevel=3)
     if out is not None:
         check_pages_out(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
     attend = attend_pages if causal or mask is not None or q.shape[2] <= 1 else unfold

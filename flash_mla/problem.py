@@ -188,6 +188,56 @@ class PrefillArgs(NamedTuple):
     lse: Tensor | None
 
 
+class BackwardProblem(NamedTuple):
+    """The gradients of a prefill call: `forward` is its problem, never paged. `dq` and `dkv` say what is wanted.
+
+    The sink's gradient comes along.
+    """
+
+    forward: PrefillProblem
+    dq: bool = True
+    dkv: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """The forward's."""
+        return self.forward.device
+
+    @property
+    def empty(self) -> bool:
+        """Whether every gradient is 0: no output row, or no key."""
+        return self.forward.empty
+
+
+class BackwardArgs(NamedTuple):
+    """The tensors of one backward call, normalised.
+
+    q to attn_sink as in PrefillArgs; out [B, Hq, P, Dv] and lse [B, Hq, P] that the forward gave, and their gradients
+    d_out, last dim contiguous, and d_lse FP32. Written, each of any strides but with its last dim contiguous: dq
+    [B, Hq, P, D] or None; dk [B, Hk, S_kv, D] and dv [B, Hk, S_kv, Dv], or None both; d_sink [Hq] FP32, or None without
+    a sink. They are the sums over what the forward computed: a row without keys gives none, and keys that no row sees
+    get 0.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    seq_lens: Tensor | None
+    start_pos: Tensor | None
+    mask: Tensor | None
+    block_mask: Tensor | None
+    attn_sink: Tensor | None
+    softmax_scale: float
+    out: Tensor
+    lse: Tensor
+    d_out: Tensor
+    d_lse: Tensor
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    d_sink: Tensor | None
+
+
 class SparseSet(NamedTuple):
     """The keys of a sparse call that lie in one cache: what selects a kernel.
 
@@ -363,5 +413,5 @@ class AppendArgs(NamedTuple):
     num_tokens: Tensor | None
 
 
-Problem = DecodeProblem | PrefillProblem | SparseProblem | IndexProblem | TopkProblem
-Args = DecodeArgs | PrefillArgs | SparseArgs | IndexArgs | TopkArgs
+Problem = DecodeProblem | PrefillProblem | BackwardProblem | SparseProblem | IndexProblem | TopkProblem
+Args = DecodeArgs | PrefillArgs | BackwardArgs | SparseArgs | IndexArgs | TopkArgs

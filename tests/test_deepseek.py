@@ -53,7 +53,7 @@ def attention(q, k, v, scale, keep, sink=None):
 
 
 def assert_close(out, expected, dtype=torch.bfloat16):
-    """docs/contract.md, "Precision": max error over max |out|."""
+    """docs/contract.md, section 10: max error over max |out|."""
     assert not out.isnan().any()
     budget = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
     largest = expected.abs().max()

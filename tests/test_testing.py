@@ -194,7 +194,11 @@ def test_names_are_unique_and_cover_every_dtype_and_function():
     assert len(set(names)) == len(names)
     kinds = {(case.function, case.dtype) for case in CASES}
     functions = {"flash_mla_with_kvcache", "flash_mla_prefill", "mha_fwd_kvcache", "deepseek.flash_mla_with_kvcache"}
-    in_three_dtypes = {"deepseek.flash_mla_sparse_fwd", "deepseek.flash_attn_varlen_func"}
+    in_three_dtypes = {
+        "flash_mla_prefill (backward)",
+        "deepseek.flash_mla_sparse_fwd",
+        "deepseek.flash_attn_varlen_func",
+    }
     assert kinds == {
         (function, dtype)
         for function in functions | in_three_dtypes

@@ -120,7 +120,7 @@ class ShardedAttention:
 
         Raises:
             RankError: another rank refused its arguments, or was given others.
-            FlashMLAError's other subclasses: docs/contract.md, "Errors".
+            FlashMLAError's other subclasses: docs/contract.md, section 8.
         """
         rank, size = self.context.rank, self.context.size
 
@@ -190,7 +190,7 @@ class ShardedAttention:
         Raises:
             RankError: a rank died or did not come.
             HeadGroupingError: scatter_heads, and Hq is no multiple of the ranks.
-            FlashMLAError's other subclasses: docs/contract.md, "Errors".
+            FlashMLAError's other subclasses: docs/contract.md, section 8.
         """
         rank, size = self.context.rank, self.context.size
         alone = size == 1
@@ -316,7 +316,7 @@ class ShardedAttention:
             out [B, Hq, own tokens, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, own tokens] FP32).
 
         Raises:
-            FlashMLAError's subclasses, before anything is written: docs/contract.md, "Errors".
+            FlashMLAError's subclasses, before anything is written: docs/contract.md, section 8.
         """
         for name, x, layout in (("q", q, "[B, Hq, own tokens, D]"), ("k", k, "[B, Hk, P, D]"), ("v", v, "[.., P, Dv]")):
             contract.check_tensor(name, x)

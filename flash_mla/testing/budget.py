@@ -12,7 +12,7 @@ from flash_mla.problem import FP8
 
 
 class Budget(NamedTuple):
-    """What a result may differ from float64 by: docs/contract.md, "Precision"."""
+    """What a result may differ from float64 by: docs/contract.md, section 10."""
 
     out: float
     """Largest |error| over m = max|out|."""
