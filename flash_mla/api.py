@@ -40,27 +40,22 @@ def get_mla_metadata(
 ) -> MLAMetadata:
     """Check a decode step's shapes and values once; layers then pass the result to `flash_mla_with_kvcache`.
 
-        It makes no tensor and plans nothing: a kernel finds its share of the work from `seq_lens` on the device, so the
-        metadata stays right when lengths, table or cache change in place.
+    It makes no tensor and plans nothing: a kernel finds its share of the work from `seq_lens` on the device, so the
+    metadata stays right when lengths, table or cache change in place.
 
-        Args:
-            q_shape: (B, Hq, S_q, D).
-            kv_shape: (B, Hk, Nblk, 64, D).
-            block_table: [B, Nblk] int32 or int64, contiguous.
-            seq_lens: [B] int32 or int64, tokens in the cache, the S_q new ones included.
-            v_head_dim: Dv. None (default): not checked.
-            check_values: read seq_lens and block_table once and check them, which waits for the GPU. False: shapes only.
+    Args:
+        q_shape: (B, Hq, S_q, D).
+        kv_shape: (B, Hk, Nblk, 64, D).
+        block_table: [B, Nblk] int32 or int64, contiguous.
+        seq_lens: [B] int32 or int64, tokens in the cache, the S_q new ones included.
+        v_head_dim: Dv. None (default): not checked.
+        check_values: read seq_lens and block_table once and check them, which waits for the GPU. False: shapes only.
 
-        Returns:
-            An immutable MLAMetadata.
+    Returns:
+        An immutable MLAMetadata.
 
-        Raises:
-    <<<<<<< HEAD
-            HeadGroupingError, BlockCountError, SequenceLengthError, BlockTableError, LayoutError, DTypeError,
-            DeviceError, ShapeError: see docs/contract.md, section 8.
-    =======
-            FlashMLAError: the subclass that names what does not fit, see docs/contract.md, section 8.
-    >>>>>>> main
+    Raises:
+        FlashMLAError: the subclass that names what does not fit, see docs/contract.md, section 8.
     """
     contract.refuse_deepseek_order(q_shape, kv_shape, block_table)
     return contract.metadata(q_shape, kv_shape, block_table, seq_lens, v_head_dim, check_values)
@@ -114,38 +109,34 @@ def flash_mla_with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode: attention of S_q new tokens a request over its paged cache.
 
-        Args:
-            q: [B, Hq, S_q, D] contiguous; S_q 1, or 2..8 for speculative decoding. FP8 (e4m3), BF16, FP16 or FP32.
-            k_cache: [B, Hk, Nblk, 64, D] of q's dtype, or FP8 under BF16 or FP16 q; a block is contiguous, leading dims
-                strided (batch stride 0: pool).
-            v_cache: [B, Hk, Nblk, 64, Dv] likewise; for MLA the view k_cache[..., :Dv], whose rows are then read once.
-            block_table: [B, Nblk] int32 or int64, contiguous: token t of request b is at
-                k_cache[b, h, block_table[b, t // 64], t % 64]. Entries past ceil(seq_lens[b]/64) may hold anything.
-            seq_lens: [B] int32 or int64, tokens in the cache, the new ones included. 0: out 0, lse -inf.
-            mask: [B|1, Hq|1, S_q|1, L], L >= max(seq_lens); bool (True = attend) or floating (added to the scaled scores);
-                applied together with the length limit. With metadata L is not checked, and keys at or past L are not seen.
-                None (default): causal, query i sees t <= seq_lens[b] - S_q + i.
-            metadata: from get_mla_metadata. With it no value is read and the GPU is never waited for; without it
-                (None, default) the values are checked in this call, which waits for the GPU.
-            softmax_scale: any finite number, 0 and negative ones too. Default D ** -0.5; over MLA's latent that is not the
-                model's, which is (nope + rope) ** -0.5, and leaving it out gives a ScaleWarning.
-            q_descale, k_descale, v_descale: factor from stored to real value, not negative, a float or FP32 broadcasting to
-                [B, Hk]; default 1.
-            attn_sink: [Hq] FP32, one extra logit a head that takes weight and gives no value. Default none.
-            return_lse: also return the natural-log sum of exponentials (without the sink). Default False.
-            out: [B, Hq, S_q, Dv] contiguous to write into, apart from every other tensor. Default: a new tensor.
-            backend: "hopper", "triton" or "cpu", which then never falls back. Default: the first that can.
+    Args:
+        q: [B, Hq, S_q, D] contiguous; S_q 1, or 2..8 for speculative decoding. FP8 (e4m3), BF16, FP16 or FP32.
+        k_cache: [B, Hk, Nblk, 64, D] of q's dtype, or FP8 under BF16 or FP16 q; a block is contiguous, leading dims
+            strided (batch stride 0: pool).
+        v_cache: [B, Hk, Nblk, 64, Dv] likewise; for MLA the view k_cache[..., :Dv], whose rows are then read once.
+        block_table: [B, Nblk] int32 or int64, contiguous: token t of request b is at
+            k_cache[b, h, block_table[b, t // 64], t % 64]. Entries past ceil(seq_lens[b]/64) may hold anything.
+        seq_lens: [B] int32 or int64, tokens in the cache, the new ones included. 0: out 0, lse -inf.
+        mask: [B|1, Hq|1, S_q|1, L], L >= max(seq_lens); bool (True = attend) or floating (added to the scaled scores);
+            applied together with the length limit. With metadata L is not checked, and keys at or past L are not seen.
+            None (default): causal, query i sees t <= seq_lens[b] - S_q + i.
+        metadata: from get_mla_metadata. With it no value is read and the GPU is never waited for; without it
+            (None, default) the values are checked in this call, which waits for the GPU.
+        softmax_scale: any finite number, 0 and negative ones too. Default D ** -0.5; over MLA's latent that is not the
+            model's, which is (nope + rope) ** -0.5, and leaving it out gives a ScaleWarning.
+        q_descale, k_descale, v_descale: factor from stored to real value, not negative, a float or FP32 broadcasting to
+            [B, Hk]; default 1.
+        attn_sink: [Hq] FP32, one extra logit a head that takes weight and gives no value. Default none.
+        return_lse: also return the natural-log sum of exponentials (without the sink). Default False.
+        out: [B, Hq, S_q, Dv] contiguous to write into, apart from every other tensor. Default: a new tensor.
+        backend: "hopper", "triton" or "cpu", which then never falls back. Default: the first that can.
 
-        Returns:
-            out [B, Hq, S_q, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32). Forward only: a backward
-            through them raises GradientError.
+    Returns:
+        out [B, Hq, S_q, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32). Forward only: a backward
+        through them raises GradientError.
 
-        Raises:
-    <<<<<<< HEAD
-            FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
-    =======
-            FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
-    >>>>>>> main
+    Raises:
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
@@ -219,31 +210,27 @@ def flash_mla_prefill(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Prefill: dense or block-sparse attention of P prompt tokens.
 
-        Args:
-            q: [B, Hq, P, D]; last dim contiguous, leading dims strided but monotonic. FP8 (e4m3), BF16, FP16 or FP32.
-            k: [B, Hk, P, D]; v: [B, Hk, P, Dv]; of q's dtype, strided likewise. Hq is a multiple of Hk.
-            sparse_layout: which 64x64 blocks are computed: bool [B|1, Hq|1, ceil(P/64), ceil(P/64)], a BlockSparseLayout,
-                or a FlexAttention BlockMask (its blocks, not its mask_mod). None (default): all.
-            attn_mask: [B|1, Hq|1, P, P], bool (True = attend) or floating (added to the scaled scores). Default none.
-            causal: keep keys t <= i. None (default): True without attn_mask, False with one.
-            softmax_scale: default D ** -0.5.
-            seq_lens: [B] int32 or int64, keys a request: keys at or past seq_lens[b] (padding, which may hold anything)
-                are not seen; every query row is computed. Values outside [0, P] are an error on a CPU and clamped on a GPU,
-                which is never waited for. Default P.
-            q_descale, k_descale, v_descale, attn_sink, return_lse, out, backend: as in flash_mla_with_kvcache.
+    Args:
+        q: [B, Hq, P, D]; last dim contiguous, leading dims strided but monotonic. FP8 (e4m3), BF16, FP16 or FP32.
+        k: [B, Hk, P, D]; v: [B, Hk, P, Dv]; of q's dtype, strided likewise. Hq is a multiple of Hk.
+        sparse_layout: which 64x64 blocks are computed: bool [B|1, Hq|1, ceil(P/64), ceil(P/64)], a BlockSparseLayout,
+            or a FlexAttention BlockMask (its blocks, not its mask_mod). None (default): all.
+        attn_mask: [B|1, Hq|1, P, P], bool (True = attend) or floating (added to the scaled scores). Default none.
+        causal: keep keys t <= i. None (default): True without attn_mask, False with one.
+        softmax_scale: default D ** -0.5.
+        seq_lens: [B] int32 or int64, keys a request: keys at or past seq_lens[b] (padding, which may hold anything)
+            are not seen; every query row is computed. Values outside [0, P] are an error on a CPU and clamped on a GPU,
+            which is never waited for. Default P.
+        q_descale, k_descale, v_descale, attn_sink, return_lse, out, backend: as in flash_mla_with_kvcache.
 
-        Returns:
-            out [B, Hq, P, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, P] FP32). A row with no key left gives 0
-            and lse -inf. Both carry gradients to q, k, v and attn_sink, the same bits in every run (Dao 2023,
-            FlashAttention-2, without its atomic sums); a backward to attn_mask, or with FP8 or a descale, raises
-            GradientError.
+    Returns:
+        out [B, Hq, P, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, P] FP32). A row with no key left gives 0
+        and lse -inf. Both carry gradients to q, k, v and attn_sink, the same bits in every run (Dao 2023,
+        FlashAttention-2, without its atomic sums); a backward to attn_mask, or with FP8 or a descale, raises
+        GradientError.
 
-        Raises:
-    <<<<<<< HEAD
-            FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
-    =======
-            FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
-    >>>>>>> main
+    Raises:
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         contract.check_tensor(name, tensor)
@@ -324,28 +311,24 @@ def mha_fwd_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """MHA prefill on a paged cache, written first when k and v are given.
 
-        Args:
-            q: [B, H, P, D]; last dim contiguous, leading dims strided but monotonic. FP8 (e4m3), BF16, FP16 or FP32.
-            k_cache: [B, H, Nblk, 64, D]; v_cache: [B, H, Nblk, 64, Dv]; of q's dtype, as in flash_mla_with_kvcache.
-            block_table: [B, Nblk] int32 or int64, contiguous; it covers the prompt: at least ceil((start+P)/64) blocks.
-            attn_mask: [B|1, H|1, P, L] over the keys from position 0, L >= P (start_pos[b] + P with start_pos), bool or
-                floating. Default none.
-            k, v: [B, H, P, D] and [B, H, P, Dv]: written to the cache through the table before attending, token i of
-                request b to position start_pos[b] + i. Default None: the cache already holds the prompt.
-            start_pos: [B] int32 or int64, tokens before this chunk (chunked prefill); its values are checked, which waits
-                for the GPU. Default 0.
-            causal: the query at position p sees keys t <= p. None (default): True without attn_mask, False with one.
-            softmax_scale, q_descale, k_descale, v_descale, return_lse, out, backend: as in flash_mla_with_kvcache.
+    Args:
+        q: [B, H, P, D]; last dim contiguous, leading dims strided but monotonic. FP8 (e4m3), BF16, FP16 or FP32.
+        k_cache: [B, H, Nblk, 64, D]; v_cache: [B, H, Nblk, 64, Dv]; of q's dtype, as in flash_mla_with_kvcache.
+        block_table: [B, Nblk] int32 or int64, contiguous; it covers the prompt: at least ceil((start+P)/64) blocks.
+        attn_mask: [B|1, H|1, P, L] over the keys from position 0, L >= P (start_pos[b] + P with start_pos), bool or
+            floating. Default none.
+        k, v: [B, H, P, D] and [B, H, P, Dv]: written to the cache through the table before attending, token i of
+            request b to position start_pos[b] + i. Default None: the cache already holds the prompt.
+        start_pos: [B] int32 or int64, tokens before this chunk (chunked prefill); its values are checked, which waits
+            for the GPU. Default 0.
+        causal: the query at position p sees keys t <= p. None (default): True without attn_mask, False with one.
+        softmax_scale, q_descale, k_descale, v_descale, return_lse, out, backend: as in flash_mla_with_kvcache.
 
-        Returns:
-            out [B, H, P, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, H, P] FP32).
+    Returns:
+        out [B, H, P, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, H, P] FP32).
 
-        Raises:
-    <<<<<<< HEAD
-            FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
-    =======
-            FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
-    >>>>>>> main
+    Raises:
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("block_table", block_table)):
         contract.check_tensor(name, tensor)

@@ -87,36 +87,32 @@ def decode_over_pages(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode over a pool of pages that all requests share, in the layout of a serving engine. Nothing is copied.
 
-        Only the last dim of q, the pages and out must be contiguous; all other strides are free, so that K and V may be
-        slices of one tensor or of one row.
+    Only the last dim of q, the pages and out must be contiguous; all other strides are free, so that K and V may be
+    slices of one tensor or of one row.
 
-        Args:
-            q: [B, Hq, S_q, D], BF16, FP16, FP8 (e4m3) or (CPU, Triton) FP32.
-            k_pages: [num_blocks, page, Hk, D] or, with layout="HND", [num_blocks, Hk, page, D], in q's dtype, or FP8 under
-                BF16 or FP16 q. page: 16, 32 or a multiple of 64 tokens.
-            v_pages: likewise with Dv columns. None: V is the first v_head_dim columns of k_pages (MLA), read once.
-            block_table: [B, max_pages] int32 or int64: token t of request b is in page block_table[b, t // page].
-            seq_lens: [B] int32 or int64, tokens in the cache, the new ones included. 0: out 0, lse -inf.
-            mask: as in flash_mla_with_kvcache.
-            layout: "NHD" (default) or "HND", of all three pools.
-            k_rope_pages: K's last columns where the latent is split: k_pages then holds the first Dv (ckv), this one the
-                D - Dv others (kpe), and V is k_pages. Default None.
-            v_head_dim: Dv where v_pages is None. Default: all columns of k_pages.
-            causal: without a mask, query i sees keys t <= seq_lens[b] - S_q + i (default); False: every key.
-            check_values: read seq_lens and block_table and check them, which waits for the GPU. False, in an engine's loop:
-                no value is read.
-            softmax_scale, q_descale, k_descale, v_descale, attn_sink, return_lse, backend: as in flash_mla_with_kvcache.
-            out: [B, Hq, S_q, Dv] to write into, apart from every other tensor; only its last dim need be contiguous.
+    Args:
+        q: [B, Hq, S_q, D], BF16, FP16, FP8 (e4m3) or (CPU, Triton) FP32.
+        k_pages: [num_blocks, page, Hk, D] or, with layout="HND", [num_blocks, Hk, page, D], in q's dtype, or FP8 under
+            BF16 or FP16 q. page: 16, 32 or a multiple of 64 tokens.
+        v_pages: likewise with Dv columns. None: V is the first v_head_dim columns of k_pages (MLA), read once.
+        block_table: [B, max_pages] int32 or int64: token t of request b is in page block_table[b, t // page].
+        seq_lens: [B] int32 or int64, tokens in the cache, the new ones included. 0: out 0, lse -inf.
+        mask: as in flash_mla_with_kvcache.
+        layout: "NHD" (default) or "HND", of all three pools.
+        k_rope_pages: K's last columns where the latent is split: k_pages then holds the first Dv (ckv), this one the
+            D - Dv others (kpe), and V is k_pages. Default None.
+        v_head_dim: Dv where v_pages is None. Default: all columns of k_pages.
+        causal: without a mask, query i sees keys t <= seq_lens[b] - S_q + i (default); False: every key.
+        check_values: read seq_lens and block_table and check them, which waits for the GPU. False, in an engine's loop:
+            no value is read.
+        softmax_scale, q_descale, k_descale, v_descale, attn_sink, return_lse, backend: as in flash_mla_with_kvcache.
+        out: [B, Hq, S_q, Dv] to write into, apart from every other tensor; only its last dim need be contiguous.
 
-        Returns:
-            out [B, Hq, S_q, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32).
+    Returns:
+        out [B, Hq, S_q, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32).
 
-        Raises:
-    <<<<<<< HEAD
-            FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
-    =======
-            FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
-    >>>>>>> main
+    Raises:
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
