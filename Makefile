@@ -29,8 +29,9 @@ kernels: .venv/dev.stamp
 		tests/test_mha.py tests/test_pages.py tests/test_edges.py tests/test_indexer.py
 	$(BIN)/pytest $(WORKERS) -m compile
 
-# The real vLLM engine on this CPU, with our attention and with its own, in a venv of its own.
+# The plugin's classes inside vLLM, then its real engine on this CPU, with our attention and with its own.
 engines: .venv-engines/stamp
+	.venv-engines/bin/python -m pytest --noconftest tests/engines
 	.venv-engines/bin/python tests/engines/vllm_tokens.py
 
 .venv-engines/stamp: requirements-engines.txt pyproject.toml
