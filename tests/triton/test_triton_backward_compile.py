@@ -47,8 +47,13 @@ ON = {
     "gfx942": ("d128",),
 }
 """Some cases a GPU: a kernel takes 10 s to compile."""
-SPILLS: dict[tuple[str, str, str], int] = {}
-"""Bytes a thread, where more is allowed than a few scalars."""
+SPILLS = {
+    ("sm_90", "d128", "keys"): 208,
+    ("sm_90", "d192_128", "keys"): 448,
+    ("sm_100", "d128", "keys"): 448,
+    ("gfx942", "d128", "keys"): 768,
+}
+"""Bytes a thread, where dk and dv leave no room: the first thing to tune on a GPU."""
 KERNELS = {"keys": keys_kernel, "queries": queries_kernel}
 
 
