@@ -55,8 +55,7 @@ def get_mla_metadata(
         An immutable MLAMetadata.
 
     Raises:
-        HeadGroupingError, BlockCountError, SequenceLengthError, BlockTableError, LayoutError, DTypeError,
-        DeviceError, ShapeError: see docs/contract.md, section 8.
+        FlashMLAError: the subclass that names what does not fit, see docs/contract.md, section 8.
     """
     contract.refuse_deepseek_order(q_shape, kv_shape, block_table)
     return contract.metadata(q_shape, kv_shape, block_table, seq_lens, v_head_dim, check_values)
@@ -137,7 +136,7 @@ def flash_mla_with_kvcache(
         through them raises GradientError.
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
@@ -231,7 +230,7 @@ def flash_mla_prefill(
         GradientError.
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         contract.check_tensor(name, tensor)
@@ -329,7 +328,7 @@ def mha_fwd_kvcache(
         out [B, H, P, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, H, P] FP32).
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("block_table", block_table)):
         contract.check_tensor(name, tensor)
@@ -339,12 +338,13 @@ def mha_fwd_kvcache(
         check_backend(backend)
         writes = k is not None or v is not None
         if writes and (is_pool(k_cache) or is_pool(v_cache)):
-            # NOTE: a graph cannot declare that it writes to an expanded tensor: it breaks here, and the call is eager.
-            # Disabled here and not once: that imports dynamo, which takes longer than all of torch
-            return torch.compiler.disable(mha_fwd_kvcache)(
-                q, k_cache, v_cache, block_table, attn_mask, k=k, v=v, start_pos=start_pos, causal=causal,
-                softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-                return_lse=return_lse, out=out, backend=backend,
+            # NOTE: a graph cannot declare that it writes to an expanded tensor: it breaks here, and the call is eager
+            from flash_mla import uncompiled
+
+            return uncompiled.write_pool(
+                mha_fwd_kvcache, q, k_cache, v_cache, block_table, attn_mask, k=k, v=v, start_pos=start_pos,
+                causal=causal, softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale,
+                v_descale=v_descale, return_lse=return_lse, out=out, backend=backend,
             )  # fmt: skip
         more = (attn_mask, k, v, start_pos, causal, softmax_scale, *as_tensors(descales, q), backend, out)
         if writes:

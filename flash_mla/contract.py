@@ -32,6 +32,7 @@ from flash_mla.errors import (
 )
 from flash_mla.layout import BlockSparseLayout
 from flash_mla.problem import ALIGNMENT, BLOCK, DTYPES, FP8, DecodeProblem, MaskKind, PrefillProblem
+from flash_mla.quant import needs_descale
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 Descales = tuple[float | Tensor | None, float | Tensor | None, float | Tensor | None]
@@ -502,6 +503,18 @@ def check_descale(name: str, value: float | Tensor | None, B: int, Hk: int, devi
     return True
 
 
+def check_descales_given(k_cache: Tensor, v_cache: Tensor, descales: Descales) -> None:
+    """Refuse a cache that was stored with factors where one is left out: its values would be taken as they lie."""
+    for name, cache, descale in (("k", k_cache, descales[1]), ("v", v_cache, descales[2])):
+        if descale is None and needs_descale(cache):
+            raise ShapeError(
+                f"{name}_cache {list(cache.shape)} of a PagedKVCache made with {name}_descale, {name}_descale None",
+                f"{name}_descale = cache.{name}_descale",
+                f"The stored values were divided by `{name}_descale`",
+                "Call cache.decode(q), which passes it, or pass it along",
+            )
+
+
 def check_descales(descales: Descales, B: int, Hk: int, device: torch.device) -> bool:
     """Whether any of (q_descale, k_descale, v_descale) is given."""
     names = ("q_descale", "k_descale", "v_descale")
@@ -709,7 +722,8 @@ def passing(
                 more = (*more, None)
             else:  # a number, whose value counts
                 return None
-    return (*tensors, k_start == v_start, (q_start | k_start | v_start) % ALIGNMENT, more)
+    marked = k_cache.dtype == FP8 and (needs_descale(k_cache), needs_descale(v_cache))
+    return (*tensors, k_start == v_start, (q_start | k_start | v_start) % ALIGNMENT, marked, more)
 
 
 def checked_decode(
@@ -733,6 +747,7 @@ def checked_decode(
     check_ranks(q, k_cache, v_cache)
     check_decode_dtypes(q, k_cache, v_cache)
     alias = check_caches(q, k_cache, v_cache)
+    check_descales_given(k_cache, v_cache, descales)
     B, Hq, S_q, _ = q.shape
     check_table(block_table, B)
     check_seq_lens_shape(seq_lens, B)
@@ -888,6 +903,7 @@ def mha(
     check_ranks(q, k_cache, v_cache)
     check_dtypes(q=q, k_cache=k_cache, v_cache=v_cache)
     alias = check_caches(q, k_cache, v_cache)
+    check_descales_given(k_cache, v_cache, descales)
     B, Hq, P, _ = q.shape
     Hk = k_cache.shape[1]
     if Hq != Hk:

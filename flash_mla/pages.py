@@ -112,7 +112,7 @@ def decode_over_pages(
         out [B, Hq, S_q, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32).
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
@@ -124,7 +124,7 @@ def decode_over_pages(
         return give_back(result, return_lse, out)
     k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
     if softmax_scale is None and v_pages is None:
-        contract.warn_default_scale(q.shape[3], v.shape[4], stacklevel=2)
+        contract.warn_default_scale(q.shape[3], v.shape[4], stacklevel=3)
     if out is not None:
         check_pages_out(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
     attend = attend_pages if causal or mask is not None or q.shape[2] <= 1 else unfold

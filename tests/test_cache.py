@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flash_mla import flash_mla_with_kvcache, mha_fwd_kvcache
 from flash_mla.blocks import BlockAllocator
 from flash_mla.cache import PagedKVCache, page_view
 from flash_mla.errors import (
@@ -21,6 +22,7 @@ from flash_mla.errors import (
     CacheFullError,
     DTypeError,
     FlashMLAError,
+    MaskShapeError,
     SequenceLengthError,
     ShapeError,
 )
@@ -565,3 +567,64 @@ def test_neither_default_device_nor_inference_mode_matters() -> None:
         cache.append(torch.ones(4, Hk, 2, D, device="cpu"), torch.ones(4, Hk, 2, Dv, device="cpu"))
         cache.reorder([1, 0, 3, 2])
     assert cache.lengths == (102, 102, 2, 66) == tuple(cache.seq_lens.tolist())
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
+@pytest.mark.parametrize("pool", [None, 9])
+def test_decode_passes_what_the_cache_knows(latent: bool, dtype: torch.dtype, pool: int | None) -> None:
+    """`cache.decode` against a float64 reference over the rows that were appended."""
+    B, heads, D, Dv, factor = 3, 1 if latent else 2, 64, 32, 0.37
+    scaled = {"k_descale": factor, "v_descale": 2 * factor} if dtype == FP8 else {}
+    cache = PagedKVCache(
+        B, heads, D, v_head_dim=Dv, latent=latent, max_seq_len=192, pool_blocks=pool, dtype=dtype, **scaled
+    )
+    cache.k_cache[:].fill_(float("nan"))
+    cache.v_cache[:].fill_(float("nan"))
+    torch.manual_seed(11)
+    rows = torch.bfloat16 if dtype == FP8 else dtype
+    k, v = torch.randn(B, heads, 130, D).to(rows), torch.randn(B, heads, 130, Dv).to(rows)
+    lengths = [130, 1, 64]
+    cache.append(k, None if latent else v, lengths)
+    q = torch.randn(B, 4, 2, D).to(rows)
+    out, lse = cache.decode(q, softmax_scale=0.3, return_lse=True)
+    if dtype == FP8:
+        k = quantise(k, factor)[0].double() * factor
+        v = quantise(v, 2 * factor)[0].double() * 2 * factor
+    v = k[..., :Dv] if latent else v
+    for b, length in enumerate(lengths):
+        keys, values = (x[b, :, :length].double().repeat_interleave(4 // heads, 0) for x in (k, v))
+        scores = 0.3 * q[b].double() @ keys.mT
+        hidden = torch.arange(length) > length - 2 + torch.arange(2)[:, None]
+        scores = scores.masked_fill(hidden, -torch.inf)
+        expected = torch.softmax(scores, -1).nan_to_num(0) @ values
+        budget = 1.6e-2 if rows == torch.bfloat16 else 1e-5
+        assert (out[b].double() - expected).abs().max() <= budget * expected.abs().max()
+        torch.testing.assert_close(lse[b].double(), scores.logsumexp(-1), atol=1e-4, rtol=0)
+    assert list(cache._metadata) == [q.shape], "metadata is made once for a shape"
+    cache.grow(1)
+    assert torch.equal(cache.decode(q, softmax_scale=0.3), out)
+    with pytest.raises(MaskShapeError, match="130"):
+        cache.decode(q, torch.ones(B, 1, 1, 129, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("forgotten", ["k_descale", "v_descale"])
+def test_a_descale_is_not_forgotten_silently(forgotten: str, copied: bool) -> None:
+    cache = PagedKVCache(1, 2, 64, max_seq_len=64, dtype=FP8, k_descale=0.5, v_descale=torch.tensor([1.0, 3.0]))
+    cache.append(torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 64))
+    cache = pickle.loads(pickle.dumps(cache)) if copied else cache
+    descales = {"k_descale": cache.k_descale, "v_descale": cache.v_descale}
+    call = (cache.k_cache, cache.v_cache, cache.block_table)
+    q = torch.randn(1, 2, 1, 64, dtype=torch.bfloat16)
+    expected = flash_mla_with_kvcache(q, *call, cache.seq_lens, **descales)
+    assert torch.equal(cache.decode(q), expected)
+    for mask in (None, torch.ones(1, 1, 1, 9, dtype=torch.bool)):
+        with pytest.raises(ShapeError, match=rf"{forgotten}.*\n.*cache\.{forgotten}"):
+            flash_mla_with_kvcache(q, *call, cache.seq_lens, mask, **(descales | {forgotten: None}))
+    q8 = q.expand(-1, -1, 9, -1).to(FP8)
+    with pytest.raises(ShapeError, match=forgotten):
+        mha_fwd_kvcache(q8, *call, start_pos=torch.zeros(1, dtype=torch.int32), **(descales | {forgotten: None}))
+    plain = PagedKVCache(1, 2, 64, max_seq_len=64, dtype=FP8)
+    plain.append(torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 64))
+    flash_mla_with_kvcache(q, plain.k_cache, plain.v_cache, plain.block_table, plain.seq_lens)  # a factor of 1

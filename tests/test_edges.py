@@ -1,4 +1,3 @@
-# ruff: noqa: C408
 """The edges of the contract, section 11, on every backend that runs here: empty work, scales, strides, what is written,
 and what the caller has set for torch."""
 
@@ -325,6 +324,15 @@ def test_compiled_mha_over_a_pool_writes_it():
     want = step(cache, *rows)
     assert torch.equal(torch.compile(step, backend="aot_eager")(other, *more), want)
     assert torch.equal(cache.k_cache, other.k_cache)
+
+
+def test_a_whole_graph_over_a_pool_is_told_why():
+    cache = PagedKVCache(2, 2, 16, max_seq_len=128, dtype=FP32, pool_blocks=6)
+    cache.extend(70)
+    rows = torch.randn(2, 2, 70, 16)
+    call = torch.compile(mha_fwd_kvcache, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="without fullgraph=True"):
+        call(rows, cache.k_cache, cache.v_cache, cache.block_table, k=rows, v=rows)
 
 
 # --- Raw errors -------------------------------------------------------------------------------------------------------

@@ -9,14 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
-    "errors problem version",
+    "errors problem uncompiled version",
     "blocks layout mla quant merge reference kernels",
-    "cache",
     "contract backends",
     "plan autograd",
     "entry explanation launch gradients",
     "api",
-    "pages",
+    "cache pages",
     "ops",
     "deepseek distributed indexer",
     "testing __init__",

@@ -1,4 +1,3 @@
-# ruff: noqa: C408
 """The Triton backend against a float64 oracle, on hostile data.
 
 With TRITON_INTERPRET=1 the kernels run in Triton's interpreter on CPU tensors; without it this file needs a GPU.

@@ -15,7 +15,6 @@ from flash_mla.problem import FP8, DecodeProblem, PrefillProblem, Problem
 
 try:
     import triton
-    from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
 
     from flash_mla.kernels.triton.target import Target
@@ -81,18 +80,14 @@ SMALLER: dict[tuple[Problem, Any], Any] = {}
 def launch_fitting(
     launch: Callable[[Any, Any, Any], None], smaller: Callable[[Any], Any], problem: Any, config: Any, args: Any
 ) -> None:
-    """Launch a config or, where the device refuses it, the first smaller one that it takes; reported once.
-
-    A kernel in Gluon that this Triton does not compile gives way to the portable one likewise.
-    """
+    """Launch a config or, where the device refuses it, the first smaller one that it takes; reported once."""
     while True:
         chosen = SMALLER.get((problem, config), config) if SMALLER else config
         try:
             with device_of(problem.device):
                 return launch(problem, chosen, args)
-        except (OutOfResources, CompilationError) as refusal:
-            in_gluon = getattr(chosen, "wgmma", False)
-            instead = smaller(chosen) if in_gluon or isinstance(refusal, OutOfResources) else None
+        except OutOfResources as refusal:
+            instead = smaller(chosen)
             if instead is None:
                 raise
             logger.warning("%s; %s runs in place of %s", refusal, instead, chosen)
