@@ -1,4 +1,3 @@
-# ruff: noqa: C408
 """Ahead-of-time compiles of prefill's backward, as test_triton_compile has them for the forward."""
 
 from __future__ import annotations
