@@ -287,3 +287,27 @@ def test_plots_of_what_was_not_compared(tmp_path: Path) -> None:
     assert [file.name for file in drawn([record], tmp_path)[0]] == ["a.svg"]
     with pytest.raises(ValueError, match="no case of this file has a time"):
         drawn([{"case": "decode/one", "group": "odd", "error": "wrong"}], tmp_path)
+
+
+COMMITTED = sorted((Path(__file__).parents[1] / "docs" / "bench").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_committed_records_are_drawn_and_tabled(path: Path, tmp_path: Path) -> None:
+    machine, records = report.read_jsonl(path)
+    assert len({record["case"] for record in records}) == len(records)
+    assert len(plot.draw(machine, records, tmp_path / "a.png")) == 2
+    for record in records:
+        if record.get("flops") and "tflops" in record:
+            assert record["tflops"] == pytest.approx(record["flops"] / record["ms"] / 1e9, rel=1e-3)
+    for group, members in report.groups(records).items():
+        assert all(len(column.cells) == len(members) for column in report.columns(machine, members)), group
+
+
+def test_every_figure_of_the_gpu_says_where_it_comes_from() -> None:
+    machine, records = report.read_jsonl(next(path for path in COMMITTED if path.name == "h200.jsonl"))
+    assert {"gbps", "tflops", "tflops_fp8", "how"} <= machine.keys()
+    for record in records:
+        assert {"dtype", "ms", "gpu", "commit", "date", "command", "torch"} <= record.keys()
+        assert all(peer["ratio"] > 0 for peer in record["peers"].values())
+        assert record["peers"]

@@ -46,8 +46,9 @@ def draw(machine: Record, records: Sequence[Record], path: Path) -> list[Path]:
         raise ValueError("no case of this file has a time")
     path.parent.mkdir(parents=True, exist_ok=True)
     written = []
-    if "gbps" in machine and any("bytes" in r for r in timed):
-        roofline(machine, [r for r in timed if "bytes" in r], path)
+    placed = [r for r in timed if r.get("flops") and r.get("bytes")]  # a selection has no FLOP
+    if "gbps" in machine and placed:
+        roofline(machine, placed, path)
         written.append(path)
     if any(ratios(r) for r in timed):
         beside = path.with_stem(f"{path.stem}-peers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
@@ -66,19 +66,22 @@ def flop_unit(machine: Record) -> tuple[str, float]:
 
 
 def columns(machine: Record, records: Sequence[Record]) -> list[Column]:
-    """The table of one group. A case without a time has dashes; why is in `notes`."""
+    """The table of one group. What a record does not have is a dash; why a case has no time is in `notes`."""
     unit, per_tflop = flop_unit(machine)
-    timed = lambda f: [f(r) if "ms" in r else "-" for r in records]  # noqa: E731
+
+    def each(key: str, text: Callable[[float], str]) -> list[str]:
+        return [text(r[key]) if key in r else "-" for r in records]
+
     result = [
         Column("case", [r["case"] for r in records]),
         Column("backend", [r["backend"] for r in records]),
-        Column("time\nms", timed(lambda r: significant(r["ms"]))),
-        Column(f"rate\n{unit}", timed(lambda r: significant(r["tflops"] * per_tflop))),
-        Column("of\nGEMM\n%", timed(lambda r: percent(r["share_of_gemm"]))),
-        Column("rate\nGB/s", timed(lambda r: significant(r["gbps"]))),
-        Column("of\nmemory\n%", timed(lambda r: percent(r["share_of_bandwidth"]))),
-        Column("extra\nmemory\nMiB", timed(lambda r: f"{r['extra_bytes'] / 2**20:.1f}")),
-        Column("error\n/ max", [f"{r['max_error']:.1e}" if "max_error" in r else "-" for r in records]),
+        Column("time\nms", each("ms", significant)),
+        Column(f"rate\n{unit}", each("tflops", lambda x: significant(x * per_tflop))),
+        Column("of\nGEMM\n%", each("share_of_gemm", percent)),
+        Column("rate\nGB/s", each("gbps", significant)),
+        Column("of\nmemory\n%", each("share_of_bandwidth", percent)),
+        Column("extra\nmemory\nMiB", each("extra_bytes", lambda x: f"{x / 2**20:.1f}")),
+        Column("error\n/ max", each("max_error", lambda x: f"{x:.1e}")),
     ]
     peers = dict.fromkeys(name for r in records for name in r.get("peers", {}))
     for name in peers:
