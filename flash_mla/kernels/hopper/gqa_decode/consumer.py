@@ -20,6 +20,7 @@ from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars, Shared
 from flash_mla.kernels.hopper.lanes import column_of, row_of
 from flash_mla.kernels.hopper.limits import BLOCK, ROW_BYTES, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.softmax import LAZY, LOW
+from flash_mla.kernels.hopper.transpose import transpose_load
 from flash_mla.kernels.hopper.walk import Done
 
 
@@ -266,16 +267,6 @@ def consume(consumer: Consumer, scalars: Scalars, item: Item, scale, first, last
         consumer.values(stage, buffer)
         shared.v.release(stage)
     shared.q.release(q_stage)
-
-
-@cute.jit
-def transpose_load(address):
-    """Four 8 x 8 matrices of 16-bit elements from shared memory, transposed; lane l gives the address of row l."""
-    return cute.arch.inline_ptx(
-        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
-        write_only_types=[Int32, Int32, Int32, Int32],
-        read_only_args=[address],
-    )
 
 
 @cute.jit

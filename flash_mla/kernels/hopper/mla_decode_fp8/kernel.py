@@ -62,11 +62,12 @@ from cutlass.cute.nvgpu import cpasync
 
 from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout
-from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
+from flash_mla.kernels.hopper.mla_decode.shared import Scalars
 from flash_mla.kernels.hopper.mla_decode_fp8.config import (
     CHUNK,
     DV,
@@ -84,9 +85,9 @@ from flash_mla.kernels.hopper.mla_decode_fp8.config import (
 )
 from flash_mla.kernels.hopper.mla_decode_fp8.producer import Producer, Tmas
 from flash_mla.kernels.hopper.mla_decode_fp8.scores import Scores
-from flash_mla.kernels.hopper.mla_decode_fp8.shared import Scalars, Shared, Tensors
+from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared, Tensors
 from flash_mla.kernels.hopper.mla_decode_fp8.values import Values
-from flash_mla.kernels.hopper.partials import Partials, note_split
+from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.table import prefetch_table
 from flash_mla.kernels.hopper.work import find_work
@@ -126,6 +127,7 @@ class MlaDecodeFp8:
         gQ = cute.make_tensor(q.iterator, cute.make_layout((rows, D, B), stride=(q_row, 1, q.stride[0])))
         k_strides = (k.stride[3], 1, k.stride[2], k.stride[0])
         gK = cute.make_tensor(k.iterator, cute.make_layout((BLOCK, D, k.shape[2], requests), stride=k_strides))
+        packed_out, packed_lse = packed_rows(out, lse)
         tensors = Tensors(
             q=cute.make_tensor(q.iterator, cute.make_layout((B, rows, D), stride=(q.stride[0], q_row, 1))),
             table=table,
@@ -134,8 +136,8 @@ class MlaDecodeFp8:
             q_descale=q_descale,
             k_descale=k_descale,
             v_descale=v_descale,
-            out=cute.make_tensor(out.iterator, cute.make_layout((B, rows, DV), stride=(rows * DV, DV, 1))),
-            lse=cute.make_tensor(lse.iterator, cute.make_layout((B, rows), stride=(rows, 1))),
+            out=packed_out,
+            lse=packed_lse,
             partials=Partials.over(workspace, clusters, config.rows, DV),
         )
         load = load_k = cpasync.CopyBulkTensorTileG2SOp()
@@ -162,18 +164,7 @@ class MlaDecodeFp8:
             min_blocks_per_mp=1,
             stream=stream,
         )
-        combine(
-            tensors.out,
-            tensors.lse,
-            tensors.partials.out,
-            tensors.partials.lse,
-            tensors.partials.split_of,
-            tensors.sink,
-            has_sink,
-            S_q,
-            Int32(1),
-            stream,
-        )
+        combine(packed_out, packed_lse, *tensors.partials, sink, has_sink, S_q, Int32(1), stream)
 
     @cute.kernel
     def kernel(self, tmas: Tmas, pages: cute.Tensor, tensors: Tensors, scalars: Scalars):
@@ -201,13 +192,7 @@ class MlaDecodeFp8:
 
         # barriers, and the work of this cluster
         if warp_id == 0:
-            for tma in tmas:
-                if const_expr(tma is not None):
-                    cpasync.prefetch_descriptor(tma[0])
-            with cute.arch.elect_one():
-                for channel in shared.channels:
-                    channel.init()
-            cute.arch.mbarrier_init_fence()
+            open_channels(shared.channels, tuple(tma[0] for tma in tmas if tma is not None))
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         if warp_id == 3 * WARPS_A_GROUP + 1:

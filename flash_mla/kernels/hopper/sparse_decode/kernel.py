@@ -45,7 +45,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout
-from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARP, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
@@ -161,19 +161,8 @@ class SparseDecode:
             min_blocks_per_mp=1,
             stream=stream,
         )
-        combine(
-            results.out,
-            results.lse,
-            results.partials.out,
-            results.partials.lse,
-            results.partials.split_of,
-            results.sink,
-            has_sink,
-            Int32(1),
-            Int32(1),
-            stream,
-            empty_lse,
-        )
+        one = Int32(1)
+        combine(results.out, results.lse, *results.partials, sink, has_sink, one, one, stream, empty_lse)
 
     @cute.kernel
     def kernel(
@@ -208,11 +197,7 @@ class SparseDecode:
 
         # barriers, and the work of this cluster
         if warp_id == 0:
-            cpasync.prefetch_descriptor(tma_q)
-            with cute.arch.elect_one():
-                shared.k.init()
-                shared.q.init()
-            cute.arch.mbarrier_init_fence()
+            open_channels((shared.k, shared.q), (tma_q,))
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         work = find_work(

@@ -45,7 +45,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout
-from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
@@ -141,11 +141,7 @@ class SparsePrefill:
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         if warp_id == 0:
-            cpasync.prefetch_descriptor(tma_q)
-            with cute.arch.elect_one():
-                shared.k.init()
-                shared.q.init()
-            cute.arch.mbarrier_init_fence()
+            open_channels((shared.k, shared.q), (tma_q,))
         cute.arch.sync_threads()
 
         if warp_id >= CONSUMER_WARPS:
