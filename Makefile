@@ -1,7 +1,8 @@
 # Each target sets up what it needs in .venv and can be run from a bare clone.
 PYTHON ?= python3
 BIN = .venv/bin
-TEXT ?= examples/text.txt
+# A text of your own: make demo TEXT=...
+TEXT ?=
 # A worker with nothing left takes tests of the other: the two end together.
 WORKERS = -n 2 --dist worksteal
 

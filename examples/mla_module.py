@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flash_mla import PagedKVCache, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla import PagedKVCache, flash_mla_prefill
 from flash_mla.mla import MLAProjection
 
 
@@ -63,12 +63,7 @@ class LatentAttention(nn.Module):
             k, v = kv_b.expand(rows)
             out = flash_mla_prefill(q.contiguous(), k, v, softmax_scale=kv_b.softmax_scale)
         else:
-            q = kv_b.absorb(q)
-            tables = (cache.block_table, cache.seq_lens)
-            metadata = get_mla_metadata(q.shape, cache.k_cache.shape, *tables, check_values=False)
-            attended = flash_mla_with_kvcache(
-                q, cache.k_cache, cache.v_cache, *tables, None, metadata, softmax_scale=kv_b.softmax_scale
-            )
+            attended = cache.decode(kv_b.absorb(q), softmax_scale=kv_b.softmax_scale)
             out = kv_b.project(attended)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

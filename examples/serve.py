@@ -30,7 +30,7 @@ import torch
 from transformers import DynamicCache
 
 from flash_mla import CacheFullError
-from flash_mla.demo import build_model
+from flash_mla.demo import TEXT, build_model
 from flash_mla.integrations.transformers import paged_cache
 
 BLOCK = 64
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 
-    requests = read_trace(options.trace, HERE / "text.txt")
+    requests = read_trace(options.trace, TEXT)
     model: Any = build_model().to(options.device)
     longest = max(len(request.prompt) + request.wanted for request in requests)
     use = Server(model, options.slots, longest, options.blocks, options.chunk).run(requests)

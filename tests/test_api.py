@@ -10,6 +10,7 @@ import torch
 
 from flash_mla import GradientError, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
 from flash_mla.backends import backend, module
+from flash_mla.errors import SequenceLengthError
 from flash_mla.reference import decode_reference
 from flash_mla.testing import DecodeCase, MhaCase, PrefillCase, check, nan_filled, same_bits
 
@@ -181,7 +182,7 @@ def test_compiled_refusals_are_ours():
     """What the compiled call refuses is refused with the same words."""
     x = DecodeCase("", (70, 130)).call().arguments
     x["seq_lens"][0] = 10_000
-    with pytest.raises(Exception, match="Grow cache or truncate sequence"):
+    with pytest.raises(SequenceLengthError, match="Grow cache or truncate sequence"):
         torch.compile(flash_mla_with_kvcache, fullgraph=True)(**x)
 
 

@@ -40,7 +40,9 @@ SPECS = {
     "fp16-mask": Spec(72, 40, "f16", "f16", "f16", 8, 4, 3, 8, mask="bool"),
     "fp8": Spec(128, 128, "fp8", "fp8", "bf16", 4, 4, 3, 8),
     "sparse": Spec(576, 512, "bf16", "fp8_ds_mla", "bf16", 16, 4, 3, 8, alias=True, source="sparse"),
-    "prefill": Spec(192, 128, "bf16", "bf16", "bf16", 32, 4, 3, 8, source="rows", layout=True),
+    "prefill": Spec(192, 128, "bf16", "bf16", "bf16", 96, 24, 4, 8, source="rows"),
+    "layout": Spec(72, 128, "f16", "f16", "f16", 72, 16, 6, 8, source="rows", layout=True, span=64),
+    "sparse-128": Spec(576, 512, "bf16", "fp8_ds_mla", "bf16", 48, 16, 6, 8, alias=True, source="sparse"),
 }
 
 
@@ -51,7 +53,7 @@ def test_assembles_for(name, spec):
     target, pattern = TARGETS[name]
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    tile_m, tile_n = config.tile(spec.rows, target)
+    tile_m, tile_n = config.wide_tile(target, spec.tile_m == 16) if spec.many else config.tile(spec.rows, target)
     spec = replace(spec, lanes=target.lanes, tile_m=tile_m, tile_n=tile_n)
     machine = store.machine(target)
     text = machine.emit_assembly(store.optimised(spec, machine))
@@ -113,6 +115,7 @@ def threads():
     [
         DecodeCase("decode/threads", (5000, 17), Hq=8, Hk=2, D=128),
         DecodeCase("decode/threads-mla", (3000, 0, 700), Hq=128, Hk=1, D=576, Dv=512, alias=True),
+        DecodeCase("decode/threads-many", (2500, 90), Hq=3, Hk=1, S_q=25, D=72, Dv=40, dtype=torch.float16),
         DecodeCase("decode/threads-mask", (2500,), Hq=3, Hk=1, S_q=5, mask="float-heads", dtype=torch.float16),
     ],
     ids=lambda case: case.name,

@@ -150,7 +150,7 @@ def test_what_is_no_backend_is_refused(call: Call, backend: object) -> None:
 def test_what_is_no_backend_is_refused_in_a_graph(call: Call) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda **x: call.function(**x, backend=["cpu"]), backend="eager")
-    with pytest.raises(Exception, match="There is no such backend"):
+    with pytest.raises(DeviceError, match="There is no such backend"):
         compiled(**call.arguments)
 
 

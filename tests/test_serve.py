@@ -22,7 +22,7 @@ def alone() -> list[list[int]]:
 
 
 def trace() -> list[serve.Request]:
-    return serve.read_trace(HERE / "arrivals.jsonl", HERE / "text.txt")
+    return serve.read_trace(HERE / "arrivals.jsonl", serve.TEXT)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -73,15 +74,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if not MKDOCS.exists():
         pytest.skip("no .venv-docs: run `make docs` first")
     pytest.importorskip("matplotlib")
-    from flash_mla.bench import report
-
     root = tmp_path_factory.mktemp("site")
     shutil.copytree(DOCS, root / "docs")
     for name in ("mkdocs.yml", *ROOT_PAGES):
         shutil.copy(ROOT / name, root)
     (root / "flash_mla").symlink_to(ROOT / "flash_mla")
     for records in (root / "docs/bench").glob("*.jsonl"):
-        report.roofline(*report.read_jsonl(records), records.with_suffix(".png"))
+        subprocess.run([sys.executable, "-m", "flash_mla", "plot", records], check=True, cwd=ROOT, capture_output=True)
     command = [MKDOCS, "build", "--strict", "--site-dir", root / "built"]
     built = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

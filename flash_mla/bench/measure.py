@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from flash_mla import contract
 from flash_mla.bench.cases import CASES, Arguments, Case
 from flash_mla.bench.peers import Peer, peers
 from flash_mla.bench.timing import Ceilings, alternate, extra_bytes, median_ratio
-from flash_mla.plan import plan
-from flash_mla.problem import BLOCK, DecodeProblem, PrefillProblem
+from flash_mla.errors import DeviceError
+from flash_mla.explanation import explain
+from flash_mla.problem import BLOCK
 from flash_mla.reference import decode_reference, prefill_reference
 from flash_mla.testing import DecodeCase, Verdict, check
 
@@ -54,7 +54,8 @@ def measure(
 ) -> dict[str, Any]:
     """The case's record, ready for JSON: medians in ms, rates, shares of the ceilings, errors, peers.
 
-    A result that misses the error budget gets no time: the record then has `error` instead. A peer's does likewise,
+    A result that misses the error budget gets no time, nor does a case that the backend refuses: the record then has
+    `error` instead. A peer's does likewise,
     within the record's `peers`.
 
     Args:
@@ -63,23 +64,29 @@ def measure(
         budget_s: seconds of timing; building and checking come on top.
     """
     case = case.on(device, backend)
-    arguments = case.arguments()
-    call, gate = case.function(arguments), gate_of(case, arguments)
-    verdict = gate.judge(case, call())
     record: dict[str, Any] = {
         "case": case.name,
         "group": case.group,
-        "backend": plan(problem(arguments), backend).name,
+        "dtype": case.dtype,
+        "backend": backend or "-",
         "flops": case.flops,
         "bytes": case.bytes,
-        "max_error": verdict.out_error,
-        "cosine": verdict.cosine,
     }
+    arguments = case.arguments()
+    call = case.function(arguments)
+    try:
+        record["backend"] = explain(call.func, *call.args, **call.keywords).backend or record["backend"]
+        out = call()
+    except DeviceError as error:
+        return record | {"error": f"refused: {error.given}"}
+    gate = gate_of(case, arguments)
+    verdict = gate.judge(case, out)
+    record |= {"max_error": verdict.out_error, "cosine": verdict.cosine}
     if not verdict.passed:
         return record | {"error": f"wrong result: {'; '.join(verdict.failures)}"}
     record["extra_bytes"] = extra_bytes(call, device)
 
-    functions = {"ours": call}
+    functions: dict[str, Callable[[], Tensor]] = {"ours": call}
     others: dict[str, dict[str, Any]] = {}
     for name, peer in peers(case, arguments).items() if with_peers else ():
         others[name] = {}  # keeps the order of the tables
@@ -120,15 +127,6 @@ def gate_of(case: Case, arguments: Arguments) -> Gate:
     blocks = None if blocks is None else blocks[:, :, rows.start // BLOCK :]
     truth = prefill_reference(q[:, :, rows], k, v, blocks, causal=x["causal"], start=rows.start)
     return Gate(lambda out: out[-1:, :GATE_HEADS, rows], *truth)
-
-
-def problem(arguments: Arguments) -> DecodeProblem | PrefillProblem:
-    """The problem that the call poses."""
-    x, none = arguments, (None, None, None)
-    if "k_cache" in x:
-        return contract.decode(x["q"], x["k_cache"], x["v_cache"], x["block_table"], x["seq_lens"], None, none, None)
-    sparse = x["sparse_layout"] is not None
-    return contract.prefill(x["q"], x["k"], x["v"], None, None, none, None, causal=x["causal"], block_mask=sparse)
 
 
 def refusal(peer: Peer, run: Callable[[], Tensor], gate: Gate, case: Case) -> str | None:

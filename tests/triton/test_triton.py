@@ -28,7 +28,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu") if INTERPRET or not torch.cuda.is_available() else torch.device("cuda", 0)
 FP8 = torch.float8_e4m3fn
 GARBAGE = 2**31 - 1
-# contract section 10: max error over max |out|, and cosine distance
+# docs/contract.md, section 10: max error over max |out|, and cosine distance
 BUDGET = {torch.float16: (2e-3, 5e-6), torch.bfloat16: (1.6e-2, 5e-6), torch.float32: (1e-5, 5e-6), FP8: (6e-2, 1e-3)}
 
 

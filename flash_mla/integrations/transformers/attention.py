@@ -16,6 +16,7 @@ from flash_mla.errors import FlashMLAError, GradientError, ShapeError
 from flash_mla.integrations.transformers.cache import NewTokens
 from flash_mla.integrations.transformers.sparse import attend_picked
 from flash_mla.integrations.transformers.step import Tokens
+from flash_mla.mla import MLAProjection
 
 # NOTE: transformers takes any name with "flash" in it for one of FlashAttention's and checks it as such.
 ATTENTION = "paged_kv_cache"
@@ -127,26 +128,20 @@ def as_attention_takes(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def absorb(module: Any, q: Tensor) -> Tensor:
-    """MLA over latents: K's projection moves to q, so that all heads share the cache's rows.
-
-    q [B, Hq, P, nope + rope] -> [B, Hq, P, kv_lora_rank + rope].
-    """
-    nope = module.qk_nope_head_dim
-    # NOTE: einsum multiplies all requests' rows of a head at once; `@` would copy the weight for every request.
-    absorbed = torch.einsum("bhpd,hdr->bhpr", q[..., :nope], projection(module)[:, :nope].to(q.dtype))
-    # autocast makes a product in its own dtype
-    return torch.cat([absorbed.to(q.dtype), q[..., nope:]], -1)
+    """MLA's queries over latents: [B, Hq, P, nope + rope] -> [B, Hq, P, kv_lora_rank + rope]."""
+    return projection(module, q.dtype).absorb(q)
 
 
 def lift(module: Any, out: Tensor) -> Tensor:
-    """V's projection of what `absorb`'s queries found: [B, Hq, P, kv_lora_rank] -> [B, Hq, P, Dv]."""
-    return torch.einsum("bhpr,hdr->bhpd", out, projection(module)[:, module.qk_nope_head_dim :].to(out.dtype))
+    """The values of what `absorb`'s queries found: [B, Hq, P, kv_lora_rank] -> [B, Hq, P, Dv]."""
+    return projection(module, out.dtype).project(out)
 
 
-def projection(module: Any) -> Tensor:
-    """kv_b_proj's weight by heads: [Hq, nope + Dv, kv_lora_rank]."""
-    weight = module.kv_b_proj.weight
-    return weight.view(-1, module.qk_nope_head_dim + module.v_head_dim, weight.shape[-1])
+def projection(module: Any, dtype: torch.dtype) -> MLAProjection:
+    """A layer's kv_b_proj, in the dtype that attention computes in."""
+    nope, rope = module.qk_nope_head_dim, module.qk_rope_head_dim
+    weight = module.kv_b_proj.weight.to(dtype)
+    return MLAProjection.from_weight(weight, len(weight) // (nope + module.v_head_dim), nope=nope, rope=rope)
 
 
 AttentionInterface.register(ATTENTION, paged_attention)
