@@ -29,8 +29,9 @@ kernels: .venv/dev.stamp
 		tests/test_mha.py tests/test_pages.py tests/test_edges.py tests/test_indexer.py
 	$(BIN)/pytest $(WORKERS) -m compile
 
-# The real vLLM engine on this CPU, with our attention and with its own, in a venv of its own.
+# The plugin's classes inside vLLM, then its real engine on this CPU, with our attention and with its own.
 engines: .venv-engines/stamp
+	.venv-engines/bin/python -m pytest --noconftest tests/engines
 	.venv-engines/bin/python tests/engines/vllm_tokens.py
 
 .venv-engines/stamp: requirements-engines.txt pyproject.toml
@@ -55,7 +56,7 @@ hub: .venv-hub/stamp
 # The site in site/, strictly: a warning fails. Its plots are drawn from the committed records.
 docs: .venv/demo.stamp .venv-docs/stamp
 	for records in docs/bench/*.jsonl; do $(BIN)/flash-mla plot $$records || exit 1; done
-	.venv-docs/bin/mkdocs build --strict --clean
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --clean
 
 .venv-docs/stamp: requirements-docs.txt
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flash_mla.autograd import NO_FP8_BACKWARD, no_backward
 from flash_mla.contract import check_scale, prefill_problem
 from flash_mla.plan import plan
-from flash_mla.problem import BackwardArgs, BackwardProblem, MaskKind
+from flash_mla.problem import FP8, BackwardArgs, BackwardProblem, MaskKind
 
 
 def backward(
@@ -42,6 +43,8 @@ def backward(
         dk, dv: None both where neither is wanted.
         backend: the forward's. Hopper has no backward yet: its calls go to the first backend that has.
     """
+    if q.dtype == FP8:
+        no_backward("attention", *NO_FP8_BACKWARD)
     kind: MaskKind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
     forward = prefill_problem(
         q,

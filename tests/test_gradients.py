@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from flash_mla import GradientError, flash_mla_prefill
+from flash_mla import GradientError, deepseek, flash_mla_prefill
 from flash_mla.reference import prefill_reference
 from flash_mla.testing import BUDGETS, PrefillCase, gradient_cases, run
 
@@ -195,3 +195,64 @@ def test_nothing_gives_nothing(shape):
     flash_mla_prefill(x, x, x, attn_sink=sink).sum().backward()
     assert x.grad.shape == shape
     assert torch.equal(sink.grad, torch.zeros(2))
+
+
+# --- Sequences laid end to end ----------------------------------------------------------------------------------------
+
+
+def varlen_reference(q, k, v, lengths_q, lengths_kv, causal):
+    """Sequence by sequence through prefill_reference, whose queries begin where the last one sees all keys."""
+    outs, a, b = [], 0, 0
+    for S_q, S_kv in zip(lengths_q, lengths_kv, strict=True):
+        own = [x[start : start + n].transpose(0, 1)[None] for x, start, n in ((q, a, S_q), (k, b, S_kv), (v, b, S_kv))]
+        outs.append(prefill_reference(*own, causal=causal, start=S_kv - S_q)[0][0].transpose(0, 1))
+        a, b = a + S_q, b + S_kv
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_varlen(backend, causal):
+    """Sequences without queries or keys, with more queries than keys, alike ones together; one tensor for k and v."""
+    lengths_q, lengths_kv = (3, 3, 0, 7, 70, 2), (5, 5, 4, 2, 80, 0)
+    q, kv = rows((sum(lengths_q), 4, 16), (sum(lengths_kv), 2, 32))
+    (d_out,) = rows((sum(lengths_q), 4, 16), seed=1)
+    cu = [torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32) for lengths in (lengths_q, lengths_kv)]
+
+    def ours(q, kv):
+        return deepseek.flash_attn_varlen_func(
+            q, kv[..., :16], kv[..., 16:], *cu, 70, 80, causal=causal, backend=backend
+        )
+
+    def truth(q, kv):
+        return varlen_reference(q, kv[..., :16], kv[..., 16:], lengths_q, lengths_kv, causal)
+
+    got = gradients(ours, {"q": q, "kv": kv}, d_out)
+    close(got, gradients(truth, {"q": q.double(), "kv": kv.double()}, d_out))
+
+
+def test_varlen_compiled_and_transformed():
+    (x,) = rows((9, 2, 16))
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+    def loss(x):
+        out, lse = deepseek.flash_attn_varlen_func(x, x, x, cu, cu, 5, 5, causal=True)
+        return out.square().sum() + lse.sum()
+
+    torch.compiler.reset()
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(leaf), leaf)
+    (got,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(leaf), leaf)
+    assert torch.equal(got, want)
+    assert torch.equal(torch.func.grad(loss)(x), want)
+    (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    with pytest.raises(GradientError, match="no backward of its own"):
+        first.sum().backward()
+
+
+def test_varlen_fp8_is_refused():
+    x = torch.randn(4, 1, 16).to(torch.float8_e4m3fn).requires_grad_()
+    cu = torch.tensor([0, 4], dtype=torch.int32)
+    out, _ = deepseek.flash_attn_varlen_func(x, x, x, cu, cu, 4, 4)
+    with pytest.raises(GradientError, match="FP8"):
+        out.float().sum().backward()

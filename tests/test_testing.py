@@ -177,13 +177,13 @@ def test_run_sees_a_wrong_index(monkeypatch, name, spoil, says):
 
 
 def test_run_sees_a_wrong_gradient(monkeypatch):
-    right = deepseek.varlen.sequence_gradients
+    right = deepseek.varlen.backward
 
-    def wrong(*args, **kwargs):
-        dq, dk, dv = right(*args, **kwargs)
-        return dq, dk * 1.05, dv
+    def wrong(*args, dk, **kwargs):
+        right(*args, dk=dk, **kwargs)
+        dk *= 1.05
 
-    monkeypatch.setattr(deepseek.varlen, "sequence_gradients", wrong)
+    monkeypatch.setattr(deepseek.varlen, "backward", wrong)
     failures = run(VarlenCase("spoiled")).failures
     assert len(failures) == 1
     assert "dk: error" in failures[0]

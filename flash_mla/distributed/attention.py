@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,13 +26,13 @@ from flash_mla.autograd import refusing
 from flash_mla.contract import MLAMetadata
 from flash_mla.distributed.exchange import Ranks, pack, pack_rows, unpack, unpack_rows
 from flash_mla.distributed.split import (
-    causal_mask,
     chunk_length,
     head_slices,
     local_lengths,
     local_mask,
     prompt_chunks,
-    spread_tail_mask,
+    tail_keys,
+    tail_table,
 )
 from flash_mla.errors import HeadGroupingError, MaskShapeError, SequenceLengthError, ShapeError
 from flash_mla.launch import launch
@@ -40,19 +41,36 @@ from flash_mla.plan import plan
 from flash_mla.problem import BLOCK
 
 
+class Keys(NamedTuple):
+    """Some of this rank's keys, and what a decode call over them takes.
+
+    Attributes:
+        seq_lens: [B], how many they are.
+        block_table: [B, n] of their blocks; None: the rank's own.
+        mask: [B|1, Hq|1, S_q|1, L] over them, or None.
+        folded: the queries of a request go in as heads, since all of them see the same keys (see `fold`).
+        metadata: of the call.
+    """
+
+    seq_lens: Tensor
+    block_table: Tensor | None
+    mask: Tensor | None
+    folded: bool
+    metadata: MLAMetadata
+
+
 @dataclass(frozen=True)
 class DecodeStep:
     """What all layers of a decode step share.
 
     Attributes:
-        seq_lens: [B], tokens that this rank holds.
-        mask: [B|1, Hq|1, S_q|1, keys of this rank], or None where this rank's keys need none.
-        metadata: of this rank's call.
+        metadata: of this rank's tensors.
+        parts: this rank's keys in one call's or two calls' worth: all under a mask, or those before the new tokens,
+            which all queries see, then those of the new tokens.
     """
 
-    seq_lens: Tensor
-    mask: Tensor | None
     metadata: MLAMetadata
+    parts: tuple[Keys, ...]
 
 
 class ShardedAttention:
@@ -100,10 +118,11 @@ class ShardedAttention:
     ) -> DecodeStep:
         """Prepare a decode step once; its layers pass the result to `decode`.
 
-        It computes this rank's lengths on the device. Queries that see different keys (S_q > 1) make a bool mask over
-        this rank's keys, [B, 1, S_q, table columns * 64]: on interleaved blocks causality is not the one that kernels
-        know. Where lengths change in place, as in a captured graph, call it again with check_values=False, which may
-        be captured.
+        It computes this rank's lengths on the device. On interleaved blocks the causality of several new tokens is not
+        the one that kernels know. So `decode` makes two calls then: over the keys before the new tokens, which all
+        queries see and no mask hides, and over the one or two blocks with the new tokens, under a small mask. Where
+        lengths change in place, as in a captured graph, call `step` again with check_values=False, which may be
+        captured.
 
         Args:
             q_shape: (B, Hq, S_q, D) of this rank's queries.
@@ -111,7 +130,7 @@ class ShardedAttention:
             block_table: [B, W] int32 or int64 of this rank: its i-th block of a request is block rank + i * ranks.
             seq_lens: [B] int32 or int64, tokens of whole requests, over all ranks, the S_q new ones included.
             mask: [B|1, Hq|1, S_q|1, L], L >= max(seq_lens), over the keys of whole requests, as in
-                flash_mla_with_kvcache. None (default): causal.
+                flash_mla_with_kvcache. None (default): causal. NOTE: Hopper's decode kernels take no mask; Triton's do.
             tail_mask: [B|1, Hq|1, S_q, S_q], bool or floating, over the S_q new tokens alone (tree decoding); earlier
                 keys are all seen. Default None.
             v_head_dim: as in get_mla_metadata.
@@ -124,7 +143,7 @@ class ShardedAttention:
         """
         rank, size = self.context.rank, self.context.size
 
-        def make() -> tuple[DecodeStep, object]:
+        def prepare() -> tuple[DecodeStep, object]:
             contract.check_tensor("seq_lens", seq_lens)
             contract.check_tensor("block_table", block_table)
             contract.check_shape("q_shape", q_shape, 4, "[B, Hq, S_q, D]")
@@ -140,19 +159,24 @@ class ShardedAttention:
                 values = seq_lens.tolist()
                 check_whole_lengths(values)
                 contract.check_mask_length("mask", mask, max(values, default=0))
-            keys = block_table.shape[1] * BLOCK
-            own = mask
-            if tail_mask is not None:
-                own = spread_tail_mask(tail_mask, seq_lens, keys, rank, size)
-            elif size > 1 and mask is not None:
-                own = local_mask(mask, keys, rank, size)
-            elif size > 1 and S_q > 1:
-                own = causal_mask(seq_lens, S_q, keys, rank, size)
+            own = None if mask is None else local_mask(mask, block_table.shape[1] * BLOCK, rank, size)
+            parts = [Keys(lengths, None, own, False, metadata)]
+            # a rank with no column in its table has no key
+            if (tail_mask is not None or (mask is None and S_q > 1 and size > 1)) and block_table.shape[1]:
+                old = local_lengths(seq_lens - S_q, rank, size)
+                new, few = lengths - old // BLOCK * BLOCK, tail_table(block_table, old, S_q)
+                seen = tail_keys(tail_mask, seq_lens, old, S_q, rank, size)
+                make = partial(get_mla_metadata, v_head_dim=v_head_dim, check_values=False)
+                folded = (B, Hq * S_q, 1, q_shape[3])
+                parts = [
+                    Keys(old, None, None, True, make(folded, kv_shape, block_table, old)),
+                    Keys(new, few, seen, False, make(q_shape, kv_shape, few, new)),
+                ]
             shapes = [None if x is None else [*x.shape] for x in (mask, tail_mask)]
             facts = {"q_shape": [*q_shape], "seq_lens": values, "mask": shapes[0], "tail_mask": shapes[1]}
-            return DecodeStep(lengths, own, metadata), facts
+            return DecodeStep(metadata, tuple(parts)), facts
 
-        return self.context.agree(make) if check_values else make()[0]
+        return self.context.agree(prepare) if check_values else prepare()[0]
 
     def decode(
         self,
@@ -193,39 +217,36 @@ class ShardedAttention:
             FlashMLAError's other subclasses: docs/contract.md, section 8.
         """
         rank, size = self.context.rank, self.context.size
-        alone = size == 1
-        inputs = (q, k_cache, v_cache, step.mask, q_descale, k_descale, v_descale, attn_sink)
-        if not alone:
-            contract.check_tensor("q", q)
-            contract.check_sink(attn_sink, q.shape[1], q.device)
-            if scatter_heads and q.shape[1] % size:
-                raise HeadGroupingError(
-                    given=f"q {list(q.shape)}, scatter_heads=True over {size} ranks",
-                    required="Hq a multiple of the ranks",
-                    cause="The heads do not divide among the ranks",
-                    fix="Leave scatter_heads out",
-                )
-        with torch.set_grad_enabled(alone and torch.is_grad_enabled()):
-            result = flash_mla_with_kvcache(
-                q, k_cache, v_cache, block_table, step.seq_lens, step.mask, step.metadata, softmax_scale=softmax_scale,
-                q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink if alone else None,
-                return_lse=return_lse or not alone, backend=backend,
-            )  # fmt: skip
-            if alone:
-                return result
-            packed = pack(*result)  # [B, Hq, S_q, bytes]
-            if scatter_heads:
-                parts = self.context.all_to_all(packed.unflatten(1, (size, -1)).transpose(0, 1))
-                if attn_sink is not None:
-                    attn_sink = attn_sink.unflatten(0, (size, -1))[rank]
-            else:
-                parts = self.context.all_gather(packed)
-            outs, lses = unpack(parts, result[0].dtype)
-            # NOTE: in FP32, so that weights and sum of a 16-bit out are not rounded to 16 bits on the way
-            out, lse = merge(outs.float(), lses)
+        for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("block_table", block_table)):
+            contract.check_tensor(name, x)
+        contract.check_metadata(step.metadata, q, k_cache, v_cache, block_table)
+        contract.check_sink(attn_sink, q.shape[1], q.device)
+        if scatter_heads and q.shape[1] % size:
+            raise HeadGroupingError(
+                given=f"q {list(q.shape)}, scatter_heads=True over {size} ranks",
+                required="Hq a multiple of the ranks",
+                cause="The heads do not divide among the ranks",
+                fix="Leave scatter_heads out",
+            )
+        inputs = (q, k_cache, v_cache, q_descale, k_descale, v_descale, attn_sink, *(part.mask for part in step.parts))
+        options = {
+            "softmax_scale": softmax_scale, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale,
+            "backend": backend,
+        }  # fmt: skip
+        with torch.no_grad():
+            out, lse = attend(q, k_cache, v_cache, block_table, step, options)
+            dtype = out.dtype
+            if size > 1:
+                packed = pack(out, lse)  # [B, Hq, S_q, bytes]
+                if scatter_heads:
+                    parts = self.context.all_to_all(packed.unflatten(1, (size, -1)).transpose(0, 1))
+                    attn_sink = None if attn_sink is None else attn_sink.unflatten(0, (size, -1))[rank]
+                else:
+                    parts = self.context.all_gather(packed)
+                out, lse = merge_rounded(*unpack(parts, dtype))
             if attn_sink is not None:
-                out = apply_sink(out, lse, attn_sink[:, None])
-            out = out.to(result[0].dtype)
+                out = apply_sink(out.float(), lse, attn_sink[:, None])
+            out = out.to(dtype)
         out, lse = refuse_gradients("ShardedAttention.decode", (out, lse), inputs)
         return (out, lse) if return_lse else out
 
@@ -358,6 +379,50 @@ class ShardedAttention:
             results.append(cast(tuple[Tensor, Tensor], result))
         out, lse = (torch.cat(parts, 2) for parts in zip(*results, strict=True))
         return (out, lse) if return_lse else out
+
+
+# --- A rank's own keys ------------------------------------------------------------------------------------------------
+
+
+def attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, step: DecodeStep, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """(out [B, Hq, S_q, Dv], lse [B, Hq, S_q]) of q over this rank's keys."""
+    results: list[tuple[Tensor, Tensor]] = []
+    for part in step.parts:
+        rows = fold(q, k_cache.shape[1]) if part.folded else q
+        table = block_table if part.block_table is None else part.block_table
+        out, lse = flash_mla_with_kvcache(
+            rows, k_cache, v_cache, table, part.seq_lens, part.mask, part.metadata, return_lse=True, **options
+        )
+        if part.folded:
+            out, lse = (unfold(x, q, k_cache.shape[1]) for x in (out, lse))
+        results.append((out, lse))
+    if len(results) == 1:
+        return results[0]
+    outs, lses = (torch.stack(x) for x in zip(*results, strict=True))
+    out, lse = merge_rounded(outs, lses)
+    return out.to(outs.dtype), lse
+
+
+def fold(q: Tensor, Hk: int) -> Tensor:
+    """q [B, Hq, S_q, D], whose S_q queries see the same keys, as the heads of one: [B, Hk * S_q * ratio, 1, D]."""
+    B, Hq, S_q, D = q.shape
+    return q.unflatten(1, (Hk, Hq // Hk)).transpose(2, 3).reshape(B, Hq * S_q, 1, D)
+
+
+def unfold(x: Tensor, q: Tensor, Hk: int) -> Tensor:
+    """What came of `fold`, [B, Hk * S_q * ratio, 1, ..], as [B, Hq, S_q, ..]."""
+    B, Hq, S_q, _ = q.shape
+    return x.view(B, Hk, S_q, Hq // Hk, *x.shape[3:]).transpose(2, 3).flatten(1, 2)
+
+
+def merge_rounded(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge` in FP32, so that weights and sum of a 16-bit out are not rounded to 16 bits on the way."""
+    return merge(outs.float(), lses)
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
 
 
 def check_masks(mask: Tensor | None, tail_mask: Tensor | None, B: int, Hq: int, S_q: int, device: torch.device) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.cache import PagedKVCache
+from flash_mla.contract import check_rank, check_tensor
 from flash_mla.distributed.attention import ShardedAttention
 from flash_mla.distributed.split import local_lengths
 from flash_mla.errors import SequenceLengthError, ShapeError
@@ -38,7 +39,9 @@ class ContextCache:
         if any(pages.lengths):
             raise ShapeError(given=f"pages {pages}", required="an empty cache", cause="Its tokens are of no request")
         self.pages = pages
-        self.seq_lens = torch.zeros_like(pages.seq_lens)
+        # NOTE: a tensor made in inference mode could never be written outside of it
+        with torch.inference_mode(False):
+            self.seq_lens = torch.zeros_like(pages.seq_lens)
         self._lengths = [0] * len(pages.lengths)
         self._rank, self._size = attention.context.rank, attention.context.size
 
@@ -61,7 +64,9 @@ class ContextCache:
             num_tokens: [R], how many of the T tokens each request takes; omitted, all T.
             requests: the R different batch indices; omitted, all B.
         """
-        rows = [*range(len(self._lengths))] if requests is None else [*requests]
+        check_tensor("k", k)
+        check_rank("k", k.shape, 4, "[R, Hk, T, D]")
+        rows = self._requests(requests)
         counts = [k.shape[2]] * len(rows) if num_tokens is None else [*num_tokens]
         if len(counts) != len(rows) or any(not 0 <= count <= k.shape[2] for count in counts):
             raise ShapeError(
@@ -71,7 +76,9 @@ class ContextCache:
         own = [self._own(self._lengths[b], count) for b, count in zip(rows, counts, strict=True)]
         most = max(map(len, own), default=0)
         # [R, most]: a request's own tokens side by side
-        index = torch.tensor([[*tokens, *[0] * (most - len(tokens))] for tokens in own], dtype=torch.int64)
+        index = torch.tensor(
+            [[*tokens, *[0] * (most - len(tokens))] for tokens in own], dtype=torch.int64, device="cpu"
+        )
         index = index.view(len(rows), most).to(k.device)
         request = torch.arange(len(rows), device=k.device)[:, None]
         own_k = k[request, :, index].transpose(1, 2)  # [R, Hk, most, D]
@@ -81,7 +88,9 @@ class ContextCache:
 
     def truncate(self, lengths: Sequence[int], requests: Sequence[int] | None = None) -> None:
         """Shorten whole requests to so many tokens; arguments and errors as in `PagedKVCache.truncate`."""
-        rows = [*range(len(self._lengths))] if requests is None else [*requests]
+        rows = self._requests(requests)
+        if len(lengths) != len(rows):
+            raise ShapeError(given=f"{len(lengths)} lengths for {len(rows)} requests", required="one a request")
         for b, length in zip(rows, lengths, strict=True):
             if not 0 <= length <= self._lengths[b]:
                 raise SequenceLengthError(
@@ -95,6 +104,7 @@ class ContextCache:
 
     def fork(self, source: int, target: int) -> None:
         """Make the empty request `target` a copy of `source`, as `PagedKVCache.fork`."""
+        source, target = self._requests([source, target])
         if self._lengths[target]:  # this rank may hold none of its tokens
             raise SequenceLengthError(
                 given=f"fork({source}, {target}); request {target} holds {self._lengths[target]} tokens",
@@ -107,8 +117,17 @@ class ContextCache:
 
     def free(self, requests: Sequence[int]) -> None:
         """Empty the requests, as `PagedKVCache.free`."""
-        self.pages.free(requests)
-        self._set(dict.fromkeys(requests, 0))
+        rows = self._requests(requests)
+        self.pages.free(rows)
+        self._set(dict.fromkeys(rows, 0))
+
+    def _requests(self, requests: Sequence[int] | None) -> list[int]:
+        """Batch indices, all if None; those of whole requests are checked here, since they index lengths first."""
+        batch = len(self._lengths)
+        rows = [*range(batch)] if requests is None else [*requests]
+        if any(type(b) is not int or not 0 <= b < batch for b in rows) or len(set(rows)) < len(rows):
+            raise ShapeError(given=f"requests {rows}", required=f"different batch indices from 0 to {batch - 1}")
+        return rows
 
     def _own(self, start: int, count: int) -> list[int]:
         """Which of `count` tokens from position `start` on are this rank's."""
@@ -117,4 +136,4 @@ class ContextCache:
     def _set(self, lengths: dict[int, int]) -> None:
         for b, length in lengths.items():
             self._lengths[b] = length
-        self.seq_lens.copy_(torch.tensor(self._lengths, dtype=torch.int32))
+        self.seq_lens.copy_(torch.tensor(self._lengths, dtype=torch.int32, device="cpu"))

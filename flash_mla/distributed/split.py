@@ -77,25 +77,36 @@ def local_mask(mask: Tensor, keys: int, rank: int, size: int) -> Tensor:
     return pad(mask, (0, 1), value=hidden)[..., positions]
 
 
-def causal_mask(seq_lens: Tensor, S_q: int, keys: int, rank: int, size: int) -> Tensor:
-    """[B, 1, S_q, keys] bool: which of a rank's keys are at or before the position seq_lens[b] - S_q + i of query i."""
-    ends = seq_lens[:, None] - torch.arange(S_q - 1, -1, -1, device=seq_lens.device, dtype=seq_lens.dtype)
-    seen = local_lengths(ends, rank, size)
-    return torch.arange(keys, device=seq_lens.device) < seen[:, None, :, None]
+def tail_table(block_table: Tensor, old: Tensor, S_q: int) -> Tensor:
+    """The columns of a rank's table [B, W] that may hold the last S_q tokens of a request.
 
+    Args:
+        old: [B], tokens of the rank before them. The first column is the block in which they end.
 
-def spread_tail_mask(tail_mask: Tensor, seq_lens: Tensor, keys: int, rank: int, size: int) -> Tensor:
-    """A mask [B|1, Hq|1, S_q, S_q] over the last S_q tokens of each request as [B, Hq|1, S_q, keys] over a rank's keys.
-
-    All earlier keys are seen.
+    Returns:
+        [B, 1 + ceil((S_q - 1) / 64)].
     """
-    heads, S_q = tail_mask.shape[1:3]
-    # [B, keys]: which of the S_q new tokens a key is; negative for an earlier one
-    tokens = local_positions(keys, rank, size, tail_mask.device) - (seq_lens.long()[:, None] - S_q)
-    columns = tokens.clamp(0, S_q - 1)[:, None, None, :].expand(-1, heads, S_q, -1)
-    spread = tail_mask.expand(len(seq_lens), -1, -1, -1).gather(-1, columns)
-    seen = True if tail_mask.dtype == torch.bool else 0.0
-    return spread.masked_fill((tokens < 0)[:, None, None, :], seen)
+    columns = (old // BLOCK).long()[:, None] + torch.arange(1 + -(-(S_q - 1) // BLOCK), device=old.device)
+    return block_table.gather(1, columns.clamp(max=block_table.shape[1] - 1))
+
+
+def tail_keys(tail_mask: Tensor | None, seq_lens: Tensor, old: Tensor, S_q: int, rank: int, size: int) -> Tensor:
+    """Which keys behind `tail_table` each new token sees, [B, Hq|1, S_q, keys]: those among the new tokens alone.
+
+    Args:
+        tail_mask: [B|1, Hq|1, S_q, S_q] bool or floating, over the new tokens; None: causal.
+        seq_lens: [B], tokens of whole requests; old: [B], the rank's before the new ones.
+    """
+    if tail_mask is None:
+        tail_mask = torch.ones(1, 1, S_q, S_q, dtype=torch.bool, device=old.device).tril()
+    own = torch.arange((1 + -(-(S_q - 1) // BLOCK)) * BLOCK, device=old.device)
+    blocks = (old // BLOCK).long()[:, None] + own // BLOCK
+    # [B, keys]: which of the new tokens a key is
+    tokens = (blocks * size + rank) * BLOCK + own % BLOCK - (seq_lens.long()[:, None] - S_q)
+    columns = tokens.clamp(0, S_q - 1)[:, None, None, :].expand(-1, tail_mask.shape[1], S_q, -1)
+    seen = tail_mask.expand(len(seq_lens), -1, -1, -1).gather(-1, columns)
+    hidden = False if tail_mask.dtype == torch.bool else -math.inf
+    return seen.masked_fill(((tokens < 0) | (tokens >= S_q))[:, None, None, :], hidden)
 
 
 # --- A prompt, by chunks ----------------------------------------------------------------------------------------------

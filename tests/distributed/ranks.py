@@ -6,7 +6,11 @@ on NCCL too, with device="cuda".
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import os
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +32,8 @@ from flash_mla.testing.budget import check
 from flash_mla.testing.hostile import Source, same_bits
 
 Failures = dict[str, list[str]]
-SECONDS = 120  # for all that one set of processes does
+ROOT = Path(__file__).parents[2]
+SECONDS = 240  # for all that one set of processes does
 
 # --- Processes --------------------------------------------------------------------------------------------------------
 
@@ -74,7 +79,7 @@ def _main(rank: int, size: int, work: Callable[[int, str], Failures], folder: st
 
 # ranks without a key, blocks that end exactly, requests shorter than their new tokens
 LENGTHS = (0, 1, 64, 65, 127, 129, 300, 5)
-MLA = DecodeCase("mla", LENGTHS, Hq=4, Hk=1, D=96, Dv=64, alias=True)
+MLA = DecodeCase("mla", LENGTHS, Hq=4, Hk=1, D=96, Dv=64, alias=True, softmax_scale=0.1)
 GQA = DecodeCase("gqa", LENGTHS, Hq=4, Hk=2)
 DECODE = {
     case.name: case
@@ -97,6 +102,32 @@ DECODE = {
         replace(MLA, name="long", lengths=(2000, 3, 1500), S_q=2, sink=True),
     )
 }
+
+
+def random_cases(n: int) -> dict[str, DecodeCase]:
+    """Cases of any lengths, heads, dtypes, layouts and masks; the same on all ranks."""
+    draw, cases = random.Random(5), {}
+    for i in range(n):
+        alias = draw.random() < 0.5
+        S_q = draw.choice((1, 1, 2, 5, 8))
+        cases[f"random-{i}"] = DecodeCase(
+            f"random-{i}",
+            tuple(draw.choice((draw.randrange(9), 64 * draw.randrange(9), draw.randrange(700))) for _ in range(4)),
+            Hq=8,
+            Hk=1 if alias else 2,
+            D=draw.choice((64, 128)),
+            Dv=64,
+            S_q=S_q,
+            dtype=draw.choice((torch.float32, torch.bfloat16, torch.float16)),
+            layout=draw.choice(("slab", "sliced", "pool")),
+            alias=alias,
+            mask=draw.choice((None, None, "bool", "float-rows", "bool-heads")),
+            sink=draw.random() < 0.5,
+            spare=draw.randrange(3),
+            softmax_scale=draw.choice((0.12, 0.3, -0.1)),
+            seed=i,
+        )
+    return cases
 
 
 def judge_decode(attention: ShardedAttention, case: DecodeCase, tail: torch.Tensor | None = None) -> list[str]:
@@ -175,7 +206,7 @@ def tails(device: str) -> dict[str, torch.Tensor]:
 
 
 def judge_all_decodes(attention: ShardedAttention, device: str, prefix: str) -> Failures:
-    cases = {name: replace(case, device=device) for name, case in DECODE.items()}
+    cases = {name: replace(case, device=device) for name, case in (DECODE | random_cases(16)).items()}
     found = {f"{prefix}{name}": judge_decode(attention, case) for name, case in cases.items()}
     for name, tail in tails(device).items():
         for case in (replace(cases["gqa"], S_q=4), replace(cases["mla"], S_q=4, sink=True)):
@@ -222,7 +253,7 @@ def judge_prefill(attention: ShardedAttention, case: PrefillCase) -> list[str]:
 
 def judge_cache(attention: ShardedAttention, device: str) -> list[str]:
     """ContextCache beside one PagedKVCache through the same appends, forks and truncations."""
-    source, B = Source(7, device), 4
+    source, B, failures = Source(7, device), 4, []
     pool = {"dtype": torch.float32, "device": device, "pool_blocks": 40, "max_seq_len": 1024}
     whole = PagedKVCache(B, 2, 64, **pool)
     cache = ContextCache(PagedKVCache(B, 2, 64, **pool), attention)
@@ -239,14 +270,26 @@ def judge_cache(attention: ShardedAttention, device: str) -> list[str]:
     for target in (whole, cache):
         target.truncate([130, 64], [3, 2])
         target.free([1])
+    with torch.device("meta"):  # what default device there is does not matter
+        before = cache.lengths
+        for wrong in (lambda: cache.free([4]), lambda: cache.truncate([131], [3]), lambda: cache.fork(0, 2)):
+            try:
+                wrong()
+                failures.append("a wrong call was taken")
+            except FlashMLAError:
+                pass
+        if cache.lengths != before:
+            failures.append("a refused call changed lengths")
     append(3, [3, 3, 3, 3], [3, 1, 0, 2])
-    failures = [] if cache.lengths == whole.lengths else [f"lengths {cache.lengths}, not {whole.lengths}"]
+    if cache.lengths != whole.lengths:
+        failures.append(f"lengths {cache.lengths}, not {whole.lengths}")
     if cache.seq_lens.tolist() != whole.seq_lens.tolist():
         failures.append("seq_lens differ")
     q = source.normal((B, 4, 3, 64), torch.float32)
     pages = cache.pages
-    step = attention.step(q.shape, pages.k_cache.shape, pages.block_table, cache.seq_lens)
-    out = attention.decode(q, pages.k_cache, pages.v_cache, pages.block_table, step)
+    with torch.device("meta"):
+        step = attention.step(q.shape, pages.k_cache.shape, pages.block_table, cache.seq_lens)
+        out = attention.decode(q, pages.k_cache, pages.v_cache, pages.block_table, step)
     true = decode_reference(q, whole.k_cache, whole.v_cache, whole.block_table, whole.seq_lens)
     return [*failures, *check(out, None, *true, torch.float32).failures]
 
@@ -290,6 +333,33 @@ def judge_refusals(mesh: DeviceMesh, attention: ShardedAttention, device: str) -
     return failures
 
 
+def judge_compiled(attention: ShardedAttention, device: str) -> list[str]:
+    """A compiled function breaks its graph at the exchange, and gives the same bits."""
+    call = replace(GQA, S_q=2, device=device).call().arguments
+    own = local_table(call["block_table"], attention.context.rank, attention.context.size)
+    caches = (call["k_cache"], call["v_cache"], own)
+
+    def decode(q: torch.Tensor) -> torch.Tensor:
+        step = attention.step(q.shape, caches[0].shape, own, call["seq_lens"], check_values=False)
+        return attention.decode(q, *caches, step) * 2
+
+    compiled = torch.compile(decode, backend="eager")
+    return [] if same_bits(compiled(call["q"]), decode(call["q"])) else ["compiled, other bits"]
+
+
+def judge_bench(device: str) -> list[str]:
+    """The bench of two cards runs, and its result is right."""
+    spec = importlib.util.spec_from_file_location("two_cards", ROOT / "docs" / "bench" / "two_cards.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        sizes = {"batch": 2, "tokens": 300, "heads": 4, "rounds": 2, "aim": 1e9}
+        bench.main([f"--{name}={value}" for name, value in {"device": device, **sizes}.items()])
+    wanted = dist.get_rank() == 0
+    return [] if ("exchange" in printed.getvalue()) == wanted else [printed.getvalue()]
+
+
 def judge_one_dim_for_both(mesh: DeviceMesh, device: str) -> list[str]:
     """Heads and blocks over the same ranks: all-gather q's heads, decode, and keep the own heads of the result."""
     attention = ShardedAttention(mesh, context="context", heads="context")
@@ -302,7 +372,7 @@ def judge_one_dim_for_both(mesh: DeviceMesh, device: str) -> list[str]:
     own = local_table(call["block_table"], attention.context.rank, attention.context.size)
     step = attention.step(q.shape, call["k_cache"].shape, own, call["seq_lens"])
     caches = (call["k_cache"], call["v_cache"])
-    out, lse = attention.decode(q, *caches, own, step, return_lse=True, scatter_heads=True)
+    out, lse = attention.decode(q, *caches, own, step, softmax_scale=0.1, return_lse=True, scatter_heads=True)
     return [*failures, *check(out, lse, true_out[:, heads], true_lse[:, heads], case.dtype).failures]
 
 
@@ -317,6 +387,9 @@ def context_only(size: int, device: str) -> Failures:
     found |= {name: judge_prefill(attention, replace(case, device=device)) for name, case in PREFILL.items()}
     found["cache"] = judge_cache(attention, device)
     found["refusals"] = judge_refusals(mesh, attention, device)
+    if size == 2:  # dynamo costs each process seconds
+        found["compiled"] = judge_compiled(attention, device)
+    found["bench"] = judge_bench(device)
     found["one-dim"] = judge_one_dim_for_both(mesh, device)
     return found
 

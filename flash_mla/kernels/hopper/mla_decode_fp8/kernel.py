@@ -56,13 +56,11 @@ Measured: docs/design/mla-decode-fp8.md.
 
 from __future__ import annotations
 
-import functools
-
 import cutlass.cute as cute
 from cutlass import Float8E4M3FN, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.combine import combine
@@ -240,36 +238,24 @@ class MlaDecodeFp8:
 
 
 def arguments(config: Config) -> tuple:
-    """Symbolic arguments of `MlaDecodeFp8.__call__`, for compiling without a GPU."""
-    dtype, q_dtype = Float8E4M3FN, DTYPES[config.q]
+    """Symbolic arguments of `MlaDecodeFp8.__call__`."""
+    B, Hq, S_q = symbolic.size(), symbolic.size(), symbolic.size()
 
-    def wide(divisibility: int = 16):
-        return cute.sym_int64(divisibility=divisibility)  # a stride in elements, of 16 bytes
-
-    def some():
-        return cute.sym_int64()
-
-    B, Hq, S_q = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
-    blocks = cute.sym_int32()
-    fp32 = functools.partial(make_fake_tensor, Float32)
-
-    def descale():
-        if config.descale:
-            return fp32((B, 1), (some(), some()), assumed_align=4)
-        return fp32((cute.sym_int32(),), (1,), assumed_align=4)
+    def descale() -> cute.Tensor:
+        return symbolic.tensor(Float32, (B, 1) if config.descale else (None,), strided=config.descale)
 
     return (
-        make_fake_tensor(q_dtype, (B, Hq, S_q, config.D), (wide(config.q_unit), some(), some(), 1), assumed_align=16),
-        make_fake_tensor(dtype, (B, 1, blocks, BLOCK, config.D), (wide(), some(), wide(), wide(), 1), assumed_align=16),
-        make_fake_tensor(Int32, (B, cute.sym_int32()), (some(), 1), assumed_align=4),
-        make_fake_tensor(Int32, (B,), (1,), assumed_align=4),
-        fp32((cute.sym_int32(),), (1,), assumed_align=4),
+        symbolic.tensor(DTYPES[config.q], (B, Hq, S_q, config.D), tma=(0,)),
+        symbolic.tensor(Float8E4M3FN, (B, 1, None, BLOCK, config.D), tma=(0, 2, 3)),
+        symbolic.tensor(Int32, (B, None)),
+        symbolic.tensor(Int32, (B,)),
+        symbolic.tensor(Float32, (None,)),
         descale(),
         descale(),
         descale(),
-        make_fake_tensor(DTYPES[config.out], (B, Hq, S_q, DV), (some(), some(), some(), 1), assumed_align=16),
-        fp32((B, Hq, S_q), (some(), some(), some()), assumed_align=4),
-        fp32((cute.sym_int32(),), (1,), assumed_align=16),
+        symbolic.tensor(DTYPES[config.out], (B, Hq, S_q, DV), align=16),
+        symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
+        symbolic.tensor(Float32, (None,), align=16),
         Float32(1.0),
         Int32(0),
         Int64(config.q_unit),
@@ -279,6 +265,5 @@ def arguments(config: Config) -> tuple:
 
 
 def build(config: Config, options: str = ""):
-    """Compile the kernel and its combine for sm_90a; takes seconds."""
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(MlaDecodeFp8(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")
+    """Compile the kernel and its combine."""
+    return symbolic.compiled(MlaDecodeFp8(config), arguments(config), options)
