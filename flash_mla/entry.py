@@ -58,10 +58,9 @@ def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]
             except RAW as error:
                 if isinstance(error, FlashMLAError):
                     raise
-                if isinstance(error, TypeError):
-                    check_backend(kwargs.get("backend"))
-                    if reference:
-                        refuse_other_interfaces(function, args, kwargs)
+                check_backend(kwargs.get("backend"))
+                if reference and isinstance(error, TypeError):
+                    refuse_other_interfaces(function, args, kwargs)
                 check_kinds(function, args, kwargs)
                 raise
 

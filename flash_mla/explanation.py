@@ -9,7 +9,7 @@ from typing import Any
 
 from flash_mla.backends import ORDER, choose
 from flash_mla.errors import ShapeError
-from flash_mla.plan import Asked, Question, check_backend
+from flash_mla.plan import QUESTION, Asked, check_backend
 from flash_mla.problem import Problem
 
 __all__ = ["Explanation", "explain", "explain_problem"]
@@ -72,7 +72,7 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
         )
     only = kwargs.pop("backend", None)
     try:
-        function(*args, **kwargs, backend=Question())
+        function(*args, **kwargs, backend=QUESTION)
     except Asked as asked:
         return explain_problem(function.__name__, asked.problem, only)
     raise AssertionError(f"{function.__name__} returned without a selection")

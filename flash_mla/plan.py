@@ -38,12 +38,13 @@ class Plan(NamedTuple):
             append(self.name, args)
 
 
-class Question(str):
-    """The backend's name that asks which problem a call poses: `plan` answers by raising it. Nothing is written yet."""
+QUESTION = "which problem does this call pose?"
+"""In place of a backend's name: `plan` answers by raising the problem, before anything is written. A plain string, so
+that it passes through custom ops."""
 
 
 class Asked(Exception):
-    """The answer."""
+    """The answer to QUESTION."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -63,7 +64,7 @@ def check_backend(name: object) -> None:
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, name: str | None = None) -> Plan:
     """The first backend that does not refuse; an explicit name never falls back. Work of no size needs no backend."""
-    if isinstance(name, Question):
+    if name == QUESTION:
         raise Asked(problem)
     check_backend(name)
     if problem.empty:

@@ -87,6 +87,7 @@ def flash_attn_varlen_func(
     return attend(q, k, v, cu_seqlens_qo, cu_seqlens_kv, causal, scale, backend)
 
 
+@entry("flash_mla.deepseek")
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
