@@ -489,7 +489,7 @@ def attend_mha(
 def as_tensors(descales: contract.Descales, q: Tensor) -> list[Tensor | None]:
     """The descales as a custom op takes them; it checks them."""
     return [
-        x if x is None or isinstance(x, Tensor) else torch.full((), x, dtype=torch.float32, device=q.device)
+        x if x is None or isinstance(x, Tensor) else torch.full((), float(x), dtype=torch.float32, device=q.device)
         for x in descales
     ]
 

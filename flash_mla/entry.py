@@ -1,4 +1,4 @@
-"""What every public function has around it: a name in profiles, and our errors where Python would raise a TypeError."""
+"""What every public function has around it: a name in profiles, and our errors in place of Python's and torch's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch.autograd import profiler
 
 from flash_mla import contract
-from flash_mla.errors import ShapeError
+from flash_mla.errors import FlashMLAError, ShapeError
+from flash_mla.kinds import RAW, check_flags, check_kinds, flags_of
 from flash_mla.plan import check_backend
 
 P_ = ParamSpec("P_")
@@ -43,19 +44,25 @@ def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]
 
     def decorate(function: Callable[P_, R_]) -> Callable[P_, R_]:
         name = f"{module}.{function.__qualname__}"
+        flags = flags_of(function)
 
         @wraps(function)
         def call(*args: P_.args, **kwargs: P_.kwargs) -> R_:
+            check_flags(function, flags, args, kwargs)
             try:
                 # NOTE: first whether a graph is traced: that branch looks at no flag which dynamo would guard on
                 if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
                     return function(*args, **kwargs)
                 with profiler.record_function(name):
                     return function(*args, **kwargs)
-            except TypeError:
-                check_backend(kwargs.get("backend"))
-                if reference:
-                    refuse_other_interfaces(function, args, kwargs)
+            except RAW as error:
+                if isinstance(error, FlashMLAError):
+                    raise
+                if isinstance(error, TypeError):
+                    check_backend(kwargs.get("backend"))
+                    if reference:
+                        refuse_other_interfaces(function, args, kwargs)
+                check_kinds(function, args, kwargs)
                 raise
 
         return call

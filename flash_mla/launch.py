@@ -79,5 +79,5 @@ def expand_descale(value: float | Tensor | None, problem: DecodeProblem | Prefil
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        value = torch.full((), value, dtype=torch.float32, device=problem.device)
+        value = torch.full((), float(value), dtype=torch.float32, device=problem.device)
     return value.expand(problem.B, problem.Hk)

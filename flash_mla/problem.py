@@ -317,6 +317,43 @@ class SparseArgs(NamedTuple):
             torch.nan_to_num_(self.lse, nan=math.nan, posinf=math.inf, neginf=self.empty_lse)
 
 
+class SparseBackwardProblem(NamedTuple):
+    """The gradients of a sparse prefill: `forward` is its problem, of one cache without a row format, S_q 1."""
+
+    forward: SparseProblem
+
+    @property
+    def device(self) -> torch.device:
+        """The forward's."""
+        return self.forward.device
+
+    @property
+    def empty(self) -> bool:
+        """Whether every gradient is 0."""
+        return self.forward.empty
+
+
+class SparseBackwardArgs(NamedTuple):
+    """The tensors of one backward call, normalised.
+
+    q to softmax_scale as in SparseArgs; out [B, 1, Hq, Dv] and lse [B, 1, Hq] that the forward gave, infinite on a row
+    without keys, and their gradients d_out and d_lse FP32. Written: dq [B, 1, Hq, D]; dkv [pages, page, D], the sum
+    over all that name a row; d_sink [Hq] FP32, or None without a sink.
+    """
+
+    q: Tensor
+    keys: SparseKeys
+    attn_sink: Tensor | None
+    softmax_scale: float
+    out: Tensor
+    lse: Tensor
+    d_out: Tensor
+    d_lse: Tensor
+    dq: Tensor
+    dkv: Tensor
+    d_sink: Tensor | None
+
+
 class IndexProblem(NamedTuple):
     """The scores that an index (DeepSeek sparse attention) gives to S_q query tokens of each of B requests.
 
@@ -413,5 +450,13 @@ class AppendArgs(NamedTuple):
     num_tokens: Tensor | None
 
 
-Problem = DecodeProblem | PrefillProblem | BackwardProblem | SparseProblem | IndexProblem | TopkProblem
-Args = DecodeArgs | PrefillArgs | BackwardArgs | SparseArgs | IndexArgs | TopkArgs
+Problem = (
+    DecodeProblem
+    | PrefillProblem
+    | BackwardProblem
+    | SparseProblem
+    | SparseBackwardProblem
+    | IndexProblem
+    | TopkProblem
+)
+Args = DecodeArgs | PrefillArgs | BackwardArgs | SparseArgs | SparseBackwardArgs | IndexArgs | TopkArgs

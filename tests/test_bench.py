@@ -17,6 +17,7 @@ from flash_mla.bench import plot, report, timing
 from flash_mla.bench.cases import CASES, Case
 from flash_mla.bench.measure import measure, select
 from flash_mla.bench.peers import Peer, peers
+from flash_mla.bench.sparse import SPARSE_CASES, SparseCase, TopkCase
 from flash_mla.bench.timing import Ceilings, alternate, extra_bytes, median_ratio
 from flash_mla.testing import DecodeCase, PrefillCase
 
@@ -54,9 +55,9 @@ def test_flop_and_byte_model(name: str, flops: int, nbytes: int) -> None:
 
 
 def test_names_are_unique_and_say_the_phase() -> None:
-    names = [c.name for c in CASES]
+    names = [c.name for c in (*CASES, *SPARSE_CASES)]
     assert len(set(names)) == len(names)
-    assert all(c.name.split("/")[0] == c.group.split(",")[0] for c in CASES)
+    assert all(c.name.split("/")[0] == c.group.split(",")[0] for c in (*CASES, *SPARSE_CASES))
     assert {c.devices for c in CASES} == {("cpu",), ("cuda",)}
 
 
@@ -95,6 +96,34 @@ def test_measure_times_right_results_and_their_peers(case: Case) -> None:
     }[case.name]
     assert timed - {"vLLM CPU"} == want
     json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    ("case", "peer"),
+    [
+        (SparseCase(2, 2, 4, 256, 100, "fp8_ds_mla", ("cpu",)), "gather + SDPA"),
+        (SparseCase(2, 1, 4, 256, 100, None, ("cpu",)), "gather + SDPA"),
+        (TopkCase(3, 1000, 64, ("cpu",)), "torch.topk"),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_measure_times_sparse_attention_and_selection(case: SparseCase | TopkCase, peer: str) -> None:
+    record = measure(case, "cpu", CEILINGS, budget_s=0.0)
+    assert "error" not in record
+    assert record["ms"] > 0
+    assert record["peers"][peer]["ratio"] > 0
+    assert record["backend"] == "cpu"
+    arguments = case.arguments()
+    wrong = case.function(arguments)().roll(1, -1) + 1
+    assert not case.gate(arguments)(wrong).passed
+    json.dumps(record)
+
+
+def test_sparse_models_by_hand() -> None:
+    case = SparseCase(4, 2, 16, 4096, 1024, "fp8_ds_mla", ("cpu",))
+    assert case.flops == 2 * 8 * 16 * 1024 * 1088
+    assert case.bytes == 8 * (16 * 1088 * 2 + 1024 * (656 + 4))
+    assert TopkCase(4, 1000, 10, ("cpu",)).bytes == 4 * 4 * 1010
 
 
 def test_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

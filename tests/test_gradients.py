@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flash_mla import GradientError, deepseek, flash_mla_prefill
-from flash_mla.reference import prefill_reference
+from flash_mla.reference import prefill_reference, sparse_reference
 from flash_mla.testing import BUDGETS, PrefillCase, gradient_cases, run
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -256,3 +256,59 @@ def test_varlen_fp8_is_refused():
     out, _ = deepseek.flash_attn_varlen_func(x, x, x, cu, cu, 4, 4)
     with pytest.raises(GradientError, match="FP8"):
         out.float().sum().backward()
+
+
+# --- Sparse -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_sparse(dtype):
+    """Rows named twice, by many and by none (which hold NaN), a query without keys, a sink at either end, d_lse."""
+    q, kv, d_out, d_lse = rows((9, 4, 32), (20, 1, 32), (9, 4, 16), (9, 4), dtype=dtype)
+    indices = torch.randint(-1, 12, (9, 1, 7), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    indices[3] = -1
+    indices[4, 0, :2] = 5
+    indices[5, 0, 0] = 99
+    lengths = torch.tensor([7, 3, 0, 7, 7, 7, 1, 7, 7])
+    kv[12:] = math.nan
+    leaves = [q, kv, torch.tensor([math.inf, -math.inf, 0.3, -0.3])]
+
+    def differentiate(call, leaves):
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        out, lse = call(*leaves)
+        d = [d_out.to(out.dtype), d_lse.to(lse.dtype).masked_fill(lse.isinf(), math.nan)]
+        return torch.autograd.grad((out, lse), leaves, d)
+
+    def ours(q, kv, sink):
+        out, _, lse = deepseek.flash_mla_sparse_fwd(q, kv, indices, 0.2, 16, sink, lengths, backend="cpu")
+        return out, lse
+
+    def truth(q, kv, sink):
+        out, lse, _ = sparse_reference(q[:, None], [(kv[:, 0], indices, lengths)], 16, 0.2, sink)
+        return out[:, :, 0], lse[:, :, 0]
+
+    got = differentiate(ours, leaves)
+    close(got, differentiate(truth, [x.double() for x in leaves]), dtype)
+    assert all(torch.equal(one, other) for one, other in zip(got, differentiate(ours, leaves), strict=True))
+
+
+def test_the_greatest_logit_has_no_gradient():
+    q, kv = rows((2, 2, 16), (3, 1, 16))
+    q.requires_grad_()
+    _, max_logits, _ = deepseek.flash_mla_sparse_fwd(q, kv, torch.zeros(2, 1, 1, dtype=torch.int32), 1.0, 16)
+    with pytest.raises(GradientError, match="max_logits"):
+        max_logits.sum().backward()
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_decode_in_deepseeks_names_refuses(sparse):
+    q, cache = rows((1, 1, 2, 576), (2, 64, 1, 576))
+    q.requires_grad_()
+    indices = torch.zeros(1, 1, 3, dtype=torch.int32) if sparse else None
+    table, lens = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([70], dtype=torch.int32)
+    out, lse = deepseek.flash_mla_with_kvcache(
+        q, cache, table, lens, 512, deepseek.get_mla_metadata()[0], indices=indices, softmax_scale=0.1
+    )
+    for result in (out, lse):
+        with pytest.raises(GradientError):
+            result.sum().backward(retain_graph=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from flash_mla.problem import Args, BackwardArgs, IndexArgs, Problem, SparseArgs, TopkArgs
+from flash_mla.problem import Args, BackwardArgs, IndexArgs, Problem, SparseArgs, SparseBackwardArgs, TopkArgs
 
 
 def refuse(problem: Problem) -> str | None:
@@ -31,6 +31,11 @@ def launch(problem: Problem, config: None, args: Args) -> None:
         return
     if isinstance(args, BackwardArgs):
         for gradient in (args.dq, args.dk, args.dv, args.d_sink):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    if isinstance(args, SparseBackwardArgs):
+        for gradient in (args.dq, args.dkv, args.d_sink):
             if gradient is not None:
                 gradient.zero_()
         return

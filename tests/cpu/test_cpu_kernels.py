@@ -11,7 +11,7 @@ import llvmlite.binding as llvm
 import pytest
 import torch
 
-from flash_mla import contract, deepseek, flash_mla_with_kvcache
+from flash_mla import contract, deepseek, flash_mla_prefill, flash_mla_with_kvcache
 from flash_mla.backends.cpu import engine
 from flash_mla.kernels.cpu import config, store
 from flash_mla.kernels.cpu.config import Spec, Target
@@ -19,7 +19,7 @@ from flash_mla.plan import plan
 from flash_mla.problem import FP8, DecodeArgs
 from flash_mla.quant import FORMATS
 from flash_mla.reference import decode_reference
-from flash_mla.testing import DecodeCase, check
+from flash_mla.testing import DecodeCase, PrefillCase, check, run
 
 TARGETS = {
     "avx2": (Target("x86_64-unknown-linux-gnu", "haswell", "+avx2,+fma,+f16c"), r"ymm"),
@@ -132,6 +132,32 @@ def test_any_number_of_threads_gives_the_same_bits(case, threads, monkeypatch):
         assert torch.equal(lse, results[0][1])
     verdict = check(*results[0], *decode_reference(**x), case.dtype)
     assert verdict.passed, verdict.failures
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF], ids=["huge", "nan"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        PrefillCase("prefill/memory", 90, mask="float-heads"),
+        PrefillCase("prefill/memory-layout", 200, mask="bool", sparse="heads", causal=True),
+        DecodeCase("decode/memory", (90, 17), Hq=4, Hk=2, mask="float"),
+        DecodeCase("decode/memory-many", (90, 17), Hq=64, Hk=2, mask="float"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_what_a_threads_memory_held_does_not_matter(case, byte, monkeypatch):
+    """The same bits over memory of zeros and of NaN: nothing is read before it is written."""
+    monkeypatch.setattr(engine, "MEMORY", engine.Memory())
+    first = run(case)
+    assert first.passed, str(first)
+    outs = []
+    for fill in (0, byte):
+        engine.MEMORY.threads.fill_(fill)
+        call = case.call()
+        function = flash_mla_prefill if isinstance(case, PrefillCase) else flash_mla_with_kvcache
+        outs.append(function(**call.arguments, return_lse=True))
+    for a, b in zip(*outs, strict=True):
+        assert torch.equal(a, b)
 
 
 # --- Values -----------------------------------------------------------------------------------------------------------

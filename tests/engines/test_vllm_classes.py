@@ -147,6 +147,28 @@ def test_sparse(rows: str, device: str) -> None:
         assert (out[i].cpu() - want).abs().max() <= 1.6e-2 * want.abs().max()
 
 
+@pytest.mark.skipif("vllm" in missing, reason="vLLM is not installed")
+def test_sparse_metadata_keeps_its_tensors() -> None:
+    """What the builder declares to be fit for a CUDA graph: each step's metadata lies where the captured one's does."""
+    builder = sparse.FlashMLASparseMetadataBuilder.__new__(sparse.FlashMLASparseMetadataBuilder)
+    builder.req_id_per_token_buffer = torch.empty(32, dtype=torch.int32)
+    builder.kv_cache_spec, builder.topk_tokens = SimpleNamespace(block_size=64), 40
+    table = torch.zeros(4, 6, dtype=torch.int32)
+    places = set()
+    for counts in ([2, 2, 2, 2], [2, 2, 2, 0]):  # the second is padded, as a replay may be
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        step = SimpleNamespace(
+            num_actual_tokens=8, num_reqs=4, max_query_len=2, max_seq_len=300, query_start_loc=starts,
+            query_start_loc_cpu=starts, slot_mapping=torch.zeros(8, dtype=torch.int64), block_table_tensor=table,
+        )  # fmt: skip
+        made = builder.build(0, step)
+        requests = [b for b, count in enumerate(counts) for _ in range(count)]
+        assert made.req_id_per_token.tolist() == requests + [0] * (8 - len(requests))
+        assert (made.num_decode_tokens, made.num_prefills) == (8, 0), "every token goes to forward_mqa"
+        places.add((made.req_id_per_token.data_ptr(), made.block_table.data_ptr()))
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_prefill_of_new_tokens_and_of_a_chunk_of_context(device: str) -> None:
     """lse as [heads, tokens], and out where the caller wants it."""

@@ -21,7 +21,15 @@ It runs everything that the contract admits.
 from __future__ import annotations
 
 from flash_mla.backends import Phase, module
-from flash_mla.problem import BackwardProblem, DecodeProblem, IndexProblem, PrefillProblem, Problem, TopkProblem
+from flash_mla.problem import (
+    BackwardProblem,
+    DecodeProblem,
+    IndexProblem,
+    PrefillProblem,
+    Problem,
+    SparseBackwardProblem,
+    TopkProblem,
+)
 
 
 def available() -> str | None:
@@ -42,6 +50,8 @@ def phase(problem: Problem) -> Phase | str:
         return module("cpu", "topk")
     if isinstance(problem, BackwardProblem):
         return module("cpu", "backward")
+    if isinstance(problem, SparseBackwardProblem):
+        return module("cpu", "sparse_backward")
     engine = module("cpu", "engine")
     if engine.refuse(problem) is None:
         return engine

@@ -91,10 +91,11 @@ class Decode:
         assert decode is not None
         q = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
         requests, dtype = attn_metadata.num_decodes, torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
-        out = q.new_empty((*q.shape[:2], self.kv_lora_rank), dtype=dtype)
+        is_single = len(q) == requests  # then heads and tokens need not change places, nor out be checked
+        out = None if is_single else q.new_empty((*q.shape[:2], self.kv_lora_rank), dtype=dtype)
         fp8 = kv_c_and_k_pe_cache.dtype == torch.float8_e4m3fn
-        _, lse = decode_over_pages(
-            by_request(q, requests),
+        result, lse = decode_over_pages(
+            q.unsqueeze(2) if is_single else by_request(q, requests),
             kv_c_and_k_pe_cache.unsqueeze(2),
             None,
             decode.block_table,
@@ -107,9 +108,9 @@ class Decode:
             k_descale=layer._k_scale if fp8 else None,
             v_descale=layer._k_scale if fp8 else None,
             return_lse=True,
-            out=by_request(out, requests),
+            out=None if out is None else by_request(out, requests),
         )
-        return out, lse.transpose(1, 2).flatten(0, 1)
+        return (result.squeeze(2), lse.squeeze(2)) if out is None else (out, lse.transpose(1, 2).flatten(0, 1))
 
 
 def by_request(x: Tensor, requests: int) -> Tensor:

@@ -11,7 +11,7 @@ import math
 from llvmlite import ir
 
 from flash_mla.kernels.cpu.config import Spec
-from flash_mla.kernels.cpu.formats import SIZE, narrow, store_pair
+from flash_mla.kernels.cpu.formats import CODE, SIZE, narrow, store_pair
 from flash_mla.kernels.cpu.ir import F32, I32, I64, POINTER, Code, Value, vector
 from flash_mla.kernels.cpu.lanes import exp, log
 
@@ -117,7 +117,8 @@ class Item:
         with self.g.when(a[name].differs(0)):
             head = self.h // a["share"]
             x.set((self.pointer(name) + self.b * a[f"{name}_b"] + head * a[f"{name}_h"]).load(F32))
-        return x.get()
+        # NOTE: codes of K and V are staged without their factor: it costs an operation a vector there, and none here
+        return x.get() * CODE if self.spec.kv == "fp8" and name != "q_descale" else x.get()
 
     def row(self, name: str, r: Value) -> Value:
         """Where row r of the item's heads starts in q, out, lse, mask or layout."""
