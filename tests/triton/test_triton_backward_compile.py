@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -78,14 +76,9 @@ def build(case: str, kernel: str, target: Target) -> tuple[backward.Config, Buil
         "queries": (phase.queries_arguments, config.queries),
     }[kernel]
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    return config, compile_by_name(
+    return config, compile_for(
         KERNELS[kernel], arguments(problem, config, like, prepared, live, lists), options, target
     )
-
-
-def compile_by_name(kernel: Any, arguments: dict[str, Any], options: dict[str, int], target: Target) -> Built:
-    """compile_for, of arguments by name."""
-    return compile_for(kernel, tuple(arguments[parameter.name] for parameter in kernel.params), options, target)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -114,14 +107,14 @@ def test_prepare_and_columns_compile(target: str) -> None:
         d_lse=args.lse, dq=None, dk=None, dv=None, d_sink=None,
     )  # fmt: skip
     arguments = phase.prepare_arguments(problem, config, like, prepared)
-    assert compile_by_name(backward.prepare_kernel, arguments, {"num_warps": 4}, on).stack <= MAX_STACK
+    assert compile_for(backward.prepare_kernel, arguments, {"num_warps": 4}, on).stack <= MAX_STACK
     ints = meta(2, dtype=torch.int32)
     arguments = dict(
         block_mask_ptr=meta(2, 32, 64, 64, dtype=torch.bool), seq_lens_ptr=ints, start_pos_ptr=ints, kept_ptr=ints,
         num_kept_ptr=ints, H=32, block_rows=64, block_columns=64, P=4096, S_kv=4096, stride_b=131072, stride_h=4096,
         stride_m=64, stride_n=1, CAUSAL=True, TILE=256,
     )  # fmt: skip
-    assert compile_by_name(backward.columns_kernel, arguments, {}, on).stack <= MAX_STACK
+    assert compile_for(backward.columns_kernel, arguments, {}, on).stack <= MAX_STACK
 
 
 def test_every_config_fits() -> None:

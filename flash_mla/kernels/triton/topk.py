@@ -331,16 +331,9 @@ def pivot_arguments(
 ) -> dict[str, Tensor | int | None]:
     """pivot_kernel's arguments: the pivot aims at the mean of topk and room, as their ratio goes."""
     return dict(
-        score_ptr=scores,
-        start_ptr=starts,
-        end_ptr=ends,
-        pivot_ptr=pivots,
-        N=N,
-        stride_row=scores.stride(0),
-        AIM=int((topk * config.room) ** 0.5),
-        ROOM=config.room,
-        SAMPLE=config.sample,
-    )
+        score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, N=N, stride_row=scores.stride(0),
+        AIM=int((topk * config.room) ** 0.5), ROOM=config.room, SAMPLE=config.sample,
+    )  # fmt: skip
 
 
 def narrow_arguments(
@@ -356,19 +349,10 @@ def narrow_arguments(
 ) -> dict[str, Tensor | int | None]:
     """narrow_kernel's arguments."""
     return dict(
-        score_ptr=scores,
-        start_ptr=starts,
-        end_ptr=ends,
-        pivot_ptr=pivots,
-        candidate_ptr=candidates,
-        count_ptr=counts,
-        N=N,
-        width=scores.shape[1],
-        stride_row=scores.stride(0),
-        ROOM=config.room,
-        PARTS=config.parts,
-        TILE=config.tile,
-    )
+        score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, candidate_ptr=candidates,
+        count_ptr=counts, N=N, width=scores.shape[1], stride_row=scores.stride(0), ROOM=config.room,
+        PARTS=config.parts, TILE=config.tile,
+    )  # fmt: skip
 
 
 def select_arguments(
@@ -388,23 +372,9 @@ def select_arguments(
 ) -> dict[str, Tensor | int | None]:
     """select_kernel's arguments."""
     return dict(
-        score_ptr=scores,
-        start_ptr=starts,
-        end_ptr=ends,
-        pivot_ptr=pivots,
-        candidate_ptr=candidates,
-        count_ptr=counts,
-        table_ptr=block_table,
-        out_ptr=out,
-        N=N,
-        width=scores.shape[1],
-        stride_row=scores.stride(0),
-        queries=queries,
-        table_blocks=0 if block_table is None else block_table.shape[1],
-        K=out.shape[1],
-        K_TILE=power_of_2(out.shape[1]),
-        PAGE=page,
-        ROOM=config.room,
-        PARTS=config.parts,
-        TILE=config.tile,
-    )
+        score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, candidate_ptr=candidates,
+        count_ptr=counts, table_ptr=block_table, out_ptr=out, N=N, width=scores.shape[1],
+        stride_row=scores.stride(0), queries=queries,
+        table_blocks=0 if block_table is None else block_table.shape[1], K=out.shape[1],
+        K_TILE=power_of_2(out.shape[1]), PAGE=page, ROOM=config.room, PARTS=config.parts, TILE=config.tile,
+    )  # fmt: skip
