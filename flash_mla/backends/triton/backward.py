@@ -11,6 +11,7 @@ from flash_mla.backends.triton.device import launch_fitting, refuse_columns, tar
 from flash_mla.kernels.triton import backward, prefill
 from flash_mla.kernels.triton.backward_keys import keys_kernel
 from flash_mla.kernels.triton.backward_queries import queries_kernel
+from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import MASK_BYTES
 from flash_mla.problem import FP8, BackwardArgs, BackwardProblem
@@ -94,11 +95,6 @@ def empty_prepared(problem: BackwardProblem, config: backward.Config) -> Prepare
 # --- Arguments, by the kernels' names ---------------------------------------------------------------------------------
 
 
-def strides(tensor: Tensor | None, *names: str) -> dict[str, int]:
-    """The first strides of a tensor by name; 0 without one."""
-    return {name: 0 if tensor is None else tensor.stride(i) for i, name in enumerate(names)}
-
-
 def prepare_arguments(
     problem: BackwardProblem, config: backward.Config, args: BackwardArgs, prepared: Prepared
 ) -> dict[str, Any]:
@@ -114,10 +110,10 @@ def prepare_arguments(
         "d_sink_ptr": prepared.d_sink,
         "live_ptr": prepared.live,
         "P": problem.forward.P,
-        **strides(args.out, "stride_ob", "stride_oh", "stride_os"),
-        **strides(args.d_out, "stride_db", "stride_dh", "stride_ds"),
-        **strides(args.lse, "stride_lb", "stride_lh", "stride_ls"),
-        **strides(args.d_lse, "stride_gb", "stride_gh", "stride_gs"),
+        **strides("o", "bhs", args.out),
+        **strides("d", "bhs", args.d_out),
+        **strides("l", "bhs", args.lse),
+        **strides("g", "bhs", args.d_lse),
         "DV": problem.forward.Dv,
         "TILE_M": config.rows,
         "DV_TILE": config.dv_tile,
@@ -153,11 +149,11 @@ def shared_arguments(
         "softmax_scale": args.softmax_scale,
         "P": forward.P,
         "S_kv": forward.S_kv,
-        **strides(args.q, "stride_qb", "stride_qh"),
-        **strides(args.k, "stride_kb", "stride_kh"),
-        **strides(args.v, "stride_vb", "stride_vh"),
-        **strides(args.d_out, "stride_ob", "stride_oh"),
-        **strides(args.mask, "stride_mb", "stride_mh", "stride_ms", "stride_mt"),
+        **strides("q", "bh", args.q),
+        **strides("k", "bh", args.k),
+        **strides("v", "bh", args.v),
+        **strides("o", "bh", args.d_out),
+        **strides("m", "bhst", args.mask),
         # a list that all requests or heads share is one
         "stride_lb": 0 if num_kept is None or num_kept.shape[0] == 1 else num_kept.stride(0),
         "stride_lh": 0 if num_kept is None or num_kept.shape[1] == 1 else num_kept.stride(1),
@@ -193,8 +189,8 @@ def keys_arguments(
         "dv_ptr": args.dv,
         "Hk": problem.forward.Hk,
         "block_rows": 0 if lists is None else lists[0].shape[3],
-        **strides(args.dk, "stride_dkb", "stride_dkh", "stride_dkt"),
-        **strides(args.dv, "stride_dvb", "stride_dvh", "stride_dvt"),
+        **strides("dk", "bht", args.dk),
+        **strides("dv", "bht", args.dv),
     }
 
 
@@ -211,5 +207,5 @@ def queries_arguments(
         "dq_ptr": args.dq,
         "Hq": problem.forward.Hq,
         "block_columns": 0 if lists is None else lists[0].shape[3],
-        **strides(args.dq, "stride_dqb", "stride_dqh", "stride_dqs"),
+        **strides("dq", "bhs", args.dq),
     }
