@@ -6,7 +6,7 @@ TEXT ?=
 # A worker with nothing left takes tests of the other: the two end together.
 WORKERS = -n 2 --dist worksteal
 
-.PHONY: demo test lint types unit kernels engines hub docs bench clean
+.PHONY: demo test lint types unit kernels gates engines hub docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/flash-mla demo $(TEXT)
@@ -27,6 +27,10 @@ unit: .venv/dev.stamp
 kernels: .venv/dev.stamp
 	TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m "not compile" tests/triton tests/test_decode.py tests/test_prefill.py \
 		tests/test_mha.py tests/test_pages.py tests/test_edges.py tests/test_indexer.py
+	$(BIN)/pytest $(WORKERS) -m "compile and not slow"
+
+# The compile gates of all GPUs: those that .ci/run leaves out for its time too.
+gates: .venv/dev.stamp
 	$(BIN)/pytest $(WORKERS) -m compile
 
 # The plugin's classes inside vLLM, then its real engine on this CPU, with our attention and with its own.
