@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flash_mla import contract
-from flash_mla.autograd import Prefill, wants_gradient
+from flash_mla.autograd import Prefill, learning
 from flash_mla.contract import MLAMetadata
 from flash_mla.entry import entry
 from flash_mla.launch import launch
@@ -239,7 +239,7 @@ def flash_mla_prefill(
     causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
     compiling = torch.compiler.is_compiling()
-    if compiling or wants_gradient(q, k, v, attn_mask, *descales, attn_sink):
+    if compiling or learning(q, k, v, attn_mask, *descales, attn_sink):
         check_backend(backend)
         if out is not None:
             contract.refuse_learning_out(out)

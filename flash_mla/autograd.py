@@ -1,6 +1,6 @@
 """What a gradient meets: the functions' backward, or an error that says there is none.
 
-A function with a backward is a custom op, in eager mode too where an input requires grad (`wants_gradient`), and its
+A function with a backward is a custom op, in eager mode too where an input requires grad (`learning`), and its
 backward is another one, which torch.compile traces. In eager mode an autograd.Function stands around the two
 (`differentiable`), which torch.func transforms. Decode and the functions over a paged cache are forward only. An output
 of theirs whose inputs require grad carries a grad_fn all the same, which raises GradientError: no gradient is dropped
@@ -26,9 +26,9 @@ TO_TRAIN = (
 )
 
 
-def wants_gradient(*inputs: object) -> bool:
-    """Whether a call records a backward."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+def learning(*inputs: object) -> list[Tensor]:
+    """The inputs for which a call records a backward."""
+    return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad] if torch.is_grad_enabled() else []
 
 
 def no_backward(function: str, cause: str = FORWARD_ONLY, fix: str = TO_TRAIN) -> NoReturn:

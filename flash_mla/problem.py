@@ -237,6 +237,11 @@ class BackwardArgs(NamedTuple):
     dv: Tensor | None
     d_sink: Tensor | None
 
+    @property
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """What is written."""
+        return self.dq, self.dk, self.dv, self.d_sink
+
 
 class SparseSet(NamedTuple):
     """The keys of a sparse call that lie in one cache: what selects a kernel.
@@ -352,6 +357,11 @@ class SparseBackwardArgs(NamedTuple):
     dq: Tensor
     dkv: Tensor
     d_sink: Tensor | None
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """What is written."""
+        return self.dq, self.dkv, self.d_sink
 
 
 class IndexProblem(NamedTuple):

@@ -29,13 +29,8 @@ def launch(problem: Problem, config: None, args: Args) -> None:
     if isinstance(args, TopkArgs):
         args.out.fill_(-1)
         return
-    if isinstance(args, BackwardArgs):
-        for gradient in (args.dq, args.dk, args.dv, args.d_sink):
-            if gradient is not None:
-                gradient.zero_()
-        return
-    if isinstance(args, SparseBackwardArgs):
-        for gradient in (args.dq, args.dkv, args.d_sink):
+    if isinstance(args, (BackwardArgs, SparseBackwardArgs)):
+        for gradient in args.gradients:
             if gradient is not None:
                 gradient.zero_()
         return

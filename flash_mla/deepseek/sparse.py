@@ -11,11 +11,11 @@ from torch import Tensor
 from flash_mla.autograd import (
     NO_SECOND_BACKWARD,
     differentiable,
+    learning,
     no_backward,
     refusal,
     refuse_op,
     refusing,
-    wants_gradient,
 )
 from flash_mla.contract import (
     check_head_dims,
@@ -78,7 +78,7 @@ def flash_mla_sparse_fwd(
     check_scale(sm_scale)
     scale = q.shape[2] ** -0.5 if sm_scale is None else float(sm_scale)
     inputs = (q, kv, indices, scale, d_v, attn_sink, topk_length, backend)
-    if wants_gradient(q, kv, attn_sink):
+    if learning(q, kv, attn_sink):
         return SparsePrefill.apply(*inputs)
     return sparse_prefill(*inputs)
 
@@ -163,10 +163,9 @@ def sparse(
     )
     plan(problem, backend).launch(args)
     out, lse = args.out, args.lse
-    inputs = (q, attn_sink, *(x.cache for x in keys))
-    if wants_gradient(*inputs):  # in decode; prefill has a backward, and comes here without gradients
-        learning = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-        out, lse = (refusing("deepseek.flash_mla_with_kvcache", x, learning) for x in (out, lse))
+    inputs = learning(q, attn_sink, *(x.cache for x in keys))
+    if inputs:  # in decode; prefill has a backward, and comes here without gradients
+        out, lse = (refusing("deepseek.flash_mla_with_kvcache", x, inputs) for x in (out, lse))
     return out, lse, args.max_logits
 
 

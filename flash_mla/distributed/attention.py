@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from flash_mla import contract
 from flash_mla.api import flash_mla_with_kvcache, get_mla_metadata
-from flash_mla.autograd import refusing
+from flash_mla.autograd import learning, refusing
 from flash_mla.contract import MLAMetadata
 from flash_mla.distributed.exchange import Ranks, pack, pack_rows, unpack, unpack_rows
 from flash_mla.distributed.split import (
@@ -447,7 +447,5 @@ def check_whole_lengths(seq_lens: list[int]) -> None:
 
 def refuse_gradients(function: str, results: tuple[Tensor, ...], inputs: Iterable[object]) -> tuple[Tensor, ...]:
     """The results, attached to the inputs that require grad: an exchange has no backward."""
-    learning = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    if not learning or not torch.is_grad_enabled():
-        return results
-    return tuple(refusing(function, x.clone(), learning) for x in results)
+    attached = learning(*inputs)
+    return tuple(refusing(function, x.clone(), attached) for x in results) if attached else results

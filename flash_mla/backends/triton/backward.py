@@ -65,7 +65,9 @@ def launch_config(problem: BackwardProblem, config: backward.Config, args: Backw
         "start_pos": args.start_pos,
     }
     if problem.dkv:
-        lists = None if args.block_mask is None else backward.columns(args.block_mask, **limits)
+        lists = None
+        if args.block_mask is not None:
+            lists = prefill.compact(args.block_mask, **limits, kernel=backward.columns_kernel, dim=3)
         tiles = config.keys
         keys_kernel[(forward.B * forward.Hk * -(-forward.S_kv // tiles.tile_n),)](
             **keys_arguments(problem, config, args, prepared, live, lists),

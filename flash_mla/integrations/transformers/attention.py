@@ -11,11 +11,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from flash_mla.api import flash_mla_prefill
-from flash_mla.autograd import refusing
-from flash_mla.errors import FlashMLAError, GradientError, ShapeError
+from flash_mla.autograd import learning, refusing
+from flash_mla.errors import FlashMLAError, GradientError
 from flash_mla.integrations.transformers.cache import NewTokens
 from flash_mla.integrations.transformers.sparse import attend_picked
-from flash_mla.integrations.transformers.step import Tokens
+from flash_mla.integrations.transformers.step import Tokens, check_mask
 from flash_mla.mla import MLAProjection
 
 # NOTE: transformers takes any name with "flash" in it for one of FlashAttention's and checks it as such.
@@ -38,13 +38,7 @@ def note_tokens(
             cause="The model masks tokens in a way (window, packed sequences) that the paged cache does not know",
             fix="Use a transformers cache and attention for this model",
         )
-    if attention_mask is not None and attention_mask.shape != (batch_size, kv_length):
-        raise ShapeError(
-            given=f"attention_mask {list(attention_mask.shape)}",
-            required=f"[B, earlier + new tokens] = [{batch_size}, {kv_length}]",
-            cause="The attention_mask does not cover the tokens in the cache and the new ones",
-            fix="Pass the mask of all of them; call cache.reset() before new prompts",
-        )
+    check_mask(attention_mask, batch_size, kv_length)
     return Tokens(batch_size, q_length, attention_mask)
 
 
@@ -114,9 +108,9 @@ def paged_attention(
         out = lift(module, step.decode(absorb(module, step.align(q)), layer, scale))
     else:
         out = step.decode(step.align(q), layer, scale)
-    if torch.is_grad_enabled():
-        learning = [x for x in (query, key.k, key.v) if x.requires_grad]
-        out = refusing("attention over a paged cache", out, learning) if learning and not out.requires_grad else out
+    inputs = learning(query, key.k, key.v)
+    if inputs and not out.requires_grad:
+        out = refusing("attention over a paged cache", out, inputs)
     out = out.transpose(1, 2) if picked is not None else step.restore(out)
     return out.to(query.dtype), None
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flash_mla.errors import DeviceError, FlashMLAError, ShapeError
-from flash_mla.integrations.transformers.step import Step, Tokens
+from flash_mla.errors import DeviceError, FlashMLAError
+from flash_mla.integrations.transformers.step import Step, Tokens, check_mask
 
 if TYPE_CHECKING:
     from flash_mla.integrations.transformers.cache import PagedCache
@@ -118,13 +118,7 @@ def is_decode(cache: Any, kwargs: dict[str, Any]) -> bool:
         return False
     if ids is None or ids.dim() != 2 or ids.shape[1] != 1 or not cache.seen or kwargs.get("return_dict") is False:
         return False
-    if mask is not None and mask.shape != (len(ids), cache.seen + 1):
-        raise ShapeError(
-            given=f"attention_mask {list(mask.shape)}",
-            required=f"[B, earlier + new tokens] = [{len(ids)}, {cache.seen + 1}]",
-            cause="The attention_mask does not cover the tokens in the cache and the new ones",
-            fix="Pass the mask of all of them; call cache.reset() before new prompts",
-        )
+    check_mask(mask, len(ids), cache.seen + 1)
     return True
 
 

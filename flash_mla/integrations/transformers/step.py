@@ -44,6 +44,17 @@ class Tokens:
         return [(total - count, count) for total, count in zip(all_, new, strict=True)]
 
 
+def check_mask(mask: Tensor | None, batch: int, tokens: int) -> None:
+    """A padding mask covers the tokens in the cache and the new ones."""
+    if mask is not None and mask.shape != (batch, tokens):
+        raise ShapeError(
+            given=f"attention_mask {list(mask.shape)}",
+            required=f"[B, earlier + new tokens] = [{batch}, {tokens}]",
+            cause="The attention_mask does not cover the tokens in the cache and the new ones",
+            fix="Pass the mask of all of them; call cache.reset() before new prompts",
+        )
+
+
 class Step:
     """One forward pass; making it gives the requests their blocks.
 

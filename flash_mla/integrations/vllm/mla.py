@@ -118,10 +118,8 @@ def by_request(x: Tensor, requests: int) -> Tensor:
     return x.unflatten(0, (requests, -1)).transpose(1, 2)
 
 
-class FlashMLAImpl(Decode, MLACommonImpl[MLACommonMetadata]):
-    """On a GPU."""
-
-    supports_dcp = True
+class DecoderOnly:
+    """The constructor of vLLM's MLA implementations, which refuses what no kernel computes."""
 
     def __init__(
         self,
@@ -137,12 +135,18 @@ class FlashMLAImpl(Decode, MLACommonImpl[MLACommonMetadata]):
         kv_sharing_target_layer_name: str | None,
         **mla_args: Any,
     ) -> None:
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
             attn_type, kv_sharing_target_layer_name, **mla_args,
         )  # fmt: skip
         if alibi_slopes or sliding_window or logits_soft_cap or attn_type != AttentionType.DECODER:
             raise NotImplementedError("flash_mla: decoder attention without alibi, sliding window or soft cap")
+
+
+class FlashMLAImpl(Decode, DecoderOnly, MLACommonImpl[MLACommonMetadata]):
+    """On a GPU."""
+
+    supports_dcp = True
 
 
 class FlashMLACpuImpl(Decode, CPUMLAImpl):

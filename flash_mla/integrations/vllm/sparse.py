@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionType, MultipleOf
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, MultipleOf
 from vllm.v1.attention.backends.mla.xpu_mla_sparse import (
     XPUMLASparseImpl,
     XPUMLASparseMetadata,
@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.mla.xpu_mla_sparse import (
 )
 
 from flash_mla.deepseek import flash_mla_with_kvcache, pool_indices
+from flash_mla.integrations.vllm.mla import DecoderOnly
 
 ROWS = "fp8_ds_mla"  # of 656 bytes; vLLM's "fp8" is another name for it where attention is sparse
 
@@ -76,29 +77,8 @@ class FlashMLASparseBackend(AttentionBackend):
         return capability.major >= 8
 
 
-class FlashMLASparseImpl(XPUMLASparseImpl):
+class FlashMLASparseImpl(DecoderOnly, XPUMLASparseImpl):
     """vLLM's own but for the attention itself."""
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None,
-        attn_type: str,
-        kv_sharing_target_layer_name: str | None,
-        **mla_args: Any,
-    ) -> None:
-        super().__init__(
-            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
-            attn_type, kv_sharing_target_layer_name, **mla_args,
-        )  # fmt: skip
-        if alibi_slopes or sliding_window or logits_soft_cap or attn_type != AttentionType.DECODER:
-            raise NotImplementedError("flash_mla: decoder attention without alibi, sliding window or soft cap")
 
     def forward_mqa(
         self,

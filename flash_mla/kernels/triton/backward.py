@@ -24,13 +24,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from flash_mla.kernels.triton.attend import LOG2E, bias, sink_factor
-from flash_mla.kernels.triton.prefill import COMPACT_TILE, first_position, key_end
+from flash_mla.kernels.triton.prefill import first_position, key_end
 from flash_mla.kernels.triton.share import BLOCK
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision
@@ -238,30 +236,3 @@ def columns_kernel(
         tl.store(kept_ptr + listed * block_rows + count + tl.cumsum(keep, 0) - 1, row, mask=keep != 0)
         count += tl.sum(keep, 0)
     tl.store(num_kept_ptr + listed, count)
-
-
-# --- Launch ---
-
-
-def columns(
-    block_mask: Tensor,
-    *,
-    P: int,
-    S_kv: int,
-    causal: bool,
-    seq_lens: Tensor | None,
-    start_pos: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(kept, num_kept) of block_mask [B, Hq, block rows, block columns]: prefill.compact along columns."""
-    B, Hq, block_rows, block_columns = block_mask.shape
-    shared = block_mask.stride(0) == 0 and seq_lens is None and start_pos is None
-    lists = 1 if shared else B, 1 if block_mask.stride(1) == 0 else Hq
-    num_kept = torch.empty((*lists, block_columns), dtype=torch.int32, device=block_mask.device)
-    kept = torch.empty((*lists, block_columns, block_rows), dtype=torch.int32, device=block_mask.device)
-    strides = block_mask.stride()
-    columns_kernel[(block_columns, lists[1], lists[0])](
-        block_mask_ptr=block_mask, seq_lens_ptr=seq_lens, start_pos_ptr=start_pos, kept_ptr=kept, num_kept_ptr=num_kept,
-        H=lists[1], block_rows=block_rows, block_columns=block_columns, P=P, S_kv=S_kv, stride_b=strides[0],
-        stride_h=strides[1], stride_m=strides[2], stride_n=strides[3], CAUSAL=causal, TILE=COMPACT_TILE,
-    )  # fmt: skip
-    return kept, num_kept

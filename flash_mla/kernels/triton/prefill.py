@@ -331,17 +331,20 @@ def compact(
     causal: bool,
     seq_lens: Tensor | None,
     start_pos: Tensor | None,
+    kernel: triton.JITFunction = compact_kernel,
+    dim: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """(kept, num_kept) of block_mask [B, Hq, block rows, block columns]; [B or 1, Hq or 1, ...] int32.
 
     A list is written once for all heads, or all requests, that share the mask (stride 0) and have the same limits.
+    There is one for each block row (dim 2), or by backward.columns_kernel for each block column (dim 3).
     """
     B, Hq, block_rows, block_columns = block_mask.shape
     shared = block_mask.stride(0) == 0 and seq_lens is None and start_pos is None
     lists = 1 if shared else B, 1 if block_mask.stride(1) == 0 else Hq
-    num_kept = torch.empty((*lists, block_rows), dtype=torch.int32, device=block_mask.device)
-    kept = torch.empty((*lists, block_rows, block_columns), dtype=torch.int32, device=block_mask.device)
-    compact_kernel[(block_rows, lists[1], lists[0])](
+    num_kept = torch.empty((*lists, block_mask.shape[dim]), dtype=torch.int32, device=block_mask.device)
+    kept = torch.empty((*num_kept.shape, block_mask.shape[5 - dim]), dtype=torch.int32, device=block_mask.device)
+    kernel[(block_mask.shape[dim], lists[1], lists[0])](
         block_mask_ptr=block_mask, seq_lens_ptr=seq_lens, start_pos_ptr=start_pos, kept_ptr=kept,
         num_kept_ptr=num_kept, H=lists[1], block_rows=block_rows, block_columns=block_columns, P=P, S_kv=S_kv,
         **strides("", "bhmn", block_mask), CAUSAL=causal, TILE=COMPACT_TILE,
