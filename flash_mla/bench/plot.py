@@ -22,7 +22,6 @@ STYLES = {
     "decode, GQA": ("#0072B2", "o"),
     "decode, MLA": ("#D55E00", "s"),
     "decode, sparse": ("#CC79A7", "D"),
-    "prefill, sparse": ("#56B4E9", "X"),
     "prefill": ("#009E73", "^"),
     "prefill, sparse": ("#56B4E9", "v"),
     "index": ("#E69F00", "P"),
