@@ -22,7 +22,7 @@ from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.launch import launch
 from flash_mla.passed import Passed
-from flash_mla.plan import Plan, check_backend, plan
+from flash_mla.plan import Plan, plan
 from flash_mla.problem import ALIGNMENT, BLOCK, DecodeProblem
 
 __all__ = ["decode_over_pages"]
@@ -117,7 +117,6 @@ def decode_over_pages(
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
-        check_backend(backend)
         result = torch.ops.flash_mla.decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, mask, layout, k_rope_pages, v_head_dim, causal, check_values,
             softmax_scale, *as_tensors(descales, q), attn_sink, backend, out,

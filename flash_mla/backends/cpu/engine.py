@@ -52,6 +52,8 @@ MANY = 24
 """Rows of an item from which on they lie in lanes."""
 MANY_ROWS = 96
 """Most rows of such an item: K is widened once for all of them; q, O, scores and K take 170 KiB at D 128."""
+TILE_ROWS = 12
+"""What its rows are a multiple of: whole tiles of values, of 6 or 12 rows (`Spec.tile_rows`)."""
 ITEMS = 32
 """Items that a call is split into, at least, where its keys allow: enough for the threads of a desktop."""
 SPLIT_BLOCKS = 8
@@ -114,7 +116,7 @@ def spec(problem: Attention, rows: int, **more: Any) -> Spec:
         tile_m, tile_n = wide_tile(host(), bool(more.get("layout")) or not isinstance(problem, PrefillProblem))
         span = BLOCK if more.get("layout") else MANY_ROWS if problem.D <= 256 else MANY_ROWS // 2
         span = min(span, -(-rows // tile_m) * tile_m)
-        held = -(-span // 12) * 12
+        held = -(-span // TILE_ROWS) * TILE_ROWS
     else:
         tile_m, tile_n = tile(rows, host())
         held = min(-(-rows // tile_m) * tile_m, ROWS)
