@@ -16,12 +16,17 @@ from hypothesis import HealthCheck, settings
 from flash_mla.backends.cpu import engine
 from flash_mla.plan import plan
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import speed_up
+
+    speed_up()
+
 torch.set_num_threads(2)
 settings.register_profile(
     "flash_mla",
     deadline=None,
     derandomize=True,
-    max_examples=8 if os.environ.get("TRITON_INTERPRET") == "1" else 40,  # the interpreter takes seconds an example
+    max_examples=8 if os.environ.get("TRITON_INTERPRET") == "1" else 40,  # the interpreter takes a second an example
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("flash_mla")
