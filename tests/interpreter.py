@@ -1,4 +1,4 @@
-"""Triton 3.6's interpreter without the work that it repeats: the kernels' tests take a third of the time.
+"""Triton 3.6's interpreter without the work that it repeats: the kernels' tests take less than half of the time.
 
 It patches triton.language anew whenever a kernel calls a device function (10 ms), checks integer overflow by a dozen
 interpreted operations, and makes the types of every tensor again. All of that is done here once, or in numpy, and
