@@ -6,6 +6,8 @@ import os
 
 # NOTE: threads that spin at a barrier made the suite four times slower on cores shared with other work
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# NOTE: numpy's matrix products, of small tiles in Triton's interpreter, take twice the CPU time on two threads
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # NOTE: read when the DSL is first imported
 os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
 
