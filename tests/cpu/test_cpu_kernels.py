@@ -53,7 +53,8 @@ def test_assembles_for(name, spec):
     target, pattern = TARGETS[name]
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    tile_m, tile_n = config.wide_tile(target, spec.tile_m == 16) if spec.many else config.tile(spec.rows, target)
+    wide = (target, "fma", spec.rows, spec.tile_m == 16)
+    tile_m, tile_n = config.wide_tile(*wide) if spec.many else config.tile(spec.rows, target)
     spec = replace(spec, lanes=target.lanes, tile_m=tile_m, tile_n=tile_n)
     machine = store.machine(target)
     text = machine.emit_assembly(store.optimised(spec, machine))

@@ -50,6 +50,8 @@ ROWS = 32
 """Most rows of an item: q and O of 32 MLA rows are 140 KiB, beside 74 KiB of K a block, in an L2 of 512 KiB."""
 MANY = 24
 """Rows of an item from which on they lie in lanes."""
+MANY_PAIRS = 16
+"""The same where an instruction multiplies pairs of BF16: K is not widened, so that fewer rows pay for it."""
 MANY_ROWS = 96
 """Most rows of such an item: K is widened once for all of them; q, O, scores and K take 170 KiB at D 128."""
 ITEMS = 32
@@ -105,23 +107,28 @@ def launch(problem: Attention, config: Call, args: DecodeArgs | PrefillArgs | Sp
 
 def spec(problem: Attention, rows: int, **more: Any) -> Spec:
     """The kernel for items of so many rows, its mask's element type left open; `more` are fields of Spec."""
-    from flash_mla.kernels.cpu.config import Spec, host, tile, wide_tile
+    from flash_mla.kernels.cpu.config import Spec, host, tile, unit_of, wide_tile
 
+    q, D, Dv = NAMES[problem.dtype], problem.D, problem.Dv
+    unit = unit_of(host(), q, more["kv"], D, Dv, more.get("page", BLOCK))
     # NOTE: rows of K of a latent that are shared by 128 heads gain nothing: q, O and K fill L2 either way
-    wide = isinstance(problem, DecodeProblem) and problem.D > 256
+    wide = isinstance(problem, DecodeProblem) and D > 256 and unit == "fma"
     span = 0
-    if rows >= MANY and not wide:
-        tile_m, tile_n = wide_tile(host(), bool(more.get("layout")) or not isinstance(problem, PrefillProblem))
-        span = BLOCK if more.get("layout") else MANY_ROWS if problem.D <= 256 else MANY_ROWS // 2
-        span = min(span, -(-rows // tile_m) * tile_m)
-        held = -(-span // 12) * 12
+    if rows >= (MANY if unit == "fma" else MANY_PAIRS) and not wide:
+        even = bool(more.get("layout")) or not isinstance(problem, PrefillProblem)
+        tile_m, tile_n = wide_tile(host(), unit, rows, even)
+        span = BLOCK if more.get("layout") else MANY_ROWS if D <= 256 else MANY_ROWS // 2
+        span = -(-min(span, rows) // tile_m) * tile_m
+        held = span if unit == "amx" else -(-span // 12) * 12
     else:
+        unit = "fma"
         tile_m, tile_n = tile(rows, host())
         held = min(-(-rows // tile_m) * tile_m, ROWS)
     return Spec(
-        D=problem.D,
-        Dv=problem.Dv,
-        q=NAMES[problem.dtype],
+        D=D,
+        Dv=Dv,
+        q=q,
+        unit=unit,
         rows=held,
         span=span,
         tile_m=tile_m,

@@ -36,6 +36,7 @@ class Attend(Item):
         """Claim items until there are none."""
         g, a = self.g, self.a
         claim, work, done = g.label("claim"), g.label("work"), g.label("done")
+        self.open()
         g.place(claim)
         number = (self.args + 8 * FIELDS.index("next")).add_atomic(1, "monotonic")
         g.b.cbranch((number < a["work"]).v, work, done)
@@ -47,8 +48,15 @@ class Attend(Item):
         self.store()
         g.goto(claim)
         g.b.position_at_end(done)
+        self.close()
         g.finish()
         return self.module
+
+    def open(self) -> None:
+        """What a thread does before its first item."""
+
+    def close(self) -> None:
+        """What it does after its last."""
 
     def step(self, block: Block) -> None:
         """All rows against one block."""

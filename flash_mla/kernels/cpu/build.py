@@ -8,11 +8,16 @@ from flash_mla.kernels.cpu.config import Spec
 from flash_mla.kernels.cpu.few import Few
 from flash_mla.kernels.cpu.ir import POINTER, Code
 from flash_mla.kernels.cpu.many import Many
+from flash_mla.kernels.cpu.pairs import Pairs
+from flash_mla.kernels.cpu.tiles import Tiles
+
+BY_UNIT = {"fma": Many, "avx512bf16": Pairs, "neon": Pairs, "amx": Tiles}
+"""A step with many rows, by what multiplies."""
 
 
 def build(spec: Spec) -> ir.Module:
     """The module with `attend(args)`, args as FIELDS names them, and `member(_, _, args)` for LLVM's OpenMP."""
-    module = (Many if spec.many else Few)(spec).build()
+    module = (BY_UNIT[spec.unit] if spec.many else Few)(spec).build()
     member = Code(module, "member", [POINTER] * 3)
     module.globals["attend"].attributes.add("noinline")  # its code once
     member.b.call(module.globals["attend"], [member.args[2].v])
