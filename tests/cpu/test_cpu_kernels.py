@@ -88,7 +88,7 @@ def test_a_damaged_file_is_made_anew(tmp_path, monkeypatch, damage):
 def test_a_folder_that_cannot_be_written_costs_the_file_alone(tmp_path, monkeypatch):
     (tmp_path / "flash_mla").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert store.load.__wrapped__(SPECS["gqa"])["attend"]
+    assert store.load.__wrapped__(SPECS["gqa"])["run"]
 
 
 def test_a_key_names_spec_and_processor():

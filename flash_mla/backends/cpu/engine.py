@@ -30,6 +30,7 @@ from flash_mla.problem import (
 )
 
 if TYPE_CHECKING:
+    from flash_mla.kernels.cpu.build import Kernel
     from flash_mla.kernels.cpu.config import Spec
 
 logger = logging.getLogger("flash_mla")
@@ -166,7 +167,8 @@ class Call:
         self.partial = self.work * spec.partial if splits > 1 else 0
         flops = 2 * BLOCK * blocks * items * min(rows, spec.rows) * (spec.D + spec.Dv)
         self.alone = flops < TEAM_FLOPS
-        values |= {"work": self.work, "heads": heads, "groups": groups, "splits": splits, "R": rows}
+        part = SPLIT_BLOCKS * BLOCK // spec.block
+        values |= {"work": self.work, "heads": heads, "groups": groups, "splits": splits, "part": part, "R": rows}
         self.template = (ctypes.c_int64 * len(FIELDS))(*(values.get(name, 0) for name in FIELDS))
         self.entries: dict[str | None, Entries] = {}
 
@@ -205,31 +207,36 @@ class Call:
         kind = None if mask is None else NAMES[mask]
         entries = self.entries.get(kind)
         if entries is None:
-            entries = self.entries[kind] = Entries(replace(self.spec, mask=kind))
+            made = replace(self.spec, mask=kind)
+            entries = self.entries[kind] = Entries(made, made.memory()[1])
         at, threads = self.at, 1 if self.alone else min(torch.get_num_threads(), self.work)
         packed[at["memory"]], packed[at["partial"]], packed[at["done"]] = MEMORY.reserve(
             threads * entries.memory, self.partial
         )
-        if threads == 1:
-            entries.alone(ctypes.addressof(packed))
-        else:
-            entries.team(entries.addresses, ctypes.addressof(packed), threads)
+        entries.run(packed, threads)
 
 
 FLOAT, FLOAT_BITS = struct.Struct("<f"), struct.Struct("<i")
 
 
 class Entries:
-    """A compiled kernel: how to run it in this thread and in a team, and the bytes a thread needs."""
+    """A compiled kernel, which runs in this thread or in a team, and the bytes a thread needs."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Kernel, memory: int) -> None:
         from flash_mla.kernels.cpu import store, team
 
         run = team.team()
         assert run is not None
-        self.team, self.memory = run, spec.memory()[1]
+        self.team, self.memory = run, memory
         self.addresses = store.load(spec)
-        self.alone = team.alone(self.addresses["attend"])
+        self.alone = team.alone(self.addresses["run"])
+
+    def run(self, packed: Arguments, threads: int) -> None:
+        """Run the kernel on its arguments."""
+        if threads == 1:
+            self.alone(ctypes.addressof(packed))
+        else:
+            self.team(self.addresses, ctypes.addressof(packed), threads)
 
 
 class Memory(threading.local):

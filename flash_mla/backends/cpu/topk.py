@@ -1,17 +1,21 @@
-"""Top-k on the CPU: torch's own, asked for one more than is wanted.
+"""Top-k on the CPU: a compiled kernel (`kernels/cpu/topk.py`), or torch's own where llvmlite is missing.
 
-Its k + 1 greatest, in any order, tell what is cut off: where the least of them is alone, it is dropped and the rest are
-the answer. Where others equal it, those that are kept lie furthest left, and are looked for in the row. NaN, which
-torch takes for the greatest, is found among them too. The columns are then sorted, not the scores.
+torch's is asked for one more than is wanted: its k + 1 greatest, in any order, tell what is cut off. Where the least of
+them is alone, it is dropped and the rest are the answer. Where others equal it, those that are kept lie furthest left,
+and are looked for in the row. NaN, which torch takes for the greatest, is found among them too. The columns are then
+sorted, not the scores.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from flash_mla.backends.cpu import engine
 from flash_mla.problem import TopkArgs, TopkProblem
 
 SLICE_BYTES = 32 << 20
@@ -20,28 +24,84 @@ SLICE_BYTES = 32 << 20
 PAST = 2**31 - 1
 """A column that sorts behind every other: none."""
 
+TEAM_SCORES = 50_000
+"""Scores from which on a team is woken: about 50 us of one core."""
+
 
 def refuse(problem: TopkProblem) -> str | None:
     """Nothing is refused."""
     return None
 
 
-def config(problem: TopkProblem) -> None:
-    """Nothing is chosen ahead."""
-    return
+def config(problem: TopkProblem) -> Select | None:
+    """The problem bound to the kernel, which the first call compiles; None where torch must serve."""
+    return Select(problem) if engine.missing() is None else None
 
 
 @torch.no_grad()
-def launch(problem: TopkProblem, config: None, args: TopkArgs) -> None:
+def launch(problem: TopkProblem, config: Select | None, args: TopkArgs) -> None:
     """Fill args.out."""
+    if config is None:
+        through_torch(problem, args)
+    else:
+        config.launch(args)
+    if args.block_table is not None and problem.N:
+        args.out.copy_(in_pool(problem, args.block_table, slice(0, problem.rows), args.out))
+
+
+class Select:
+    """A problem bound to its kernel."""
+
+    def __init__(self, problem: TopkProblem) -> None:
+        from flash_mla.kernels.cpu.topk import ARGUMENTS
+
+        self.at = {name: i for i, name in enumerate(ARGUMENTS)}
+        rows, N, k = problem.rows, problem.N, problem.topk
+        values = {"rows": rows, "N": N, "k": k, "out_row": 4 * k}
+        self.template = (ctypes.c_int64 * len(ARGUMENTS))(*(values.get(name, 0) for name in ARGUMENTS))
+        self.most = 1 if rows * N < TEAM_SCORES else rows
+        self.k = k
+
+    @cached_property
+    def entries(self) -> engine.Entries:
+        """The compiled kernel."""
+        from flash_mla.kernels.cpu.config import host
+        from flash_mla.kernels.cpu.topk import Selection
+
+        spec = Selection(host().lanes)
+        return engine.Entries(spec, spec.memory(self.k))
+
+    def launch(self, args: TopkArgs) -> None:
+        """Fill args.out with columns."""
+        at, entries = self.at, self.entries
+        packed = type(self.template).from_buffer_copy(self.template)
+        packed[at["scores"]], packed[at["out"]] = args.scores.data_ptr(), args.out.data_ptr()
+        packed[at["scores_row"]] = 4 * args.scores.stride(0)
+        kept = []
+        for name, bound in (("starts", args.starts), ("ends", args.ends)):
+            if bound is not None:
+                kept.append(bound.contiguous())
+                packed[at[name]] = kept[-1].data_ptr()
+                packed[at[f"{name}_wide"]] = bound.dtype == torch.int64
+        threads = min(self.most, torch.get_num_threads())
+        packed[at["memory_bytes"]] = entries.memory
+        packed[at["memory"]] = engine.MEMORY.reserve(threads * entries.memory, 0)[0]
+        entries.run(packed, threads)
+        del kept
+
+
+# --- Through torch ----------------------------------------------------------------------------------------------------
+
+
+def through_torch(problem: TopkProblem, args: TopkArgs) -> None:
+    """Fill args.out with columns, a slice of rows at a time."""
     k = min(problem.topk, problem.N)
     if k < problem.topk:
         args.out.fill_(-1)
     step = max(1, SLICE_BYTES // (4 * max(problem.N, 1)))
     for first in range(0, problem.rows if k else 0, step):
         rows = slice(first, min(first + step, problem.rows))
-        columns = greatest(visible(problem, args, rows), k)
-        args.out[rows, :k] = columns if args.block_table is None else in_pool(problem, args.block_table, rows, columns)
+        args.out[rows, :k] = greatest(visible(problem, args, rows), k)
 
 
 def visible(problem: TopkProblem, args: TopkArgs, rows: slice) -> Tensor:
@@ -84,6 +144,9 @@ def leftmost(scores: Tensor, least: Tensor, columns: Tensor, k: int) -> Tensor:
     room = place < k
     columns[row[room], place[room]] = column[room].int()
     return columns
+
+
+# --- Both -------------------------------------------------------------------------------------------------------------
 
 
 def in_pool(problem: TopkProblem, table: Tensor, rows: slice, columns: Tensor) -> Tensor:

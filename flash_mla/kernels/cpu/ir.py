@@ -239,6 +239,16 @@ class Code:
         """A number or a Value as an I64."""
         return x if isinstance(x, Value) else self.const(x)
 
+    def integer(self, base: Value, i: Value, wide: Value) -> Value:
+        """Element i of an array of int32, or of int64 where wide, as I64."""
+        x = self.variable(self.const(0))
+        with self.either(wide.differs(0)) as (yes, no):
+            with yes:
+                x.set((base + i * 8).load(I64))
+            with no:
+                x.set((base + i * 4).load(I32).cast("sext", I64))
+        return x.get()
+
     def call(self, name: str, *args: Value) -> None:
         """An external function that gives nothing."""
         invoke(self.b, name, VOID, [x.v for x in args])
