@@ -278,7 +278,7 @@ def test_a_problem_is_bound_once(monkeypatch):
     """The second call of a problem finds the kernel of the first; another mask dtype is another kernel."""
     specs = []
     made = engine.Entries
-    monkeypatch.setattr(engine, "Entries", lambda spec: specs.append(spec.mask) or made(spec))
+    monkeypatch.setattr(engine, "Entries", lambda spec, memory: specs.append(spec.mask) or made(spec, memory))
     plan.cache_clear()
     x = DecodeCase("decode/bound", (70,)).call().arguments
     for mask in (None, None, torch.zeros(1, 1, 1, 70), torch.zeros(1, 1, 1, 70), torch.zeros(1, 1, 1, 70).half()):
