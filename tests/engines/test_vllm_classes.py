@@ -91,6 +91,8 @@ def test_decode(page: int, dtype: torch.dtype, s_q: int, device: str) -> None:
     )
     assert out.shape == (len(q), H, RANK)
     assert lse.shape == (len(q), H)
+    # Hopper keeps some 14 bits of a sum of e4m3 products: 4e-4 of an lse of 5
+    lse_budget = 1e-3 if dtype == FP8 and device == "cuda" else 1e-4
     error, largest = 0.0, 0.0
     for b, length in enumerate(LENGTHS):
         rows = pool.rows(b, length)
@@ -99,7 +101,7 @@ def test_decode(page: int, dtype: torch.dtype, s_q: int, device: str) -> None:
             want, want_lse = expected(q[b * s_q + i].cpu(), rows, seen)
             error = max(error, float((out[b * s_q + i].cpu() - want).abs().max()))
             largest = max(largest, float(want.abs().max()))
-            torch.testing.assert_close(lse[b * s_q + i].cpu().double(), want_lse, atol=1e-4, rtol=0)
+            torch.testing.assert_close(lse[b * s_q + i].cpu().double(), want_lse, atol=lse_budget, rtol=0)
     assert error <= (1e-5 if dtype == torch.float32 else 1.6e-2) * largest
 
 
