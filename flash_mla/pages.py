@@ -22,8 +22,9 @@ from flash_mla.contract import Descales, named
 from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.launch import launch
+from flash_mla.passed import Passed, facts
 from flash_mla.plan import Plan, check_backend, plan
-from flash_mla.problem import ALIGNMENT, BLOCK, DecodeProblem
+from flash_mla.problem import BLOCK, DecodeProblem
 
 __all__ = ["decode_over_pages"]
 
@@ -258,7 +259,7 @@ class Call(NamedTuple):
 
 
 # NOTE: 30 us less on the host than views and checks (EPYC, minima of a thread's time).
-REPEATED: dict[tuple[object, ...], Call] = {}
+CALLS = Passed[Call]()
 
 
 def attend_pools(
@@ -294,7 +295,7 @@ def attend_pools(
         key = repeating(q, pools, block_table, seq_lens, softmax_scale, descales, attn_sink, out)
     if key is not None:
         key = (*key, layout, v_head_dim, causal, backend)
-        if (call := REPEATED.get(key)) is not None:
+        if (call := CALLS.get(key)) is not None:
             if out is not None and not out_is_new:
                 contract.refuse_learning_out(out)
                 check_pages_apart(out, q, *pools, block_table, seq_lens, None, descales, attn_sink)
@@ -316,12 +317,9 @@ def attend_pools(
         q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out, backend, check_values
     )
     if key is not None:
-        if len(REPEATED) >= contract.MOST_PASSED:
-            REPEATED.clear()
-        views = [None if x is None else View(x.shape, x.stride()) for x in (k, v, k_rope)]
+        rope = None if k_rope is None else View(k_rope.shape, k_rope.stride())
         parts = k_pages.shape[1 if layout == "NHD" else 2] // k.shape[3]
-        assert views[0] is not None and views[1] is not None
-        REPEATED[key] = Call(chosen, packed, views[0], views[1], views[2], parts)
+        CALLS.keep(key, Call(chosen, packed, View(k.shape, k.stride()), View(v.shape, v.stride()), rope, parts))
     return launch_pages(
         chosen, packed, q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, return_lse, out
     )
@@ -344,13 +342,9 @@ def repeating(
     key = contract.passing(
         q, k_pages, k_pages if v_pages is None else v_pages, block_table, seq_lens, descales, attn_sink
     )
-    if key is None or (k_rope_pages is None and out is None):
-        return None if key is None else (*key, v_pages is None)
-    others = [
-        None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT)
-        for x in (k_rope_pages, out)
-    ]
-    return (*key, v_pages is None, *others)
+    if key is None:
+        return None
+    return (*key, v_pages is None, None if k_rope_pages is None and out is None else facts(k_rope_pages, out))
 
 
 def attend_plan(

@@ -132,7 +132,9 @@ def prompts(attention: ShardedAttention, P: int, Hq: int, device: str) -> tuple[
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Context-parallel attention over the cards of one host, beside one card.")
+    parser = argparse.ArgumentParser(
+        description="Context-parallel attention over the cards of one host, beside one card."
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=131072, help="S of every request")

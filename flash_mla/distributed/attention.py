@@ -416,10 +416,11 @@ def unfold(x: Tensor, q: Tensor, Hk: int) -> Tensor:
 
 
 def merge_rounded(outs: Tensor, lses: Tensor, attn_sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`merge` of parts [n, B, Hq, S_q, ..] in FP32, so that weights and sum of a 16-bit out are not rounded to 16 bits on
-    the way; then the sink. One kernel on a GPU."""
+    """`merge` of parts [n, B, Hq, S_q, ..] in FP32, then the sink: weights and sum of a 16-bit out are not rounded to
+    16 bits on the way. One kernel on a GPU."""
     if outs.device.type != "cpu":
-        from flash_mla.backends.triton import device, merge as merging
+        from flash_mla.backends.triton import device
+        from flash_mla.backends.triton import merge as merging
 
         if device.available() is None:
             return merging.launch(outs, lses, None if attn_sink is None else attn_sink.contiguous())

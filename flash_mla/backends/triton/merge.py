@@ -9,9 +9,10 @@ from flash_mla.kernels.triton import merge
 
 
 def launch(outs: Tensor, lses: Tensor, attn_sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out [B, Hq, S_q, Dv] of outs' dtype, lse [B, Hq, S_q]) of outs [n, B, Hq, S_q, Dv] and lses [n, B, Hq, S_q] FP32.
+    """out [B, Hq, S_q, Dv] of outs' dtype and lse [B, Hq, S_q].
 
-    The rows of each part lie evenly in memory; the parts may lie anywhere.
+    Args:
+        outs: [n, B, Hq, S_q, Dv]; lses: [n, B, Hq, S_q] FP32. The rows of a part lie evenly in memory.
     """
     out, lse = outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
     if lse.numel():
