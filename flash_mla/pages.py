@@ -9,14 +9,14 @@ read. No cache is copied, whatever its size.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from flash_mla import contract
-from flash_mla.api import as_tensors, give_back
 from flash_mla.backends import choose
+from flash_mla.calls import as_tensors, give_back
 from flash_mla.contract import Descales, named
 from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
@@ -122,16 +122,14 @@ def decode_over_pages(
             softmax_scale, *as_tensors(descales, q), attn_sink, backend, out,
         )  # fmt: skip
         return give_back(result, return_lse, out)
-    k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
+    views = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
+    call = PageCall(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink)
     if softmax_scale is None and v_pages is None:
-        contract.warn_default_scale(q.shape[3], v.shape[4], stacklevel=3)
+        contract.warn_default_scale(q.shape[3], call.v.shape[4], stacklevel=3)
     if out is not None:
-        check_pages_out(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+        check_pages_out(call, out)
     attend = attend_pages if causal or mask is not None or q.shape[2] <= 1 else unfold
-    return attend(
-        q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, return_lse, out, backend,
-        check_values,
-    )  # fmt: skip
+    return attend(call, return_lse, out, backend, check_values)
 
 
 # --- Views ------------------------------------------------------------------------------------------------------------
@@ -228,34 +226,37 @@ def as_blocks(views: list[Tensor], table: Tensor) -> tuple[list[Tensor], Tensor]
 # --- Calls ------------------------------------------------------------------------------------------------------------
 
 
+class PageCall(NamedTuple):
+    """A call over page views k, v and k_rope [B, Hk, num_blocks, page, columns], with the public names otherwise."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_rope: Tensor | None
+    table: Tensor
+    seq_lens: Tensor
+    mask: Tensor | None
+    softmax_scale: float | None
+    descales: Descales
+    attn_sink: Tensor | None
+
+
 def attend_pages(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    backend: str | None,
-    check_values: bool,
+    call: PageCall, return_lse: bool, out: Tensor | None, backend: str | None, check_values: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call over page views; `out` has passed `check_pages_out`, or is new memory."""
-    problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+    problem = pages_problem(call, out)
     if out is not None and not contract.is_aligned(out):
         problem = problem._replace(aligned=False)
     chosen = pick(problem, backend)
     if check_values:
-        longest = contract.check_values(table, seq_lens, problem.Nblk, page=problem.page)
-        contract.check_mask_length("mask", mask, longest)
+        longest = contract.check_values(call.table, call.seq_lens, problem.Nblk, page=problem.page)
+        contract.check_mask_length("mask", call.mask, longest)
     packed = chosen.problem != problem
     result = launch(
-        chosen, "decode_over_pages", q=q.contiguous() if packed else q, k=k, v=v, k_rope=k_rope, block_table=table,
-        seq_lens=seq_lens, mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink,
+        chosen, "decode_over_pages", q=call.q.contiguous() if packed else call.q, k=call.k, v=call.v,
+        k_rope=call.k_rope, block_table=call.table, seq_lens=call.seq_lens, mask=call.mask,
+        softmax_scale=call.softmax_scale, descales=call.descales, attn_sink=call.attn_sink,
         out=None if packed else out, return_lse=return_lse,
     )  # fmt: skip
     if not packed or out is None:
@@ -265,23 +266,12 @@ def attend_pages(
     return out.copy_(result)
 
 
-def pages_problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    out: Tensor | None,
-) -> DecodeProblem:
+def pages_problem(call: PageCall, out: Tensor | None) -> DecodeProblem:
     """The problem of a call over page views; reads no value.
 
     A call without a mask whose shapes, strides, dtypes and devices passed before is not checked again.
     """
+    q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink = call
     scale_sign = contract.check_scale(softmax_scale)
     out_strides = None if out is None or out.is_contiguous() else out.stride()
     key = None if mask is not None else contract.passing(q, k, v, table, seq_lens, descales, attn_sink, scale_sign)
@@ -313,29 +303,17 @@ def pages_problem(
 PASSED = Passed[DecodeProblem]()
 
 
-def check_pages_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    out: Tensor,
-) -> None:
+def check_pages_out(call: PageCall, out: Tensor) -> None:
     """A caller's out: its shape, its layout, and that it shares memory with nothing."""
     contract.check_tensor("out", out)
     contract.check_rank("out", out.shape, 4, "[B, Hq, S_q, Dv]")
     if not out.is_contiguous():
         check_spread(out)
-    problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
-    q_descale, k_descale, v_descale = descales
+    q_descale, k_descale, v_descale = call.descales
     contract.check_out(
-        out, problem, q=q, k_pages=k, v_pages=v, k_rope_pages=k_rope, block_table=table, seq_lens=seq_lens, mask=mask,
-        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
+        out, pages_problem(call, out), q=call.q, k_pages=call.k, v_pages=call.v, k_rope_pages=call.k_rope,
+        block_table=call.table, seq_lens=call.seq_lens, mask=call.mask, q_descale=q_descale, k_descale=k_descale,
+        v_descale=v_descale, attn_sink=call.attn_sink,
     )  # fmt: skip
 
 
@@ -366,33 +344,19 @@ def pick(problem: DecodeProblem, backend: str | None) -> Plan:
 
 
 def unfold(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    backend: str | None,
-    check_values: bool,
+    call: PageCall, return_lse: bool, out: Tensor | None, backend: str | None, check_values: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call without causality: its S_q queries see the same keys, as heads of one group do, and go in as such."""
+    q, sink = call.q, call.attn_sink
     B, Hq, S_q, D = q.shape
-    Hk, Dv = k.shape[1], v.shape[4]
+    Hk, Dv = call.k.shape[1], call.v.shape[4]
     contract.check_grouping(Hq, Hk)
-    contract.check_sink(attn_sink, Hq, q.device)
+    contract.check_sink(sink, Hq, q.device)
     ratio = Hq // Hk
     # [B, Hk * S_q * ratio, 1, D]: a view where Hk is 1 and q lies as [B, S_q, Hq, D]
     rows = q.unflatten(1, (Hk, ratio)).transpose(2, 3).reshape(B, Hk * S_q * ratio, 1, D)
-    sink = None if attn_sink is None else attn_sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
-    result = attend_pages(
-        rows, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, sink, True, None, backend, check_values
-    )
+    sink = None if sink is None else sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
+    result = attend_pages(call._replace(q=rows, attn_sink=sink), True, None, backend, check_values)
     assert isinstance(result, tuple)
     folded = (B, Hk, S_q, ratio)
     first = result[0].view(*folded, Dv).transpose(2, 3).flatten(1, 2)

@@ -13,7 +13,7 @@ from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_in
 from flash_mla.deepseek.sparse import Pool, sparse
 from flash_mla.entry import entry
 from flash_mla.errors import DTypeError, ShapeError
-from flash_mla.pages import attend_pages, page_views, unfold
+from flash_mla.pages import PageCall, attend_pages, page_views, unfold
 from flash_mla.problem import FP8
 
 
@@ -223,12 +223,11 @@ def dense(
     descale_q, descale_k = (None if x is None else x.to(torch.float32).view(-1, 1) for x in descales)
     out = q.new_empty(B, S_q, Hq, Dv, dtype=out_dtype(q.dtype))
     rows, given = q.transpose(1, 2), out.transpose(1, 2)
-    k, v, _, table = page_views(rows, k_cache, None, None, block_table, "NHD", Dv)
+    views = page_views(rows, k_cache, None, None, block_table, "NHD", Dv)
+    factors = (descale_q, descale_k, descale_k)
+    call = PageCall(rows, *views, cache_seqlens, None, softmax_scale, factors, attn_sink)
     attend = attend_pages if causal or S_q <= 1 else unfold
-    result = attend(
-        rows, k, v, None, table, cache_seqlens, None, softmax_scale, (descale_q, descale_k, descale_k), attn_sink, True,
-        given, backend, False,
-    )  # fmt: skip
+    result = attend(call, True, given, backend, False)
     return out, empty_is_inf(result[1])
 
 
