@@ -401,11 +401,11 @@ def check_mask(name: str, mask: Tensor | None, B: int, Hq: int, rows: int, layou
     if mask is None:
         return "none"
     check_tensor(name, mask)
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+    if mask.dtype != torch.bool and not (mask.is_floating_point() and mask.element_size() > 1):
         raise MaskShapeError(
             f"{name} {mask.dtype}",
-            "bool (True = attend) or a floating dtype (added to the scaled scores)",
-            f"`{name}` is neither bool nor floating",
+            "bool (True = attend) or a floating dtype of 16 bits or more (added to the scaled scores)",
+            f"`{name}` is neither bool nor what scores can be added to",
             f"Call {name}.bool()",
         )
     if mask.dim() != 4:
@@ -646,7 +646,7 @@ def check_metadata(metadata: MLAMetadata, q: Tensor, k_cache: Tensor, v_cache: T
             "`metadata` does not come from flash_mla.get_mla_metadata",
             "Pass get_mla_metadata(q.shape, k_cache.shape, block_table, seq_lens), or none",
         )
-    table_blocks, Dv = block_table.shape[-1], v_cache.shape[-1]
+    table_blocks, Dv = (x.shape[-1] if x.dim() else None for x in (block_table, v_cache))
     if (
         q.shape == metadata.q_shape
         and k_cache.shape == metadata.kv_shape
