@@ -52,6 +52,7 @@ def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]
             try:
                 # NOTE: first whether a graph is traced: that branch looks at no flag which dynamo would guard on
                 if torch.compiler.is_compiling():
+                    check_backend(kwargs.get("backend"))  # an operator takes any string
                     check_traced(kinds, args, kwargs)
                     return function(*args, **kwargs)
                 if not profiler._is_profiler_enabled:

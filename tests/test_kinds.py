@@ -399,6 +399,20 @@ def test_a_wrong_kind_is_our_error_or_legal(name: str) -> None:
     assert not found, "\n".join(found)
 
 
+COMPILED = ("flash_mla_with_kvcache", "flash_mla_prefill", "mha_fwd_kvcache", "decode_over_pages")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_wrong_kind_is_our_error_in_a_compiled_call_too(name: str) -> None:
+    """torch's own errors of custom ops would name no argument."""
+    function, arguments = CALLS[f"flash_mla.{name}"]()
+    for key, right in arguments.items():
+        for junk in ([1, 2], torch.tensor(1.0) if isinstance(right, torch.Tensor) else "abc"):
+            torch.compiler.reset()
+            with pytest.raises(FlashMLAError):
+                torch.compile(function, backend="eager")(**{**arguments, key: junk})
+
+
 def test_a_flag_is_refused_before_the_cache_is_written() -> None:
     arguments = MhaCase("", 70, starts=(64, 3)).call().arguments
     before = storage_bytes(arguments["k_cache"])
