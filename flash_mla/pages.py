@@ -316,7 +316,7 @@ def attend_pools(
             call = PageCall(q, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, attn_sink)
             if out is not None and not out_is_new:
                 contract.refuse_learning_out(out)
-                check_pages_apart(call._replace(table=block_table), out)
+                check_pages_apart(call, out)
             return launch_pages(route.plan, route.packed, call, return_lse, out)
     k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
     call = PageCall(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink)
