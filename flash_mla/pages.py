@@ -23,7 +23,7 @@ from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.launch import launch
 from flash_mla.passed import Passed, facts
-from flash_mla.plan import Plan, check_backend, plan
+from flash_mla.plan import Plan, plan
 from flash_mla.problem import BLOCK, DecodeProblem
 
 __all__ = ["decode_over_pages"]
@@ -118,7 +118,6 @@ def decode_over_pages(
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
-        check_backend(backend)
         result = torch.ops.flash_mla.decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, mask, layout, k_rope_pages, v_head_dim, causal, check_values,
             softmax_scale, *as_tensors(descales, q), attn_sink, backend, out,
@@ -340,8 +339,9 @@ def repeating(
         return None
     k_pages, v_pages, k_rope_pages = pools
     key = contract.passing(
-        q, k_pages, k_pages if v_pages is None else v_pages, block_table, seq_lens, descales, attn_sink
-    )
+        q, k_pages, k_pages if v_pages is None else v_pages, block_table, seq_lens, descales, attn_sink,
+        scale_sign=1,
+    )  # fmt: skip
     if key is None:
         return None
     return (*key, v_pages is None, None if k_rope_pages is None and out is None else facts(k_rope_pages, out))
