@@ -55,6 +55,8 @@ MANY_PAIRS = 16
 """The same where an instruction multiplies pairs of BF16: K is not widened, so that fewer rows pay for it."""
 MANY_ROWS = 96
 """Most rows of such an item: K is widened once for all of them; q, O, scores and K take 170 KiB at D 128."""
+TILE_ROWS = 12
+"""What its rows are a multiple of: whole tiles of values, of 6 or 12 rows (`Spec.tile_rows`)."""
 ITEMS = 32
 """Items that a call is split into, at least, where its keys allow: enough for the threads of a desktop."""
 SPLIT_BLOCKS = 8
@@ -120,7 +122,7 @@ def spec(problem: Attention, rows: int, **more: Any) -> Spec:
         tile_m, tile_n = wide_tile(host(), unit, rows, even)
         span = BLOCK if more.get("layout") else MANY_ROWS if D <= 256 else MANY_ROWS // 2
         span = -(-min(span, rows) // tile_m) * tile_m
-        held = span if unit == "amx" else -(-span // 12) * 12
+        held = span if unit == "amx" else -(-span // TILE_ROWS) * TILE_ROWS
     else:
         unit = "fma"
         tile_m, tile_n = tile(rows, host())
