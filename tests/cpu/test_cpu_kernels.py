@@ -315,3 +315,18 @@ def test_pages_of_other_sizes_and_split_latents(page, dtype, split):
     weights = scores.masked_fill(unused[..., 0][:, None], -math.inf).softmax(-1)
     verdict = check(out[:, :, 0], None, weights @ rows[..., :Dv].double(), torch.zeros(B, Hq).double(), dtype)
     assert verdict.passed, verdict.failures
+
+
+def test_a_sparse_call_that_is_remembered_asks_for_its_plan(monkeypatch):
+    """What serves may change under a call that passed its checks: here the kernels, then torch's ops."""
+    form = FORMATS["fp8_ds_mla"]
+    pages = form.quantise(torch.randn(2, 64, 1, 576).bfloat16())
+    q, indices = torch.randn(1, 1, 16, 576).bfloat16(), torch.arange(64, dtype=torch.int32).view(1, 1, 64)
+    schedule, served = deepseek.get_mla_metadata()[0], []
+    monkeypatch.setattr(engine.Sparse, "launch", lambda self, args: served.append("kernels"))
+    for reason in (None, "left out"):
+        monkeypatch.setattr(engine, "missing", lambda reason=reason: reason)
+        plan.cache_clear()
+        deepseek.flash_mla_with_kvcache(q, pages, None, None, 512, schedule, is_fp8_kvcache=True, indices=indices)
+    plan.cache_clear()
+    assert served == ["kernels"]
