@@ -62,13 +62,15 @@ class Config:
     rows: int
 
 
-WIDE = (64, 128, 8)
+WIDE = ((64, 128, 8), (32, 128, 8))
 TILES = ((64, 64, 8), (32, 64, 8), (32, 32, 4), (16, 32, 4), (32, 16, 8), (16, 16, 8))
 """(rows of the operand that is walked, rows of the one that is kept, warps), best first where they fit. What is kept
-bounds the accumulators: 64 rows of D + Dv = 512 columns are 128 registers a thread of 8 warps."""
+bounds the accumulators: 64 rows of D + Dv = 512 columns are 128 registers a thread of 8 warps. WIDE comes before them:
+128 rows give each warpgroup of Hopper 64 rows of its own."""
 ACCUMULATOR = 2**15
-"""FP32 elements of dk and dv, or of dq, that 8 warps keep: half of the register file. WIDE keeps half of that: with dk
-and dv of 128 rows of 128 columns each it spills 304 bytes a thread on sm_90, 792 on sm_100."""
+"""FP32 elements of dk and dv, or of dq, that 8 warps keep: half of the register file. On Hopper WIDE keeps so many with
+64 walked rows, a quarter more with 32; elsewhere half as many, since it spills 792 bytes a thread on sm_100. What it
+spills on Hopper, 104 bytes, it does outside of its loop."""
 
 
 def config(*, P: int, S_kv: int, D: int, Dv: int, mask: int, block_mask: bool, itemsize: int, target: Target) -> Config:
@@ -78,13 +80,17 @@ def config(*, P: int, S_kv: int, D: int, Dv: int, mask: int, block_mask: bool, i
 
     def first(columns: int, length: int, walked: int) -> Tiles:
         """columns: of the accumulators; length, walked: rows there are to keep and to walk."""
-        wide = (WIDE,) if not block_mask and itemsize < 4 and WIDE[1] * columns * 2 <= ACCUMULATOR else ()
-        tries = [(*tiles, stages) for tiles in (*wide, *TILES) for stages in (3, 2, 1)]
+        most = (ACCUMULATOR, ACCUMULATOR * 5 // 4) if target.wgmma else (ACCUMULATOR // 2, 0)
+        wide = [x for x, room in zip(WIDE, most, strict=True) if x[1] * columns <= room]
+        if block_mask or itemsize == 4:
+            wide = []
+        tries = [(*tiles, stages) for tiles in wide for stages in (2, 1)]
+        tries += [(*tiles, stages) for tiles in TILES for stages in (3, 2, 1)]
         found = tries[-1]
         for move, keep, warps, stages in tries:
             small = keep > max(16, power_of_2(length)) or move > max(16, power_of_2(walked))
             room = smem_bytes(move, keep, d, dv_tile, itemsize, stages, mask, target) <= target.smem
-            if not small and room and keep * columns * 8 <= ACCUMULATOR * warps:
+            if not small and room and (keep == 128 or keep * columns * 8 <= ACCUMULATOR * warps):
                 found = (move, keep, warps, stages)
                 break
         return Tiles(found[0], found[1], found[2], found[3])

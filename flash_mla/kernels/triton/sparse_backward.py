@@ -178,11 +178,10 @@ def sparse_queries_kernel(
         left = tl.load(left_ptr + row, mask=head_live, other=0.0)
     weights = (token * Hq + heads64) * SLOTS
 
-    for first in tl.range(0, named_count(length_ptr, token, topk), TILE_N):
+    count = named_count(length_ptr, token, topk)
+    for first in tl.range(0, count, TILE_N):
         slots = first + offs_n
-        index = tl.load(
-            index_ptr + token * stride_is + slots, mask=slots < named_count(length_ptr, token, topk), other=-1
-        ).to(tl.int64)
+        index = tl.load(index_ptr + token * stride_is + slots, mask=slots < count, other=-1).to(tl.int64)
         live = (index >= 0) & (index < kv_rows)
         rows = kv_ptr + tl.where(live, index, 0) * STRIDE_KV
         k = load_rows(rows, live, offs_d, D)
