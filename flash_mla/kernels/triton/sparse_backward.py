@@ -12,7 +12,8 @@ tokens after the other, three kernels:
 
 A slot is the place of a key in its token's list. Which slots name a row comes from a stable sort of the chunk's
 indices, so that no sum depends on the order of programs: no atomics, the same bits always, and each product is computed
-once: 5 of them, 2.5 times the forward's. The chunk bounds the workspace.
+once: 5 of them, 2.5 times the forward's. The chunk bounds the workspace. Atomic sums of dkv in FP32 took 12.3 ms, this
+way 15.6, sort and sum included, of 34 ms in all (H200, 4096 tokens, 128 heads, topk 2048).
 
 Bound: FLOPs, 2 tokens topk Hq (3 D + 2 Dv); the workspace is topk (2 Hq + D) elements a token, each written once and
 read once.
