@@ -88,8 +88,9 @@ class ShardedAttention:
     the dim, in the same order. A rank that dies, or does not come within the process group's timeout, gives the others
     a RankError; what they hold stays as it is.
 
-    NOTE: under NCCL an error of a collective reaches the host only where the group waits for it
-    (TORCH_NCCL_BLOCKING_WAIT=1); by default NCCL's watchdog ends the process after the timeout instead.
+    NOTE: that is so over gloo. Under NCCL an error of a collective reaches the host only where the group waits for it
+    (TORCH_NCCL_BLOCKING_WAIT=1), and a test of that on two H200s did not end within 79 s; why is not known. By default
+    NCCL's watchdog ends the process after the timeout.
     """
 
     def __init__(self, mesh: DeviceMesh, *, context: str | None = None, heads: str | None = None) -> None:
