@@ -66,7 +66,8 @@ def flash_mla_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
     metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
     k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
-    return_lse: Literal[False] = False, out: Tensor | None = ..., backend: str | None = ...,
+    return_lse: Literal[False] = False, out: Tensor | None = ..., batch_invariant: bool = ...,
+    backend: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -75,7 +76,8 @@ def flash_mla_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
     metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
     k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
-    return_lse: Literal[True], out: Tensor | None = ..., backend: str | None = ...,
+    return_lse: Literal[True], out: Tensor | None = ..., batch_invariant: bool = ...,
+    backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -84,7 +86,8 @@ def flash_mla_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
     metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
     k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
-    return_lse: bool, out: Tensor | None = ..., backend: str | None = ...,
+    return_lse: bool, out: Tensor | None = ..., batch_invariant: bool = ...,
+    backend: str | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -105,6 +108,7 @@ def flash_mla_with_kvcache(
     attn_sink: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode: attention of S_q new tokens a request over its paged cache.
@@ -129,6 +133,9 @@ def flash_mla_with_kvcache(
         attn_sink: [Hq] FP32, one extra logit a head that takes weight and gives no value. Default none.
         return_lse: also return the natural-log sum of exponentials (without the sink). Default False.
         out: [B, Hq, S_q, Dv] contiguous to write into, apart from every other tensor. Default: a new tensor.
+        batch_invariant: a request's rows are the same bits alone and in any batch: its keys are split by their number
+            alone, not so that all requests together fill the machine. What else chooses a kernel must stay: S_q, heads,
+            widths, dtypes, mask or none, backend, device. Default False, which is faster where requests are few.
         backend: "hopper", "triton" or "cpu", which then never falls back. Default: the first that can.
 
     Returns:
@@ -146,13 +153,14 @@ def flash_mla_with_kvcache(
         check_values = metadata is None
         result = torch.ops.flash_mla.flash_mla_with_kvcache(
             q, k_cache, v_cache, block_table, seq_lens, mask, softmax_scale, *as_tensors(descales, q), attn_sink,
-            check_values, backend, out,
+            check_values, batch_invariant, backend, out,
         )  # fmt: skip
         return give_back(result, return_lse, out)
 
     chosen = plan_decode(
-        q, k_cache, v_cache, block_table, seq_lens, mask, metadata, softmax_scale, descales, attn_sink, backend, out
-    )
+        q, k_cache, v_cache, block_table, seq_lens, mask, metadata, softmax_scale, descales, attn_sink, backend, out,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
     return launch(
         chosen, "flash_mla_with_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
         mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=out, return_lse=return_lse,
@@ -383,9 +391,12 @@ def plan_decode(
     backend: str | None,
     out: Tensor | None,
     check_values: bool = True,
+    batch_invariant: bool = False,
 ) -> Plan:
     """Every check of a `flash_mla_with_kvcache` call, and its plan. Values are checked where nobody has."""
-    problem = contract.decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale)
+    problem = contract.decode(
+        q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale, batch_invariant
+    )
     if softmax_scale is None and problem.alias:
         contract.warn_default_scale(problem.D, problem.Dv, stacklevel=4)
     if out is not None:

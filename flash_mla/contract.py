@@ -672,6 +672,7 @@ def decode(
     descales: Descales = NO_DESCALES,
     attn_sink: Tensor | None = None,
     softmax_scale: float | None = None,
+    batch_invariant: bool = False,
 ) -> DecodeProblem:
     """The problem of a `flash_mla_with_kvcache` call; reads no value.
 
@@ -679,20 +680,22 @@ def decode(
     """
     scale_sign = check_scale(softmax_scale)
     key = None if mask is not None else passing(q, k_cache, v_cache, block_table, seq_lens, descales, attn_sink)
-    problem = None if key is None else PASSED.get((scale_sign, key))
+    problem = None if key is None else PASSED.get((scale_sign, batch_invariant, key))
     if problem is not None:
         return problem
     refuse_deepseek_order(q, k_cache, v_cache)
-    problem = checked_decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, scale_sign)
+    problem = checked_decode(
+        q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, scale_sign, batch_invariant
+    )
     if key is not None:
         if len(PASSED) >= MOST_PASSED:
             PASSED.clear()
-        PASSED[scale_sign, key] = problem
+        PASSED[scale_sign, batch_invariant, key] = problem
     return problem
 
 
 # NOTE: 4 us against 16 for the checks; a whole call without its launch then takes 13 us (Zen 4).
-PASSED: dict[tuple[int, tuple[object, ...]], DecodeProblem] = {}
+PASSED: dict[tuple[int, bool, tuple[object, ...]], DecodeProblem] = {}
 MOST_PASSED = 4096
 
 
@@ -736,6 +739,7 @@ def checked_decode(
     descales: Descales,
     attn_sink: Tensor | None,
     scale_sign: int,
+    batch_invariant: bool,
 ) -> DecodeProblem:
     """As `decode`, every check made."""
     check_tensor("q", q)
@@ -764,6 +768,7 @@ def checked_decode(
         descale=check_descales(descales, B, k_cache.shape[1], q.device),
         sink=attn_sink is not None,
         scale_sign=scale_sign,
+        batch_invariant=batch_invariant,
     )
 
 

@@ -35,6 +35,7 @@ def decode_op(
     v_descale: Tensor | None,
     attn_sink: Tensor | None,
     check_values: bool,
+    batch_invariant: bool,
     backend: str | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,7 @@ def decode_op(
     with torch.no_grad():
         chosen = plan_decode(
             q, k_cache, v_cache, block_table, seq_lens, mask, None, softmax_scale, descales, attn_sink, backend, out,
-            check_values,
+            check_values, batch_invariant,
         )  # fmt: skip
         return launch(
             chosen, "flash_mla_with_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
@@ -157,6 +158,7 @@ def pages_op(
     k_descale: Tensor | None,
     v_descale: Tensor | None,
     attn_sink: Tensor | None,
+    batch_invariant: bool,
     backend: str | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -165,12 +167,12 @@ def pages_op(
         if out is not None:
             views = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
             descales = (q_descale, k_descale, v_descale)
-            check_pages_out(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+            check_pages_out(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, out, batch_invariant)
         return decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, mask, layout=layout, k_rope_pages=k_rope_pages,
             v_head_dim=v_head_dim, causal=causal, check_values=check_values, softmax_scale=softmax_scale,
             q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink, return_lse=True,
-            backend=backend,
+            batch_invariant=batch_invariant, backend=backend,
         )  # type: ignore[return-value]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def decode_over_pages(
     causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
     q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
     v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[False] = False,
-    out: Tensor | None = ..., backend: str | None = ...,
+    out: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def decode_over_pages(
     causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
     q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
     v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[True],
-    out: Tensor | None = ..., backend: str | None = ...,
+    out: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def decode_over_pages(
     causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
     q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
     v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: bool, out: Tensor | None = ...,
-    backend: str | None = ...,
+    batch_invariant: bool = ..., backend: str | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -83,6 +83,7 @@ def decode_over_pages(
     attn_sink: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode over a pool of pages that all requests share, in the layout of a serving engine. Nothing is copied.
@@ -105,7 +106,8 @@ def decode_over_pages(
         causal: without a mask, query i sees keys t <= seq_lens[b] - S_q + i (default); False: every key.
         check_values: read seq_lens and block_table and check them, which waits for the GPU. False, in an engine's loop:
             no value is read.
-        softmax_scale, q_descale, k_descale, v_descale, attn_sink, return_lse, backend: as in flash_mla_with_kvcache.
+        softmax_scale, q_descale, k_descale, v_descale, attn_sink, return_lse, batch_invariant, backend: as in
+            flash_mla_with_kvcache.
         out: [B, Hq, S_q, Dv] to write into, apart from every other tensor; only its last dim need be contiguous.
 
     Returns:
@@ -119,18 +121,21 @@ def decode_over_pages(
         check_backend(backend)
         result = torch.ops.flash_mla.decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, mask, layout, k_rope_pages, v_head_dim, causal, check_values,
-            softmax_scale, *as_tensors(descales, q), attn_sink, backend, out,
+            softmax_scale, *as_tensors(descales, q), attn_sink, batch_invariant, backend,
+            out,
         )  # fmt: skip
         return give_back(result, return_lse, out)
     k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
     if softmax_scale is None and v_pages is None:
         contract.warn_default_scale(q.shape[3], v.shape[4], stacklevel=3)
     if out is not None:
-        check_pages_out(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+        check_pages_out(
+            q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out, batch_invariant
+        )
     attend = attend_pages if causal or mask is not None or q.shape[2] <= 1 else unfold
     return attend(
         q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, return_lse, out, backend,
-        check_values,
+        check_values, batch_invariant,
     )  # fmt: skip
 
 
@@ -243,9 +248,12 @@ def attend_pages(
     out: Tensor | None,
     backend: str | None,
     check_values: bool,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call over page views; `out` has passed `check_pages_out`, or is new memory."""
-    problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+    problem = pages_problem(
+        q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out, batch_invariant
+    )
     if out is not None and not contract.is_aligned(out):
         problem = problem._replace(aligned=False)
     chosen = pick(problem, backend)
@@ -277,6 +285,7 @@ def pages_problem(
     descales: Descales,
     attn_sink: Tensor | None,
     out: Tensor | None,
+    batch_invariant: bool,
 ) -> DecodeProblem:
     """The problem of a call over page views; reads no value.
 
@@ -287,7 +296,7 @@ def pages_problem(
     key = None if mask is not None else contract.passing(q, k, v, table, seq_lens, descales, attn_sink)
     if key is not None:
         rope = None if k_rope is None else (k_rope.shape, k_rope.stride(), k_rope.dtype, k_rope.data_ptr() % ALIGNMENT)
-        key = (*key, rope, scale_sign, out_strides)
+        key = (*key, rope, scale_sign, out_strides, batch_invariant)
         if (problem := PASSED.get(key)) is not None:
             return problem
     B, Hq, S_q, D = q.shape
@@ -305,7 +314,7 @@ def pages_problem(
         q, k, v, table, k_rope, alias=contract.is_alias(k, v),
         mask=contract.check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, L]"),
         descale=contract.check_descales(descales, B, Hk, q.device), sink=attn_sink is not None,
-        scale_sign=scale_sign, out_strides=out_strides,
+        scale_sign=scale_sign, out_strides=out_strides, batch_invariant=batch_invariant,
     )  # fmt: skip
     if key is not None:
         if len(PASSED) >= contract.MOST_PASSED:
@@ -329,13 +338,16 @@ def check_pages_out(
     descales: Descales,
     attn_sink: Tensor | None,
     out: Tensor,
+    batch_invariant: bool = False,
 ) -> None:
     """A caller's out: its shape, its layout, and that it shares memory with nothing."""
     contract.check_tensor("out", out)
     contract.check_rank("out", out.shape, 4, "[B, Hq, S_q, Dv]")
     if not out.is_contiguous():
         check_spread(out)
-    problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+    problem = pages_problem(
+        q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out, batch_invariant
+    )
     q_descale, k_descale, v_descale = descales
     contract.check_out(
         out, problem, q=q, k_pages=k, v_pages=v, k_rope_pages=k_rope, block_table=table, seq_lens=seq_lens, mask=mask,
@@ -384,6 +396,7 @@ def unfold(
     out: Tensor | None,
     backend: str | None,
     check_values: bool,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call without causality: its S_q queries see the same keys, as heads of one group do, and go in as such."""
     B, Hq, S_q, D = q.shape
@@ -395,8 +408,9 @@ def unfold(
     rows = q.unflatten(1, (Hk, ratio)).transpose(2, 3).reshape(B, Hk * S_q * ratio, 1, D)
     sink = None if attn_sink is None else attn_sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
     result = attend_pages(
-        rows, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, sink, True, None, backend, check_values
-    )
+        rows, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, sink, True, None, backend, check_values,
+        batch_invariant,
+    )  # fmt: skip
     assert isinstance(result, tuple)
     folded = (B, Hk, S_q, ratio)
     first = result[0].view(*folded, Dv).transpose(2, 3).flatten(1, 2)

@@ -43,6 +43,8 @@ class DecodeProblem(NamedTuple):
     says that there is a descale of q, k or v. `scale_sign` is the sign of softmax_scale: -1, 0 or 1. `aligned`: q, K, V
     and out all begin on ALIGNMENT bytes. `rope_strides` is given for a split latent: K's last D - Dv columns then lie
     in a page view of their own, and K's view holds the first Dv. `out_strides` is given where out is not contiguous.
+    `batch_invariant`: a request's rows must be the same bits whatever else is in the call, the other requests and their
+    number, the width of the table, where pages lie.
     """
 
     device: torch.device
@@ -69,6 +71,7 @@ class DecodeProblem(NamedTuple):
     page: int = BLOCK
     rope_strides: tuple[int, ...] | None = None
     out_strides: tuple[int, ...] | None = None
+    batch_invariant: bool = False
 
     @property
     def ratio(self) -> int:

@@ -145,16 +145,19 @@ class Call:
         spec: the kernel.
         requests, heads, rows: an item is a group of `rows` rows of one of the heads of one of the requests.
         blocks: of keys, at most, that an item sees.
+        whole: no item is split, so that its sums do not depend on how many there are.
         values: arguments that every call shares, by name.
     """
 
-    def __init__(self, spec: Spec, requests: int, heads: int, rows: int, blocks: int, **values: int) -> None:
+    def __init__(
+        self, spec: Spec, requests: int, heads: int, rows: int, blocks: int, whole: bool = False, /, **values: int
+    ) -> None:
         from flash_mla.kernels.cpu.item import FIELDS
 
         self.spec, self.at = spec, {name: i for i, name in enumerate(FIELDS)}
         groups = -(-rows // (spec.span or spec.rows))
         items = requests * heads * groups
-        splits = max(1, min(-(-ITEMS // items), blocks // SPLIT_BLOCKS)) if 0 < items < ITEMS else 1
+        splits = max(1, min(-(-ITEMS // items), blocks // SPLIT_BLOCKS)) if 0 < items < ITEMS and not whole else 1
         self.work = items * splits
         self.partial = self.work * spec.partial if splits > 1 else 0
         flops = 2 * BLOCK * blocks * items * min(rows, spec.rows) * (spec.D + spec.Dv)
@@ -276,6 +279,7 @@ class Decode(Call):
             p.Hk,
             p.ratio * p.S_q,
             -(-self.cap // BLOCK),
+            p.batch_invariant,
             S_q=p.S_q,
             share=1,
             from_end=1,

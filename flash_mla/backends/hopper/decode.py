@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flash_mla.backends.hopper.device import device_of, int32
 from flash_mla.backends.hopper.strides import query_row_stride
+from flash_mla.kernels.hopper import split
 from flash_mla.problem import DecodeArgs, DecodeProblem
 
 
@@ -20,6 +21,11 @@ def refuse_queries(problem: DecodeProblem, most: int) -> str | None:
     if problem.mask != "none":
         return f"a {problem.mask} mask: only causal decode"
     return None
+
+
+def piece_slots(problem: DecodeProblem, groups: int, piece: int) -> int:
+    """Partial results of a call whose requests' `groups` items are cut into pieces; 0 where `piece` is."""
+    return problem.B * groups * split.piece_slots(problem.table_blocks, piece) if piece else 0
 
 
 def factor(problem: DecodeProblem, descale: Tensor | None, unread: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import HALVES, multiprocessors
 from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
 from flash_mla.kernels.hopper.limits import TILE_M
-from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, WIDTHS, Config
+from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, PIECES, WIDTHS, Config
 from flash_mla.problem import DecodeArgs, DecodeProblem
 
 
@@ -29,12 +29,14 @@ def refuse(problem: DecodeProblem) -> str | None:
 
 def config(problem: DecodeProblem) -> Config:
     """The kernel variant: two CTAs share K when there are two row tiles to share it."""
-    tiles = -(-problem.Hq * problem.S_q // TILE_M)
-    return Config(dtype=HALVES[problem.dtype], D=problem.D, cluster=2 if tiles % 2 == 0 else 1)
+    rows = problem.Hq * problem.S_q
+    cluster = 2 if -(-rows // TILE_M) % 2 == 0 else 1
+    return Config(HALVES[problem.dtype], problem.D, cluster, PIECES[rows >= TILE_M] if problem.batch_invariant else 0)
 
 
 def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
-    """Fill args.out and args.lse. Allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on 132 SMs).
+    """Fill args.out and args.lse. Allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on 132 SMs); of a batch-
+    invariant call 64 rows for each piece that a row of the table has room for, at most 16 (2 MB a request and tile).
 
     The first launch of a config loads its kernel, and the first ever on a machine compiles it.
     """
@@ -43,5 +45,6 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
 
     kernel = store.load("mla_decode", config, build)
     clusters = multiprocessors(problem.device) // config.cluster
-    words = config.workspace_words(clusters)
+    tiles = -(-problem.Hq * problem.S_q // config.rows)
+    words = config.workspace_words(clusters, decode.piece_slots(problem, tiles, config.piece))
     decode.launch(kernel, problem, args, caches=(args.k,), words=words, ctas=clusters, descales=False)

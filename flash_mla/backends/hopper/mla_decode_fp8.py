@@ -26,6 +26,8 @@ def refuse(problem: DecodeProblem) -> str | None:
         )
     if (problem.D, problem.Dv) not in WIDTHS:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
+    if problem.batch_invariant:
+        return "batch_invariant: requests are split so that all together fill the machine"
     request, _, block, row, column = problem.k_strides
     return (
         decode.refuse_queries(problem, MAX_S_Q)

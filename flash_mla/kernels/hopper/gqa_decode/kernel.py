@@ -43,7 +43,7 @@ from cutlass.cute.nvgpu import cpasync
 from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel, open_channels
-from flash_mla.kernels.hopper.combine import combine
+from flash_mla.kernels.hopper.combine import combine_partials
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.gqa_decode.config import (
     CONSUMER_REGISTERS,
@@ -61,7 +61,7 @@ from flash_mla.kernels.hopper.gqa_decode.result import Segments
 from flash_mla.kernels.hopper.gqa_decode.shared import Scalars, Shared, Tensors
 from flash_mla.kernels.hopper.limits import BLOCK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
-from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows
+from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows, piece_slots
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.walk import Done, walk
 from flash_mla.kernels.hopper.work import find_work
@@ -110,6 +110,8 @@ class GqaDecode:
         )
         gK, gV = self.pages(k, k_requests), self.pages(v, v_requests)
         packed_out, packed_lse = packed_rows(out, lse)
+        N = config.tile_n
+        scalars = Scalars(scale_log2, S_q, has_sink, rows, (rows + (N - 1)) // N, heads)
         tensors = Tensors(
             table,
             seq_lens,
@@ -119,13 +121,12 @@ class GqaDecode:
             v_descale,
             packed_out,
             packed_lse,
-            Partials.over(workspace, ctas, config.tile_n, config.Dv),
+            Partials.over(workspace, ctas, N, config.Dv, piece_slots(table, scalars.groups, config.piece)),
         )
-        load, N, chunk = cpasync.CopyBulkTensorTileG2SOp(), config.tile_n, config.chunk
+        load, chunk = cpasync.CopyBulkTensorTileG2SOp(), config.chunk
         tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, row_layout(dtype, N, chunk), (N, chunk))
         tma_k, tK = cpasync.make_tiled_tma_atom(load, gK, row_layout(dtype, BLOCK, chunk), (BLOCK, chunk))
         tma_v, tV = cpasync.make_tiled_tma_atom(load, gV, row_layout(dtype, BLOCK, chunk), (BLOCK, chunk))
-        scalars = Scalars(scale_log2, S_q, has_sink, rows, (rows + (N - 1)) // N, heads)
         self.kernel(tma_q, tQ, tma_k, tK, tma_v, tV, tensors, scalars).launch(
             grid=(ctas, 1, 1),
             block=(THREADS, 1, 1),
@@ -133,7 +134,7 @@ class GqaDecode:
             min_blocks_per_mp=1,
             stream=stream,
         )
-        combine(packed_out, packed_lse, *tensors.partials, sink, has_sink, S_q, heads, stream)
+        combine_partials(tensors, has_sink, S_q, heads, scalars.groups, stream, config.piece)
 
     def pages(self, cache: cute.Tensor, requests) -> cute.Tensor:
         """A cache as [64, width, Hk, Nblk, requests]."""
@@ -183,7 +184,8 @@ class GqaDecode:
         if warp_id == 0:
             open_channels(shared.channels, (tma_q, tma_k, tma_v))
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
-        work = find_work(table, seq_lens, groups, cta, ctas, WARPS, shared.sScan)
+        piece = config.piece
+        work = find_work(table, seq_lens, groups, cta, ctas, WARPS, shared.sScan, piece=piece)
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp_id >= CONSUMER_WARPS:
@@ -191,14 +193,14 @@ class GqaDecode:
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMER_WARPS:
                 producer = Producer.over(shared, table, scalars, (tma_q, tma_k, tma_v), tQ, tK, tV)
-                walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing())
-            elif warp_id == CONSUMER_WARPS + 1:
+                walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing(), piece)
+            elif warp_id == CONSUMER_WARPS + 1 and const_expr(piece == 0):
                 note_split(tensors.partials, work, table, seq_lens, groups, cta)
         else:
             if const_expr(config.wide):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             segments = Segments(Consumer.over(shared, warp_id // 4, tidx % WARPGROUP), tensors, scalars, cta)
-            walk(work, table, seq_lens, groups, segments.compute, Done.nothing())
+            walk(work, table, seq_lens, groups, segments.compute, Done.nothing(), piece)
         for channel in shared.channels:
             channel.check()
 

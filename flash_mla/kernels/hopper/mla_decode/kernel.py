@@ -49,7 +49,7 @@ from cutlass.cute.nvgpu import cpasync
 from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel, open_channels
-from flash_mla.kernels.hopper.combine import combine
+from flash_mla.kernels.hopper.combine import combine_partials
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
@@ -70,7 +70,7 @@ from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
 from flash_mla.kernels.hopper.mla_decode.producer import Producer
 from flash_mla.kernels.hopper.mla_decode.result import Segments
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared, Tensors
-from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows
+from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows, piece_slots
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.table import prefetch_table
 from flash_mla.kernels.hopper.walk import Done, walk
@@ -111,13 +111,14 @@ class MlaDecode:
         k_strides = (k.stride[3], 1, k.stride[2], k.stride[0])
         gK = cute.make_tensor(k.iterator, cute.make_layout((BLOCK, D, k.shape[2], requests), stride=k_strides))
         packed_out, packed_lse = packed_rows(out, lse)
+        groups = (rows + (config.rows - 1)) // config.rows
         tensors = Tensors(
             table=table,
             seq_lens=seq_lens,
             sink=sink,
             out=packed_out,
             lse=packed_lse,
-            partials=Partials.over(workspace, clusters, config.rows, DV),
+            partials=Partials.over(workspace, clusters, config.rows, DV, piece_slots(table, groups, config.piece)),
         )
         chunk = row_layout(DTYPES[config.dtype], BLOCK, CHUNK)
         load = cpasync.CopyBulkTensorTileG2SOp()
@@ -125,7 +126,6 @@ class MlaDecode:
         if const_expr(config.cluster > 1):
             load = cpasync.CopyBulkTensorTileG2SMulticastOp()
         tma_k, tK = cpasync.make_tiled_tma_atom(load, gK, chunk, (BLOCK, CHUNK))
-        groups = (rows + (config.rows - 1)) // config.rows
         self.kernel(tma_q, tQ, tma_k, tK, gK, tensors, Scalars(scale_log2, S_q, has_sink, groups)).launch(
             grid=(clusters * config.cluster, 1, 1),
             block=(THREADS, 1, 1),
@@ -134,7 +134,7 @@ class MlaDecode:
             min_blocks_per_mp=1,
             stream=stream,
         )
-        combine(packed_out, packed_lse, *tensors.partials, sink, has_sink, S_q, Int32(1), stream)
+        combine_partials(tensors, has_sink, S_q, Int32(1), groups, stream, config.piece)
 
     @cute.kernel
     def kernel(
@@ -175,7 +175,8 @@ class MlaDecode:
         if warp_id == CONSUMER_WARPS + 1:
             prefetch_table(tensors.table, cluster_id, clusters)
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
-        work = find_work(table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START)
+        piece = config.piece
+        work = find_work(table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START, piece=piece)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -184,20 +185,21 @@ class MlaDecode:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMER_WARPS:
                 producer = Producer.over(shared, table, rank, tma_q, tQ, tma_k, tK, pages)
-                producer.outlive_peers(walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing()))
+                done = walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing(), piece)
+                producer.outlive_peers(done)
             elif warp_id == CONSUMER_WARPS + 1:  # noqa: SIM102
-                if rank == 0:
+                if rank == 0 and const_expr(piece == 0):
                     note_split(tensors.partials, work, table, seq_lens, groups, cluster_id)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             tidx, _, _ = cute.arch.thread_idx()
             if warp_id < CONSUMER_WARPS // 2:
                 left = Segments(Consumer.over(shared, 0, tidx, scalars.scale_log2), tensors, scalars, rank, cluster_id)
-                walk(work, table, seq_lens, groups, left.compute, Done.nothing())
+                walk(work, table, seq_lens, groups, left.compute, Done.nothing(), piece)
             else:
                 tid = tidx - WARPGROUP
                 right = Segments(Consumer.over(shared, 1, tid, scalars.scale_log2), tensors, scalars, rank, cluster_id)
-                walk(work, table, seq_lens, groups, right.compute, Done.nothing())
+                walk(work, table, seq_lens, groups, right.compute, Done.nothing(), piece)
         for channel in shared.channels:
             channel.check()
 

@@ -17,6 +17,7 @@ from flash_mla.kernels.hopper.mla_decode.config import CONSUMERS, HALF, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
 from flash_mla.kernels.hopper.mla_decode.pairs import Causal, consume_left, consume_right
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Tensors
+from flash_mla.kernels.hopper.partials import slot_of
 from flash_mla.kernels.hopper.staging import store_rows
 from flash_mla.kernels.hopper.walk import Done, Place
 
@@ -50,7 +51,8 @@ class Segments:
             else:
                 consume_right(consumer, keys, part.first, part.last, done.items)
             done = done.plus(part.last - part.first)
-            slot = split.SLOTS * self.cluster_id + part.slot
+            table, groups, piece = self.tensors.table, self.scalars.groups, consumer.config.piece
+            slot = slot_of(place, part, self.cluster_id, groups, table, piece)
             self.write_result(place.request, row0, part.whole, slot)
         elif const_expr(consumer.side == 0):  # noqa: SIM102
             if part.whole:
