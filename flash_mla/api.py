@@ -66,8 +66,8 @@ def flash_mla_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
     metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
     k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
-    return_lse: Literal[False] = False, out: Tensor | None = ..., batch_invariant: bool = ...,
-    backend: str | None = ...,
+    return_lse: Literal[False] = False, out: Tensor | None = ..., tail_mask: Tensor | None = ...,
+    batch_invariant: bool = ..., backend: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -76,8 +76,8 @@ def flash_mla_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
     metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
     k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
-    return_lse: Literal[True], out: Tensor | None = ..., batch_invariant: bool = ...,
-    backend: str | None = ...,
+    return_lse: Literal[True], out: Tensor | None = ..., tail_mask: Tensor | None = ...,
+    batch_invariant: bool = ..., backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -86,8 +86,8 @@ def flash_mla_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
     metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
     k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
-    return_lse: bool, out: Tensor | None = ..., batch_invariant: bool = ...,
-    backend: str | None = ...,
+    return_lse: bool, out: Tensor | None = ..., tail_mask: Tensor | None = ...,
+    batch_invariant: bool = ..., backend: str | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -108,13 +108,14 @@ def flash_mla_with_kvcache(
     attn_sink: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
+    tail_mask: Tensor | None = None,
     batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode: attention of S_q new tokens a request over its paged cache.
 
     Args:
-        q: [B, Hq, S_q, D] contiguous; S_q 1, or 2..8 for speculative decoding. FP8 (e4m3), BF16, FP16 or FP32.
+        q: [B, Hq, S_q, D] contiguous; S_q 1, or more in speculative decoding. FP8 (e4m3), BF16, FP16 or FP32.
         k_cache: [B, Hk, Nblk, 64, D] of q's dtype, or FP8 under BF16 or FP16 q; a block is contiguous, leading dims
             strided (batch stride 0: pool).
         v_cache: [B, Hk, Nblk, 64, Dv] likewise; for MLA the view k_cache[..., :Dv], whose rows are then read once.
@@ -133,6 +134,8 @@ def flash_mla_with_kvcache(
         attn_sink: [Hq] FP32, one extra logit a head that takes weight and gives no value. Default none.
         return_lse: also return the natural-log sum of exponentials (without the sink). Default False.
         out: [B, Hq, S_q, Dv] contiguous to write into, apart from every other tensor. Default: a new tensor.
+        tail_mask: [B|1, Hq|1, S_q, S_q], bool or floating, in place of mask: over the S_q newest tokens (a tree of
+            drafts), column j being the key seq_lens[b] - S_q + j; earlier keys are all seen. Default none.
         batch_invariant: a request's rows are the same bits alone and in any batch: its keys are split by their number
             alone, not so that all requests together fill the machine. What else chooses a kernel must stay: S_q, heads,
             widths, dtypes, mask or none, backend, device. Default False, which is faster where requests are few.
@@ -153,17 +156,18 @@ def flash_mla_with_kvcache(
         check_values = metadata is None
         result = torch.ops.flash_mla.flash_mla_with_kvcache(
             q, k_cache, v_cache, block_table, seq_lens, mask, softmax_scale, *as_tensors(descales, q), attn_sink,
-            check_values, batch_invariant, backend, out,
+            tail_mask, check_values, batch_invariant, backend, out,
         )  # fmt: skip
         return give_back(result, return_lse, out)
 
     chosen = plan_decode(
         q, k_cache, v_cache, block_table, seq_lens, mask, metadata, softmax_scale, descales, attn_sink, backend, out,
-        batch_invariant=batch_invariant,
+        batch_invariant=batch_invariant, tail_mask=tail_mask,
     )  # fmt: skip
     return launch(
         chosen, "flash_mla_with_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
-        mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=out, return_lse=return_lse,
+        mask=mask if tail_mask is None else tail_mask, softmax_scale=softmax_scale, descales=descales,
+        attn_sink=attn_sink, out=out, return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -392,18 +396,20 @@ def plan_decode(
     out: Tensor | None,
     check_values: bool = True,
     batch_invariant: bool = False,
+    tail_mask: Tensor | None = None,
 ) -> Plan:
     """Every check of a `flash_mla_with_kvcache` call, and its plan. Values are checked where nobody has."""
     problem = contract.decode(
-        q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale, batch_invariant
-    )
+        q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale, batch_invariant,
+        tail_mask,
+    )  # fmt: skip
     if softmax_scale is None and problem.alias:
         contract.warn_default_scale(problem.D, problem.Dv, stacklevel=4)
     if out is not None:
         q_descale, k_descale, v_descale = descales
         problem = contract.check_out(
             out, problem, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, seq_lens=seq_lens, mask=mask,
-            q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
+            tail_mask=tail_mask, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
         )  # fmt: skip
     chosen = plan(problem, backend)
     if metadata is not None:

@@ -426,6 +426,25 @@ def check_mask(name: str, mask: Tensor | None, B: int, Hq: int, rows: int, layou
     return "bool" if mask.dtype == torch.bool else "float"
 
 
+def check_decode_masks(
+    mask: Tensor | None, tail_mask: Tensor | None, B: int, Hq: int, S_q: int, device: torch.device
+) -> MaskKind:
+    """The kind of a decode's mask, over all keys or over the S_q newest tokens."""
+    if tail_mask is None:
+        return check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, P+T]")
+    kind = check_mask("tail_mask", tail_mask, B, Hq, S_q, "[B|1, Hq|1, S_q, S_q]")
+    if mask is not None or tail_mask.shape[2:] != (S_q, S_q):
+        given = {"tail_mask": tail_mask} if mask is None else {"mask": mask, "tail_mask": tail_mask}
+        raise MaskShapeError(
+            named(**given),
+            f"tail_mask [B|1, Hq|1, {S_q}, {S_q}] and no mask beside it",
+            "`tail_mask` is the mask over the new tokens alone, whose earlier keys are all seen",
+            "Leave one out; a mask over all keys is `mask`",
+        )
+    check_on(device, tail_mask=tail_mask)
+    return kind
+
+
 def check_mask_length(name: str, mask: Tensor | None, keys: int) -> None:
     if mask is not None and mask.shape[-1] < keys:
         raise MaskShapeError(
@@ -673,19 +692,22 @@ def decode(
     attn_sink: Tensor | None = None,
     softmax_scale: float | None = None,
     batch_invariant: bool = False,
+    tail_mask: Tensor | None = None,
 ) -> DecodeProblem:
     """The problem of a `flash_mla_with_kvcache` call; reads no value.
 
     A call without a mask whose shapes, strides, dtypes and devices passed before is not checked again.
     """
     scale_sign = check_scale(softmax_scale)
-    key = None if mask is not None else passing(q, k_cache, v_cache, block_table, seq_lens, descales, attn_sink)
+    key = None
+    if mask is None and tail_mask is None:
+        key = passing(q, k_cache, v_cache, block_table, seq_lens, descales, attn_sink)
     problem = None if key is None else PASSED.get((scale_sign, batch_invariant, key))
     if problem is not None:
         return problem
     refuse_deepseek_order(q, k_cache, v_cache)
     problem = checked_decode(
-        q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, scale_sign, batch_invariant
+        q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, scale_sign, batch_invariant, tail_mask
     )
     if key is not None:
         if len(PASSED) >= MOST_PASSED:
@@ -740,6 +762,7 @@ def checked_decode(
     attn_sink: Tensor | None,
     scale_sign: int,
     batch_invariant: bool,
+    tail_mask: Tensor | None,
 ) -> DecodeProblem:
     """As `decode`, every check made."""
     check_tensor("q", q)
@@ -764,7 +787,8 @@ def checked_decode(
         v_cache,
         block_table,
         alias=alias,
-        mask=check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, P+T]"),
+        mask=check_decode_masks(mask, tail_mask, B, Hq, S_q, q.device),
+        tail=tail_mask is not None,
         descale=check_descales(descales, B, k_cache.shape[1], q.device),
         sink=attn_sink is not None,
         scale_sign=scale_sign,

@@ -34,6 +34,7 @@ def decode_op(
     k_descale: Tensor | None,
     v_descale: Tensor | None,
     attn_sink: Tensor | None,
+    tail_mask: Tensor | None,
     check_values: bool,
     batch_invariant: bool,
     backend: str | None,
@@ -44,11 +45,12 @@ def decode_op(
     with torch.no_grad():
         chosen = plan_decode(
             q, k_cache, v_cache, block_table, seq_lens, mask, None, softmax_scale, descales, attn_sink, backend, out,
-            check_values, batch_invariant,
+            check_values, batch_invariant, tail_mask,
         )  # fmt: skip
         return launch(
             chosen, "flash_mla_with_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
-            mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=None, return_lse=True,
+            mask=mask if tail_mask is None else tail_mask, softmax_scale=softmax_scale, descales=descales,
+            attn_sink=attn_sink, out=None, return_lse=True,
         )  # type: ignore[return-value]  # fmt: skip
 
 
@@ -158,6 +160,7 @@ def pages_op(
     k_descale: Tensor | None,
     v_descale: Tensor | None,
     attn_sink: Tensor | None,
+    tail_mask: Tensor | None,
     batch_invariant: bool,
     backend: str | None,
     out: Tensor | None,
@@ -167,12 +170,12 @@ def pages_op(
         if out is not None:
             views = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
             descales = (q_descale, k_descale, v_descale)
-            check_pages_out(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, out, batch_invariant)
+            check_pages_out(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, out, tail_mask)
         return decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, mask, layout=layout, k_rope_pages=k_rope_pages,
             v_head_dim=v_head_dim, causal=causal, check_values=check_values, softmax_scale=softmax_scale,
             q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink, return_lse=True,
-            batch_invariant=batch_invariant, backend=backend,
+            tail_mask=tail_mask, batch_invariant=batch_invariant, backend=backend,
         )  # type: ignore[return-value]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def decode_over_pages(
     causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
     q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
     v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[False] = False,
-    out: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
+    out: Tensor | None = ..., tail_mask: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def decode_over_pages(
     causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
     q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
     v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[True],
-    out: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
+    out: Tensor | None = ..., tail_mask: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def decode_over_pages(
     causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
     q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
     v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: bool, out: Tensor | None = ...,
-    batch_invariant: bool = ..., backend: str | None = ...,
+    tail_mask: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -83,6 +83,7 @@ def decode_over_pages(
     attn_sink: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
+    tail_mask: Tensor | None = None,
     batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -98,7 +99,7 @@ def decode_over_pages(
         v_pages: likewise with Dv columns. None: V is the first v_head_dim columns of k_pages (MLA), read once.
         block_table: [B, max_pages] int32 or int64: token t of request b is in page block_table[b, t // page].
         seq_lens: [B] int32 or int64, tokens in the cache, the new ones included. 0: out 0, lse -inf.
-        mask: as in flash_mla_with_kvcache.
+        mask, tail_mask: as in flash_mla_with_kvcache.
         layout: "NHD" (default) or "HND", of all three pools.
         k_rope_pages: K's last columns where the latent is split: k_pages then holds the first Dv (ckv), this one the
             D - Dv others (kpe), and V is k_pages. Default None.
@@ -121,21 +122,20 @@ def decode_over_pages(
         check_backend(backend)
         result = torch.ops.flash_mla.decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, mask, layout, k_rope_pages, v_head_dim, causal, check_values,
-            softmax_scale, *as_tensors(descales, q), attn_sink, batch_invariant, backend,
-            out,
+            softmax_scale, *as_tensors(descales, q), attn_sink, tail_mask, batch_invariant,
+            backend, out,
         )  # fmt: skip
         return give_back(result, return_lse, out)
     k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
     if softmax_scale is None and v_pages is None:
         contract.warn_default_scale(q.shape[3], v.shape[4], stacklevel=3)
     if out is not None:
-        check_pages_out(
-            q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out, batch_invariant
-        )
-    attend = attend_pages if causal or mask is not None or q.shape[2] <= 1 else unfold
+        check_pages_out(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out, tail_mask)
+    plain = mask is None and tail_mask is None
+    attend = unfold if plain and not causal and q.shape[2] > 1 else attend_pages
     return attend(
         q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, return_lse, out, backend,
-        check_values, batch_invariant,
+        check_values, batch_invariant, tail_mask,
     )  # fmt: skip
 
 
@@ -249,10 +249,11 @@ def attend_pages(
     backend: str | None,
     check_values: bool,
     batch_invariant: bool = False,
+    tail_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call over page views; `out` has passed `check_pages_out`, or is new memory."""
     problem = pages_problem(
-        q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out, batch_invariant
+        q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out, tail_mask, batch_invariant
     )
     if out is not None and not contract.is_aligned(out):
         problem = problem._replace(aligned=False)
@@ -263,8 +264,8 @@ def attend_pages(
     packed = chosen.problem != problem
     result = launch(
         chosen, "decode_over_pages", q=q.contiguous() if packed else q, k=k, v=v, k_rope=k_rope, block_table=table,
-        seq_lens=seq_lens, mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink,
-        out=None if packed else out, return_lse=return_lse,
+        seq_lens=seq_lens, mask=mask if tail_mask is None else tail_mask, softmax_scale=softmax_scale,
+        descales=descales, attn_sink=attn_sink, out=None if packed else out, return_lse=return_lse,
     )  # fmt: skip
     if not packed or out is None:
         return result
@@ -285,7 +286,8 @@ def pages_problem(
     descales: Descales,
     attn_sink: Tensor | None,
     out: Tensor | None,
-    batch_invariant: bool,
+    tail_mask: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> DecodeProblem:
     """The problem of a call over page views; reads no value.
 
@@ -293,7 +295,9 @@ def pages_problem(
     """
     scale_sign = contract.check_scale(softmax_scale)
     out_strides = None if out is None or out.is_contiguous() else out.stride()
-    key = None if mask is not None else contract.passing(q, k, v, table, seq_lens, descales, attn_sink)
+    key = None
+    if mask is None and tail_mask is None:
+        key = contract.passing(q, k, v, table, seq_lens, descales, attn_sink)
     if key is not None:
         rope = None if k_rope is None else (k_rope.shape, k_rope.stride(), k_rope.dtype, k_rope.data_ptr() % ALIGNMENT)
         key = (*key, rope, scale_sign, out_strides, batch_invariant)
@@ -312,7 +316,7 @@ def pages_problem(
     contract.check_sink(attn_sink, Hq, q.device)
     problem = contract.decode_problem(
         q, k, v, table, k_rope, alias=contract.is_alias(k, v),
-        mask=contract.check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, L]"),
+        mask=contract.check_decode_masks(mask, tail_mask, B, Hq, S_q, q.device), tail=tail_mask is not None,
         descale=contract.check_descales(descales, B, Hk, q.device), sink=attn_sink is not None,
         scale_sign=scale_sign, out_strides=out_strides, batch_invariant=batch_invariant,
     )  # fmt: skip
@@ -338,20 +342,18 @@ def check_pages_out(
     descales: Descales,
     attn_sink: Tensor | None,
     out: Tensor,
-    batch_invariant: bool = False,
+    tail_mask: Tensor | None = None,
 ) -> None:
     """A caller's out: its shape, its layout, and that it shares memory with nothing."""
     contract.check_tensor("out", out)
     contract.check_rank("out", out.shape, 4, "[B, Hq, S_q, Dv]")
     if not out.is_contiguous():
         check_spread(out)
-    problem = pages_problem(
-        q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out, batch_invariant
-    )
+    problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out, tail_mask)
     q_descale, k_descale, v_descale = descales
     contract.check_out(
         out, problem, q=q, k_pages=k, v_pages=v, k_rope_pages=k_rope, block_table=table, seq_lens=seq_lens, mask=mask,
-        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
+        tail_mask=tail_mask, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
     )  # fmt: skip
 
 
@@ -397,6 +399,7 @@ def unfold(
     backend: str | None,
     check_values: bool,
     batch_invariant: bool = False,
+    tail_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call without causality: its S_q queries see the same keys, as heads of one group do, and go in as such."""
     B, Hq, S_q, D = q.shape

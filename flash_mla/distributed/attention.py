@@ -34,7 +34,7 @@ from flash_mla.distributed.split import (
     tail_keys,
     tail_table,
 )
-from flash_mla.errors import HeadGroupingError, MaskShapeError, SequenceLengthError, ShapeError
+from flash_mla.errors import HeadGroupingError, SequenceLengthError, ShapeError
 from flash_mla.launch import launch
 from flash_mla.merge import apply_sink, merge
 from flash_mla.plan import plan
@@ -153,7 +153,8 @@ class ShardedAttention:
             metadata = get_mla_metadata(
                 q_shape, kv_shape, block_table, lengths, v_head_dim=v_head_dim, check_values=check_values
             )
-            check_masks(mask, tail_mask, B, Hq, S_q, seq_lens.device)
+            contract.check_on(seq_lens.device, mask=mask)
+            contract.check_decode_masks(mask, tail_mask, B, Hq, S_q, seq_lens.device)
             values = None
             if check_values:
                 values = seq_lens.tolist()
@@ -423,20 +424,6 @@ def merge_rounded(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
-
-
-def check_masks(mask: Tensor | None, tail_mask: Tensor | None, B: int, Hq: int, S_q: int, device: torch.device) -> None:
-    """The shapes and dtypes of a step's masks, of which there is one at most."""
-    contract.check_on(device, mask=mask, tail_mask=tail_mask)
-    contract.check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, L]")
-    contract.check_mask("tail_mask", tail_mask, B, Hq, S_q, "[B|1, Hq|1, S_q, S_q]")
-    if tail_mask is not None and (mask is not None or tail_mask.shape[2:] != (S_q, S_q)):
-        raise MaskShapeError(
-            given=contract.named(**{n: x for n, x in (("mask", mask), ("tail_mask", tail_mask)) if x is not None}),
-            required=f"tail_mask [B|1, Hq|1, {S_q}, {S_q}] and no mask beside it",
-            cause="`tail_mask` is over the new tokens alone; earlier keys are all seen",
-            fix="Pass mask over all keys, or tail_mask [B|1, Hq|1, S_q, S_q]",
-        )
 
 
 def check_whole_lengths(seq_lens: list[int]) -> None:

@@ -59,6 +59,8 @@ def config(problem: DecodeProblem) -> None:
 @undisturbed
 def launch(problem: DecodeProblem, config: None, args: DecodeArgs) -> None:
     """Plan each request's reads, attend to them, merge, store."""
+    if problem.tail:
+        problem, args = problem._replace(tail=False), args._replace(mask=args.whole_mask(longest(problem, args)))
     if problem.batch_invariant and problem.B > 1:
         # a request alone is read in the same slices in every batch
         alone = problem._replace(B=1)
@@ -75,6 +77,11 @@ def launch(problem: DecodeProblem, config: None, args: DecodeArgs) -> None:
     out, lse = merge_parts(problem, parts)
     rows = (problem.ratio, problem.S_q)
     store(args, slice(0, problem.B), out.unflatten(2, rows), lse.unflatten(2, rows))
+
+
+def longest(problem: DecodeProblem, args: DecodeArgs) -> int:
+    """Keys of the longest request, inside what the table covers."""
+    return min(max(int(args.seq_lens.max()), 1), problem.table_blocks * problem.page)
 
 
 def request_of(args: DecodeArgs, b: int) -> DecodeArgs:

@@ -156,7 +156,7 @@ def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) ->
         decode.constants(
             config.decode, q=args.q, k=args.k, v=args.v, k_rope=args.k_rope, block_table=args.block_table,
             mask=args.mask, q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale, out=args.out,
-            flip=problem.scale_sign < 0,
+            flip=problem.scale_sign < 0, tail=problem.tail,
         ),
         {"num_warps": config.decode.warps, "num_stages": config.decode.stages},
     )  # fmt: skip

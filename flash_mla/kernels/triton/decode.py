@@ -201,6 +201,7 @@ def decode_kernel(
     PAGE: tl.constexpr,
     FLIP: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool", "float"
+    TAIL: tl.constexpr,  # its first column is the first of the S_Q newest tokens
     SPLIT: tl.constexpr,
     PIECE: tl.constexpr,  # units of a piece at least; 0: shares
     MOST_PIECES: tl.constexpr,
@@ -322,7 +323,7 @@ def decode_kernel(
                 tokens=t + offs_n, end=seq_len, limit=limit, mask_rows=mask_rows, mask_len=mask_len,
                 stride_mt=stride_mt, row_live=row_live, offs_d=offs_d, offs_r=offs_r, offs_v=offs_v, D=D, DV=DV,
                 MASK=MASK, TEST=True, D_REST=D_REST, REUSE=REUSE, FLIP=FLIP, WIDEN=WIDEN, PRECISION=PRECISION,
-                rest_rows=rest_rows,
+                rest_rows=rest_rows, TAIL=TAIL, mask_first=seq_len - S_Q,
             )  # fmt: skip
 
         # write the item, or this share's part of it
@@ -385,6 +386,7 @@ def constants(
     v_descale: Tensor | None,
     out: Tensor,
     flip: bool,
+    tail: bool,
 ) -> dict[str, int | bool | str]:
     """decode_kernel's arguments after softmax_scale: all that one problem fixes."""
     B, Hq, S_q, D = q.shape
@@ -396,8 +398,8 @@ def constants(
         **strides("qd", "bh", q_descale), **strides("kd", "bh", k_descale), **strides("vd", "bh", v_descale),
         S_Q=S_q, RATIO=Hq // Hk, D=D, DV=Dv, STRIDE_KT=k.stride(3), STRIDE_VT=v.stride(3),
         STRIDE_RT=0 if k_rope is None else k_rope.stride(3), PAGE=page, FLIP=flip, MASK=mask_kind(mask),
-        SPLIT=config.programs > 0, PIECE=PIECE if config.pieces else 0, MOST_PIECES=MOST_PIECES, PDL=config.pdl,
-        TILE_M=config.tile_m, TILE_N=config.tile_n, D_MAIN=config.d_main, D_REST=config.d_rest, DV_TILE=config.dv_tile,
-        REUSE=config.reuse, WIDEN=config.widen, WIDEN_Q=config.widen if q.element_size() == 1 else "",
-        PRECISION=config.precision,
+        TAIL=tail, SPLIT=config.programs > 0, PIECE=PIECE if config.pieces else 0, MOST_PIECES=MOST_PIECES,
+        PDL=config.pdl, TILE_M=config.tile_m, TILE_N=config.tile_n, D_MAIN=config.d_main, D_REST=config.d_rest,
+        DV_TILE=config.dv_tile, REUSE=config.reuse, WIDEN=config.widen,
+        WIDEN_Q=config.widen if q.element_size() == 1 else "", PRECISION=config.precision,
     )  # fmt: skip
