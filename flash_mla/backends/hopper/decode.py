@@ -15,12 +15,18 @@ from flash_mla.problem import DecodeArgs, DecodeProblem
 
 
 def refuse_queries(problem: DecodeProblem, most: int) -> str | None:
-    """Why the kernels cannot run so many query tokens (at most `most`), or this mask, or None."""
-    if problem.S_q > most:
-        return f"S_q = {problem.S_q}: at most {most} query tokens a request"
-    if problem.mask != "none":
-        return f"a {problem.mask} mask: only causal decode"
-    return None
+    """Why the kernels cannot run so many query tokens (at most `most`), or None."""
+    return f"S_q = {problem.S_q}: at most {most} query tokens a request" if problem.S_q > most else None
+
+
+def refuse_mask(problem: DecodeProblem) -> str | None:
+    """Why the kernels with masks cannot run this one, or None."""
+    return "a float mask: only bool ones" if problem.mask == "float" else None
+
+
+def bytes_of(mask: Tensor) -> Tensor:
+    """A bool mask [B, Hq, S_q, columns] as the kernels read it: one without a column hides all keys."""
+    return mask.view(torch.uint8) if mask.shape[-1] else mask.new_zeros(1, dtype=torch.uint8).expand(*mask.shape[:3], 1)
 
 
 def piece_slots(problem: DecodeProblem, groups: int, piece: int) -> int:
@@ -46,6 +52,7 @@ def launch(
     words: int,
     ctas: int,
     descales: bool,
+    masks: bool,
 ) -> None:
     """Fill args.out and args.lse. An int64 table or lengths are converted first, on the device.
 
@@ -54,6 +61,7 @@ def launch(
         words: FP32 words of workspace.
         ctas: persistent CTAs, or clusters of them.
         descales: whether the kernel has arguments for them.
+        masks: whether it has for a mask.
     """
     workspace = torch.empty(words, dtype=torch.float32, device=problem.device)
     lse = args.lse
@@ -62,6 +70,8 @@ def launch(
     factors: list[Tensor] = []
     if descales:
         factors = [factor(problem, x, workspace) for x in (args.q_descale, args.k_descale, args.v_descale)]
+    seen = [workspace if args.mask is None else bytes_of(args.mask)] if masks else []
+    tail = [int(problem.tail)] if masks else []
     # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own
     with device_of(problem.device):
         kernel(
@@ -74,9 +84,11 @@ def launch(
             args.out,
             lse,
             workspace,
+            *seen,
             args.softmax_scale * math.log2(math.e),
             int(args.attn_sink is not None),
             query_row_stride(problem),
+            *tail,
             # a cache that all requests share has one request, whatever its batch stride says
             *(problem.B if strides[0] else 1 for strides in (problem.k_strides, problem.v_strides)[: len(caches)]),
             ctas,

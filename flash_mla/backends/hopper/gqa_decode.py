@@ -25,6 +25,7 @@ def refuse(problem: DecodeProblem) -> str | None:
     itemsize = problem.dtype.itemsize
     return (
         decode.refuse_queries(problem, MAX_S_Q)
+        or decode.refuse_mask(problem)
         or refuse_query(problem)
         or refuse_rows("k_cache", problem.k_strides, problem.D, itemsize)
         or refuse_rows("v_cache", problem.v_strides, problem.Dv, itemsize)
@@ -36,7 +37,7 @@ def config(problem: DecodeProblem) -> Config:
     rows, tiles = problem.ratio * problem.S_q, TILES_N if problem.Dv <= WIDE_DV else TILES_N[:-1]
     tile_n = next((n for n in tiles if n >= rows), tiles[-1])
     piece = PIECE if problem.batch_invariant else 0
-    return Config(DTYPES[problem.dtype], problem.D, problem.Dv, tile_n, problem.descale, piece)
+    return Config(DTYPES[problem.dtype], problem.D, problem.Dv, tile_n, problem.descale, piece, problem.mask != "none")
 
 
 def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
@@ -52,4 +53,4 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
     ctas = multiprocessors(problem.device)
     tiles = problem.Hk * -(-problem.ratio * problem.S_q // config.tile_n)
     words = config.workspace_words(ctas, decode.piece_slots(problem, tiles, config.piece))
-    decode.launch(kernel, problem, args, caches=(args.k, args.v), words=words, ctas=ctas, descales=True)
+    decode.launch(kernel, problem, args, caches=(args.k, args.v), words=words, ctas=ctas, descales=True, masks=True)

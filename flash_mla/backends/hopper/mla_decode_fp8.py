@@ -26,6 +26,8 @@ def refuse(problem: DecodeProblem) -> str | None:
         )
     if (problem.D, problem.Dv) not in WIDTHS:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
+    if problem.mask != "none":
+        return f"a {problem.mask} mask: only causal decode"
     if problem.batch_invariant:
         return "batch_invariant: requests are split so that all together fill the machine"
     request, _, block, row, column = problem.k_strides
@@ -55,4 +57,4 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
     kernel = store.load("mla_decode_fp8", config, build)
     clusters = multiprocessors(problem.device) // config.cluster
     words = config.workspace_words(clusters)
-    decode.launch(kernel, problem, args, caches=(args.k,), words=words, ctas=clusters, descales=True)
+    decode.launch(kernel, problem, args, caches=(args.k,), words=words, ctas=clusters, descales=True, masks=False)

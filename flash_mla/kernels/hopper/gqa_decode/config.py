@@ -51,7 +51,8 @@ class Config:
     """What is compiled: everything else is an argument of the kernel.
 
     dtype of q, k and v (out: the same, BF16 for FP8); D, Dv; tile_n, the query rows of a CTA; descale: whether q, k and
-    v have factors; piece: the pairs of blocks that a batch-invariant call cuts requests at (0: it is none).
+    v have factors; piece: the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); masked:
+    there is a bool mask.
     """
 
     dtype: Literal["bf16", "fp16", "fp8"]
@@ -60,6 +61,7 @@ class Config:
     tile_n: int
     descale: bool
     piece: int = 0
+    masked: bool = False
 
     @property
     def fp8(self) -> bool:

@@ -60,6 +60,7 @@ from flash_mla.kernels.hopper.gqa_decode.producer import Producer, prefetch_tabl
 from flash_mla.kernels.hopper.gqa_decode.result import Segments
 from flash_mla.kernels.hopper.gqa_decode.shared import Scalars, Shared, Tensors
 from flash_mla.kernels.hopper.limits import BLOCK, WARPGROUP
+from flash_mla.kernels.hopper.masks import Mask
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows, piece_slots
 from flash_mla.kernels.hopper.split import scan_words
@@ -90,9 +91,11 @@ class GqaDecode:
         out: cute.Tensor,  # [B, Hq, S_q, Dv], contiguous
         lse: cute.Tensor,  # [B, Hq, S_q] FP32, contiguous
         workspace: cute.Tensor,  # [workspace_words(ctas)] FP32
+        seen: cute.Tensor,  # [B, Hq, S_q, columns] uint8; anything if not config.masked
         scale_log2: Float32,
         has_sink: Int32,
         q_row: Int64,  # elements between the packed query rows of a KV head
+        tail: Int32,  # whether `seen` is over the S_q newest tokens alone
         k_requests: Int32,  # with pages of their own: B, or 1 where they share them
         v_requests: Int32,
         ctas: Int32,
@@ -122,6 +125,7 @@ class GqaDecode:
             packed_out,
             packed_lse,
             Partials.over(workspace, ctas, N, config.Dv, piece_slots(table, scalars.groups, config.piece)),
+            Mask(seen, tail) if const_expr(config.masked) else None,
         )
         load, chunk = cpasync.CopyBulkTensorTileG2SOp(), config.chunk
         tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, row_layout(dtype, N, chunk), (N, chunk))
@@ -232,9 +236,11 @@ def arguments(config: Config) -> tuple:
         symbolic.tensor(out_dtype, (B, Hq, S_q, config.Dv), align=16),
         symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
+        symbolic.mask(B, Hq, S_q, config.masked),
         Float32(1.0),
         Int32(0),
         Int64(config.stride_unit),
+        Int32(0),
         Int32(1),
         Int32(1),
         Int32(1),

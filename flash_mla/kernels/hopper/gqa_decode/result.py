@@ -45,7 +45,7 @@ class Segments:
                 scale = scale * q_scale * tensors.k_descale[item.request, item.head]
                 v_scale = tensors.v_descale[item.request, item.head]
             self.consumer.start()
-            consume(self.consumer, scalars, item, scale, first, last, length, done)
+            consume(self.consumer, scalars, item, scale, first, last, length, done, tensors.mask)
             piece = self.consumer.config.piece
             slot = slot_of(place, part, self.cta, scalars.groups, tensors.table, piece)
             self.write_result(item, v_scale, part.whole, slot)

@@ -15,6 +15,7 @@ from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.gqa_decode.config import CONSUMER_WARPS, WARPS, Config
 from flash_mla.kernels.hopper.limits import BLOCK
+from flash_mla.kernels.hopper.masks import Mask
 from flash_mla.kernels.hopper.partials import Partials
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.walk import Place
@@ -24,7 +25,7 @@ class Tensors(NamedTuple):
     """Global memory, all but q, k and v, which only TMA reads.
 
     table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; descales [B, Hk] FP32; out [B, Hq * S_q, Dv]; lse
-    [B, Hq * S_q] FP32, natural log.
+    [B, Hq * S_q] FP32, natural log; mask: None where the keys are causal.
     """
 
     table: cute.Tensor
@@ -36,6 +37,7 @@ class Tensors(NamedTuple):
     out: cute.Tensor
     lse: cute.Tensor
     partials: Partials
+    mask: Mask | None
 
 
 class Scalars(NamedTuple):

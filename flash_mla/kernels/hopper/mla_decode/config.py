@@ -51,13 +51,15 @@ class Config:
     """What is compiled: everything else is an argument of the kernel.
 
     dtype of q, k and out; D, the width of K's rows (576, or 512 without a rope part); cluster, the CTAs that share K;
-    piece, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none).
+    piece, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); masked, whether there is a
+    bool mask.
     """
 
     dtype: Literal["bf16", "fp16"]
     D: int
     cluster: int
     piece: int = 0
+    masked: bool = False
 
     @property
     def chunks(self) -> int:

@@ -52,6 +52,7 @@ from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine_partials
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
+from flash_mla.kernels.hopper.masks import Mask
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import (
     CHUNK_ELEMENTS,
@@ -96,9 +97,11 @@ class MlaDecode:
         out: cute.Tensor,  # [B, Hq, S_q, 512], contiguous
         lse: cute.Tensor,  # [B, Hq, S_q] FP32, contiguous
         workspace: cute.Tensor,  # [workspace_words(clusters)] FP32
+        seen: cute.Tensor,  # [B, Hq, S_q, columns] uint8; anything if not config.masked
         scale_log2: Float32,
         has_sink: Int32,
         q_row: Int64,  # elements between packed query rows
+        tail: Int32,  # whether `seen` is over the S_q newest tokens alone
         requests: Int32,  # with a cache of their own: B, or 1 where they share it
         clusters: Int32,
         stream,
@@ -119,6 +122,7 @@ class MlaDecode:
             out=packed_out,
             lse=packed_lse,
             partials=Partials.over(workspace, clusters, config.rows, DV, piece_slots(table, groups, config.piece)),
+            mask=Mask(seen, tail) if const_expr(config.masked) else None,
         )
         chunk = row_layout(DTYPES[config.dtype], BLOCK, CHUNK)
         load = cpasync.CopyBulkTensorTileG2SOp()
@@ -220,9 +224,11 @@ def arguments(config: Config) -> tuple:
         symbolic.tensor(dtype, (B, Hq, S_q, DV), align=16),
         symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
+        symbolic.mask(B, Hq, S_q, config.masked),
         Float32(1.0),
         Int32(0),
         Int64(8),
+        Int32(0),
         Int32(1),
         Int32(1),
     )

@@ -15,7 +15,7 @@ from flash_mla.kernels.hopper.lanes import quad_sum
 from flash_mla.kernels.hopper.limits import STAGED, TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import CONSUMERS, HALF, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
-from flash_mla.kernels.hopper.mla_decode.pairs import Causal, consume_left, consume_right
+from flash_mla.kernels.hopper.mla_decode.pairs import Causal, Masked, consume_left, consume_right
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Tensors
 from flash_mla.kernels.hopper.partials import slot_of
 from flash_mla.kernels.hopper.staging import store_rows
@@ -46,6 +46,8 @@ class Segments:
             consumer.start(row0, length, S_q)
             consumer.shared.q.wait(0, done.segments)
             keys = Causal(length, S_q)
+            if const_expr(consumer.config.masked):
+                keys = Masked(length, S_q, self.tensors.mask, place.request, row0)
             if const_expr(consumer.side == 0):
                 consume_left(consumer, keys, part.first, part.last, done.items)
             else:

@@ -12,6 +12,7 @@ from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
+from flash_mla.kernels.hopper.masks import Mask
 from flash_mla.kernels.hopper.mla_decode.config import (
     CHUNK_ELEMENTS,
     CONSUMER_WARPS,
@@ -29,7 +30,8 @@ from flash_mla.kernels.hopper.split import scan_words
 class Tensors(NamedTuple):
     """Global memory, all but q and k, which only TMA reads.
 
-    table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; out [B, rows, 512]; lse [B, rows] FP32, natural log.
+    table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; out [B, rows, 512]; lse [B, rows] FP32, natural log;
+    mask: None where the keys are causal.
     """
 
     table: cute.Tensor
@@ -38,6 +40,7 @@ class Tensors(NamedTuple):
     out: cute.Tensor
     lse: cute.Tensor
     partials: Partials
+    mask: Mask | None
 
 
 class Scalars(NamedTuple):
