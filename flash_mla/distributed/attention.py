@@ -130,7 +130,7 @@ class ShardedAttention:
             block_table: [B, W] int32 or int64 of this rank: its i-th block of a request is block rank + i * ranks.
             seq_lens: [B] int32 or int64, tokens of whole requests, over all ranks, the S_q new ones included.
             mask: [B|1, Hq|1, S_q|1, L], L >= max(seq_lens), over the keys of whole requests, as in
-                flash_mla_with_kvcache. None (default): causal. NOTE: Hopper's decode kernels take no mask; Triton's do.
+                flash_mla_with_kvcache. None (default): causal. NOTE: Hopper's decode kernels take bool masks alone.
             tail_mask: [B|1, Hq|1, S_q, S_q], bool or floating, over the S_q new tokens alone (tree decoding); earlier
                 keys are all seen. Default None.
             v_head_dim: as in get_mla_metadata.

@@ -128,7 +128,7 @@ def test_takes(changes: dict) -> None:
         ({"D": 576}, "at most 256"),
         ({"Dv": 512}, "at most 256"),
         ({"kv_dtype": FP8}, "one dtype"),
-        ({"S_q": 9}, "at most 8 query tokens"),
+        ({"S_q": 129}, "at most 128 query tokens"),
         ({"mask": "float"}, "a float mask"),
         ({"q_strides": (32 * 128, 128, 32 * 128, 1), "S_q": 2}, "evenly spaced"),
         ({"k_strides": (0, 0, 64 * 128, 128, 2)}, "k_cache strides"),

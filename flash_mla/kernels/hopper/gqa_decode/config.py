@@ -22,7 +22,7 @@ from flash_mla.kernels.hopper.limits import (
 
 MAX_D = 256
 """D and Dv, at most."""
-MAX_S_Q = 8
+MAX_S_Q = 128
 TILES_N = (8, 16, 32, 64)
 """Query rows of a CTA."""
 WIDE_DV = 128

@@ -11,7 +11,7 @@ from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, REGISTERS, STAGED, TIL
 
 WIDTHS = ((576, 512), (512, 512))
 """(D, Dv): the latent with and without a rope part."""
-MAX_S_Q = 8
+MAX_S_Q = 128
 DV = 512
 
 HALF = DV // 2
