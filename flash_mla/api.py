@@ -19,8 +19,8 @@ from flash_mla.contract import MLAMetadata
 from flash_mla.entry import entry
 from flash_mla.launch import launch
 from flash_mla.layout import BlockSparseLayout
-from flash_mla.plan import Plan, check_backend, plan
-from flash_mla.problem import AppendArgs
+from flash_mla.plan import Plan, plan
+from flash_mla.problem import PLAIN, AppendArgs, Options
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -148,26 +148,25 @@ def flash_mla_with_kvcache(
     Raises:
         FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
+    mask, tail = contract.one_mask(mask, tail_mask), tail_mask is not None
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
-        check_backend(backend)
         if metadata is not None:
             contract.check_metadata(metadata, q, k_cache, v_cache, block_table)
         check_values = metadata is None
         result = torch.ops.flash_mla.flash_mla_with_kvcache(
             q, k_cache, v_cache, block_table, seq_lens, mask, softmax_scale, *as_tensors(descales, q), attn_sink,
-            tail_mask, check_values, batch_invariant, backend, out,
+            tail, batch_invariant, check_values, backend, out,
         )  # fmt: skip
         return give_back(result, return_lse, out)
 
     chosen = plan_decode(
         q, k_cache, v_cache, block_table, seq_lens, mask, metadata, softmax_scale, descales, attn_sink, backend, out,
-        batch_invariant=batch_invariant, tail_mask=tail_mask,
+        options=Options(tail, batch_invariant),
     )  # fmt: skip
     return launch(
         chosen, "flash_mla_with_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
-        mask=mask if tail_mask is None else tail_mask, softmax_scale=softmax_scale, descales=descales,
-        attn_sink=attn_sink, out=out, return_lse=return_lse,
+        mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=out, return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -252,7 +251,6 @@ def flash_mla_prefill(
     descales = (q_descale, k_descale, v_descale)
     compiling = torch.compiler.is_compiling()
     if compiling or learning(q, k, v, attn_mask, *descales, attn_sink):
-        check_backend(backend)
         if out is not None:
             contract.refuse_learning_out(out)
         attend = torch.ops.flash_mla.flash_mla_prefill if compiling else Prefill.apply
@@ -347,7 +345,6 @@ def mha_fwd_kvcache(
     causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
-        check_backend(backend)
         writes = k is not None or v is not None
         if writes and (is_pool(k_cache) or is_pool(v_cache)):
             # NOTE: a graph cannot declare that it writes to an expanded tensor: it breaks here, and the call is eager
@@ -395,21 +392,19 @@ def plan_decode(
     backend: str | None,
     out: Tensor | None,
     check_values: bool = True,
-    batch_invariant: bool = False,
-    tail_mask: Tensor | None = None,
+    options: Options = PLAIN,
 ) -> Plan:
     """Every check of a `flash_mla_with_kvcache` call, and its plan. Values are checked where nobody has."""
     problem = contract.decode(
-        q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale, batch_invariant,
-        tail_mask,
-    )  # fmt: skip
+        q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale, options
+    )
     if softmax_scale is None and problem.alias:
         contract.warn_default_scale(problem.D, problem.Dv, stacklevel=4)
     if out is not None:
         q_descale, k_descale, v_descale = descales
         problem = contract.check_out(
             out, problem, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, seq_lens=seq_lens, mask=mask,
-            tail_mask=tail_mask, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
+            q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
         )  # fmt: skip
     chosen = plan(problem, backend)
     if metadata is not None:
@@ -417,7 +412,7 @@ def plan_decode(
             contract.check_metadata(metadata, q, k_cache, v_cache, block_table)
     elif check_values:
         longest = contract.check_values(block_table, seq_lens, problem.Nblk)
-        contract.check_mask_length("mask", mask, longest)
+        contract.check_mask_length("mask", None if options.tail else mask, longest)
     return chosen
 
 

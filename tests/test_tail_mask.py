@@ -98,5 +98,5 @@ def test_it_is_a_square_alone():
         with pytest.raises(MaskShapeError, match="tail_mask"):
             flash_mla_with_kvcache(**x, tail_mask=wrong)
     x["mask"] = torch.ones(1, 1, 1, 200, dtype=torch.bool)
-    with pytest.raises(MaskShapeError, match="no mask beside it"):
+    with pytest.raises(MaskShapeError, match="one of them"):
         flash_mla_with_kvcache(**x, tail_mask=square)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Uint8
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from flash_mla.kernels.hopper.limits import TMA_BYTES
@@ -34,11 +33,6 @@ def tensor(
     if align is None:
         align = TMA_BYTES if tma else max(1, dtype.width // 8)
     return make_fake_tensor(dtype, sizes, tuple(strides), assumed_align=align)
-
-
-def mask(B: Any, Hq: Any, S_q: Any, given: bool) -> cute.Tensor:
-    """A decode's mask [B, Hq, S_q, columns] as bytes, or the tensor that stands where none is given."""
-    return tensor(Uint8, (B, Hq, S_q, None), strided=True) if given else tensor(Float32, (None,))
 
 
 def compiled(kernel, arguments: tuple, options: str = ""):

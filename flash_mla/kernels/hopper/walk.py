@@ -9,6 +9,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.table import length_of
 from flash_mla.kernels.hopper.work import Work
 
@@ -33,6 +34,12 @@ def segment_at(place: Place, work: Work, table: cute.Tensor, seq_lens: cute.Tens
     else:
         part = split.segment(pairs, place.offset, place.left, work.floor, cutlass.min, cutlass.max, work.start)
     return length, part
+
+
+@cute.jit
+def block_range(part: split.Segment, length):
+    """The blocks [first, last) of a segment: its pairs, without an odd block past the end."""
+    return 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
 
 
 @cute.jit

@@ -63,9 +63,17 @@ class Config:
     piece: int = 0
     masked: bool = False
 
+    latent, factors = False, True
+    cluster, threads = 1, THREADS
+
     @property
     def fp8(self) -> bool:
         return self.dtype == "fp8"
+
+    @property
+    def out(self) -> Literal["bf16", "fp16"]:
+        """The dtype of out."""
+        return "bf16" if self.dtype == "fp8" else self.dtype
 
     @property
     def product(self) -> Literal["bf16", "fp16"]:
@@ -126,11 +134,16 @@ class Config:
         return min(MAX_STAGES, (SMEM_BYTES - ALIGNMENT - self.fixed_bytes) // self.stage_bytes)
 
     @property
-    def stride_unit(self) -> int:
+    def q_unit(self) -> int:
         """Elements of which TMA's strides are multiples."""
         return TMA_BYTES if self.fp8 else TMA_BYTES // 2
 
-    def workspace_words(self, ctas: int, piece_slots: int) -> int:
+    @property
+    def rows(self) -> int:
+        """Query rows of a cluster, which is one CTA."""
+        return self.tile_n
+
+    def workspace_words(self, ctas: int, piece_slots: int = 0) -> int:
         """32-bit words of workspace: partial results, their lse, notes of split items."""
         return split.workspace_words(ctas, self.tile_n, self.Dv, piece_slots)
 

@@ -13,7 +13,6 @@ WIDTHS = ((576, 512), (512, 512))
 """(D, Dv): the latent with and without a rope part."""
 MAX_S_Q = 128
 DV = 512
-
 HALF = DV // 2
 """Output columns of a consumer warpgroup."""
 K_CHUNKS = 9
@@ -61,6 +60,12 @@ class Config:
     piece: int = 0
     masked: bool = False
 
+    Dv = DV
+    latent, factors = True, False
+    q_unit = 8
+    """Elements of q in the 16 bytes of which its strides are multiples."""
+    threads = THREADS
+
     @property
     def chunks(self) -> int:
         """64-column chunks of a row."""
@@ -75,7 +80,7 @@ class Config:
         """Chunks that travel through a stage: four of V, and the rope chunk with stages 1 and 2."""
         return 4 + (stage in (1, 2) and self.chunks == K_CHUNKS)
 
-    def workspace_words(self, clusters: int, piece_slots: int) -> int:
+    def workspace_words(self, clusters: int, piece_slots: int = 0) -> int:
         """32-bit words of workspace: partial results, their lse, notes of split items."""
         return split.workspace_words(clusters, self.rows, DV, piece_slots)
 

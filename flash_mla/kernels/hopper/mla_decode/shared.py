@@ -1,4 +1,4 @@
-"""What the roles of an MLA decode CTA share: the global tensors, and views of shared memory."""
+"""What the roles of an MLA decode CTA share: the scalars of a call, and views of shared memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
-from flash_mla.kernels.hopper.masks import Mask
 from flash_mla.kernels.hopper.mla_decode.config import (
     CHUNK_ELEMENTS,
     CONSUMER_WARPS,
@@ -23,24 +22,7 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     WARPS,
     Config,
 )
-from flash_mla.kernels.hopper.partials import Partials
 from flash_mla.kernels.hopper.split import scan_words
-
-
-class Tensors(NamedTuple):
-    """Global memory, all but q and k, which only TMA reads.
-
-    table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; out [B, rows, 512]; lse [B, rows] FP32, natural log;
-    mask: None where the keys are causal.
-    """
-
-    table: cute.Tensor
-    seq_lens: cute.Tensor
-    sink: cute.Tensor
-    out: cute.Tensor
-    lse: cute.Tensor
-    partials: Partials
-    mask: Mask | None
 
 
 class Scalars(NamedTuple):
@@ -50,6 +32,11 @@ class Scalars(NamedTuple):
     S_q: Int32
     has_sink: Int32
     groups: Int32
+
+    @property
+    def empty_lse(self):
+        """lse of a row without keys."""
+        return -Float32.inf
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,8 @@ from flash_mla.kernels.hopper.limits import (
     barrier_bytes,
     smem_bytes,
 )
+from flash_mla.kernels.hopper.mla_decode.config import DV
 
-WIDTHS = ((576, 512), (512, 512))
-"""(D, Dv): the latent with and without a rope part."""
-MAX_S_Q = 8
-DV = 512
-HALF = DV // 2
-"""Output columns of a values warpgroup."""
 ROPE = 64
 """Columns of the rope part, if there is one."""
 CHUNK = 128
@@ -67,6 +62,11 @@ class Config:
     tile_n: int
     cluster: int
     descale: bool
+
+    Dv = DV
+    latent, factors = True, True
+    piece, masked = 0, False
+    threads = THREADS
 
     @property
     def out(self) -> Literal["bf16", "fp16"]:
@@ -139,9 +139,9 @@ class Config:
         """Blocks of K in flight: what fits."""
         return min(MAX_STAGES, (SMEM_BYTES - ALIGNMENT - self.fixed_bytes) // (BLOCK * self.D))
 
-    def workspace_words(self, clusters: int) -> int:
+    def workspace_words(self, clusters: int, piece_slots: int = 0) -> int:
         """32-bit words of workspace: partial results, their lse, notes of split items."""
-        return split.workspace_words(clusters, self.rows, DV)
+        return split.workspace_words(clusters, self.rows, DV, piece_slots)
 
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""

@@ -46,13 +46,14 @@ Measured: docs/design/prefill.md.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, const_expr
-from cutlass.cute.nvgpu import cpasync
 
 from flash_mla.kernels.hopper import symbolic
-from flash_mla.kernels.hopper.boxes import row_layout, tma_boxes
+from flash_mla.kernels.hopper.boxes import Tma, load_of, store_of, tma_boxes
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
@@ -63,6 +64,15 @@ from flash_mla.kernels.hopper.prefill.producer import Producer
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Tensors, receive
 
 # ---------------------------------------------------------------------------------------------------------- Kernel
+
+
+class Tmas(NamedTuple):
+    """TMA of Q, K, V and out."""
+
+    q: Tma
+    k: Tma
+    v: Tma
+    out: Tma
 
 
 class Prefill:
@@ -89,16 +99,13 @@ class Prefill:
             order = [3, 4, 2, 1, 0] if paged else [2, 3, 1, 0]
             return cute.make_tensor(x.iterator, cute.select(x.layout, mode=order))
 
-        def box(rows: int) -> cute.ComposedLayout:
-            return row_layout(DTYPES[config.dtype], rows, CHUNK)
-
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        m, n = config.tile_m, config.box_rows
-        tma_q, tQ = cpasync.make_tiled_tma_atom(load, rows_first(q, False), box(m), (m, CHUNK))
-        tma_k, tK = cpasync.make_tiled_tma_atom(load, rows_first(k, config.paged), box(n), (n, CHUNK))
-        tma_v, tV = cpasync.make_tiled_tma_atom(load, rows_first(v, config.paged), box(n), (n, CHUNK))
-        tma_o, tO = cpasync.make_tiled_tma_atom(store, rows_first(out, False), box(m), (m, CHUNK))
-        self.kernel(tma_q, tQ, tma_k, tK, tma_v, tV, tma_o, tO, out, tensors, scalars).launch(
+        tmas = Tmas(
+            q=load_of(rows_first(q, False), config.tile_m, CHUNK),
+            k=load_of(rows_first(k, config.paged), config.box_rows, CHUNK),
+            v=load_of(rows_first(v, config.paged), config.box_rows, CHUNK),
+            out=store_of(rows_first(out, False), config.tile_m, CHUNK),
+        )
+        self.kernel(tmas, out, tensors, scalars).launch(
             grid=(ctas, 1, 1),
             block=(config.threads, 1, 1),
             smem=config.smem_bytes(),
@@ -110,20 +117,7 @@ class Prefill:
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        tma_q: cute.CopyAtom,
-        tQ: cute.Tensor,
-        tma_k: cute.CopyAtom,
-        tK: cute.Tensor,
-        tma_v: cute.CopyAtom,
-        tV: cute.Tensor,
-        tma_o: cute.CopyAtom,
-        tO: cute.Tensor,
-        out: cute.Tensor,
-        tensors: Tensors,
-        scalars: Scalars,
-    ):
+    def kernel(self, tmas: Tmas, out: cute.Tensor, tensors: Tensors, scalars: Scalars):
         config = self.config
         dtype = DTYPES[config.dtype]
 
@@ -145,7 +139,7 @@ class Prefill:
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
 
         if warp_id == 0:
-            open_channels(shared.channels, (tma_q, tma_k, tma_v, tma_o))
+            open_channels(shared.channels, tuple(tma.atom for tma in tmas))
         cute.arch.sync_threads()
 
         registers, few_registers = REGISTERS[config.consumers]
@@ -153,10 +147,10 @@ class Prefill:
         if warp_id >= producer_warp:
             cute.arch.setmaxregister_decrease(few_registers)
             if warp_id == producer_warp:
-                Producer.over(shared, tma_q, tQ, tma_k, tK, tma_v, tV).run(tensors, scalars, tQ)
+                Producer.over(shared, *tmas.q, *tmas.k, *tmas.v).run(tensors, scalars, tmas.q.tensor)
             elif const_expr(not config.staged):  # noqa: SIM102
                 if warp_id == producer_warp + 1:
-                    self.store(shared, tma_o, tO, scalars)
+                    self.store(shared, *tmas.out, scalars)
         else:
             cute.arch.setmaxregister_increase(registers)
             tidx, _, _ = cute.arch.thread_idx()
