@@ -173,7 +173,8 @@ def pages_op(
         return decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, None if tail else mask, layout=layout,
             k_rope_pages=k_rope_pages, v_head_dim=v_head_dim, causal=causal, check_values=check_values,
-            softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink, return_lse=True,
+            softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+            attn_sink=attn_sink, return_lse=True,
             tail_mask=mask if tail else None, batch_invariant=batch_invariant, backend=backend,
         )  # type: ignore[return-value]  # fmt: skip
 

@@ -30,12 +30,12 @@ SMALL = {
 }
 LARGE = {
     "gqa": dict(Hq=32, Hk=8, D=128, layout="pool"),
-    "gqa-many-rows": dict(Hq=64, Hk=2, D=128, S_q=4, sink=True),
-    "gqa-fp8": dict(Hq=32, Hk=8, D=128, dtype=FP8, descale="tensor"),
+    "gqa-many-rows": dict(Hq=64, Hk=2, D=128, S_q=4, sink=True, layout="pool"),
+    "gqa-fp8": dict(Hq=32, Hk=8, D=128, dtype=FP8, descale="tensor", layout="pool"),
     "gqa-256": dict(Hq=8, Hk=4, D=256, S_q=2),
     "mla-128-heads": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True, sink=True, layout="pool"),
-    "mla-64-heads": dict(Hq=64, Hk=1, D=576, Dv=512, alias=True, S_q=2),
-    "mla-16-heads": dict(Hq=16, Hk=1, D=576, Dv=512, alias=True),
+    "mla-64-heads": dict(Hq=64, Hk=1, D=576, Dv=512, alias=True, S_q=2, layout="pool"),
+    "mla-16-heads": dict(Hq=16, Hk=1, D=576, Dv=512, alias=True, layout="pool"),
 }
 CASES = LARGE if ON_GPU else SMALL
 

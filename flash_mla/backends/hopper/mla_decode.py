@@ -18,7 +18,7 @@ def refuse(problem: DecodeProblem) -> str | None:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
     if problem.kv_dtype != problem.dtype:
         return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
-    if (reason := decode.refuse_queries(problem, MAX_S_Q) or decode.refuse_mask(problem)) is not None:
+    if (reason := decode.refuse_queries(problem, MAX_S_Q) or decode.refuse_options(problem)) is not None:
         return reason
     if problem.descale:
         return "descales"

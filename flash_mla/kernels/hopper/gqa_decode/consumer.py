@@ -264,11 +264,6 @@ def consume(
         number = done.items + block - first
         stage, turn, buffer = number % config.stages, number // config.stages, 2 * side + block // 2 % 2
         # scores
-        if const_expr(config.stages % 2 == 1):
-            # NOTE: the other warpgroup had this stage last; until it is done with that block, the parity of its round
-            # and that of the round before ours look the same
-            shared.k.acquire(stage, turn)
-            shared.v.acquire(stage, turn)
         shared.k.wait(stage, turn)
         consumer.scores(stage, q_stage, scale)
         shared.k.release(stage)
