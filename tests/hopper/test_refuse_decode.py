@@ -113,7 +113,6 @@ ENGINE = (0, 128, 64 * 8 * 128, 8 * 128, 1)
         {"sink": True},
         {"mask": "bool"},
         {"mask": "bool", "tail": True},
-        {"batch_invariant": True},
         {"S_q": 8, "q_strides": (32 * 8 * 128, 8 * 128, 128, 1)},
     ],
 )
