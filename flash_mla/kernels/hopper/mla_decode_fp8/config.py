@@ -34,6 +34,7 @@ SCORES_REGISTERS, VALUES_REGISTERS, PRODUCER_REGISTERS = 120, 184, 24
 """A thread of the scores warpgroup, the two values warpgroups and the producer's. At 152 and 168 the values spill."""
 assert WARPGROUP * (SCORES_REGISTERS + 2 * VALUES_REGISTERS + PRODUCER_REGISTERS) <= REGISTERS
 
+MAX_S_Q = 8
 MAX_STAGES = 6
 """Blocks of K in flight, at most."""
 P_STAGES = 2
