@@ -113,6 +113,7 @@ ENGINE = (0, 128, 64 * 8 * 128, 8 * 128, 1)
         {"sink": True},
         {"mask": "bool"},
         {"mask": "bool", "tail": True},
+        {"batch_invariant": True},
         {"S_q": 8, "q_strides": (32 * 8 * 128, 8 * 128, 128, 1)},
     ],
 )
@@ -129,7 +130,6 @@ def test_takes(changes: dict) -> None:
         ({"kv_dtype": FP8}, "one dtype"),
         ({"S_q": 129}, "at most 128 query tokens"),
         ({"mask": "float"}, "a float mask"),
-        ({"batch_invariant": True}, "batch_invariant"),
         ({"q_strides": (32 * 128, 128, 32 * 128, 1), "S_q": 2}, "evenly spaced"),
         ({"k_strides": (0, 0, 64 * 128, 128, 2)}, "k_cache strides"),
         ({"v_strides": (0, 0, 64 * 64, 64, 1)}, "v_cache strides"),

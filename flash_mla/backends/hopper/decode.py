@@ -20,10 +20,8 @@ def refuse_queries(problem: DecodeProblem, most: int) -> str | None:
     return f"S_q = {problem.S_q}: at most {most} query tokens a request" if problem.S_q > most else None
 
 
-def refuse_options(problem: DecodeProblem) -> str | None:
-    """Why the kernels with masks cannot run this one, or split as it asks, or None."""
-    if problem.batch_invariant:
-        return "batch_invariant: requests are split so that all together fill the machine"
+def refuse_mask(problem: DecodeProblem) -> str | None:
+    """Why the kernels with masks cannot run this one, or None."""
     return "a float mask: only bool ones" if problem.mask == "float" else None
 
 

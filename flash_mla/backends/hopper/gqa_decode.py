@@ -25,7 +25,7 @@ def refuse(problem: DecodeProblem) -> str | None:
     itemsize = problem.dtype.itemsize
     return (
         decode.refuse_queries(problem, MAX_S_Q)
-        or decode.refuse_options(problem)
+        or decode.refuse_mask(problem)
         or refuse_query(problem)
         or refuse_rows("k_cache", problem.k_strides, problem.D, itemsize)
         or refuse_rows("v_cache", problem.v_strides, problem.Dv, itemsize)

@@ -18,7 +18,7 @@ def refuse(problem: DecodeProblem) -> str | None:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
     if problem.kv_dtype != problem.dtype:
         return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
-    if (reason := decode.refuse_queries(problem, MAX_S_Q) or decode.refuse_options(problem)) is not None:
+    if (reason := decode.refuse_queries(problem, MAX_S_Q) or decode.refuse_mask(problem)) is not None:
         return reason
     if problem.descale:
         return "descales"
@@ -31,7 +31,7 @@ def config(problem: DecodeProblem) -> Config:
     """The kernel variant: two CTAs share K when there are two row tiles to share it."""
     rows = problem.Hq * problem.S_q
     cluster = 2 if -(-rows // TILE_M) % 2 == 0 else 1
-    piece = PIECES[rows >= TILE_M] if problem.batch_invariant else 0
+    piece = PIECES[2 if cluster == 2 else rows >= TILE_M] if problem.batch_invariant else 0
     return Config(HALVES[problem.dtype], problem.D, cluster, piece, problem.mask != "none")
 
 

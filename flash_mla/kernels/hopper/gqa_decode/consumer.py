@@ -264,6 +264,10 @@ def consume(
         number = done.items + block - first
         stage, turn, buffer = number % config.stages, number // config.stages, 2 * side + block // 2 % 2
         # scores
+        if const_expr(config.stages % 2 == 1):
+            # NOTE: the other warpgroup had this stage last. Until its block has landed, the parity of our round says that
+            # of the round before it, and its release says that it has
+            shared.k.acquire(stage, turn)
         shared.k.wait(stage, turn)
         consumer.scores(stage, q_stage, scale)
         shared.k.release(stage)
@@ -279,6 +283,8 @@ def consume(
         consumer.weigh(buffer)
 
         # output
+        if const_expr(config.stages % 2 == 1):
+            shared.v.acquire(stage, turn)
         shared.v.wait(stage, turn)
         if length - key0 < BLOCK:
             consumer.clear_values(stage, length - key0)
