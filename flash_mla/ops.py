@@ -188,7 +188,9 @@ def fake_pages(
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
     """As `fake`, V being v_pages or the first columns of k_pages."""
-    v = k_pages[..., :v_head_dim] if v_pages is None else v_pages
+    v = v_pages
+    if v is None:
+        v = k_pages[..., :v_head_dim] if k_pages.dim() else k_pages
     return fake(q, k_pages, v)
 
 
@@ -196,9 +198,9 @@ refuse_op(pages_op, "decode_over_pages")
 
 
 def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of (out, lse), for q [B, Hq, rows, D] and v [..., Dv]."""
-    dtype = contract.out_dtype(q.dtype)
-    return q.new_empty((*q.shape[:3], v.shape[-1]), dtype=dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+    """Shapes and dtypes of (out, lse), for q [B, Hq, rows, D] and v [..., Dv]; of other ranks, which the op refuses."""
+    dtype, Dv = contract.out_dtype(q.dtype), v.shape[-1] if v.dim() else 0
+    return q.new_empty((*q.shape[:3], Dv), dtype=dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @mha_append_op.register_fake

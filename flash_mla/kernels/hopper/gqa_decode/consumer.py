@@ -265,8 +265,8 @@ def consume(
         stage, turn, buffer = number % config.stages, number // config.stages, 2 * side + block // 2 % 2
         # scores
         if const_expr(config.stages % 2 == 1):
-            # NOTE: the other warpgroup had this stage last. Until its block has landed, the parity of our round says that
-            # of the round before it, and its release says that it has
+            # NOTE: the other warpgroup had this stage last. Until its block has landed, the parity of our round still
+            # tells of the round before it; its release says that it has
             shared.k.acquire(stage, turn)
         shared.k.wait(stage, turn)
         consumer.scores(stage, q_stage, scale)
