@@ -32,7 +32,7 @@ kernels: .venv/dev.stamp
 		tests/test_batch_invariance.py
 	$(BIN)/pytest $(WORKERS) -m "compile and not slow"
 
-# The compile gates of all GPUs: those that .ci/run leaves out for its time too.
+# All compile gates: those of more GPUs and of more configs of a Hopper kernel, which .ci/run leaves out for its time, too.
 gates: .venv/dev.stamp
 	$(BIN)/pytest $(WORKERS) -m compile
 

@@ -26,7 +26,7 @@ from flash_mla.calls import (
 )
 from flash_mla.gradients import backward
 from flash_mla.launch import launch
-from flash_mla.pages import check_pages_out, decode_over_pages, page_views
+from flash_mla.pages import PageCall, check_pages_out, decode_over_pages, page_views
 from flash_mla.problem import Options
 
 
@@ -159,12 +159,13 @@ def pages_op(
     backend: str | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """decode_over_pages; tail says whether mask is its tail_mask."""
+    """decode_over_pages; tail says that mask is its tail_mask."""
     with torch.no_grad():
         if out is not None:
             views = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
             descales = (q_descale, k_descale, v_descale)
-            check_pages_out(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, out, Options(tail))
+            options = Options(tail, batch_invariant)
+            check_pages_out(PageCall(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, options), out)
         return decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, None if tail else mask, layout=layout,
             k_rope_pages=k_rope_pages, v_head_dim=v_head_dim, causal=causal, check_values=check_values,
