@@ -30,7 +30,8 @@ unit: .venv/dev.stamp
 # The GPU kernels without a GPU: Triton's interpreter, then ahead-of-time compiles and their register gates.
 kernels: .venv/dev.stamp
 	TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m "not compile" tests/triton tests/test_decode.py tests/test_prefill.py \
-		tests/test_mha.py tests/test_pages.py tests/test_edges.py tests/test_indexer.py
+		tests/test_mha.py tests/test_pages.py tests/test_edges.py tests/test_indexer.py tests/test_tail_mask.py \
+		tests/test_batch_invariance.py
 	$(BIN)/pytest $(WORKERS) -m "compile and not slow"
 
 # All compile gates: those of more GPUs and of more configs of a Hopper kernel, which .ci/run leaves out for its time, too.

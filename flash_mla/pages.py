@@ -24,7 +24,7 @@ from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.launch import launch
 from flash_mla.passed import Passed, facts
 from flash_mla.plan import Plan, plan
-from flash_mla.problem import BLOCK, DecodeProblem
+from flash_mla.problem import BLOCK, PLAIN, DecodeProblem, Options
 
 __all__ = ["decode_over_pages"]
 
@@ -38,7 +38,7 @@ def decode_over_pages(
     causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
     q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
     v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[False] = False,
-    out: Tensor | None = ..., backend: str | None = ...,
+    out: Tensor | None = ..., tail_mask: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def decode_over_pages(
     causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
     q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
     v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[True],
-    out: Tensor | None = ..., backend: str | None = ...,
+    out: Tensor | None = ..., tail_mask: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def decode_over_pages(
     causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
     q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
     v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: bool, out: Tensor | None = ...,
-    backend: str | None = ...,
+    tail_mask: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -85,6 +85,8 @@ def decode_over_pages(
     attn_sink: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
+    tail_mask: Tensor | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode over a pool of pages that all requests share, in the layout of a serving engine. Nothing is copied.
@@ -99,7 +101,7 @@ def decode_over_pages(
         v_pages: likewise with Dv columns. None: V is the first v_head_dim columns of k_pages (MLA), read once.
         block_table: [B, max_pages] int32 or int64: token t of request b is in page block_table[b, t // page].
         seq_lens: [B] int32 or int64, tokens in the cache, the new ones included. 0: out 0, lse -inf.
-        mask: as in flash_mla_with_kvcache.
+        mask, tail_mask, batch_invariant: as in flash_mla_with_kvcache.
         layout: "NHD" (default) or "HND", of all three pools.
         k_rope_pages: K's last columns where the latent is split: k_pages then holds the first Dv (ckv), this one the
             D - Dv others (kpe), and V is k_pages. Default None.
@@ -116,16 +118,18 @@ def decode_over_pages(
     Raises:
         FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
+    mask, tail = contract.one_mask(mask, tail_mask), tail_mask is not None
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
         result = torch.ops.flash_mla.decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, mask, layout, k_rope_pages, v_head_dim, causal, check_values,
-            softmax_scale, *as_tensors(descales, q), attn_sink, backend, out,
+            softmax_scale, *as_tensors(descales, q), attn_sink, tail, batch_invariant, backend, out,
         )  # fmt: skip
         return give_back(result, return_lse, out)
     result = attend_pools(
         q, k_pages, v_pages, k_rope_pages, block_table, seq_lens, mask, softmax_scale, descales, attn_sink, return_lse,
         out, backend, check_values, layout=layout, v_head_dim=v_head_dim, causal=causal,
+        options=Options(tail, batch_invariant),
     )  # fmt: skip
     if softmax_scale is None and v_pages is None:
         contract.warn_default_scale(q.shape[3], v_head_dim or k_pages.shape[3], stacklevel=3)
@@ -274,6 +278,7 @@ class PageCall(NamedTuple):
     softmax_scale: float | None
     descales: Descales
     attn_sink: Tensor | None
+    options: Options = PLAIN
 
 
 def attend_pools(
@@ -295,6 +300,7 @@ def attend_pools(
     layout: str = "NHD",
     v_head_dim: int | None = None,
     causal: bool = True,
+    options: Options = PLAIN,
     out_is_new: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """decode_over_pages but for its default scale's warning; `out_is_new`: out is nobody else's, and of the right kind.
@@ -306,20 +312,20 @@ def attend_pools(
     # NOTE: 512.0 == 512, as a key too
     if mask is None and not check_values and (v_head_dim is None or type(v_head_dim) is int):
         pools = (k_pages, v_pages, k_rope_pages)
-        key = repeating(q, pools, block_table, seq_lens, softmax_scale, descales, attn_sink, out)
+        key = repeating(q, pools, block_table, seq_lens, softmax_scale, descales, attn_sink, out, options)
     if key is not None:
         key = (*key, layout, v_head_dim, causal, backend)
         if (route := ROUTES.get(key)) is not None:
             k, v = route.k.of(k_pages), route.v.of(k_pages if v_pages is None else v_pages)
             k_rope = None if k_rope_pages is None or route.k_rope is None else route.k_rope.of(k_rope_pages)
             table = block_table.contiguous() if route.parts == 1 else table_of_blocks(block_table, route.parts)
-            call = PageCall(q, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, attn_sink)
+            call = PageCall(q, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, attn_sink, options)
             if out is not None and not out_is_new:
                 contract.refuse_learning_out(out)
                 check_pages_apart(call, out)
             return launch_pages(route.plan, route.packed, call, return_lse, out)
     k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
-    call = PageCall(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink)
+    call = PageCall(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, options)
     if out is not None and not out_is_new:
         check_pages_out(call, out)
     if not causal and mask is None and q.shape[2] > 1:
@@ -341,6 +347,7 @@ def repeating(
     descales: Descales,
     attn_sink: Tensor | None,
     out: Tensor | None,
+    options: Options,
 ) -> tuple[object, ...] | None:
     """All that the checks of a call without a mask look at, as a key; None where they have to look again."""
     if softmax_scale is not None and not (type(softmax_scale) is float and 0.0 < softmax_scale < math.inf):
@@ -348,7 +355,7 @@ def repeating(
     k_pages, v_pages, k_rope_pages = pools
     key = contract.passing(
         q, k_pages, k_pages if v_pages is None else v_pages, block_table, seq_lens, descales, attn_sink,
-        scale_sign=1,
+        scale_sign=1, options=options,
     )  # fmt: skip
     if key is None:
         return None
@@ -363,7 +370,7 @@ def attend_plan(call: PageCall, out: Tensor | None, backend: str | None, check_v
     chosen = pick(problem, backend)
     if check_values:
         longest = contract.check_values(call.table, call.seq_lens, problem.Nblk, page=problem.page)
-        contract.check_mask_length("mask", call.mask, longest)
+        contract.check_mask_length("mask", None if call.options.tail else call.mask, longest)
     return chosen, chosen.problem != problem
 
 
@@ -386,7 +393,7 @@ def launch_pages(
 
 def pages_problem(call: PageCall, out: Tensor | None) -> DecodeProblem:
     """The problem of the call; reads no value."""
-    q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink = call
+    q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, options = call
     scale_sign = contract.check_scale(softmax_scale)
     B, Hq, S_q, D = q.shape
     Hk = k.shape[1]
@@ -401,9 +408,10 @@ def pages_problem(call: PageCall, out: Tensor | None) -> DecodeProblem:
     contract.check_sink(attn_sink, Hq, q.device)
     return contract.decode_problem(
         q, k, v, table, k_rope, alias=contract.is_alias(k, v),
-        mask=contract.check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, L]"),
+        mask=contract.check_decode_mask(mask, options.tail, B, Hq, S_q),
         descale=contract.check_descales(descales, B, Hk, q.device), sink=attn_sink is not None,
         scale_sign=scale_sign, out_strides=None if out is None or out.is_contiguous() else out.stride(),
+        **options._asdict(),
     )  # fmt: skip
 
 

@@ -52,6 +52,19 @@ def test_mla_decode(dtype: str, D: int, cluster: int, tmp_path: Path) -> None:
     assert sass.count(r"WARPGROUP\.DEPBAR") < 16
 
 
+def test_decode_of_a_mask_in_pieces(tmp_path: Path) -> None:
+    """What a mask and a split by the request alone add to both kernels: no spill, no product more."""
+    from flash_mla.kernels.hopper.gqa_decode import kernel as gqa
+    from flash_mla.kernels.hopper.mla_decode import kernel as mla
+
+    sass = compiled(mla.build, MlaConfig("bf16", 576, 2, piece=64, masked=True), tmp_path / "mla")
+    assert sass.spills == (0, 0, 0)
+    assert sass.count("HGMMA") == 3 * 576 // 16 + 3 * 2 * 4
+    sass = compiled(gqa.build, GqaConfig("bf16", 128, 128, 8, False, piece=16, masked=True), tmp_path / "gqa")
+    assert sass.spills == (0, 0, 0)
+    assert sass.count("HGMMA") == 16
+
+
 @pytest.mark.parametrize(("q", "D", "tile_n", "cluster"), MLA_FP8_CONFIGS)
 def test_mla_decode_fp8(q: str, D: int, tile_n: int, cluster: int, tmp_path: Path) -> None:
     from flash_mla.kernels.hopper.mla_decode_fp8.kernel import build

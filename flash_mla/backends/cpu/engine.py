@@ -288,7 +288,7 @@ class Decode(Call):
 
     def __init__(self, problem: DecodeProblem) -> None:
         p = problem
-        self.cap = p.table_blocks * p.page if p.Nblk else 0
+        self.cap, self.tail = p.table_blocks * p.page if p.Nblk else 0, p.tail
         rope = 0 if p.rope_strides is None else p.D - p.Dv
         more = strides("rope", p.rope_strides[:4], p.kv_dtype, "bhpk") if p.rope_strides else {}
         outer = packed_strides(p.Hq, p.S_q, p.Dv) if p.out_strides is None else p.out_strides[:3]
@@ -315,6 +315,8 @@ class Decode(Call):
         )
 
     def launch(self, args: DecodeArgs) -> None:
+        if self.tail:
+            args = args._replace(mask=args.whole_mask(min(max(int(args.seq_lens.max()), 1), self.cap)))
         packed = self.arguments(args.softmax_scale)
         if args.k_rope is not None:
             packed[self.at["rope"]] = args.k_rope.data_ptr()
