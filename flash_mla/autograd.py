@@ -1,28 +1,42 @@
 """What a gradient meets: the functions' backward, or an error that says there is none.
 
-The kernels are forward only. An output of inputs that require grad carries a grad_fn all the same, whose backward
-raises GradientError: no gradient is dropped in silence. `refusing` does so in eager mode; `refuse_op` gives the custom
-ops, which a compiled graph calls, a backward that raises when the graph runs, not when it is traced.
+A function with a backward is a custom op, in eager mode too where an input requires grad (`learning`), and its
+backward is another one, which torch.compile traces. In eager mode an autograd.Function stands around the two
+(`differentiable`), which torch.func transforms. Decode and the functions over a paged cache are forward only. An output
+of theirs whose inputs require grad carries a grad_fn all the same, which raises GradientError: no gradient is dropped
+in silence. `refusing` does so in eager mode; `refuse_op` gives the custom ops a backward that raises when the graph
+runs, not when it is traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from flash_mla.errors import GradientError
+from flash_mla.problem import FP8
+
+FORWARD_ONLY = "it is forward only: its kernels compute no gradient"
+TO_TRAIN = (
+    "Call it under torch.no_grad() or with detached inputs; to train, use flash_mla.flash_mla_prefill or "
+    "flash_mla.deepseek.flash_attn_varlen_func"
+)
 
 
-def no_backward(function: str) -> NoReturn:
+def learning(*inputs: object) -> list[Tensor]:
+    """The inputs for which a call records a backward."""
+    return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad] if torch.is_grad_enabled() else []
+
+
+def no_backward(function: str, cause: str = FORWARD_ONLY, fix: str = TO_TRAIN) -> NoReturn:
     raise GradientError(
         f"a backward through {function}",
         "a function that has a backward, or inputs that do not require grad",
-        f"{function} is forward only: its kernels compute no gradient",
-        "Call it under torch.no_grad() or with detached inputs; to train, use "
-        "flash_mla.deepseek.flash_attn_varlen_func or torch's scaled_dot_product_attention",
+        f"{function}: {cause}",
+        fix,
     )
 
 
@@ -49,28 +63,125 @@ def refusing(function: str, result: Tensor, inputs: Iterable[Tensor]) -> Tensor:
 
 
 @torch.library.custom_op("flash_mla::no_gradient", mutates_args=())
-def no_gradient(gradient: Tensor, shape: list[int], function: str) -> Tensor:
+def no_gradient(gradient: Tensor, shape: list[int], function: str, cause: str, fix: str) -> Tensor:
     """Raise GradientError; an op, so that a compiled backward does so when it runs."""
-    no_backward(function)
+    no_backward(function, cause, fix)
 
 
 @no_gradient.register_fake
-def no_gradient_fake(gradient: Tensor, shape: list[int], function: str) -> Tensor:
+def no_gradient_fake(gradient: Tensor, shape: list[int], function: str, cause: str, fix: str) -> Tensor:
     return gradient.new_empty(shape)
 
 
-def refuse_op(op: Any, function: str) -> None:
-    """Register a backward that raises with a functional op that returns (out, lse)."""
+def shapes_of(inputs: Iterable[object]) -> list[list[int] | None]:
+    """The shapes of an op's floating inputs; None for others, which have no gradient."""
+    return [list(x.shape) if isinstance(x, Tensor) and x.is_floating_point() else None for x in inputs]
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.shapes = [list(x.shape) if isinstance(x, Tensor) else None for x in inputs]
-        ctx.kept = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs]
 
-    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = zip(ctx.shapes, ctx.kept, ctx.needs_input_grad, strict=True)
-        return tuple(
-            torch.ops.flash_mla.no_gradient(d_out, shape, function) if kept and needs else None
-            for shape, kept, needs in wanted
-        )
+def refusals(
+    gradient: Tensor, shapes: Iterable[list[int] | None], wanted: Iterable[bool], function: str, *why: str
+) -> tuple[Tensor | None, ...]:
+    """Gradients that raise when they are computed, one for each wanted one of a floating input; why: cause and fix."""
+    cause, fix = why or (FORWARD_ONLY, TO_TRAIN)
+    return tuple(
+        torch.ops.flash_mla.no_gradient(gradient, shape, function, cause, fix) if needs and shape is not None else None
+        for shape, needs in zip(shapes, wanted, strict=True)
+    )
 
-    op.register_autograd(backward, setup_context=setup_context)
+
+def refusal(function: str, *why: str) -> tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]]]:
+    """(setup_context, backward) of an op that returns tensors: a backward that raises."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.shapes = shapes_of(inputs)
+
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return refusals(gradients[0], ctx.shapes, ctx.needs_input_grad, function, *why)
+
+    return save, backward
+
+
+def refuse_op(op: Any, function: str, *why: str) -> None:
+    """Register such a backward with an op."""
+    save, backward = refusal(function, *why)
+    op.register_autograd(backward, setup_context=save)
+
+
+# --- Functions with a backward ----------------------------------------------------------------------------------------
+
+NO_FP8_BACKWARD = (
+    "with FP8 tensors or a descale it is forward only: gradients of quantised values are not defined here",
+    "Train in BF16, FP16 or FP32, and quantise what is served",
+)
+NO_MASK_BACKWARD = (
+    "it has no gradient of attn_mask, which would be as large as the scores",
+    "Detach the mask; a learned bias needs torch's scaled_dot_product_attention",
+)
+NO_SECOND_BACKWARD = (
+    "its backward has no backward of its own",
+    "Leave create_graph out; second derivatives need plain torch operators",
+)
+
+
+def differentiable(
+    op: str, save: Callable[..., None], backward: Callable[..., tuple[Tensor | None, ...]]
+) -> type[torch.autograd.Function]:
+    """The autograd.Function of an op of this library.
+
+    NOTE: torch.func refuses what an op's own register_autograd makes (torch 2.13: it has no setup_context of its own).
+    """
+
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return getattr(torch.ops.flash_mla, op)(*inputs)
+
+    members = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(save),
+        "backward": staticmethod(backward),
+        "generate_vmap_rule": True,
+    }
+    return type(op, (torch.autograd.Function,), members)
+
+
+def one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
+    """An op's vmap rule: call after call, and the results stacked."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        calls = [
+            [x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)]
+            for i in range(info.batch_size)
+        ]
+        results = [op(*call) for call in calls]
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
+def save_prefill(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, blocks, mask, causal, softmax_scale, seq_lens, *descales, attn_sink, backend, _ = inputs
+    ctx.shapes = shapes_of(inputs)
+    ctx.quantised = q.dtype == FP8 or any(x is not None for x in descales)
+    ctx.causal, ctx.softmax_scale, ctx.backend = causal, softmax_scale, backend
+    if not ctx.quantised:
+        ctx.save_for_backward(q, k, v, *output, blocks, mask, seq_lens, attn_sink)
+
+
+def prefill_backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad
+    if ctx.quantised:
+        return refusals(d_out, ctx.shapes, wanted, "flash_mla_prefill", *NO_FP8_BACKWARD)
+    masks = [i == 4 and needs for i, needs in enumerate(wanted)]
+    gradients = list(refusals(d_out, ctx.shapes, masks, "flash_mla_prefill", *NO_MASK_BACKWARD))
+    q, k, v, out, lse, blocks, mask, seq_lens, attn_sink = ctx.saved_tensors
+    dq, dk, dv, d_sink = PrefillBackward.apply(
+        d_out, d_lse, q, k, v, out, lse, blocks, mask, ctx.causal, ctx.softmax_scale, seq_lens, attn_sink, ctx.backend,
+        wanted[0], wanted[1] or wanted[2],
+    )  # fmt: skip
+    computed = {0: dq, 1: dk, 2: dv, 11: d_sink}
+    for i, gradient in computed.items():
+        gradients[i] = gradient if wanted[i] else None
+    return tuple(gradients)
+
+
+Prefill = differentiable("flash_mla_prefill", save_prefill, prefill_backward)
+PrefillBackward = differentiable("flash_mla_prefill_backward", *refusal("flash_mla_prefill", *NO_SECOND_BACKWARD))

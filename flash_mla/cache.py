@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_mla.api import flash_mla_with_kvcache, get_mla_metadata
 from flash_mla.blocks import BlockAllocator
+from flash_mla.contract import MLAMetadata, check_mask_length
 from flash_mla.errors import (
     BlockCountError,
     CacheFullError,
@@ -31,7 +33,7 @@ from flash_mla.errors import (
     ShapeError,
 )
 from flash_mla.problem import BLOCK, DTYPES, FP8
-from flash_mla.quant import quantise
+from flash_mla.quant import mark_scaled, quantise
 
 
 def page_view(pool: Tensor, batch: int) -> Tensor:
@@ -54,7 +56,7 @@ def page_view(pool: Tensor, batch: int) -> Tensor:
     return pool.permute(2, 0, 1, 3).expand(batch, -1, -1, -1, -1)
 
 
-VIEWS = {"_k_rows", "_v_rows", "_head_rows", "_slab_rows", "k_cache", "v_cache"}
+VIEWS = {"_k_rows", "_v_rows", "_head_rows", "_slab_rows", "_metadata", "k_cache", "v_cache"}
 """Attributes of a PagedKVCache that `_bind` makes of its tensors."""
 
 FREE_BLOCKS = "Call grow(blocks), or free(requests) that are done"
@@ -84,6 +86,8 @@ class PagedKVCache:
 
         cache = PagedKVCache(B, Hk, D, max_seq_len=4096)    # K and V
         cache = PagedKVCache.mla(B, max_seq_len=4096)       # one latent array; V is its first 512 columns
+        cache.append(k, v)
+        out = cache.decode(q)                               # table, lengths and descales passed along
 
     Args:
         batch: B, the number of requests; each starts empty.
@@ -102,7 +106,8 @@ class PagedKVCache:
         v_cache: [B, Hk, Nblk, 64, Dv], likewise, or the first Dv columns of k_cache.
         block_table: [B, ceil(max_seq_len/64)] int32; entries past a request's blocks mean nothing.
         seq_lens: [B] int32.
-        k_descale, v_descale: [1, Hk] FP32, or None if the dtype is not FP8: pass them to the attention functions.
+        k_descale, v_descale: [1, Hk] FP32, or None if the dtype is not FP8: `decode` passes them; so must a direct call
+            of an attention function, which refuses caches stored with factors other than 1 where they are left out.
 
     The tensors are updated in place and stay the same objects until `grow`. An operation that raises leaves lengths,
     table and rows as they were: one that cannot be done raises a FlashMLAError before anything is changed, and one
@@ -149,6 +154,7 @@ class PagedKVCache:
         with torch.inference_mode(False):
             self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
             self.k_descale, self.v_descale = None, None
+            self._is_scaled = dtype == FP8 and any(isinstance(x, Tensor) or x != 1 for x in (k_descale, v_descale))
             if dtype == FP8:
                 self.k_descale = self._head_factors("k_descale", k_descale, num_kv_heads)
                 self.v_descale = self.k_descale if latent else self._head_factors("v_descale", v_descale, num_kv_heads)
@@ -249,6 +255,48 @@ class PagedKVCache:
         rows = self._requests(requests)
         with self._extended(rows, self._counts(num_tokens, len(rows))):
             pass
+
+    def decode(
+        self,
+        q: Tensor,
+        mask: Tensor | None = None,
+        *,
+        softmax_scale: float | None = None,
+        q_descale: float | Tensor | None = None,
+        attn_sink: Tensor | None = None,
+        return_lse: bool = False,
+        out: Tensor | None = None,
+        backend: str | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of the newest S_q tokens of every request, whose rows were appended, over all of its tokens.
+
+        `flash_mla_with_kvcache` over this cache: its tables, lengths and descales go along, and metadata is made once
+        for a shape of q. The host knows the lengths, so nothing waits for a GPU, and a CUDA graph may capture it.
+
+        Args:
+            q: [B, Hq, S_q, D] contiguous, in the cache's dtype, or BF16 or FP16 over an FP8 cache.
+            mask, softmax_scale, q_descale, attn_sink, return_lse, out, backend: as in `flash_mla_with_kvcache`.
+
+        Returns:
+            out [B, Hq, S_q, Dv] in q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32).
+
+        Raises:
+            FlashMLAError's subclasses, as `flash_mla_with_kvcache`.
+        """
+        shape = q.shape if isinstance(q, Tensor) else torch.Size()
+        metadata = self._metadata.get(shape)
+        if metadata is None and len(shape) == 4:
+            metadata = self._metadata[shape] = get_mla_metadata(
+                shape, self.k_cache.shape, self.block_table, self.seq_lens, v_head_dim=self.v_cache.shape[-1],
+                check_values=False,
+            )  # fmt: skip
+        if isinstance(mask, Tensor) and mask.dim():
+            check_mask_length("mask", mask, max(self._lengths))
+        return flash_mla_with_kvcache(
+            q, self.k_cache, self.v_cache, self.block_table, self.seq_lens, mask, metadata,
+            softmax_scale=softmax_scale, q_descale=q_descale, k_descale=self.k_descale, v_descale=self.v_descale,
+            attn_sink=attn_sink, return_lse=return_lse, out=out, backend=backend,
+        )  # fmt: skip
 
     def fork(self, source: int, target: int) -> None:
         """Make the empty request `target` a copy of `source`.
@@ -389,6 +437,10 @@ class PagedKVCache:
         # nothing that can fail from here on
         self._k, self._v, self._k_rows, self._v_rows, self._head_rows = k, v, k_rows, v_rows, head_rows
         self._slab_rows = Hk * Nblk * BLOCK if self._is_slabs else 0
+        self._metadata: dict[torch.Size, MLAMetadata] = {}
+        if self._is_scaled:
+            mark_scaled(k_cache)
+            mark_scaled(v_cache)
         self.k_cache, self.v_cache, self.block_table = k_cache, v_cache, table
 
     @contextmanager

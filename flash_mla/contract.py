@@ -7,6 +7,7 @@ reads the values of a tensor.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -24,11 +25,14 @@ from flash_mla.errors import (
     HeadGroupingError,
     LayoutError,
     MaskShapeError,
+    ScaleWarning,
     SequenceLengthError,
     ShapeError,
+    describe,
 )
 from flash_mla.layout import BlockSparseLayout
 from flash_mla.problem import ALIGNMENT, BLOCK, DTYPES, FP8, DecodeProblem, MaskKind, PrefillProblem
+from flash_mla.quant import needs_descale
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 Descales = tuple[float | Tensor | None, float | Tensor | None, float | Tensor | None]
@@ -288,6 +292,13 @@ def check_out(out: Tensor | None, problem: Some, **inputs: Tensor | float | None
             f"out with strides {out.stride()}", "out contiguous", "`out` is not contiguous", "Pass a contiguous out"
         )
     check_on(problem.device, out=out)
+    refuse_learning_out(out)
+    check_apart("out", out, **inputs)
+    return problem if is_aligned(out) else problem._replace(aligned=False)
+
+
+def refuse_learning_out(out: Tensor) -> None:
+    """No gradient to what `out` held."""
     if out.requires_grad and torch.is_grad_enabled():
         raise GradientError(
             "out, which requires grad",
@@ -295,8 +306,6 @@ def check_out(out: Tensor | None, problem: Some, **inputs: Tensor | float | None
             "`out` is written in place, and what it held has then no gradient",
             "Pass out.detach(), or none",
         )
-    check_apart("out", out, **inputs)
-    return problem if is_aligned(out) else problem._replace(aligned=False)
 
 
 def check_apart(written: str, target: Tensor, **inputs: Tensor | float | None) -> None:
@@ -440,6 +449,19 @@ def check_scale(softmax_scale: float | None) -> int:
     return int(softmax_scale > 0) - int(softmax_scale < 0)
 
 
+def warn_default_scale(D: int, Dv: int, stacklevel: int) -> None:
+    """Tell who attends to a latent without a scale: D ** -0.5 is the absorbed query's, not the model's."""
+    if D == Dv:
+        return
+    message = describe(
+        f"softmax_scale = None; V is the first {Dv} of K's {D} columns, MLA's latent",
+        "the scale of the query before absorption, (nope + rope) ** -0.5",
+        f"The default, {D} ** -0.5, is made of the absorbed query's D",
+        f"Pass softmax_scale: 192 ** -0.5 for DeepSeek-V2 and -V3, or {D} ** -0.5 to say that you mean it",
+    )
+    warnings.warn(message, ScaleWarning, stacklevel=stacklevel + 1)
+
+
 def settle_causal(causal: bool | None, mask: Tensor | None) -> bool:
     """Whether a prefill is causal: as said, or else where no mask is given."""
     if causal is None:
@@ -479,6 +501,18 @@ def check_descale(name: str, value: float | Tensor | None, B: int, Hk: int, devi
             "Pass a float, or a tensor [B, Hk] in which either dim may be 1",
         )
     return True
+
+
+def check_descales_given(k_cache: Tensor, v_cache: Tensor, descales: Descales) -> None:
+    """Refuse a cache that was stored with factors where one is left out: its values would be taken as they lie."""
+    for name, cache, descale in (("k", k_cache, descales[1]), ("v", v_cache, descales[2])):
+        if descale is None and needs_descale(cache):
+            raise ShapeError(
+                f"{name}_cache {list(cache.shape)} of a PagedKVCache made with {name}_descale, {name}_descale None",
+                f"{name}_descale = cache.{name}_descale",
+                f"The stored values were divided by `{name}_descale`",
+                "Call cache.decode(q), which passes it, or pass it along",
+            )
 
 
 def check_descales(descales: Descales, B: int, Hk: int, device: torch.device) -> bool:
@@ -688,7 +722,8 @@ def passing(
                 more = (*more, None)
             else:  # a number, whose value counts
                 return None
-    return (*tensors, k_start == v_start, (q_start | k_start | v_start) % ALIGNMENT, more)
+    marked = k_cache.dtype == FP8 and (needs_descale(k_cache), needs_descale(v_cache))
+    return (*tensors, k_start == v_start, (q_start | k_start | v_start) % ALIGNMENT, marked, more)
 
 
 def checked_decode(
@@ -712,6 +747,7 @@ def checked_decode(
     check_ranks(q, k_cache, v_cache)
     check_decode_dtypes(q, k_cache, v_cache)
     alias = check_caches(q, k_cache, v_cache)
+    check_descales_given(k_cache, v_cache, descales)
     B, Hq, S_q, _ = q.shape
     check_table(block_table, B)
     check_seq_lens_shape(seq_lens, B)
@@ -867,6 +903,7 @@ def mha(
     check_ranks(q, k_cache, v_cache)
     check_dtypes(q=q, k_cache=k_cache, v_cache=v_cache)
     alias = check_caches(q, k_cache, v_cache)
+    check_descales_given(k_cache, v_cache, descales)
     B, Hq, P, _ = q.shape
     Hk = k_cache.shape[1]
     if Hq != Hk:

@@ -1,7 +1,8 @@
 """The main job end to end: a ragged batch of prompts, decoded by an MLA model on the paged latent cache, and checked.
 
 The model is random but has DeepSeek-V3's shape in all that attention sees, save the number of heads: its latent rows
-are 512 + 64 wide. Nothing is downloaded. Needs the extras `flash-mla[cli,transformers]`.
+are 512 + 64 wide. Nothing is downloaded: the prompts are cut from `demo.txt` beside this file. Needs the extras
+`flash-mla[cli,transformers]`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from transformers.generation.streamers import BaseStreamer
 from flash_mla.integrations.transformers import PagedCache, paged_cache
 from flash_mla.problem import BLOCK
 
+TEXT = Path(__file__).with_name("demo.txt")
+"""What the prompts are cut from by default."""
 LONGEST_STEP = 96  # bytes by which each prompt is longer than the one before
 DEEPSEEK_V3_HEADS = 128
 PAD = 256  # the token after the 256 bytes
@@ -54,14 +57,16 @@ class Ticks(BaseStreamer):
         pass
 
 
-def demo(text: Path, device: str = "cpu", tokens: int = 32, batch: int = 4, console: Console | None = None) -> None:
-    """Generate `tokens` tokens for each of `batch` prompts cut from a text file, and print what it took.
+def demo(
+    text: Path | None = None, device: str = "cpu", tokens: int = 32, batch: int = 4, console: Console | None = None
+) -> None:
+    """Generate `tokens` tokens for each of `batch` prompts cut from a text (None: TEXT), and print what it took.
 
     Raises:
         SystemExit: the text is too short, or a token differs from eager attention's (exit status 1).
     """
     console = console or Console()
-    inputs = cut_prompts(text.read_bytes(), batch, device)
+    inputs = cut_prompts((text or TEXT).read_bytes(), batch, device)
     lengths = inputs["attention_mask"].sum(-1).tolist()
     model: Any = build_model()
     model.to(device)

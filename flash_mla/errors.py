@@ -18,6 +18,8 @@ __all__ = [
     "HeadGroupingError",
     "LayoutError",
     "MaskShapeError",
+    "RankError",
+    "ScaleWarning",
     "SequenceLengthError",
     "ShapeError",
 ]
@@ -46,9 +48,12 @@ class FlashMLAError(ValueError):
         self.fix = fix or type(self).fix
 
     def __str__(self) -> str:
-        return (
-            f"\n  given:    {self.given}\n  required: {self.required}\n  cause:    {self.cause}\n  fix:      {self.fix}"
-        )
+        return describe(self.given, self.required, self.cause, self.fix)
+
+
+def describe(given: str, required: str, cause: str, fix: str) -> str:
+    """The four parts as lines."""
+    return f"\n  given:    {given}\n  required: {required}\n  cause:    {cause}\n  fix:      {fix}"
 
 
 class HeadGroupingError(FlashMLAError):
@@ -126,3 +131,14 @@ class CacheFullError(FlashMLAError):
 
     cause = "The cache has too few free blocks"
     fix = "Call grow(num_blocks), or free() requests that are done"
+
+
+class RankError(FlashMLAError):
+    """Another rank died, did not come in time, refused its arguments, or was called with others."""
+
+    cause = "A rank died, or did not make the same call within the process group's timeout"
+    fix = "Read that rank's log; then start the process group again"
+
+
+class ScaleWarning(UserWarning):
+    """MLA's latent is attended to under the default scale, which is hardly ever the model's."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.contract import check_index, check_last_dim, check_on, check_rank, check_table, check_tensor, named
+from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, DTypeError, ShapeError
 from flash_mla.plan import plan
 from flash_mla.problem import BLOCK, FP8, IndexArgs, IndexProblem, TopkArgs, TopkProblem
@@ -40,6 +41,7 @@ MAX_D = 256
 MAX_H = 128
 
 
+@entry("flash_mla.indexer")
 def prefill_indices(
     q: Tensor,
     kv: tuple[Tensor, Tensor],
@@ -76,6 +78,7 @@ def prefill_indices(
     return out
 
 
+@entry("flash_mla.indexer")
 def decode_indices(
     q: Tensor,
     k_cache: Tensor,
@@ -111,6 +114,7 @@ def decode_indices(
     return out
 
 
+@entry("flash_mla.indexer")
 def mqa_logits(
     q: Tensor,
     kv: tuple[Tensor, Tensor],
@@ -142,6 +146,7 @@ def mqa_logits(
     return ragged_scores(q, kv, weights, starts, ends, clean_logits, backend)[:, : kv[0].shape[0]]
 
 
+@entry("flash_mla.indexer")
 def paged_mqa_logits(
     q: Tensor,
     k_cache: Tensor,
@@ -175,6 +180,7 @@ def paged_mqa_logits(
     return paged_scores(q, k_cache, weights, limits, block_table, width, clean_logits, backend)[..., :width]
 
 
+@entry("flash_mla.indexer")
 def topk_indices(
     scores: Tensor,
     topk: int,

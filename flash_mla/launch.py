@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_mla.autograd import refusing
+from flash_mla.autograd import learning, refusing
 from flash_mla.contract import Descales
 from flash_mla.plan import Plan
 from flash_mla.problem import DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem
@@ -66,7 +66,7 @@ def launch(
         )
     )
     if torch.is_grad_enabled():
-        inputs = [x for x in (q, k, v, mask, attn_sink, *descales, *also) if isinstance(x, Tensor) and x.requires_grad]
+        inputs = learning(q, k, v, mask, attn_sink, *descales, *also)
         if not inputs:
             return out if lse is None else (out, lse)
         out = refusing(function, out, inputs)
@@ -79,5 +79,5 @@ def expand_descale(value: float | Tensor | None, problem: DecodeProblem | Prefil
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        value = torch.full((), value, dtype=torch.float32, device=problem.device)
+        value = torch.full((), float(value), dtype=torch.float32, device=problem.device)
     return value.expand(problem.B, problem.Hk)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_mla.errors import MaskShapeError, ShapeError
+from flash_mla.kinds import explained
 from flash_mla.problem import BLOCK
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class BlockSparseLayout:
     blocks: Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.blocks, Tensor):
+            raise MaskShapeError(
+                given=f"blocks = {self.blocks!r}"[:200], required="a bool tensor", cause="A layout is made of a tensor"
+            )
         if self.blocks.dim() != 4 or self.blocks.dtype != torch.bool:
             raise MaskShapeError(
                 given=f"blocks {list(self.blocks.shape)} {self.blocks.dtype}",
@@ -49,11 +54,13 @@ class BlockSparseLayout:
         object.__setattr__(self, "blocks", self.blocks.clone())
 
     @classmethod
+    @explained
     def causal(cls, P: int, *, device: torch.device | str | None = None) -> BlockSparseLayout:
         """The blocks on and below the diagonal of P tokens: [1, 1, ceil(P/64), ceil(P/64)]."""
         return cls(_distance(P, device).ge(0)[None, None])
 
     @classmethod
+    @explained
     def sliding_window(
         cls, P: int, window: int, *, causal: bool = True, device: torch.device | str | None = None
     ) -> BlockSparseLayout:
@@ -71,6 +78,7 @@ class BlockSparseLayout:
         return cls((keep & (distance >= 0) if causal else keep)[None, None])
 
     @classmethod
+    @explained
     def local_global(
         cls, P: int, window: int, global_tokens: int, *, causal: bool = True, device: torch.device | str | None = None
     ) -> BlockSparseLayout:
@@ -90,6 +98,7 @@ class BlockSparseLayout:
         return layout & cls.causal(P, device=device) if causal else layout
 
     @classmethod
+    @explained
     def from_dense_mask(cls, mask: Tensor) -> BlockSparseLayout:
         """The blocks in which a bool element mask [.., P, S] keeps anything; up to two leading dims."""
         if mask.dtype != torch.bool or not 2 <= mask.dim() <= 4:
@@ -115,6 +124,13 @@ class BlockSparseLayout:
         Raises:
             ShapeError: BLOCK_SIZE is not a multiple of 64 in both dims.
         """
+        if not hasattr(block_mask, "BLOCK_SIZE"):
+            raise ShapeError(
+                given=f"block_mask is a {type(block_mask).__name__}",
+                required="a BlockMask of torch.nn.attention.flex_attention",
+                cause="It has no blocks",
+                fix="create_block_mask(..., BLOCK_SIZE=64), or from_dense_mask(mask) for a tensor",
+            )
         q_block, kv_block = block_mask.BLOCK_SIZE
         if q_block % BLOCK or kv_block % BLOCK:
             raise ShapeError(

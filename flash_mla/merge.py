@@ -9,9 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flash_mla.errors import DTypeError, ShapeError
+from flash_mla.kinds import explained
+
 __all__ = ["apply_sink", "merge"]
 
 
+@explained
 def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Merge n partial results.
 
@@ -23,15 +27,31 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (out [..., Dv], lse [...]) in the input's dtypes; a row without any key gives 0 and -inf.
     """
+    check_parts(outs, lses)
     lse = torch.logsumexp(lses, dim=0)
     weights = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0))
     return (outs * weights.unsqueeze(-1).to(outs.dtype)).sum(0), lse
 
 
+@explained
 def apply_sink(out: Tensor, lse: Tensor, attn_sink: Tensor) -> Tensor:
     """Scale out by exp(lse) / (exp(lse) + exp(sink)): the sink takes weight and gives no value.
 
     Args:
         out: [..., Dv]; lse: [...]; attn_sink: broadcasts to lse. A sink of -inf changes nothing.
     """
+    check_parts(out, lse)
+    if not attn_sink.is_floating_point():
+        raise DTypeError(f"attn_sink {attn_sink.dtype}", "a floating attn_sink", "A sink is a logit")
     return out * torch.sigmoid(lse - attn_sink).nan_to_num(0.0).unsqueeze(-1)
+
+
+def check_parts(out: Tensor, lse: Tensor) -> None:
+    """One lse for each row of out."""
+    if not (out.is_floating_point() and lse.is_floating_point()) or out.shape[:-1] != lse.shape:
+        raise ShapeError(
+            f"out {list(out.shape)} {out.dtype}, lse {list(lse.shape)} {lse.dtype}",
+            "out [..., Dv] and lse [...], floating",
+            "Each row of an output has one lse",
+            "Pass what a call with return_lse=True returned",
+        )

@@ -2,7 +2,7 @@
 
 Each does the eager function's work, checks included, when the graph runs. `out` is a tensor that the result will be
 copied to: it is checked here and not written. mha_fwd_kvcache is two ops, since one that writes cannot have a backward:
-the first checks all and writes the caches, the second attends.
+the first checks all and writes the caches, the second attends. Prefill's backward is an op of its own, which has none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flash_mla import contract
 from flash_mla.api import attend_mha, plan_decode, plan_mha, plan_prefill
-from flash_mla.autograd import refuse_op
+from flash_mla.autograd import NO_SECOND_BACKWARD, one_by_one, prefill_backward, refuse_op, save_prefill
+from flash_mla.gradients import backward
 from flash_mla.launch import launch
 from flash_mla.pages import check_pages_out, decode_over_pages, page_views
 from flash_mla.problem import AppendArgs
@@ -205,10 +206,79 @@ def fake_append(*_: Any) -> None:
     """Nothing is returned."""
 
 
-for op, function in (
-    (decode_op, "flash_mla_with_kvcache"),
-    (prefill_op, "flash_mla_prefill"),
-    (mha_op, "mha_fwd_kvcache"),
-):
+for op in (decode_op, prefill_op, mha_op):
     op.register_fake(fake)
-    refuse_op(op, function)
+refuse_op(decode_op, "flash_mla_with_kvcache")
+refuse_op(mha_op, "mha_fwd_kvcache")
+
+
+# --- The backward of prefill ------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("flash_mla::flash_mla_prefill_backward", mutates_args=())
+def prefill_backward_op(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sparse_layout: Tensor | None,
+    attn_mask: Tensor | None,
+    causal: bool,
+    softmax_scale: float | None,
+    seq_lens: Tensor | None,
+    attn_sink: Tensor | None,
+    backend: str | None,
+    dq_wanted: bool,
+    dkv_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, d_sink) of a flash_mla_prefill that gave out and lse; empty tensors in place of what is not wanted,
+    and of d_sink without a sink."""
+    dq, dk, dv, d_sink = fake_prefill_backward(
+        d_out, d_lse, q, k, v, out, lse, sparse_layout, attn_mask, causal, softmax_scale, seq_lens, attn_sink, backend,
+        dq_wanted, dkv_wanted,
+    )  # fmt: skip
+    with torch.no_grad():
+        backward(
+            q, k, v, out, lse, d_out, d_lse, causal=causal, seq_lens=seq_lens, mask=attn_mask,
+            softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+            block_mask=contract.sparse_blocks(sparse_layout, q), attn_sink=attn_sink, backend=backend,
+            dq=dq if dq_wanted else None, dk=dk if dkv_wanted else None, dv=dv if dkv_wanted else None,
+            d_sink=None if attn_sink is None else d_sink,
+        )  # fmt: skip
+    return dq, dk, dv, d_sink
+
+
+@prefill_backward_op.register_fake
+def fake_prefill_backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sparse_layout: Tensor | None,
+    attn_mask: Tensor | None,
+    causal: bool,
+    softmax_scale: float | None,
+    seq_lens: Tensor | None,
+    attn_sink: Tensor | None,
+    backend: str | None,
+    dq_wanted: bool,
+    dkv_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Contiguous gradients of q's dtype, the sink's FP32."""
+    wanted = ((q, dq_wanted), (k, dkv_wanted), (v, dkv_wanted))
+    dq, dk, dv = (x.new_empty(x.shape if needs else (0,)) for x, needs in wanted)
+    return dq, dk, dv, q.new_empty((0,) if attn_sink is None else attn_sink.shape, dtype=torch.float32)
+
+
+refuse_op(prefill_backward_op, "flash_mla_prefill", *NO_SECOND_BACKWARD)
+
+
+prefill_op.register_autograd(prefill_backward, setup_context=save_prefill)
+for op in (prefill_op, prefill_backward_op):
+    op.register_vmap(one_by_one(op))

@@ -9,6 +9,7 @@ read. No cache is copied, whatever its size.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from flash_mla import contract
 from flash_mla.api import as_tensors, give_back
 from flash_mla.backends import choose
 from flash_mla.contract import Descales, named
+from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.launch import launch
-from flash_mla.plan import Plan, plan
+from flash_mla.plan import Plan, check_backend, plan
 from flash_mla.problem import ALIGNMENT, BLOCK, DecodeProblem
 
 __all__ = ["decode_over_pages"]
@@ -27,6 +29,40 @@ __all__ = ["decode_over_pages"]
 LAYOUTS = {"NHD": "[num_blocks, page, Hk, D]", "HND": "[num_blocks, Hk, page, D]"}
 
 
+@overload
+def decode_over_pages(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor | None, block_table: Tensor, seq_lens: Tensor,
+    mask: Tensor | None = ..., *, layout: str = ..., k_rope_pages: Tensor | None = ..., v_head_dim: int | None = ...,
+    causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
+    q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[False] = False,
+    out: Tensor | None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def decode_over_pages(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor | None, block_table: Tensor, seq_lens: Tensor,
+    mask: Tensor | None = ..., *, layout: str = ..., k_rope_pages: Tensor | None = ..., v_head_dim: int | None = ...,
+    causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
+    q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[True],
+    out: Tensor | None = ..., backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def decode_over_pages(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor | None, block_table: Tensor, seq_lens: Tensor,
+    mask: Tensor | None = ..., *, layout: str = ..., k_rope_pages: Tensor | None = ..., v_head_dim: int | None = ...,
+    causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
+    q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+    v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: bool, out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@entry("flash_mla")
 def decode_over_pages(
     q: Tensor,
     k_pages: Tensor,
@@ -76,16 +112,19 @@ def decode_over_pages(
         out [B, Hq, S_q, Dv] of q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32).
 
     Raises:
-        FlashMLAError's subclasses, before anything is written: see docs/contract.md, section 8.
+        FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
+        check_backend(backend)
         result = torch.ops.flash_mla.decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, mask, layout, k_rope_pages, v_head_dim, causal, check_values,
             softmax_scale, *as_tensors(descales, q), attn_sink, backend, out,
         )  # fmt: skip
         return give_back(result, return_lse, out)
     k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
+    if softmax_scale is None and v_pages is None:
+        contract.warn_default_scale(q.shape[3], v.shape[4], stacklevel=3)
     if out is not None:
         check_pages_out(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
     attend = attend_pages if causal or mask is not None or q.shape[2] <= 1 else unfold

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable
 from functools import lru_cache
 from typing import NamedTuple
 
+from torch.autograd import profiler
+
 from flash_mla.backends import ORDER, Phase, append, choose, empty
 from flash_mla.errors import DeviceError
 from flash_mla.problem import AppendArgs, Args, Problem
+
+logger = logging.getLogger("flash_mla")
+"""The library's one logger: info for a kernel that is compiled, warning for a fallback, debug for selection."""
 
 
 class Plan(NamedTuple):
@@ -20,8 +26,11 @@ class Plan(NamedTuple):
     config: Hashable
 
     def launch(self, args: Args) -> None:
-        """Fill args.out and args.lse."""
-        self.phase.launch(self.problem, self.config, args)
+        """Fill args.out and args.lse; while torch's profiler runs, as a range of the phase's module name."""
+        if not profiler._is_profiler_enabled:
+            return self.phase.launch(self.problem, self.config, args)
+        with profiler.record_function(self.phase.__name__):
+            self.phase.launch(self.problem, self.config, args)
 
     def append(self, args: AppendArgs) -> None:
         """Write rows into their pages; nothing where there is no row."""
@@ -29,22 +38,42 @@ class Plan(NamedTuple):
             append(self.name, args)
 
 
-@lru_cache(maxsize=4096)
-def plan(problem: Problem, name: str | None = None) -> Plan:
-    """The first backend that does not refuse; an explicit name never falls back. Work of no size needs no backend."""
-    if name is not None and name not in ORDER:
+QUESTION = "which problem does this call pose?"
+"""In place of a backend's name: `plan` answers by raising the problem, before anything is written. A plain string, so
+that it passes through custom ops."""
+
+
+class Asked(Exception):
+    """The answer to QUESTION."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+
+def check_backend(name: object) -> None:
+    """None or a backend's name. Whoever catches the TypeError of an unhashable name asks here."""
+    if name is not None and not (isinstance(name, str) and name in ORDER):
         raise DeviceError(
-            f"backend={name!r}",
+            f"backend={name!r}"[:200],
             f"one of {', '.join(ORDER)}",
             "There is no such backend",
             "Omit backend= or name another",
         )
+
+
+@lru_cache(maxsize=4096)
+def plan(problem: Problem, name: str | None = None) -> Plan:
+    """The first backend that does not refuse; an explicit name never falls back. Work of no size needs no backend."""
+    if name == QUESTION:
+        raise Asked(problem)
+    check_backend(name)
     if problem.empty:
         return Plan("empty", empty, problem, None)
-    refusals = {}
+    refusals: dict[str, str] = {}
     for candidate in ORDER if name is None else (name,):
         phase = choose(candidate, problem)
         if not isinstance(phase, str):
+            logger.debug("%s serves %s; refused: %s", phase.__name__, problem, refusals)
             return Plan(candidate, phase, problem, phase.config(problem))
         refusals[candidate] = phase
     raise DeviceError(

@@ -188,6 +188,61 @@ class PrefillArgs(NamedTuple):
     lse: Tensor | None
 
 
+class BackwardProblem(NamedTuple):
+    """The gradients of a prefill call: `forward` is its problem, never paged. `dq` and `dkv` say what is wanted.
+
+    The sink's gradient comes along.
+    """
+
+    forward: PrefillProblem
+    dq: bool = True
+    dkv: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """The forward's."""
+        return self.forward.device
+
+    @property
+    def empty(self) -> bool:
+        """Whether every gradient is 0: no output row, or no key."""
+        return self.forward.empty
+
+
+class BackwardArgs(NamedTuple):
+    """The tensors of one backward call, normalised.
+
+    q to attn_sink as in PrefillArgs; out [B, Hq, P, Dv] and lse [B, Hq, P] that the forward gave, and their gradients
+    d_out, last dim contiguous, and d_lse FP32. Written, each of any strides but with its last dim contiguous: dq
+    [B, Hq, P, D] or None; dk [B, Hk, S_kv, D] and dv [B, Hk, S_kv, Dv], or None both; d_sink [Hq] FP32, or None without
+    a sink. They are the sums over what the forward computed: a row without keys gives none, and keys that no row sees
+    get 0.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    seq_lens: Tensor | None
+    start_pos: Tensor | None
+    mask: Tensor | None
+    block_mask: Tensor | None
+    attn_sink: Tensor | None
+    softmax_scale: float
+    out: Tensor
+    lse: Tensor
+    d_out: Tensor
+    d_lse: Tensor
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    d_sink: Tensor | None
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """What is written."""
+        return self.dq, self.dk, self.dv, self.d_sink
+
+
 class SparseSet(NamedTuple):
     """The keys of a sparse call that lie in one cache: what selects a kernel.
 
@@ -265,6 +320,48 @@ class SparseArgs(NamedTuple):
         """Write `empty_lse`, for kernels that leave -inf; one kernel."""
         if self.empty_lse != -math.inf:
             torch.nan_to_num_(self.lse, nan=math.nan, posinf=math.inf, neginf=self.empty_lse)
+
+
+class SparseBackwardProblem(NamedTuple):
+    """The gradients of a sparse prefill: `forward` is its problem, of one cache without a row format, S_q 1."""
+
+    forward: SparseProblem
+
+    @property
+    def device(self) -> torch.device:
+        """The forward's."""
+        return self.forward.device
+
+    @property
+    def empty(self) -> bool:
+        """Whether every gradient is 0."""
+        return self.forward.empty
+
+
+class SparseBackwardArgs(NamedTuple):
+    """The tensors of one backward call, normalised.
+
+    q to softmax_scale as in SparseArgs; out [B, 1, Hq, Dv] and lse [B, 1, Hq] that the forward gave, infinite on a row
+    without keys, and their gradients d_out and d_lse FP32. Written: dq [B, 1, Hq, D]; dkv [pages, page, D], the sum
+    over all that name a row; d_sink [Hq] FP32, or None without a sink.
+    """
+
+    q: Tensor
+    keys: SparseKeys
+    attn_sink: Tensor | None
+    softmax_scale: float
+    out: Tensor
+    lse: Tensor
+    d_out: Tensor
+    d_lse: Tensor
+    dq: Tensor
+    dkv: Tensor
+    d_sink: Tensor | None
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """What is written."""
+        return self.dq, self.dkv, self.d_sink
 
 
 class IndexProblem(NamedTuple):
@@ -363,5 +460,13 @@ class AppendArgs(NamedTuple):
     num_tokens: Tensor | None
 
 
-Problem = DecodeProblem | PrefillProblem | SparseProblem | IndexProblem | TopkProblem
-Args = DecodeArgs | PrefillArgs | SparseArgs | IndexArgs | TopkArgs
+Problem = (
+    DecodeProblem
+    | PrefillProblem
+    | BackwardProblem
+    | SparseProblem
+    | SparseBackwardProblem
+    | IndexProblem
+    | TopkProblem
+)
+Args = DecodeArgs | PrefillArgs | BackwardArgs | SparseArgs | SparseBackwardArgs | IndexArgs | TopkArgs

@@ -60,6 +60,16 @@ def dequantise(x: Tensor, descale: float | Tensor, dtype: torch.dtype = torch.bf
     return (x.float() * _per_row(factor, x)).to(dtype)
 
 
+def mark_scaled(cache: Tensor) -> None:
+    """Note on a cache that its values are not the real ones; `contract` then asks for the descale."""
+    cache._needs_descale = True  # type: ignore[attr-defined]
+
+
+def needs_descale(cache: Tensor) -> bool:
+    """Whether `mark_scaled` was called on this tensor; views of it do not know."""
+    return getattr(cache, "_needs_descale", False)
+
+
 def _check_tensor(name: str, value: object, device: torch.device | None = None) -> None:
     if not isinstance(value, Tensor):
         raise ShapeError(

@@ -1,6 +1,7 @@
 """The truth in float64: obvious and slow, one request and one head at a time. It shares no code with a backend.
 
-Each function takes the tensors of a public function and returns (out, lse) in float64. Nothing is validated.
+Each function takes the tensors of a public function and returns (out, lse) in float64. Nothing is validated. torch
+differentiates them: the gradients of a row without keys, and of what nobody sees, are 0.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ BLOCK = 64
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor | None, scale: float, sink: float | Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor | None, scale: float, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """q [M, D], k [S, D], v [S, Dv], keep [M, S] bool, bias [M, S], sink [M] -> out [M, Dv], lse [M]."""
+    """q [M, D], k [S, D], v [S, Dv], keep [M, S] bool, bias [M, S], sink [M] or [] -> out [M, Dv], lse [M]."""
     scores = scale * (q @ k.T)
     if bias is not None:
-        scores = scores + bias.double()
+        keep = keep & (bias != -math.inf)
+        scores = scores + bias.double().masked_fill(~keep, 0.0)
     scores = scores.masked_fill(~keep, -math.inf)
+    empty = ~keep.any(-1)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[:, None])
-    out = weights @ v
+    seen_lse = lse.masked_fill(empty, 0.0)  # -inf minus -inf has no gradient, and no value
+    out = torch.exp(scores - seen_lse[:, None]) @ v
     if sink is not None:
-        out = out * torch.nan_to_num(1.0 / (1.0 + torch.exp(sink - lse)))[:, None]
+        out = out * torch.sigmoid(seen_lse - sink)[:, None]
     return out, lse
 
 
@@ -96,7 +99,7 @@ def decode_reference(
                 keep = t[None] <= length - S_q + torch.arange(S_q, device=q.device)[:, None]
             keep = torch.ones(S_q, length, dtype=torch.bool, device=q.device) if keep is None else keep[:, :length]
             bias = None if bias is None else bias[:, :length]
-            sink = None if attn_sink is None else float(attn_sink[h])
+            sink = None if attn_sink is None else attn_sink[h].double()
             out[b, h], lse[b, h] = attend(rows, k, v, keep, bias, scale, sink)
     return out, lse
 
@@ -146,7 +149,7 @@ def prefill_reference(
                 keep,
                 None if bias is None else bias[:, :length],
                 scale,
-                None if attn_sink is None else float(attn_sink[h]),
+                None if attn_sink is None else attn_sink[h].double(),
             )
     return out, lse
 

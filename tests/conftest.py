@@ -27,6 +27,17 @@ settings.register_profile(
 settings.load_profile("flash_mla")
 
 
+MORE_GPUS = {"sm_89", "sm_120", "gfx942"}
+"""Compile gates of these are `slow`: `make gates` runs them, and .ci/run leaves them out for its time."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if item.get_closest_marker("compile") and MORE_GPUS & {x for x in parameters if isinstance(x, str)}:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module", params=["kernels", "torch"])
 def cpu_engine(request):
     """What the CPU backend runs: its compiled kernels, and torch's ops, which serve where llvmlite is missing."""

@@ -10,6 +10,7 @@ import torch
 
 from flash_mla import GradientError, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
 from flash_mla.backends import backend, module
+from flash_mla.errors import SequenceLengthError
 from flash_mla.reference import decode_reference
 from flash_mla.testing import DecodeCase, MhaCase, PrefillCase, check, nan_filled, same_bits
 
@@ -181,7 +182,7 @@ def test_compiled_refusals_are_ours():
     """What the compiled call refuses is refused with the same words."""
     x = DecodeCase("", (70, 130)).call().arguments
     x["seq_lens"][0] = 10_000
-    with pytest.raises(Exception, match="Grow cache or truncate sequence"):
+    with pytest.raises(SequenceLengthError, match="Grow cache or truncate sequence"):
         torch.compile(flash_mla_with_kvcache, fullgraph=True)(**x)
 
 
@@ -253,7 +254,9 @@ FUNCTIONS = {
     "flash_mla_with_kvcache": (flash_mla_with_kvcache, DecodeCase("", (70, 3), dtype=torch.float32, sink=True), "q"),
     "flash_mla_with_kvcache/cache": (flash_mla_with_kvcache, DecodeCase("", (70,), dtype=torch.float32), "v_cache"),
     "flash_mla_with_kvcache/sink": (flash_mla_with_kvcache, DecodeCase("", (70,), sink=True), "attn_sink"),
-    "flash_mla_prefill": (flash_mla_prefill, PrefillCase("", 30, dtype=torch.float32), "k"),
+    "flash_mla_prefill/mask": (flash_mla_prefill, PrefillCase("", 30, dtype=torch.float32, mask="float"), "attn_mask"),
+    "flash_mla_prefill/descale": (flash_mla_prefill, PrefillCase("", 30, descale="tensor"), "k"),
+    "flash_mla_prefill/fp8": (flash_mla_prefill, PrefillCase("", 30, dtype=torch.float8_e4m3fn), "v"),
     "mha_fwd_kvcache": (mha_fwd_kvcache, MhaCase("", 30, dtype=torch.float32), "q"),
     "mha_fwd_kvcache/rows": (mha_fwd_kvcache, MhaCase("", 30, dtype=torch.float32), "v"),
 }
@@ -274,7 +277,7 @@ def test_a_gradient_is_refused_not_dropped(name, compiled, which):
     assert torch.equal(out, want[0])
     assert torch.equal(lse, want[1])
     result = {"out": out, "lse": lse}[which]
-    with pytest.raises(GradientError, match="forward only"):
+    with pytest.raises(GradientError, match=r"forward only|no gradient of attn_mask"):
         result.sum().backward()
 
 

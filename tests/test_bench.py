@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from flash_mla.bench import measure as measure_module
-from flash_mla.bench import report
+from flash_mla.bench import plot, report, timing
 from flash_mla.bench.cases import CASES, Case
 from flash_mla.bench.measure import measure, select
 from flash_mla.bench.peers import Peer, peers
+from flash_mla.bench.sparse import SPARSE_CASES, SparseCase, TopkCase
 from flash_mla.bench.timing import Ceilings, alternate, extra_bytes, median_ratio
 from flash_mla.testing import DecodeCase, PrefillCase
 
@@ -52,9 +55,9 @@ def test_flop_and_byte_model(name: str, flops: int, nbytes: int) -> None:
 
 
 def test_names_are_unique_and_say_the_phase() -> None:
-    names = [c.name for c in CASES]
+    names = [c.name for c in (*CASES, *SPARSE_CASES)]
     assert len(set(names)) == len(names)
-    assert all(c.name.split("/")[0] == c.group.split(",")[0] for c in CASES)
+    assert all(c.name.split("/")[0] == c.group.split(",")[0] for c in (*CASES, *SPARSE_CASES))
     assert {c.devices for c in CASES} == {("cpu",), ("cuda",)}
 
 
@@ -95,11 +98,43 @@ def test_measure_times_right_results_and_their_peers(case: Case) -> None:
     json.dumps(record)
 
 
+@pytest.mark.parametrize(
+    ("case", "peer"),
+    [
+        (SparseCase(2, 2, 4, 256, 100, "fp8_ds_mla", ("cpu",)), "gather + SDPA"),
+        (SparseCase(2, 1, 4, 256, 100, None, ("cpu",)), "gather + SDPA"),
+        (TopkCase(3, 1000, 64, ("cpu",)), "torch.topk"),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_measure_times_sparse_attention_and_selection(case: SparseCase | TopkCase, peer: str) -> None:
+    record = measure(case, "cpu", CEILINGS, budget_s=0.0)
+    assert "error" not in record
+    assert record["ms"] > 0
+    assert record["peers"][peer]["ratio"] > 0
+    assert record["backend"] == "cpu"
+    arguments = case.arguments()
+    wrong = case.function(arguments)().roll(1, -1) + 1
+    assert not case.gate(arguments)(wrong).passed
+    json.dumps(record)
+
+
+def test_sparse_models_by_hand() -> None:
+    case = SparseCase(4, 2, 16, 4096, 1024, "fp8_ds_mla", ("cpu",))
+    assert case.flops == 2 * 8 * 16 * 1024 * 1088
+    assert case.bytes == 8 * (16 * 1088 * 2 + 1024 * (656 + 4))
+    assert TopkCase(4, 1000, 10, ("cpu",)).bytes == 4 * 4 * 1010
+
+
 def test_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Case.function
 
     def wrong(self: Case, arguments: dict) -> Callable[[], Tensor]:
-        return lambda: right(self, arguments)() * 1.05
+        call = right(self, arguments)
+        return partial(scaled, call.func, *call.args, **call.keywords)
+
+    def scaled(function: Callable[..., Tensor], *args: object, backend: str | None, **kwargs: object) -> Tensor:
+        return function(*args, **kwargs, backend=backend) * 1.05
 
     monkeypatch.setattr(Case, "function", wrong)
     record = measure(GQA, "cpu", CEILINGS, budget_s=0.0)
@@ -174,13 +209,134 @@ def test_three_significant_digits(value: float, text: str) -> None:
 
 
 def test_labels_are_spread() -> None:
-    heights = report.spread([0.0, 1.0, 2.0, 50.0], [(0, 10), (0, 10), (20, 30), (0, 10)], 8.0)
+    heights = plot.spread([0.0, 1.0, 2.0, 50.0], [(0, 10), (0, 10), (20, 30), (0, 10)], 8.0)
     assert heights == [-7.0, 1.0, 2.0, 50.0]
 
 
 def test_labels_keep_off_other_points() -> None:
     # three labels that start at x = 0 run over two points at x = 50, which stand 10 apart
     starts, ys = [0, 0, 0, 50, 50], [4.0, 5.0, 6.0, 0.0, 10.0]
-    heights = report.spread(ys, [(x, x + 100) for x in starts], 8.0)
+    heights = plot.spread(ys, [(x, x + 100) for x in starts], 8.0)
     assert all(abs(heights[i] - ys[j]) > 7.9 for i in range(3) for j in (3, 4))
     assert all(abs(a - b) > 7.9 for i, a in enumerate(heights) for b in heights[:i])
+
+
+def test_a_backend_that_refuses_gets_no_time() -> None:
+    record = measure(GQA, "cpu", CEILINGS, backend="hopper", budget_s=0.0)
+    assert record["error"].startswith("refused: hopper: ")
+    assert "ms" not in record
+    assert report.columns({"tflops": 1.0}, [record])[1].cells == ["hopper"]
+
+
+# --- Ceilings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gflops", "dtype", "edge"),
+    [
+        # without BF16 instructions: 1.3 GFLOP/s in BF16, so that 4096^3 would take a minute and more
+        ({torch.bfloat16: 1.3, torch.float32: 80.0}, torch.float32, 2048),
+        ({torch.bfloat16: 400.0, torch.float32: 150.0}, torch.bfloat16, 4096),
+        ({torch.bfloat16: 1.3, torch.float32: 1.0}, torch.bfloat16, 512),
+    ],
+)
+def test_gemm_ceiling_is_of_the_fastest_dtype_and_bounded(
+    monkeypatch: pytest.MonkeyPatch, gflops: dict[torch.dtype, float], dtype: torch.dtype, edge: int
+) -> None:
+    spent = 0.0
+
+    def seconds(edge: int, dtype: torch.dtype) -> float:
+        nonlocal spent
+        one = 2 * edge**3 / gflops[dtype] / 1e9
+        spent += 2 * one
+        return one
+
+    monkeypatch.setattr(timing, "seconds_of_gemm", seconds)
+    assert timing.fastest_gemm(4096) == (dtype, edge)
+    assert spent < 4 * timing.GEMM_SECONDS
+
+
+def test_ceiling_names_its_dtype() -> None:
+    ceilings = timing.measure_ceilings("cpu", small=True)
+    assert ceilings.dtype in ("BF16", "FP32")
+    assert f"{ceilings.dtype} GEMM of" in ceilings.how
+    assert ceilings.dtype in report.ceilings_line(
+        {"name": "box", "torch": "2", "gbps": 1.0, "tflops": 0.1, "dtype": ceilings.dtype, "how": ceilings.how}
+    )
+
+
+def test_a_round_that_takes_long_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "PATIENCE_S", 0.0)
+    times = alternate({"slow": lambda: torch.zeros(())}, "cpu", budget_s=5.0)
+    assert len(times["slow"]) == 1
+
+
+def test_commit_is_this_checkouts() -> None:
+    if (Path(__file__).parents[1] / ".git").exists():
+        commit = timing.commit()
+        assert commit is not None
+        assert len(commit.rstrip("+")) >= 7
+
+
+# --- Plots ------------------------------------------------------------------------------------------------------------
+
+
+def drawn(records: list[dict], tmp_path: Path, **machine: object) -> tuple[list[Path], str]:
+    """The files of a plot as SVG, and their text in one string."""
+    given = {"name": "box", "torch": "2.99", "commit": "abc1234", "date": "2026-11-27", "gbps": 10.0, "tflops": 0.2}
+    files = plot.draw(given | machine, records, tmp_path / "a.svg")
+    # NOTE: matplotlib draws letters as paths, and names each text in a comment before it
+    return files, "\n".join(file.read_text() for file in files)
+
+
+def test_plots_say_what_ran(tmp_path: Path) -> None:
+    record = {
+        "case": "decode/one", "group": "decode, MLA", "dtype": "FP8", "ms": 2.0, "flops": 1e8, "bytes": 1e7,
+        "peers": {"them": {"ratio": 1.5, "ms": 3.0}, "absent": {"error": "not installed"}},
+    }  # fmt: skip
+    files, text = drawn([record], tmp_path, tflops_fp8=0.4)
+    assert [file.name for file in files] == ["a.svg", "a-peers.svg"]
+    said = (
+        "flash_mla on box",
+        "FP8; torch 2.99; commit abc1234; 2026-11-27",
+        "FP8 GEMM",
+        "fastest peer",
+        "them",
+        "1.50x",
+    )
+    for words in said:
+        assert f"<!-- {words}" in text
+    assert "absent" not in text
+    assert "<!-- 100 -->" in text, "ticks are plain numbers"
+    assert "10^" not in text
+
+
+def test_plots_of_what_was_not_compared(tmp_path: Path) -> None:
+    record = {"case": "decode/one", "group": "odd", "ms": 2.0, "flops": 1e8, "bytes": 1e7}
+    assert [file.name for file in drawn([record], tmp_path)[0]] == ["a.svg"]
+    with pytest.raises(ValueError, match="no case of this file has a time"):
+        drawn([{"case": "decode/one", "group": "odd", "error": "wrong"}], tmp_path)
+
+
+COMMITTED = sorted((Path(__file__).parents[1] / "docs" / "bench").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_committed_records_are_drawn_and_tabled(path: Path, tmp_path: Path) -> None:
+    machine, records = report.read_jsonl(path)
+    assert len({record["case"] for record in records}) == len(records)
+    assert len(plot.draw(machine, records, tmp_path / "a.png")) == 2
+    for record in records:
+        if record.get("flops") and "tflops" in record:
+            assert record["tflops"] == pytest.approx(record["flops"] / record["ms"] / 1e9, rel=1e-3)
+    for group, members in report.groups(records).items():
+        assert all(len(column.cells) == len(members) for column in report.columns(machine, members)), group
+
+
+def test_every_figure_of_the_gpu_says_where_it_comes_from() -> None:
+    machine, records = report.read_jsonl(next(path for path in COMMITTED if path.name == "h200.jsonl"))
+    assert {"gbps", "tflops", "tflops_fp8", "how"} <= machine.keys()
+    for record in records:
+        assert {"dtype", "ms", "gpu", "commit", "date", "command", "torch"} <= record.keys()
+        assert all(peer["ratio"] > 0 for peer in record["peers"].values())
+        assert record["peers"]

@@ -14,13 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flash_mla import flash_mla_with_kvcache, mha_fwd_kvcache
 from flash_mla.blocks import BlockAllocator
 from flash_mla.cache import PagedKVCache, page_view
 from flash_mla.errors import (
     BlockCountError,
     CacheFullError,
+    DeviceError,
     DTypeError,
-    FlashMLAError,
+    MaskShapeError,
     SequenceLengthError,
     ShapeError,
 )
@@ -98,7 +100,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.next_token += count
         return tokens
 
-    def expected_error(self, requests: list[int], counts: list[int]) -> type[FlashMLAError] | None:
+    def expected_error(self, requests: list[int], counts: list[int]) -> type[ValueError] | None:
         """What must happen on an append, from the lengths and the blocks that the table shows shared."""
         lengths = [len(self.model[b]) for b in requests]
         if any(length + n > self.limit * 64 for length, n in zip(lengths, counts, strict=True)):
@@ -164,7 +166,8 @@ class CacheMachine(RuleBasedStateMachine):
         free = self.cache.num_free_blocks
         if source == into or self.model[into] or full:
             before = snapshot(self.cache)
-            with pytest.raises((ShapeError, SequenceLengthError, CacheFullError)):
+            error = ShapeError if source == into else SequenceLengthError if self.model[into] else CacheFullError
+            with pytest.raises(error):
                 self.cache.fork(source, into)
             assert same(before, snapshot(self.cache))
             return
@@ -209,32 +212,32 @@ class CacheMachine(RuleBasedStateMachine):
     def refuse(self, data: st.DataObject) -> None:
         cache, good = self.cache, torch.zeros(B, self.heads, 1, D)
         v = None if self.latent else torch.zeros(B, self.heads, 1, Dv)
-        bad = data.draw(
+        bad, error = data.draw(
             st.sampled_from(
                 [
-                    lambda: cache.append(good, torch.zeros(1) if self.latent else None),
-                    lambda: cache.append(good[1:], v),
-                    lambda: cache.append(good[..., :1], v),
-                    lambda: cache.append(good[0], v),
-                    lambda: cache.append(good.double(), v),
-                    lambda: cache.append(good.to("meta"), v),
-                    lambda: cache.append(good, v, [1, 1, 1, 2]),
-                    lambda: cache.append(good, v, [1, 1, 1, -1]),
-                    lambda: cache.append(good, v, [1, 1]),
-                    lambda: cache.append(good, v, torch.tensor([0.5] * B)),
-                    lambda: cache.append(good, v, None, [0, 1, 2, 2]),
-                    lambda: cache.append(good, v, None, [0, 1, 2, B]),
-                    lambda: cache.extend(-1),
-                    lambda: cache.reorder([0, 1, 2]),
-                    lambda: cache.reorder([0, 1, 2, -1]),
-                    lambda: cache.free([B]),
-                    lambda: cache.fork(0, -1),
-                    lambda: cache.grow(0),
+                    (lambda: cache.append(good, torch.zeros(1) if self.latent else None), ShapeError),
+                    (lambda: cache.append(good[1:], v), ShapeError),
+                    (lambda: cache.append(good[..., :1], v), ShapeError),
+                    (lambda: cache.append(good[0], v), ShapeError),
+                    (lambda: cache.append(good.double(), v), DTypeError),
+                    (lambda: cache.append(good.to("meta"), v), DeviceError),
+                    (lambda: cache.append(good, v, [1, 1, 1, 2]), ShapeError),
+                    (lambda: cache.append(good, v, [1, 1, 1, -1]), ShapeError),
+                    (lambda: cache.append(good, v, [1, 1]), ShapeError),
+                    (lambda: cache.append(good, v, torch.tensor([0.5] * B)), ShapeError),
+                    (lambda: cache.append(good, v, None, [0, 1, 2, 2]), ShapeError),
+                    (lambda: cache.append(good, v, None, [0, 1, 2, B]), ShapeError),
+                    (lambda: cache.extend(-1), ShapeError),
+                    (lambda: cache.reorder([0, 1, 2]), ShapeError),
+                    (lambda: cache.reorder([0, 1, 2, -1]), ShapeError),
+                    (lambda: cache.free([B]), ShapeError),
+                    (lambda: cache.fork(0, -1), ShapeError),
+                    (lambda: cache.grow(0), ShapeError),
                 ]
             )
         )
         before = snapshot(cache)
-        with pytest.raises(FlashMLAError) as caught:
+        with pytest.raises(error) as caught:
             bad()
         assert same(before, snapshot(cache))
         assert all(part in str(caught.value) for part in ("given:", "required:", "cause:", "fix:"))
@@ -565,3 +568,64 @@ def test_neither_default_device_nor_inference_mode_matters() -> None:
         cache.append(torch.ones(4, Hk, 2, D, device="cpu"), torch.ones(4, Hk, 2, Dv, device="cpu"))
         cache.reorder([1, 0, 3, 2])
     assert cache.lengths == (102, 102, 2, 66) == tuple(cache.seq_lens.tolist())
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
+@pytest.mark.parametrize("pool", [None, 9])
+def test_decode_passes_what_the_cache_knows(latent: bool, dtype: torch.dtype, pool: int | None) -> None:
+    """`cache.decode` against a float64 reference over the rows that were appended."""
+    B, heads, D, Dv, factor = 3, 1 if latent else 2, 64, 32, 0.37
+    scaled = {"k_descale": factor, "v_descale": 2 * factor} if dtype == FP8 else {}
+    cache = PagedKVCache(
+        B, heads, D, v_head_dim=Dv, latent=latent, max_seq_len=192, pool_blocks=pool, dtype=dtype, **scaled
+    )
+    cache.k_cache[:].fill_(float("nan"))
+    cache.v_cache[:].fill_(float("nan"))
+    torch.manual_seed(11)
+    rows = torch.bfloat16 if dtype == FP8 else dtype
+    k, v = torch.randn(B, heads, 130, D).to(rows), torch.randn(B, heads, 130, Dv).to(rows)
+    lengths = [130, 1, 64]
+    cache.append(k, None if latent else v, lengths)
+    q = torch.randn(B, 4, 2, D).to(rows)
+    out, lse = cache.decode(q, softmax_scale=0.3, return_lse=True)
+    if dtype == FP8:
+        k = quantise(k, factor)[0].double() * factor
+        v = quantise(v, 2 * factor)[0].double() * 2 * factor
+    v = k[..., :Dv] if latent else v
+    for b, length in enumerate(lengths):
+        keys, values = (x[b, :, :length].double().repeat_interleave(4 // heads, 0) for x in (k, v))
+        scores = 0.3 * q[b].double() @ keys.mT
+        hidden = torch.arange(length) > length - 2 + torch.arange(2)[:, None]
+        scores = scores.masked_fill(hidden, -torch.inf)
+        expected = torch.softmax(scores, -1).nan_to_num(0) @ values
+        budget = 1.6e-2 if rows == torch.bfloat16 else 1e-5
+        assert (out[b].double() - expected).abs().max() <= budget * expected.abs().max()
+        torch.testing.assert_close(lse[b].double(), scores.logsumexp(-1), atol=1e-4, rtol=0)
+    assert list(cache._metadata) == [q.shape], "metadata is made once for a shape"
+    cache.grow(1)
+    assert torch.equal(cache.decode(q, softmax_scale=0.3), out)
+    with pytest.raises(MaskShapeError, match="130"):
+        cache.decode(q, torch.ones(B, 1, 1, 129, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("forgotten", ["k_descale", "v_descale"])
+def test_a_descale_is_not_forgotten_silently(forgotten: str, copied: bool) -> None:
+    cache = PagedKVCache(1, 2, 64, max_seq_len=64, dtype=FP8, k_descale=0.5, v_descale=torch.tensor([1.0, 3.0]))
+    cache.append(torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 64))
+    cache = pickle.loads(pickle.dumps(cache)) if copied else cache
+    descales = {"k_descale": cache.k_descale, "v_descale": cache.v_descale}
+    call = (cache.k_cache, cache.v_cache, cache.block_table)
+    q = torch.randn(1, 2, 1, 64, dtype=torch.bfloat16)
+    expected = flash_mla_with_kvcache(q, *call, cache.seq_lens, **descales)
+    assert torch.equal(cache.decode(q), expected)
+    for mask in (None, torch.ones(1, 1, 1, 9, dtype=torch.bool)):
+        with pytest.raises(ShapeError, match=rf"{forgotten}.*\n.*cache\.{forgotten}"):
+            flash_mla_with_kvcache(q, *call, cache.seq_lens, mask, **(descales | {forgotten: None}))
+    q8 = q.expand(-1, -1, 9, -1).to(FP8)
+    with pytest.raises(ShapeError, match=forgotten):
+        mha_fwd_kvcache(q8, *call, start_pos=torch.zeros(1, dtype=torch.int32), **(descales | {forgotten: None}))
+    plain = PagedKVCache(1, 2, 64, max_seq_len=64, dtype=FP8)
+    plain.append(torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 64))
+    flash_mla_with_kvcache(q, plain.k_cache, plain.v_cache, plain.block_table, plain.seq_lens)  # a factor of 1

@@ -14,7 +14,6 @@ from flash_mla import deepseek
 from flash_mla.errors import (
     BlockCountError,
     DTypeError,
-    FlashMLAError,
     HeadGroupingError,
     SequenceLengthError,
     ShapeError,
@@ -54,7 +53,7 @@ def attention(q, k, v, scale, keep, sink=None):
 
 
 def assert_close(out, expected, dtype=torch.bfloat16):
-    """Contract section 10."""
+    """docs/contract.md, section 10: max error over max |out|."""
     assert not out.isnan().any()
     budget = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
     largest = expected.abs().max()
@@ -321,13 +320,13 @@ def test_sparse_decode_over_pages_of_their_pitch():
 
 
 def test_sparse_time_follows_topk():
-    """CPU time of one thread; 16 times the cache, the same topk."""
+    """CPU time of one thread; 8 times the pool, the same topk. Both pools are larger than a processor's caches."""
     q = randn(4, 1, 16, 576, g=generator(1))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     best = {}
     try:
-        for pages in (128, 2048):
+        for pages in (1024, 8192):
             cache = FORMATS["fp8_ds_mla"].empty(pages)
             cache.view(torch.uint8).fill_(56)
             indices = torch.randint(0, pages * 64, (4, 1, 512), generator=generator(2), dtype=torch.int32)
@@ -339,8 +338,8 @@ def test_sparse_time_follows_topk():
             best[pages] = min(times)
     finally:
         torch.set_num_threads(threads)
-    # 1.2 on a quiet machine; the cache's 84 MB miss where 5 MB hit, on a shared one more
-    assert best[2048] < 1.5 * best[128]
+    # pages of memory that the processor must look up grow with the pool: 1.1 to 1.3
+    assert best[8192] < 1.5 * best[1024]
 
 
 # --- Sparse prefill ---------------------------------------------------------------------------------------------------
@@ -538,7 +537,7 @@ def test_errors():
         call(q, pool.expand(-1, -1, 2, -1), None, None, 512, None, indices=indices)
     with pytest.raises(ShapeError, match="dropout"):
         deepseek.flash_attn_varlen_func(q[0], q[0], q[0], lengths, lengths, 1, 1, dropout_p=0.1)
-    with pytest.raises(FlashMLAError, match="indices"):
+    with pytest.raises(ShapeError, match="indices"):
         call(q, pool, None, None, 512, None, indices=indices[0])
 
 
@@ -586,3 +585,14 @@ def test_an_index_past_int32_names_no_token():
     for page in (0, -1, "64", 1.5):
         with pytest.raises(ShapeError, match="page"):
             deepseek.pool_indices(positions, table, page)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_query_gives_an_empty_result(causal):
+    q = torch.zeros(2, 0, 4, 64, dtype=torch.float8_e4m3fn)
+    pool, table = torch.zeros(3, 64, 1, 64, dtype=torch.float8_e4m3fn), torch.zeros(2, 1, dtype=torch.int32)
+    out, lse = deepseek.flash_mla_with_kvcache_fp8(
+        q, pool, table, torch.tensor([3, 64], dtype=torch.int32), 64, causal=causal
+    )
+    assert out.shape == (2, 0, 4, 64)
+    assert lse.shape == (2, 4, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +10,13 @@ import torch
 pytest.importorskip("transformers")
 rich_console = pytest.importorskip("rich.console")
 
-from flash_mla import demo as demo_module  # noqa: E402
-from flash_mla.demo import PAD, cut_prompts, demo  # noqa: E402
-
-TEXT = Path(__file__).parent.parent / "examples" / "text.txt"
+from flash_mla.demo import PAD, TEXT, cut_prompts, demo  # noqa: E402
+from flash_mla.integrations.transformers import step  # noqa: E402
 
 
 def test_demo_checks_every_token() -> None:
     console = rich_console.Console(file=io.StringIO(), width=100)
-    demo(TEXT, tokens=6, batch=2, console=console)
+    demo(tokens=6, batch=2, console=console)
     printed = console.file.getvalue()
     assert "All 12 tokens are those of eager attention." in printed
     assert "12 of 12" in printed
@@ -29,14 +26,14 @@ def test_demo_checks_every_token() -> None:
 
 
 def test_demo_fails_when_a_token_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = demo_module.paged_cache.__globals__["flash_mla_with_kvcache"]
+    attend = step.flash_mla_with_kvcache
 
     def forgetful(q: torch.Tensor, *args: torch.Tensor, **kwargs: object) -> torch.Tensor:
         return attend(q, *args, **kwargs) * 0.5
 
-    monkeypatch.setitem(demo_module.paged_cache.__globals__, "flash_mla_with_kvcache", forgetful)
+    monkeypatch.setattr(step, "flash_mla_with_kvcache", forgetful)
     with pytest.raises(SystemExit, match="tokens differ; the first is token"):
-        demo(TEXT, tokens=8, batch=2, console=rich_console.Console(file=io.StringIO()))
+        demo(tokens=8, batch=2, console=rich_console.Console(file=io.StringIO()))
 
 
 def test_prompts_are_pieces_of_the_text() -> None:

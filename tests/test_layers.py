@@ -9,14 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
-    "errors problem version",
-    "blocks layout quant merge reference kernels",
-    "cache",
+    "errors problem uncompiled version",
+    "kinds",
+    "blocks layout mla quant merge reference kernels",
     "contract backends",
     "plan autograd",
-    "launch",
+    "entry explanation launch gradients",
     "api",
-    "pages",
+    "cache pages",
     "ops",
     "deepseek distributed indexer",
     "testing __init__",

@@ -1,4 +1,3 @@
-# ruff: noqa: C408
 """decode_over_pages: every layout of a serving engine against float64, and that it reads the pages where they lie."""
 
 from __future__ import annotations

@@ -177,13 +177,13 @@ def test_run_sees_a_wrong_index(monkeypatch, name, spoil, says):
 
 
 def test_run_sees_a_wrong_gradient(monkeypatch):
-    right = deepseek.varlen.sequence_gradients
+    right = deepseek.varlen.backward
 
-    def wrong(*args, **kwargs):
-        dq, dk, dv = right(*args, **kwargs)
-        return dq, dk * 1.05, dv
+    def wrong(*args, dk, **kwargs):
+        right(*args, dk=dk, **kwargs)
+        dk *= 1.05
 
-    monkeypatch.setattr(deepseek.varlen, "sequence_gradients", wrong)
+    monkeypatch.setattr(deepseek.varlen, "backward", wrong)
     failures = run(VarlenCase("spoiled")).failures
     assert len(failures) == 1
     assert "dk: error" in failures[0]
@@ -194,7 +194,11 @@ def test_names_are_unique_and_cover_every_dtype_and_function():
     assert len(set(names)) == len(names)
     kinds = {(case.function, case.dtype) for case in CASES}
     functions = {"flash_mla_with_kvcache", "flash_mla_prefill", "mha_fwd_kvcache", "deepseek.flash_mla_with_kvcache"}
-    in_three_dtypes = {"deepseek.flash_mla_sparse_fwd", "deepseek.flash_attn_varlen_func"}
+    in_three_dtypes = {
+        "flash_mla_prefill (backward)",
+        "deepseek.flash_mla_sparse_fwd",
+        "deepseek.flash_attn_varlen_func",
+    }
     assert kinds == {
         (function, dtype)
         for function in functions | in_three_dtypes

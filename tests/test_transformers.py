@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from flash_mla import FlashMLAError, SequenceLengthError, ShapeError  # noqa: E402
-from flash_mla.errors import GradientError  # noqa: E402
-from flash_mla.integrations.transformers import PagedCache, paged_cache  # noqa: E402
+from flash_mla.errors import DeviceError, DTypeError, GradientError  # noqa: E402
+from flash_mla.integrations.transformers import PagedCache, paged_cache, step  # noqa: E402
 
 VOCAB = 264
+FP8 = torch.float8_e4m3fn
 COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -37,7 +39,12 @@ LATENT = {
     "v_head_dim": 24,
 }
 MOE = {"moe_intermediate_size": 32, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
-FAMILIES = {
+INDEX = {"index_topk": 24, "index_n_heads": 16, "index_head_dim": 24}
+SPARSE = {
+    "DeepseekV32": LATENT | MOE | INDEX,
+    "GlmMoeDsa": LATENT | MOE | INDEX | {"num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"]},
+}
+FAMILIES = SPARSE | {
     "DeepseekV3": LATENT | MOE | {"first_k_dense_replace": 1},
     "DeepseekV2": LATENT | MOE | {"first_k_dense_replace": 1},
     "Glm4MoeLite": LATENT | MOE | {"mlp_layer_types": ["dense", "sparse"]},
@@ -50,8 +57,11 @@ FAMILIES = {
 
 def build(family: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     torch.manual_seed(7)
-    config = getattr(transformers, f"{family}Config")(**COMMON, **FAMILIES[family])
-    return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
+    config = getattr(transformers, f"{family}Config")(**(COMMON | FAMILIES[family]))
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
+    with torch.no_grad():  # NOTE: the row of padding is 0, and a sparse index that sees 0 picks among equals
+        model.get_input_embeddings().weight[0].normal_(std=0.1)
+    return model
 
 
 def prompts(lengths: list[int], side: str = "left", seed: int = 0) -> dict[str, torch.Tensor]:
@@ -90,7 +100,7 @@ def test_ragged_batch_gives_eager_tokens(family: str) -> None:
     assert (blocks.diff() != 1).all(), "the pages lie apart"
 
 
-@pytest.mark.parametrize("family", ["DeepseekV3", "Llama"])
+@pytest.mark.parametrize("family", ["DeepseekV3", "DeepseekV32", "Llama"])
 def test_beam_search_reorders_tables(family: str) -> None:
     model, inputs = build(family), prompts([60, 33])
     options = {"max_new_tokens": 20, "num_beams": 3, "do_sample": False}
@@ -99,7 +109,7 @@ def test_beam_search_reorders_tables(family: str) -> None:
     assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
 
 
-@pytest.mark.parametrize("family", ["DeepseekV3", "Llama"])
+@pytest.mark.parametrize("family", ["DeepseekV3", "DeepseekV32", "Llama"])
 def test_chunked_prefill_with_padding_in_two_chunks(family: str) -> None:
     model, inputs = build(family), prompts([3, 41, 26])
     expected = model.generate(**inputs, max_new_tokens=10, do_sample=False)
@@ -109,7 +119,7 @@ def test_chunked_prefill_with_padding_in_two_chunks(family: str) -> None:
     assert torch.equal(tokens, expected)
 
 
-@pytest.mark.parametrize("family", ["DeepseekV3", "Llama"])
+@pytest.mark.parametrize("family", ["DeepseekV3", "DeepseekV32", "Llama"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_of_two_passes(family: str, side: str) -> None:
     """A prompt, then several tokens at once, against one eager pass; logits where there is a token."""
@@ -170,11 +180,9 @@ def test_reset_serves_the_next_batch() -> None:
 
 
 def test_metadata_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flash_mla.integrations import transformers as integration
-
     made = []
-    original = integration.get_mla_metadata
-    monkeypatch.setattr(integration, "get_mla_metadata", lambda *a, **k: made.append(a) or original(*a, **k))
+    original = step.get_mla_metadata
+    monkeypatch.setattr(step, "get_mla_metadata", lambda *a, **k: made.append(a) or original(*a, **k))
     model = build("DeepseekV3")
     model.generate(**prompts([8, 12]), max_new_tokens=6, do_sample=False, past_key_values=paged_cache(model, 2, 20))
     assert len(made) == 5, "one for each decode step of two layers"
@@ -200,6 +208,18 @@ def test_errors_say_what_to_do() -> None:
         cache.crop(-17)
     with pytest.raises(FlashMLAError, match="cannot be switched"):
         paged_cache(transformers.GPTJForCausalLM(transformers.GPTJConfig(n_embd=32, n_layer=1, n_head=2)), 1, 64)
+    falcon = transformers.FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(FlashMLAError, match="cannot be switched"):
+        paged_cache(transformers.FalconForCausalLM(falcon), 1, 64)
+    with torch.device("meta"):
+        config = transformers.DeepseekV4Config(num_hidden_layers=4)
+        v4 = transformers.DeepseekV4ForCausalLM(config)
+    with pytest.raises(FlashMLAError, match=r"compressed_sparse_attention.*\n.*full attention"):
+        paged_cache(v4, 1, 64)
+    with pytest.raises(DTypeError, match="sparse index"):
+        paged_cache(build("DeepseekV32"), 1, 64, dtype=FP8)
+    with pytest.raises(DeviceError, match="cuda_graph=True, a model on cpu"):
+        paged_cache(model, 1, 64, cuda_graph=True)
     windowed = transformers.MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=16)
     mistral = transformers.MistralForCausalLM(windowed).eval()
     cache = paged_cache(mistral, 2, 32)
@@ -227,7 +247,7 @@ def test_the_documented_example_prints_what_the_page_says(
 
 
 @pytest.mark.parametrize("draft", ["lookup", "assistant"])
-@pytest.mark.parametrize("family", ["DeepseekV3", "Llama"])
+@pytest.mark.parametrize("family", ["DeepseekV3", "DeepseekV32", "Llama"])
 def test_assisted_decoding_crops(family: str, draft: str) -> None:
     model, inputs = build(family), prompts([30])
     inputs["input_ids"][:, 15:] = inputs["input_ids"][:, :15]
@@ -262,14 +282,118 @@ def test_autocast_keeps_the_tokens(family: str) -> None:
 
 
 def test_no_gradient_is_dropped() -> None:
-    """A model that trains is refused; one in evaluation mode raises in the backward."""
+    """A model that trains is refused; one in evaluation mode has gradients of its prompt, and raises after it."""
     model, ids = build("Llama"), prompts([9])["input_ids"]
     cache = paged_cache(model, 1, 64)
-    for _ in range(2):  # the prompt, then a step of decode
-        loss = model(input_ids=ids, past_key_values=cache).logits.sum()
-        with pytest.raises(GradientError):
-            loss.backward()
-        ids = ids[:, :1]
+    weight = model.get_input_embeddings().weight
+    (got,) = torch.autograd.grad(model(input_ids=ids, past_key_values=cache).logits.square().sum(), weight)
+    loss = model(input_ids=ids[:, :1], past_key_values=cache).logits.sum()
+    with pytest.raises(GradientError):
+        loss.backward()
+    plain = build("Llama")
+    plain.set_attn_implementation("sdpa")
+    (want,) = torch.autograd.grad(plain(input_ids=ids).logits.square().sum(), plain.get_input_embeddings().weight)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     model.train()
     with pytest.raises(GradientError, match=r"model\.eval"):
         model(input_ids=ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_a_sparse_model_reads_what_its_indexer_picks(family: str) -> None:
+    """Other tokens than a model that picks all; and a prompt no longer than the pick attends densely."""
+    model, inputs = build(family), prompts([70, 40])
+    options = {"max_new_tokens": 20, "do_sample": False}
+    tokens = model.generate(**inputs, **options, past_key_values=hostile_cache(model, 2, 100))
+    for module in model.modules():
+        if hasattr(module, "index_topk"):
+            module.index_topk = 200
+    every = model.generate(**inputs, **options, past_key_values=hostile_cache(model, 2, 100))
+    assert not torch.equal(tokens[:, 70:], every[:, 70:])
+    model.set_attn_implementation("eager")
+    assert torch.equal(every, model.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "Llama", "OPT"])
+def test_fp8_cache(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of steps over stored e4m3 against those over exact rows: what rounding the rows costs, and half the bytes.
+
+    Factors other than 1, of each layer and head its own, must be passed along: without one the error is that of noise.
+    """
+    if family == "OPT":
+        torch.manual_seed(3)
+        dims = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": VOCAB}
+        model = transformers.OPTForCausalLM(transformers.OPTConfig(**dims, ffn_dim=64, word_embed_proj_dim=64)).eval()
+    else:
+        model = build(family)
+    model.to(torch.bfloat16)
+    inputs = prompts([70, 33])
+    mask, ids = inputs["attention_mask"], inputs["input_ids"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def logits(cache: PagedCache) -> torch.Tensor:
+        cache.pages.k_cache[0].fill_(float("nan"))
+        cache.pages.v_cache[0].fill_(float("nan"))
+        with torch.no_grad():
+            for part in (slice(0, 60), slice(60, 69), slice(69, 70)):
+                last = model(
+                    ids[:, part], attention_mask=mask[:, : part.stop], past_key_values=cache,
+                    **({} if family == "OPT" else {"position_ids": positions[:, part]}),
+                )  # fmt: skip
+        return last.logits[:, -1].float()
+
+    exact = paged_cache(model, 2, 70)
+    expected = logits(exact)
+    heads = exact.pages.k_cache.shape[1]
+    factors = torch.linspace(0.01, 0.02, heads)
+    values = {} if exact.pages._latent else {"v_descale": factors.flip(0)}
+    cache = paged_cache(model, 2, 70, dtype=FP8, k_descale=factors, **values)
+    assert cache.pages.k_cache.itemsize == 1
+    assert (logits(cache) - expected).norm() <= 0.06 * expected.norm()
+    with monkeypatch.context() as patch:
+        decode = step.flash_mla_with_kvcache
+        patch.setattr(step, "flash_mla_with_kvcache", lambda *a, k_descale, v_descale, **k: decode(*a, **k))
+        cache.reset()
+        assert (logits(cache) - expected).norm() > 0.06 * expected.norm(), "the test would not see a lost descale"
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "GPT2"])
+def test_a_cache_with_another_prompt_is_refused(family: str) -> None:
+    if family == "GPT2":
+        torch.manual_seed(3)
+        dims = {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": VOCAB}
+        config = transformers.GPT2Config(**dims, eos_token_id=None, bos_token_id=None, pad_token_id=0)
+        model = transformers.GPT2LMHeadModel(config).eval()
+    else:
+        model = build(family)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    first, other = prompts([20, 33]), prompts([40, 50], seed=5)
+    expected = model.generate(**first, **options)
+    cache = paged_cache(model, 2, 120)
+    tokens = model.generate(**first, **options, past_key_values=cache)
+    assert torch.equal(tokens, expected)
+    for inputs in (other, prompts([20, 33], seed=9), {"input_ids": other["input_ids"]}):
+        with pytest.raises(FlashMLAError, match=r"holds 38 tokens of other ones.*[\s\S]*cache\.reset\(\)"):
+            model.generate(**inputs, **options, past_key_values=cache)
+    assert cache.pages.lengths == (25, 38), "a refused call leaves the cache as it was"
+
+    # the same conversation goes on: all tokens so far, and more
+    more = torch.cat([tokens, prompts([4, 4], seed=8)["input_ids"]], 1)
+    mask = torch.cat([first["attention_mask"], torch.ones(2, 10, dtype=torch.long)], 1)
+    again = model.generate(more, attention_mask=mask, **options, past_key_values=cache)
+    model.set_attn_implementation("eager")
+    assert torch.equal(again, model.generate(more, attention_mask=mask, **options))
+
+
+def test_a_switched_model_is_copied_and_pickled(tmp_path: Path) -> None:
+    """What is put in the place of a model's methods belongs to the copy's modules, not to the original's."""
+    model, inputs = build("DeepseekV3"), prompts([8, 12])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    paged_cache(model, 2, 32)
+    torch.save(model, tmp_path / "model.pt")
+    for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.fill_(float("nan"))
+        assert torch.equal(twin.generate(**inputs, **options, past_key_values=paged_cache(twin, 2, 32)), expected)

@@ -1,19 +1,23 @@
 """Time the CPU's compiled kernels beside what else a machine offers: one thread, least CPU time, in random order.
 
-    OMP_NUM_THREADS=1 python docs/bench/cpu_kernels.py [seconds a case]
+    OMP_NUM_THREADS=1 python docs/bench/cpu_kernels.py [seconds a case [pattern of case names]]
 
 `gather` copies the pages into a contiguous KV and calls torch's op: SDPA with a group's heads as rows, and for MLA the
 flash op with V = K (its last columns dropped). `torch` is the library's own path without llvmlite. `read` reads 64 MiB
-in shuffled blocks of 16 KiB; `peak` is a loop of FMAs.
+in shuffled blocks of 16 KiB; `peak` is a loop of FMAs. A pattern (`re.search`) runs the cases that it finds: on a
+shared machine the table is taken in pieces, each while nothing else runs.
 """
 
 from __future__ import annotations
 
 import ctypes
 import random
+import re
+import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import llvmlite.binding as llvm
 import torch
@@ -30,6 +34,7 @@ from flash_mla.problem import FP8
 from flash_mla.quant import FORMATS
 
 SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 3.0
+PATTERN = re.compile(sys.argv[2] if len(sys.argv) > 2 else "")
 BLOCKS = 4096
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -131,7 +136,8 @@ def decode(name: str, B: int, Hq: int, Hk: int, D: int, S: int, Dv: int | None =
     table = torch.stack([torch.randperm(n) for _ in range(B)]).int()
     lengths, q = torch.full((B,), S, dtype=torch.int32), torch.randn(B, Hq, 1, D).to(dtype)
     metadata = get_mla_metadata(q.shape, k.shape, table, lengths, v_head_dim=Dv)
-    call = lambda: flash_mla_with_kvcache(q, k, v, table, lengths, None, metadata)  # noqa: E731
+    scale = 192**-0.5 if alias else D**-0.5
+    call = lambda: flash_mla_with_kvcache(q, k, v, table, lengths, None, metadata, softmax_scale=scale)  # noqa: E731
     buffers = k.new_empty(B, Hk, n, 64, D), k.new_empty(B, Hk, n, 64, Dv)
 
     def gather() -> object:
@@ -160,17 +166,17 @@ def prefill(name: str, H: int, D: int, Dv: int, P: int) -> None:
     show(name, calls, H * P * (P + 1.0) * (D + Dv), 0.0)
 
 
-def block_sparse(P: int) -> None:
+def block_sparse(name: str, P: int) -> None:
     q, k, v = (torch.randn(1, 4, P, 128).bfloat16() for _ in range(3))
     layout = torch.rand(1, 1, P // 64, P // 64) < 0.25
     calls = {
         "ours": lambda: flash_mla_prefill(q, k, v, layout, causal=False),
         "dense": lambda: flash_mla_prefill(q, k, v, causal=False),
     }
-    show(f"block-sparse 25 %, P {P}, D 128", calls, 4 * 4.0 * P * P * 128 * layout.float().mean().item(), 0.0)
+    show(name, calls, 4 * 4.0 * P * P * 128 * layout.float().mean().item(), 0.0)
 
 
-def sparse(Hq: int, S: int, topk: int = 2048) -> None:
+def sparse(name: str, Hq: int, S: int, topk: int = 2048) -> None:
     form = FORMATS["fp8_ds_mla"]
     pages = form.quantise(torch.randn(S // 64, 64, 1, 576).bfloat16())
     q, indices = torch.randn(1, 1, Hq, 576).bfloat16(), torch.randperm(S)[:topk].int().view(1, 1, topk)
@@ -178,8 +184,46 @@ def sparse(Hq: int, S: int, topk: int = 2048) -> None:
     call = lambda: deepseek.flash_mla_with_kvcache(  # noqa: E731
         q, pages, None, None, 512, schedule, is_fp8_kvcache=True, indices=indices
     )
-    name = f"sparse fp8_ds_mla, {Hq} heads, topk {topk}, s_kv {S}"
     show(name, {"ours": call, "torch": through_torch(call)}, 2.0 * Hq * topk * 1088, 656.0 * topk)
+
+
+def long(name: str, S: int) -> None:
+    """One request of S tokens, MLA, 16 heads; and how much the peak of memory rises beside the cache."""
+    n = S // 64
+    k = torch.empty(1, 1, n, 64, 576, dtype=torch.bfloat16)
+    for page in range(0, n, 1024):
+        k[0, 0, page : page + 1024].normal_()
+    table, lengths = torch.randperm(n).int()[None], torch.full((1,), S, dtype=torch.int32)
+    q = torch.randn(1, 16, 1, 576).bfloat16()
+    metadata = get_mla_metadata(q.shape, k.shape, table, lengths, v_head_dim=512)
+    call = partial(flash_mla_with_kvcache, q, k, k[..., :512], table, lengths, None, metadata, softmax_scale=0.07)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    show(f"{name}, {more:.0f} MiB beside the cache", {"ours": call}, 2.0 * 16 * S * 1088, 1152.0 * S)
+
+
+def cases() -> Iterator[tuple[str, Callable[[str], None]]]:
+    """Names, and what measures them."""
+    for S in (256, 1024, 16384):
+        yield f"GQA 32/8 D 128, S {S}", partial(decode, B=1, Hq=32, Hk=8, D=128, S=S)
+    yield "GQA 32/8 D 128, B 16, S 4096", partial(decode, B=16, Hq=32, Hk=8, D=128, S=4096)
+    for dtype in (torch.bfloat16, torch.float16, FP8):
+        yield f"GQA 32/8 D 128, S 4096, {dtype}", partial(decode, B=1, Hq=32, Hk=8, D=128, S=4096, dtype=dtype)
+    yield "MHA 32/32 D 128, S 2048", partial(decode, B=1, Hq=32, Hk=32, D=128, S=2048)
+    for B in (1, 64, 1024):
+        yield f"GQA 8/1 D 64, S 64, B {B}", partial(decode, B=B, Hq=8, Hk=1, D=64, S=64)
+    for B, heads in ((1, 16), (16, 16), (1, 128)):
+        yield f"MLA {heads} heads, B {B}, S 4096", partial(decode, B=B, Hq=heads, Hk=1, D=576, S=4096, Dv=512)
+    yield "MLA 16 heads, one request of 1M tokens", partial(long, S=1 << 20)
+    for D, Dv in ((64, 64), (128, 128), (192, 128)):
+        for P, H in ((512, 8), (2048, 8), (8192, 1)):
+            yield f"causal prefill, {H} heads, D {D}/{Dv}, P {P}", partial(prefill, H=H, D=D, Dv=Dv, P=P)
+    yield "block-sparse 25 %, P 2048, D 128", partial(block_sparse, P=2048)
+    for heads in (16, 128):
+        for S in (8192, 131072):
+            name = f"sparse fp8_ds_mla, {heads} heads, topk 2048, s_kv {S}"
+            yield name, partial(sparse, Hq=heads, S=S)
 
 
 if __name__ == "__main__":
@@ -187,20 +231,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     print(f"{device_name('cpu')}, torch {torch.__version__}, one thread\n")
     print("| case | ms | of FMA peak | of read rate | over |\n| --- | --- | --- | --- | --- |")
-    for S in (256, 1024, 16384):
-        decode(f"GQA 32/8 D 128, S {S}", 1, 32, 8, 128, S)
-    decode("same, B 16, S 4096", 16, 32, 8, 128, 4096)
-    for dtype in (torch.bfloat16, torch.float16, FP8):
-        decode(f"GQA 32/8 D 128, S 4096, {dtype}", 1, 32, 8, 128, 4096, dtype=dtype)
-    decode("MHA 32/32 D 128, S 2048", 1, 32, 32, 128, 2048)
-    for B in (1, 64, 1024):
-        decode(f"GQA 8/1 D 64, S 64, B {B}", B, 8, 1, 64, 64)
-    for B, heads in ((1, 16), (16, 16), (1, 128)):
-        decode(f"MLA {heads} heads, B {B}, S 4096", B, heads, 1, 576, 4096, Dv=512)
-    for D, Dv in ((64, 64), (128, 128), (192, 128)):
-        for P, H in ((512, 8), (2048, 8), (8192, 1)):
-            prefill(f"causal prefill, {H} heads, D {D}/{Dv}, P {P}", H, D, Dv, P)
-    block_sparse(2048)
-    for heads in (16, 128):
-        for S in (8192, 131072):
-            sparse(heads, S)
+    for name, measure in cases():
+        if re.search(PATTERN, name):
+            measure(name)

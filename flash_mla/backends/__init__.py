@@ -32,6 +32,8 @@ ORDER = ("hopper", "triton", "cpu")
 class Phase(Protocol):
     """The functions of a phase's module. Each module takes the problems and arguments of its own phase alone."""
 
+    __name__: str
+
     def refuse(self, problem: Any) -> str | None: ...
     def config(self, problem: Any) -> Hashable: ...
     def launch(self, problem: Any, config: Any, args: Any) -> None: ...
@@ -47,17 +49,17 @@ class Backend(Protocol):
 
 def backend(name: str) -> Backend:
     """The backend's package of that name, imported on first use."""
-    return cast(Backend, importlib.import_module(f"flash_mla.backends.{name}"))
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
 
 
 def module(name: str, phase: str) -> Phase:
     """A phase's module of a backend, imported on first use."""
-    return cast(Phase, importlib.import_module(f"flash_mla.backends.{name}.{phase}"))
+    return cast(Phase, importlib.import_module(f"{__name__}.{name}.{phase}"))
 
 
 def append(name: str, args: AppendArgs) -> None:
     """Write rows into their pages by the backend of that name."""
-    importlib.import_module(f"flash_mla.backends.{name}.append").launch(args)
+    importlib.import_module(f"{__name__}.{name}.append").launch(args)
 
 
 def choose(name: str, problem: Problem) -> Phase | str:

@@ -1,13 +1,14 @@
 """The backend of a call without work, on any device: no query, or no key to see.
 
-Rows are 0, their lse and max_logits -inf (a sparse call may want another lse); scores are -inf, indices -1.
+Rows are 0, their lse and max_logits -inf (a sparse call may want another lse); scores are -inf, indices -1; gradients
+are 0.
 """
 
 from __future__ import annotations
 
 import math
 
-from flash_mla.problem import Args, IndexArgs, Problem, SparseArgs, TopkArgs
+from flash_mla.problem import Args, BackwardArgs, IndexArgs, Problem, SparseArgs, SparseBackwardArgs, TopkArgs
 
 
 def refuse(problem: Problem) -> str | None:
@@ -27,6 +28,11 @@ def launch(problem: Problem, config: None, args: Args) -> None:
         return
     if isinstance(args, TopkArgs):
         args.out.fill_(-1)
+        return
+    if isinstance(args, (BackwardArgs, SparseBackwardArgs)):
+        for gradient in args.gradients:
+            if gradient is not None:
+                gradient.zero_()
         return
     args.out.zero_()
     if args.lse is not None:

@@ -8,7 +8,6 @@ does move. A gathered copy, spare blocks and scores in memory are therefore neve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.api import flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata
-from flash_mla.problem import BLOCK
+from flash_mla.problem import BLOCK, FP8
 from flash_mla.testing import CacheLayout, DecodeCase, Order, PrefillCase
 
 __all__ = ["CASES", "Case"]
@@ -53,6 +52,11 @@ class Case:
         if isinstance(self.spec, PrefillCase):
             return "prefill"
         return "decode, MLA" if self.spec.alias else "decode, GQA"
+
+    @property
+    def dtype(self) -> str:
+        """The dtype's short name."""
+        return {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32", FP8: "FP8"}[self.spec.dtype]
 
     @property
     def kept(self) -> int:
@@ -92,6 +96,8 @@ class Case:
     def arguments(self) -> Arguments:
         """The tensors of the call, the same for every run."""
         arguments = self.spec.call().arguments
+        if isinstance(self.spec, DecodeCase) and self.spec.alias:
+            arguments["softmax_scale"] = self.spec.D**-0.5  # meant: the reference and the peers take it too
         if isinstance(self.spec, PrefillCase) and self.density is not None:
             n = self.spec.P // BLOCK
             order = torch.rand(n, n, generator=torch.Generator().manual_seed(0)).argsort(1)
@@ -99,13 +105,13 @@ class Case:
             arguments["sparse_layout"] = blocks[None, None].to(self.spec.device)
         return arguments
 
-    def function(self, arguments: Arguments) -> Callable[[], Tensor]:
+    def function(self, arguments: Arguments) -> partial[Tensor]:
         """The call: the public function, for decode with metadata made beforehand, as a layer calls it."""
         if isinstance(self.spec, PrefillCase):
-            return partial(flash_mla_prefill, **arguments, backend=self.spec.backend)  # type: ignore[return-value]
+            return partial(flash_mla_prefill, **arguments, backend=self.spec.backend)
         x = arguments
         metadata = get_mla_metadata(x["q"].shape, x["k_cache"].shape, x["block_table"], x["seq_lens"])
-        return partial(flash_mla_with_kvcache, **x, metadata=metadata, backend=self.spec.backend)  # type: ignore[return-value]
+        return partial(flash_mla_with_kvcache, **x, metadata=metadata, backend=self.spec.backend)
 
 
 # --- The cases --------------------------------------------------------------------------------------------------------

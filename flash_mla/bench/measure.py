@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from flash_mla import contract
 from flash_mla.bench.cases import CASES, Arguments, Case
 from flash_mla.bench.peers import Peer, peers
+from flash_mla.bench.sparse import SPARSE_CASES, SparseCase, TopkCase
 from flash_mla.bench.timing import Ceilings, alternate, extra_bytes, median_ratio
-from flash_mla.plan import plan
-from flash_mla.problem import BLOCK, DecodeProblem, PrefillProblem
+from flash_mla.errors import DeviceError
+from flash_mla.explanation import explain
+from flash_mla.problem import BLOCK
 from flash_mla.reference import decode_reference, prefill_reference
 from flash_mla.testing import DecodeCase, Verdict, check
 
@@ -26,25 +27,20 @@ GATE_ROWS = 2 * BLOCK
 """Query rows of a prefill that are compared with the reference: the last ones, which see the most keys."""
 
 
-class Gate(NamedTuple):
-    """The part of a case's out that is compared, and its truth in float64: a speed is given for right results alone."""
-
-    sample: Callable[[Tensor], Tensor]
-    out: Tensor
-    lse: Tensor
-
-    def judge(self, case: Case, out: Tensor) -> Verdict:
-        """The verdict on a whole out."""
-        return check(self.sample(out), None, self.out, self.lse, case.spec.dtype)
+AnyCase = Case | SparseCase | TopkCase
+Gate = Callable[[Tensor], Verdict]
+"""The verdict on a whole out, from a part of it and its truth in float64: a speed is given for right results alone."""
 
 
-def select(device: str, filters: Sequence[str] = ()) -> list[Case]:
+def select(device: str, filters: Sequence[str] = ()) -> list[AnyCase]:
     """The cases of a device whose name contains one of the filters (none: all)."""
-    return [c for c in CASES if device in c.devices and (not filters or any(f in c.name for f in filters))]
+    return [
+        c for c in (*CASES, *SPARSE_CASES) if device in c.devices and (not filters or any(f in c.name for f in filters))
+    ]
 
 
 def measure(
-    case: Case,
+    case: AnyCase,
     device: str,
     ceilings: Ceilings,
     *,
@@ -54,7 +50,8 @@ def measure(
 ) -> dict[str, Any]:
     """The case's record, ready for JSON: medians in ms, rates, shares of the ceilings, errors, peers.
 
-    A result that misses the error budget gets no time: the record then has `error` instead. A peer's does likewise,
+    A result that misses the error budget gets no time, nor does a case that the backend refuses: the record then has
+    `error` instead. A peer's does likewise,
     within the record's `peers`.
 
     Args:
@@ -63,27 +60,34 @@ def measure(
         budget_s: seconds of timing; building and checking come on top.
     """
     case = case.on(device, backend)
-    arguments = case.arguments()
-    call, gate = case.function(arguments), gate_of(case, arguments)
-    verdict = gate.judge(case, call())
     record: dict[str, Any] = {
         "case": case.name,
         "group": case.group,
-        "backend": plan(problem(arguments), backend).name,
+        "dtype": case.dtype,
+        "backend": backend or "-",
         "flops": case.flops,
         "bytes": case.bytes,
-        "max_error": verdict.out_error,
-        "cosine": verdict.cosine,
     }
+    arguments = case.arguments()
+    call = case.function(arguments)
+    try:
+        record["backend"] = explain(call.func, *call.args, **call.keywords).backend or record["backend"]
+        out = call()
+    except DeviceError as error:
+        return record | {"error": f"refused: {error.given}"}
+    gate = gate_of(case, arguments) if isinstance(case, Case) else case.gate(arguments)
+    verdict = gate(out)
+    record |= {"max_error": verdict.out_error, "cosine": verdict.cosine}
     if not verdict.passed:
         return record | {"error": f"wrong result: {'; '.join(verdict.failures)}"}
     record["extra_bytes"] = extra_bytes(call, device)
 
-    functions = {"ours": call}
+    functions: dict[str, Callable[[], Tensor]] = {"ours": call}
     others: dict[str, dict[str, Any]] = {}
-    for name, peer in peers(case, arguments).items() if with_peers else ():
+    found = peers(case, arguments) if isinstance(case, Case) else case.peers(arguments)
+    for name, peer in found.items() if with_peers else ():
         others[name] = {}  # keeps the order of the tables
-        if peer.run is None or (reason := refusal(peer, peer.run, gate, case)):
+        if peer.run is None or (reason := refusal(peer, peer.run, gate)):
             others[name]["error"] = peer.reason or reason
         else:
             functions[name] = peer.run
@@ -113,30 +117,22 @@ def gate_of(case: Case, arguments: Arguments) -> Gate:
         ratio = case.spec.Hq // case.spec.Hk
         heads = [h * ratio + r for h in range(case.spec.Hk) for r in range(min(ratio, GATE_HEADS))]
         one = [x[name][-1:] for name in ("k_cache", "v_cache", "block_table", "seq_lens")]
-        return Gate(lambda out: out[-1:, heads], *decode_reference(x["q"][-1:, heads], *one))
+        truth = decode_reference(x["q"][-1:, heads], *one)
+        return lambda out: check(out[-1:, heads], None, *truth, case.spec.dtype)
     rows = slice(max(0, case.spec.P - GATE_ROWS), case.spec.P)
     q, k, v = (x[name][-1:, :GATE_HEADS] for name in ("q", "k", "v"))  # Hq = Hk
     blocks = x["sparse_layout"]
     blocks = None if blocks is None else blocks[:, :, rows.start // BLOCK :]
     truth = prefill_reference(q[:, :, rows], k, v, blocks, causal=x["causal"], start=rows.start)
-    return Gate(lambda out: out[-1:, :GATE_HEADS, rows], *truth)
+    return lambda out: check(out[-1:, :GATE_HEADS, rows], None, *truth, case.spec.dtype)
 
 
-def problem(arguments: Arguments) -> DecodeProblem | PrefillProblem:
-    """The problem that the call poses."""
-    x, none = arguments, (None, None, None)
-    if "k_cache" in x:
-        return contract.decode(x["q"], x["k_cache"], x["v_cache"], x["block_table"], x["seq_lens"], None, none, None)
-    sparse = x["sparse_layout"] is not None
-    return contract.prefill(x["q"], x["k"], x["v"], None, None, none, None, causal=x["causal"], block_mask=sparse)
-
-
-def refusal(peer: Peer, run: Callable[[], Tensor], gate: Gate, case: Case) -> str | None:
+def refusal(peer: Peer, run: Callable[[], Tensor], gate: Gate) -> str | None:
     """Why a peer that is there gets no time: it fails, or its result is wrong."""
     try:
         out = run()
     except RuntimeError as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    if not peer.gated or (verdict := gate.judge(case, out)).passed:
+    if not peer.gated or (verdict := gate(out)).passed:
         return None
     return f"wrong result: {'; '.join(verdict.failures)}"

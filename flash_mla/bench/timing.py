@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,21 +21,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["Ceilings", "alternate", "device_name", "extra_bytes", "measure_ceilings", "median_ratio"]
+__all__ = ["Ceilings", "alternate", "commit", "device_name", "extra_bytes", "measure_ceilings", "median_ratio"]
 
 FLUSH_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 """More than the last-level caches: 32 MiB of L3 a socket slice on the development CPU, 50 MiB of L2 on an H100."""
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 
+PATIENCE_S = 20.0
+"""Of one round: a longer one is the last, so that a peer that crawls here costs two calls and not four."""
+
+GEMM_DTYPES = (torch.bfloat16, torch.float32)
+"""What a CPU's GEMM ceiling is looked for in."""
+
+GEMM_SECONDS = 0.5
+"""Of one GEMM of a CPU, at most: five run, so that the ceiling takes seconds on any machine."""
+
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device does at best, measured in this run: GB/s (10^9) and BF16 TFLOP/s (10^12), and how."""
+    """What this device does at best, measured in this run: GB/s (10^9), TFLOP/s (10^12) of a GEMM, and how.
+
+    dtype: of the GEMM, BF16 unless the processor multiplies FP32 faster.
+    """
 
     gbps: float
     tflops: float
     how: str
+    dtype: str = "BF16"
 
 
 def device_name(device: str) -> str:
@@ -49,11 +63,27 @@ def device_name(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def measure_ceilings(device: str, *, small: bool = False) -> Ceilings:
-    """Memory and BF16 GEMM ceilings.
+def commit() -> str | None:
+    """The commit that this package's sources are at, with "+" where they were changed; None outside of a checkout."""
+    here = Path(__file__).parents[1]
 
-    CPU: the better of two reductions over 512 MiB with all threads (bytes read once), and a GEMM of 4096^3.
-    GPU: a 4 GiB copy (bytes read plus bytes written), and a GEMM of 8192^3.
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != here.parent:
+            return None  # a virtual environment inside of somebody else's checkout
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", str(here)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def measure_ceilings(device: str, *, small: bool = False) -> Ceilings:
+    """Memory and GEMM ceilings.
+
+    CPU: the better of two reductions over 512 MiB with all threads (bytes read once), and a GEMM of 4096^3, or smaller
+    where that would take long, in the faster of BF16 and FP32: without BF16 instructions torch multiplies BF16 at
+    1 GFLOP/s. GPU: a 4 GiB copy (bytes read plus bytes written), and a BF16 GEMM of 8192^3.
 
     Args:
         small: 1/64 of the bytes and a GEMM of an eighth of the edge, for tests.
@@ -72,9 +102,43 @@ def measure_ceilings(device: str, *, small: bool = False) -> Ceilings:
         edge, bytes_how = 4096, f"reduction over {source.nbytes >> 20} MiB, read"
     fastest = min(min(times) for times in alternate(passes, device, budget_s=2.0).values())
     edge = edge // 8 if small else edge
-    a = torch.randn(edge, edge, device=device).bfloat16()
+    dtype = torch.bfloat16
+    if device == "cpu":
+        dtype, edge = fastest_gemm(edge)
+    a = torch.randn(edge, edge, device=device).to(dtype)
     gemm = min(alternate({"gemm": lambda: a @ a}, device, budget_s=3.0)["gemm"])
-    return Ceilings(moved / fastest / 1e6, 2 * edge**3 / gemm / 1e9, f"{bytes_how}; BF16 GEMM of {edge}^3")
+    name = {torch.bfloat16: "BF16", torch.float32: "FP32"}[dtype]
+    return Ceilings(moved / fastest / 1e6, 2 * edge**3 / gemm / 1e9, f"{bytes_how}; {name} GEMM of {edge}^3", name)
+
+
+def fastest_gemm(most: int) -> tuple[torch.dtype, int]:
+    """(the dtype in which this CPU multiplies fastest, the largest edge up to `most` whose GEMM takes GEMM_SECONDS).
+
+    Each dtype begins at an edge of 256 and grows only while the next size is expected to stay within the time, so that
+    a slow one is left early.
+    """
+    best: tuple[float, torch.dtype, int] | None = None
+    for dtype in GEMM_DTYPES:
+        edge, seconds = min(256, most), seconds_of_gemm(min(256, most), dtype)
+        while edge < most and seconds * 8 < GEMM_SECONDS:
+            edge *= 2
+            seconds = seconds_of_gemm(edge, dtype)
+        rate = edge**3 / seconds
+        if best is None or rate > best[0]:
+            best = rate, dtype, edge
+    assert best is not None
+    return best[1], best[2]
+
+
+def seconds_of_gemm(edge: int, dtype: torch.dtype) -> float:
+    """Of the better of two."""
+    a = torch.randn(edge, edge).to(dtype)
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def alternate(
@@ -84,7 +148,8 @@ def alternate(
 
     Args:
         functions: name -> function; each runs once before the clock starts.
-        budget_s: rounds go on for about so long, but at least MIN_ROUNDS and at most MAX_ROUNDS.
+        budget_s: rounds go on for about so long, but at least MIN_ROUNDS (one, where it takes more than PATIENCE_S) and
+            at most MAX_ROUNDS.
     """
     flush = torch.empty(FLUSH_BYTES[device], dtype=torch.int8, device=device)
     clock = _cuda_clock if device == "cuda" else _cpu_clock
@@ -92,11 +157,14 @@ def alternate(
     times: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + budget_s
     for i in range(MAX_ROUNDS):
-        if i >= MIN_ROUNDS and time.perf_counter() > end:
+        start = time.perf_counter()
+        if i >= MIN_ROUNDS and start > end:
             break
         for name, run in clocks.items():
             flush.zero_()
             times[name].append(run())
+        if time.perf_counter() - start > PATIENCE_S:
+            break
     return times
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from flash_mla.contract import check_head_dims, check_index, check_on, check_rank, check_tensor, named, out_dtype
 from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
 from flash_mla.deepseek.sparse import row_format, sparse, sparse_keys
+from flash_mla.entry import entry
 from flash_mla.errors import DTypeError, ShapeError
 from flash_mla.pages import attend_pages, page_views, unfold
 from flash_mla.problem import FP8
@@ -35,6 +36,7 @@ def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None
     return FlashMLASchedMeta(), None
 
 
+@entry("flash_mla.deepseek")
 def flash_mla_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -126,6 +128,7 @@ def flash_mla_with_kvcache(
     return out, lse.transpose(1, 2)
 
 
+@entry("flash_mla.deepseek")
 def flash_mla_with_kvcache_fp8(
     q: Tensor,
     k_cache: Tensor,
@@ -224,7 +227,7 @@ def dense(
     out = q.new_empty(B, S_q, Hq, Dv, dtype=out_dtype(q.dtype))
     rows, given = q.transpose(1, 2), out.transpose(1, 2)
     k, v, _, table = page_views(rows, k_cache, None, None, block_table, "NHD", Dv)
-    attend = attend_pages if causal or S_q == 1 else unfold
+    attend = attend_pages if causal or S_q <= 1 else unfold
     result = attend(
         rows, k, v, None, table, cache_seqlens, None, softmax_scale, (descale_q, descale_k, descale_k), attn_sink, True,
         given, backend, False,

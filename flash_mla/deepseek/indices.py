@@ -8,9 +8,11 @@ from torch import Tensor
 from flash_mla.contract import check_index, check_on, check_tensor
 from flash_mla.deepseek.checks import check_start_values, check_starts
 from flash_mla.errors import ShapeError
+from flash_mla.kinds import explained
 from flash_mla.problem import BLOCK
 
 
+@explained
 def pool_indices(positions: Tensor, block_table: Tensor, page: int = BLOCK) -> Tensor:
     """Top-k positions inside each request -> `indices` of flash_mla_with_kvcache.
 
@@ -40,6 +42,7 @@ def pool_indices(positions: Tensor, block_table: Tensor, page: int = BLOCK) -> T
     return int32_or_none(torch.where(live, physical.long() * page + logical % page, -1))
 
 
+@explained
 def ragged_indices(positions: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor) -> Tensor:
     """Top-k positions inside each sequence -> `indices` of flash_mla_sparse_fwd over sequences laid end to end.
 

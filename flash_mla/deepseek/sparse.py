@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flash_mla.autograd import (
+    NO_SECOND_BACKWARD,
+    differentiable,
+    learning,
+    no_backward,
+    refusal,
+    refuse_op,
+    refusing,
+)
 from flash_mla.contract import (
     check_head_dims,
     check_index,
@@ -20,12 +30,22 @@ from flash_mla.contract import (
     named,
 )
 from flash_mla.deepseek.checks import check_query, check_same_dtype
+from flash_mla.entry import entry
 from flash_mla.errors import HeadGroupingError, ShapeError
 from flash_mla.plan import plan
-from flash_mla.problem import FP8, SparseArgs, SparseKeys, SparseProblem, SparseSet
+from flash_mla.problem import (
+    FP8,
+    SparseArgs,
+    SparseBackwardArgs,
+    SparseBackwardProblem,
+    SparseKeys,
+    SparseProblem,
+    SparseSet,
+)
 from flash_mla.quant import FORMATS, RowFormat
 
 
+@entry("flash_mla.deepseek")
 def flash_mla_sparse_fwd(
     q: Tensor,
     kv: Tensor,
@@ -49,16 +69,18 @@ def flash_mla_sparse_fwd(
 
     Returns:
         out [s_q, h_q, d_v] in q's dtype; max_logits [s_q, h_q] FP32, the greatest scaled score; lse [s_q, h_q] FP32,
-        natural log. A query without keys: 0, -inf, +inf.
+        natural log. A query without keys: 0, -inf, +inf. On a CPU out and lse carry gradients to q, kv (of all that
+        name a row) and attn_sink; elsewhere, and through max_logits, a backward raises.
     """
     check_query(q, "[s_q, h_q, d]", 3)
     check_tensor("kv", kv)
     check_rank("kv", kv.shape, 3, "[s_kv, h_kv, d]")
-    q = q.unsqueeze(1)
-    keys = [sparse_keys(q, None, "", kv.unsqueeze(0), indices, topk_length)]
-    out, lse, max_logits = sparse(q, None, keys, d_v, sm_scale, attn_sink, True, backend)
-    assert max_logits is not None
-    return out.squeeze(1), max_logits.squeeze(1), lse.squeeze(1)
+    check_scale(sm_scale)
+    scale = q.shape[2] ** -0.5 if sm_scale is None else float(sm_scale)
+    inputs = (q, kv, indices, scale, d_v, attn_sink, topk_length, backend)
+    if learning(q, kv, attn_sink):
+        return SparsePrefill.apply(*inputs)
+    return sparse_prefill(*inputs)
 
 
 def row_format(q: Tensor, cache: Tensor) -> RowFormat:
@@ -128,7 +150,37 @@ def sparse(
             "BF16, FP16 or FP32 q, head_dim_v <= d",
             "V lies inside K",
         )
-    problem = SparseProblem(
+    problem = sparse_problem(q, fmt, keys, Dv, softmax_scale, attn_sink, max_logits)
+    args = SparseArgs(
+        q=q,
+        keys=tuple(keys),
+        attn_sink=None if attn_sink is None else attn_sink.contiguous(),
+        softmax_scale=D**-0.5 if softmax_scale is None else softmax_scale,
+        out=q.new_empty(B, S_q, Hq, Dv),
+        lse=q.new_empty(B, S_q, Hq, dtype=torch.float32),
+        max_logits=q.new_empty(B, S_q, Hq, dtype=torch.float32) if max_logits else None,
+        empty_lse=math.inf,
+    )
+    plan(problem, backend).launch(args)
+    out, lse = args.out, args.lse
+    inputs = learning(q, attn_sink, *(x.cache for x in keys))
+    if inputs:  # in decode; prefill has a backward, and comes here without gradients
+        out, lse = (refusing("deepseek.flash_mla_with_kvcache", x, inputs) for x in (out, lse))
+    return out, lse, args.max_logits
+
+
+def sparse_problem(
+    q: Tensor,
+    fmt: RowFormat | None,
+    keys: list[SparseKeys],
+    Dv: int,
+    softmax_scale: float | None,
+    attn_sink: Tensor | None,
+    max_logits: bool,
+) -> SparseProblem:
+    """The problem of checked tensors."""
+    B, S_q, Hq, D = q.shape
+    return SparseProblem(
         device=q.device,
         dtype=q.dtype,
         B=B,
@@ -154,15 +206,105 @@ def sparse(
         scale_sign=check_scale(softmax_scale),
         aligned=is_aligned(q, *(x.cache for x in keys)),
     )
-    args = SparseArgs(
-        q=q,
-        keys=tuple(keys),
-        attn_sink=None if attn_sink is None else attn_sink.contiguous(),
-        softmax_scale=D**-0.5 if softmax_scale is None else softmax_scale,
-        out=q.new_empty(B, S_q, Hq, Dv),
-        lse=q.new_empty(B, S_q, Hq, dtype=torch.float32),
-        max_logits=q.new_empty(B, S_q, Hq, dtype=torch.float32) if max_logits else None,
-        empty_lse=math.inf,
+
+
+# --- Prefill and its backward -----------------------------------------------------------------------------------------
+
+
+def sparse_prefill(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    d_v: int,
+    attn_sink: Tensor | None,
+    topk_length: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, max_logits, lse) of flash_mla_sparse_fwd."""
+    q = q.unsqueeze(1)
+    keys = [sparse_keys(q, None, "", kv.unsqueeze(0), indices, topk_length)]
+    out, lse, max_logits = sparse(q, None, keys, d_v, sm_scale, attn_sink, True, backend)
+    assert max_logits is not None
+    return out.squeeze(1), max_logits.squeeze(1), lse.squeeze(1)
+
+
+@torch.library.custom_op("flash_mla::flash_mla_sparse_fwd", mutates_args=())
+def sparse_prefill_op(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    d_v: int,
+    attn_sink: Tensor | None,
+    topk_length: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """flash_mla_sparse_fwd where a backward is recorded."""
+    with torch.no_grad():
+        return sparse_prefill(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, backend)
+
+
+@torch.library.custom_op("flash_mla::flash_mla_sparse_backward", mutates_args=())
+def sparse_backward_op(
+    d_out: Tensor,
+    d_max_logits: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    attn_sink: Tensor | None,
+    topk_length: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    sm_scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dkv, d_sink), d_sink empty without a sink."""
+    if d_max_logits.any():
+        no_backward(
+            "max_logits of flash_mla_sparse_fwd",
+            "the greatest score carries no gradient",
+            "Detach max_logits; out and lse carry gradients",
+        )
+    with torch.no_grad():
+        q = q.unsqueeze(1)
+        keys = sparse_keys(q, None, "", kv.unsqueeze(0), indices, topk_length)
+        dq, dkv = q.new_empty(q.shape), kv.new_empty(kv.shape)
+        d_sink = q.new_empty(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
+        args = SparseBackwardArgs(
+            q=q,
+            keys=keys,
+            attn_sink=attn_sink,
+            softmax_scale=sm_scale,
+            out=out.unsqueeze(1),
+            lse=lse.unsqueeze(1),
+            d_out=d_out.unsqueeze(1),
+            d_lse=d_lse.unsqueeze(1),
+            dq=dq,
+            dkv=dkv.transpose(0, 1),
+            d_sink=None if attn_sink is None else d_sink,
+        )
+        forward = sparse_problem(q, None, [keys], out.shape[-1], sm_scale, attn_sink, True)
+        plan(SparseBackwardProblem(forward), None if backend == "hopper" else backend).launch(args)
+    return dq.squeeze(1), dkv, d_sink
+
+
+def save_sparse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, kv, indices, sm_scale, _, attn_sink, topk_length, backend = inputs
+    out, _, lse = output
+    ctx.options = sm_scale, backend
+    ctx.save_for_backward(q, kv, indices, attn_sink, topk_length, out, lse)
+
+
+def sparse_backward(ctx: Any, d_out: Tensor, d_max_logits: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, kv, indices, attn_sink, topk_length, out, lse = ctx.saved_tensors
+    dq, dkv, d_sink = SparseBackward.apply(
+        d_out, d_max_logits, d_lse, q, kv, indices, attn_sink, topk_length, out, lse, *ctx.options
     )
-    plan(problem, backend).launch(args)
-    return args.out, args.lse, args.max_logits
+    return dq, dkv, None, None, None, None if attn_sink is None else d_sink, None, None
+
+
+SparsePrefill = differentiable("flash_mla_sparse_fwd", save_sparse, sparse_backward)
+SparseBackward = differentiable("flash_mla_sparse_backward", *refusal("flash_mla_sparse_fwd", *NO_SECOND_BACKWARD))
+refuse_op(sparse_backward_op, "flash_mla_sparse_fwd", *NO_SECOND_BACKWARD)

@@ -1,4 +1,8 @@
-"""Prefill of sequences laid end to end, with its backward."""
+"""Prefill of sequences laid end to end, with its backward.
+
+Sequences of equal lengths that adjoin are one batch of a backend's prefill, and of its backward; the lengths are read
+on the host, in the backward again.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_mla.autograd import NO_SECOND_BACKWARD, differentiable, refusal, refuse_op
 from flash_mla.contract import (
     check_grouping,
     check_head_dims,
@@ -21,14 +26,14 @@ from flash_mla.contract import (
     prefill_problem,
 )
 from flash_mla.deepseek.checks import check_query, check_same_dtype, check_start_values, check_starts
+from flash_mla.entry import entry
 from flash_mla.errors import ShapeError
+from flash_mla.gradients import backward
 from flash_mla.plan import plan
 from flash_mla.problem import PrefillArgs
 
-BACKWARD_BYTES = 64 << 20
-"""Of one tile of scores in the backward, FP32."""
 
-
+@entry("flash_mla.deepseek")
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -55,11 +60,12 @@ def flash_attn_varlen_func(
         softmax_scale: 1/sqrt(d) if None.
         causal: query i of s_q sees keys t <= s_kv - s_q + i of its sequence.
         deterministic: always so.
-        backend: for the forward: run this backend or raise; None takes the first that can.
+        backend: run this backend or raise; None takes the first that can. Hopper has no backward, which then goes to
+            the first that has.
 
     Returns:
         out [total_q, h_q, d_v] in q's dtype; lse [total_q, h_q] FP32, natural log. A query without keys: 0 and -inf.
-        Both carry gradients to q, k and v.
+        Both carry gradients to q, k and v, the same bits in every run.
     """
     if dropout_p:
         raise ShapeError(f"dropout_p = {dropout_p}", "dropout_p = 0", "The kernels have no dropout", "Pass 0")
@@ -75,14 +81,13 @@ def flash_attn_varlen_func(
         raise ShapeError(named(q=q, k=k, v=v), "q [total_q, h_q, d], k [total_kv, h_kv, d], v [total_kv, h_kv, d_v]")
     check_grouping(q.shape[1], k.shape[1])
     check_head_dims(q.shape[2], v.shape[2])
-    starts = cu_seqlens_qo.tolist(), cu_seqlens_kv.tolist()
-    check_start_values("cu_seqlens_qo", starts[0], len(q))
-    check_start_values("cu_seqlens_kv", starts[1], len(k))
     check_scale(softmax_scale)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return Varlen.apply(q, k, v, starts, causal, scale, backend)
+    attend = torch.ops.flash_mla.flash_attn_varlen if torch.compiler.is_compiling() else Varlen.apply
+    return attend(q, k, v, cu_seqlens_qo, cu_seqlens_kv, causal, scale, backend)
 
 
+@entry("flash_mla.deepseek")
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -93,16 +98,19 @@ def flash_attn_varlen_qkvpacked_func(
     causal: bool = False,
     deterministic: bool = False,
     is_varlen: bool = True,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """flash_attn_varlen_func with qkv [total, h, 2 * head_dim_qk + d_v]: q, k and v side by side in the last dim."""
     check_packed("qkv", qkv, head_dim_qk, 2)
     q, k, v = (qkv[..., :head_dim_qk], qkv[..., head_dim_qk : 2 * head_dim_qk], qkv[..., 2 * head_dim_qk :])
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, deterministic,
-        is_varlen,
+        is_varlen, backend=backend,
     )  # fmt: skip
 
 
+@entry("flash_mla.deepseek")
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -116,12 +124,14 @@ def flash_attn_varlen_kvpacked_func(
     causal: bool = False,
     deterministic: bool = False,
     is_varlen: bool = True,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """flash_attn_varlen_func with kv [total_kv, h_kv, head_dim_qk + d_v]: k and v side by side in the last dim."""
     check_packed("kv", kv, head_dim_qk, 1)
     return flash_attn_varlen_func(
         q, kv[..., :head_dim_qk], kv[..., head_dim_qk:], cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv,
-        dropout_p, softmax_scale, causal, deterministic, is_varlen,
+        dropout_p, softmax_scale, causal, deterministic, is_varlen, backend=backend,
     )  # fmt: skip
 
 
@@ -138,47 +148,113 @@ def check_packed(name: str, packed: Tensor, head_dim_qk: int, parts: int) -> Non
         )
 
 
-class Varlen(torch.autograd.Function):
-    """Forward through a backend's prefill; backward in torch, FP32, from the saved lse."""
+# --- Custom ops -------------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        starts: tuple[list[int], list[int]],
-        causal: bool,
-        scale: float,
-        backend: str | None,
-    ) -> tuple[Tensor, Tensor]:
-        out = q.new_zeros(*q.shape[:2], v.shape[2])
-        lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
-        for rows, keys, count in alike_sequences(*starts):
-            S_q, S_kv = (rows.stop - rows.start) // count, (keys.stop - keys.start) // count
-            # a causal query before the first key sees none
-            blind = max(S_q - S_kv, 0) if causal else 0
-            batch = [x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q[rows], k[keys], v[keys])]
-            part, part_lse = attend_batch(batch[0][:, :, blind:], batch[1], batch[2], causal, scale, backend)
-            out[rows].unflatten(0, (count, -1))[:, blind:] = part.transpose(1, 2)
-            lse[rows].unflatten(0, (count, -1))[:, blind:] = part_lse.transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.starts, ctx.causal, ctx.scale = starts, causal, scale
-        return out, lse
 
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        for rows, keys, count in alike_sequences(*ctx.starts):
-            split = [x.unflatten(0, (count, -1)) for x in (q[rows], out[rows], lse[rows], d_out[rows], d_lse[rows])]
-            for i in range(count):
-                own_keys = slice(keys.start + i * (n := (keys.stop - keys.start) // count), keys.start + (i + 1) * n)
-                own_rows = slice(rows.start + i * (n := (rows.stop - rows.start) // count), rows.start + (i + 1) * n)
-                dq[own_rows], dk[own_keys], dv[own_keys] = sequence_gradients(
-                    k[own_keys], v[own_keys], *(x[i] for x in split), causal=ctx.causal, scale=ctx.scale
-                )
-        return dq, dk, dv, None, None, None, None
+@torch.library.custom_op("flash_mla::flash_attn_varlen", mutates_args=())
+def varlen_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_qo: Tensor,
+    cu_seqlens_kv: Tensor,
+    causal: bool,
+    softmax_scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """flash_attn_varlen_func of tensors whose shapes are checked; their values are checked here."""
+    out, lse = fake_varlen(q, k, v)
+    out.zero_()
+    lse.fill_(-math.inf)
+    with torch.no_grad():
+        for rows, keys, count, blind in groups(q, k, cu_seqlens_qo, cu_seqlens_kv, causal):
+            batch = [as_batch(x, own, count) for x, own in ((q, rows), (k, keys), (v, keys))]
+            part, part_lse = attend_batch(batch[0][:, :, blind:], batch[1], batch[2], causal, softmax_scale, backend)
+            as_batch(out, rows, count)[:, :, blind:] = part
+            as_batch(lse, rows, count)[:, :, blind:] = part_lse
+    return out, lse
+
+
+@varlen_op.register_fake
+def fake_varlen(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of (out, lse)."""
+    return q.new_empty((*q.shape[:2], v.shape[2])), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("flash_mla::flash_attn_varlen_backward", mutates_args=())
+def varlen_backward_op(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_qo: Tensor,
+    cu_seqlens_kv: Tensor,
+    causal: bool,
+    softmax_scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv): one backward of prefill for sequences of equal lengths that adjoin."""
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    with torch.no_grad():
+        for rows, keys, count, blind in groups(q, k, cu_seqlens_qo, cu_seqlens_kv, causal):
+            of_q = [as_batch(x, rows, count)[:, :, blind:] for x in (q, out, lse, d_out, d_lse, dq)]
+            of_k = [as_batch(x, keys, count) for x in (k, v, dk, dv)]
+            start = of_k[0].shape[2] - of_q[0].shape[2] if causal else 0
+            backward(
+                of_q[0], of_k[0], of_k[1], *of_q[1:5], causal=causal, softmax_scale=softmax_scale, dq=of_q[5],
+                dk=of_k[2], dv=of_k[3], start_pos=start_positions(count, start, q.device), backend=backend,
+            )  # fmt: skip
+    return dq, dk, dv
+
+
+@varlen_backward_op.register_fake
+def fake_varlen_backward(d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    """Contiguous gradients."""
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def save_varlen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *starts, causal, softmax_scale, backend = inputs
+    ctx.options = causal, softmax_scale, backend
+    ctx.save_for_backward(q, k, v, *output, *starts)
+
+
+def varlen_backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    return *VarlenBackward.apply(d_out, d_lse, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+
+
+Varlen = differentiable("flash_attn_varlen", save_varlen, varlen_backward)
+VarlenBackward = differentiable("flash_attn_varlen_backward", *refusal("flash_attn_varlen_func", *NO_SECOND_BACKWARD))
+varlen_op.register_autograd(varlen_backward, setup_context=save_varlen)
+refuse_op(varlen_backward_op, "flash_attn_varlen_func", *NO_SECOND_BACKWARD)
+
+
+# --- Sequences as batches ---------------------------------------------------------------------------------------------
+
+
+def groups(
+    q: Tensor, k: Tensor, cu_seqlens_qo: Tensor, cu_seqlens_kv: Tensor, causal: bool
+) -> Iterator[tuple[slice, slice, int, int]]:
+    """alike_sequences of checked cu_seqlens, and how many queries of each are before its first key."""
+    starts = cu_seqlens_qo.tolist(), cu_seqlens_kv.tolist()
+    check_start_values("cu_seqlens_qo", starts[0], len(q))
+    check_start_values("cu_seqlens_kv", starts[1], len(k))
+    for rows, keys, count in alike_sequences(*starts):
+        S_q, S_kv = (rows.stop - rows.start) // count, (keys.stop - keys.start) // count
+        yield rows, keys, count, max(S_q - S_kv, 0) if causal else 0
+
+
+def as_batch(x: Tensor, own: slice, count: int) -> Tensor:
+    """[total, heads, ..] -> a view of [count, heads, rows of a sequence, ..]."""
+    return x[own].unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def start_positions(count: int, start: int, device: torch.device) -> Tensor | None:
+    """Where the queries of `count` sequences begin among their keys."""
+    return torch.full((count,), start, dtype=torch.int32, device=device) if start else None
 
 
 def alike_sequences(starts_q: list[int], starts_kv: list[int]) -> Iterator[tuple[slice, slice, int]]:
@@ -208,7 +284,7 @@ def attend_batch(
         v=v,
         block_table=None,
         seq_lens=None,
-        start_pos=torch.full((B,), offset, dtype=torch.int32, device=q.device) if offset else None,
+        start_pos=start_positions(B, offset, q.device),
         mask=None,
         block_mask=None,
         q_descale=None,
@@ -222,54 +298,3 @@ def attend_batch(
     plan(problem, backend).launch(args)
     assert args.lse is not None
     return args.out, args.lse
-
-
-def sequence_gradients(
-    k: Tensor,
-    v: Tensor,
-    q: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of one sequence, FP32, in tiles of query rows.
-
-    With P = exp(S - lse): dV = P^T dO; dS = P (dO V^T - rowsum(dO O) + dlse); dQ = scale dS K; dK = scale dS^T Q.
-
-    q, out, d_out [S_q, Hq, D or Dv]; lse, d_lse [S_q, Hq]; k [S_kv, Hk, D]; v [S_kv, Hk, Dv].
-    """
-    S_q, Hq, _ = q.shape
-    S_kv, Hk, _ = k.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    k, v = (x.to(dtype).transpose(0, 1) for x in (k, v))  # [Hk, S_kv, D]
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    dq = torch.zeros_like(q, dtype=dtype)
-    # dlse enters as the row sum of dO O does, with the other sign
-    shift = (out.to(dtype) * d_out.to(dtype)).sum(-1) - d_lse.to(dtype)  # [S_q, Hq]
-    step = max(1, BACKWARD_BYTES // (4 * Hq * S_kv))
-    for first in range(0, S_q, step):
-        rows = slice(first, min(first + step, S_q))
-        # [Hk, rows * ratio, ..]: the heads of a group are rows over one K and V
-        tiles = [by_group(x[rows].to(dtype), Hk) for x in (q, d_out, lse.unsqueeze(-1), shift.unsqueeze(-1))]
-        q_tile, d_out_tile, lse_tile, shift_tile = tiles
-        p = torch.bmm(q_tile, k.transpose(1, 2)).mul_(scale)
-        # a row without keys has lse -inf, and weights 0
-        p = p.sub_(lse_tile.masked_fill(lse_tile == -math.inf, math.inf)).exp_()
-        if causal:
-            last = torch.arange(rows.start, rows.stop, device=q.device) + (S_kv - S_q)
-            hidden = torch.arange(S_kv, device=q.device) > last.repeat_interleave(Hq // Hk).unsqueeze(1)
-            p.masked_fill_(hidden, 0.0)
-        dv += torch.bmm(p.transpose(1, 2), d_out_tile)
-        ds = torch.bmm(d_out_tile, v.transpose(1, 2)).sub_(shift_tile).mul_(p).mul_(scale)
-        dk += torch.bmm(ds.transpose(1, 2), q_tile)
-        dq[rows] = torch.bmm(ds, k).unflatten(1, (rows.stop - first, -1)).transpose(0, 1).flatten(1, 2)
-    return dq, dk.transpose(0, 1), dv.transpose(0, 1)
-
-
-def by_group(x: Tensor, Hk: int) -> Tensor:
-    """[rows, Hq, n] -> [Hk, rows * ratio, n]."""
-    return x.unflatten(1, (Hk, -1)).transpose(0, 1).flatten(1, 2)

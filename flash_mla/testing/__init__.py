@@ -19,6 +19,7 @@ from flash_mla.testing.deepseek_cases import (
     drop_in_cases,
     library_lse,
 )
+from flash_mla.testing.gradient_cases import GradientCase, gradient_cases
 from flash_mla.testing.hostile import UNUSED_ENTRY, CacheLayout, Order, nan_cache, nan_filled, same_bits, storage_bytes
 from flash_mla.testing.index_cases import IndexCase, PagedIndexCase, RaggedIndexCase, TopkCase, index_cases
 from flash_mla.testing.judge import Case, Result, run
@@ -33,6 +34,7 @@ __all__ = [
     "Case",
     "DecodeCase",
     "DenseDecodeCase",
+    "GradientCase",
     "IndexCase",
     "MhaCase",
     "Order",
@@ -48,6 +50,7 @@ __all__ = [
     "check",
     "decode_cases",
     "drop_in_cases",
+    "gradient_cases",
     "index_cases",
     "library_lse",
     "mha_cases",
@@ -59,6 +62,13 @@ __all__ = [
     "storage_bytes",
 ]
 
-CASES: tuple[Case, ...] = (*decode_cases(), *prefill_cases(), *mha_cases(), *drop_in_cases(), *index_cases())
+CASES: tuple[Case, ...] = (
+    *decode_cases(),
+    *prefill_cases(),
+    *gradient_cases(),
+    *mha_cases(),
+    *drop_in_cases(),
+    *index_cases(),
+)
 """Every function, dtype and edge of docs/contract.md, small enough for a CPU: `replace(case, device=..., backend=...)`
 moves one elsewhere."""

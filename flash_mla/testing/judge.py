@@ -20,11 +20,14 @@ from flash_mla.reference import decode_reference, mha_reference, prefill_referen
 from flash_mla.testing.budget import BUDGETS, Verdict, check, worst
 from flash_mla.testing.cases import DecodeCase, MhaCase, PrefillCase
 from flash_mla.testing.deepseek_cases import DropInCase
+from flash_mla.testing.gradient_cases import GradientCase
 from flash_mla.testing.hostile import Call, nan_filled, same_bits, storage_bytes
 from flash_mla.testing.index_cases import IndexCase
 from flash_mla.testing.index_cases import judge as judge_index
 
-AttentionCase = DecodeCase | PrefillCase | MhaCase | DropInCase
+WithMore = DropInCase | GradientCase
+"""Cases that call and know the truth themselves: they give more than out and lse."""
+AttentionCase = DecodeCase | PrefillCase | MhaCase | WithMore
 Case = AttentionCase | IndexCase
 
 
@@ -75,7 +78,7 @@ def run(case: Case) -> Result:
     budget = case.budget if isinstance(case, DecodeCase) else case.dtype
     verdict = check(out, lse, true_out, true_lse, budget)
     failures = list(verdict.failures)
-    if isinstance(case, DropInCase):
+    if isinstance(case, WithMore):
         for name, got, want in zip(case.more, first[2:], true[2:], strict=True):
             failures += check_more(name, got, want, case.dtype)
     if out.dtype != contract.out_dtype(case.dtype):
@@ -121,7 +124,7 @@ CACHES = ("k_cache", "v_cache")
 
 def truth(case: AttentionCase, call: Call) -> tuple[Tensor, ...]:
     """(out, lse) of the case in float64, and what else the function returns."""
-    if isinstance(case, DropInCase):
+    if isinstance(case, WithMore):
         return case.truth(call)
     if isinstance(case, DecodeCase):
         return decode_reference(**call.reference)
@@ -156,7 +159,7 @@ def poisoned_memory() -> Iterator[None]:
 def invoke(case: AttentionCase, call: Call, poison: bool) -> tuple[Tensor, ...]:
     """(out, lse, ..) of the case's function, where `poison` says so into memory that holds NaN; else decode goes
     through metadata."""
-    if isinstance(case, DropInCase):
+    if isinstance(case, WithMore):
         with poisoned_memory() if poison else contextlib.nullcontext():
             return case.invoke(call)
     out = poisoned_out(case, call) if poison else None

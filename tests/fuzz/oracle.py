@@ -12,7 +12,7 @@ from .draw import BLOCK, FP8
 
 
 class Budget(NamedTuple):
-    """Contract, section 10: out as a share of the largest |out|, lse absolute."""
+    """docs/contract.md, section 10: out as a share of the largest |out|, lse absolute."""
 
     out: float
     lse: float

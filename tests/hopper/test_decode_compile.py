@@ -95,17 +95,16 @@ def test_gqa_decode(dtype: str, D: int, Dv: int, tile_n: int, tmp_path: Path) ->
     assert sass.count(r"WARPGROUP\.DEPBAR") == 2
 
 
-def test_store_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_store_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.mla_decode.kernel import build
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    caplog.set_level("INFO", "flash_mla")
     config = MlaConfig("bf16", 576, 2)
     store.load.cache_clear()
     assert callable(store.load("mla_decode", config, build))
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "compiling" in said
+    assert [message.split()[0] for message in caplog.messages] == ["compiling", "compiled"]
     assert store.path("mla_decode", config).exists()
 
     def never(config: object) -> None:
@@ -113,5 +112,5 @@ def test_store_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
     store.load.cache_clear()
     assert callable(store.load("mla_decode", config, never))
-    assert capsys.readouterr().err == ""
+    assert len(caplog.messages) == 2
     store.load.cache_clear()

@@ -1,4 +1,3 @@
-# ruff: noqa: C408
 """Ahead-of-time compiles of every kernel config that matters, for GPUs that this machine does not have.
 
 Shared memory must fit the GPU and spills must stay few: a config that the backend chooses is one that runs. Compiling
@@ -66,13 +65,12 @@ class Built(NamedTuple):
     kernel: Any
 
 
-def compile_for(
-    kernel: Any, arguments: tuple[Any, ...], options: dict[str, int], target: Target, language: Any = ASTSource
-) -> Built:
-    """Compile a kernel as a launch with these arguments would; language: ASTSource, or GluonASTSource."""
+def compile_for(kernel: Any, arguments: dict[str, Any], options: dict[str, int], target: Target) -> Built:
+    """Compile a kernel as a launch with these arguments would."""
     signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
-        name = parameter.name
+    assert set(arguments) == set(kernel.arg_names)
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, Tensor):
@@ -83,7 +81,7 @@ def compile_for(
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = language(kernel, signature, constants, attributes)
+    source = ASTSource(kernel, signature, constants, attributes)
     gpu = GPUTarget("hip", "gfx942", 64) if target.backend == "hip" else GPUTarget("cuda", target.arch, 32)
     built = triton.compile(source, target=gpu, options=options)
     registers, stack = resources(built, target)
@@ -244,18 +242,13 @@ def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
     problem, args = decode_case(**DECODE[case])
     config = decode_phase.config(problem, target).decode
     args = decode_phase.in_half(problem, args) if config.widen else args
-    tensors = (
-        *(stored(x, config.widen) for x in (args.q, args.k, args.v)),
-        None if args.k_rope is None else stored(args.k_rope, config.widen), args.block_table, args.seq_lens, args.mask,
-        args.q_descale, args.k_descale, args.v_descale, None,
-        args.out, args.lse, meta(1, dtype=torch.float32),
-    )  # fmt: skip
+    tensors = decode_phase.tensors(config, args, meta(1, dtype=torch.float32))
     constants = decode.constants(
         config, q=args.q, k=args.k, v=args.v, k_rope=args.k_rope, block_table=args.block_table, mask=args.mask,
         q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale, out=args.out, flip=False,
     )  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    return config, compile_for(decode.decode_kernel, (*tensors, 0.1, *constants), options, target)
+    return config, compile_for(decode.decode_kernel, tensors | constants, options, target)
 
 
 def build_prefill(case: str, target: Target) -> tuple[prefill.Config, Built]:
@@ -312,11 +305,14 @@ def test_combine_and_append_compile(target: str) -> None:
     chosen = decode_phase.config(problem, on)
     constants = combine.constants(
         chosen.combine, B=problem.B, Hk=1, capacity=64 * problem.table_blocks, S_q=1, ratio=16, Dv=512,
-        out_strides=args.out.stride(), pdl=chosen.decode.pdl, partial_rows=16, dv_tile=512,
+        out=args.out, pdl=chosen.decode.pdl, partial_rows=16, dv_tile=512,
     )  # fmt: skip
-    tensors = (args.seq_lens, meta(1, dtype=torch.float32), None, args.out, args.lse)
+    tensors = {
+        "seq_lens_ptr": args.seq_lens, "partial_ptr": meta(1, dtype=torch.float32), "sink_ptr": None,
+        "out_ptr": args.out, "lse_ptr": args.lse,
+    }  # fmt: skip
     options = {"num_warps": chosen.combine.warps}
-    within("combine", compile_for(combine.combine_kernel, (*tensors, *constants), options, on), on)
+    within("combine", compile_for(combine.combine_kernel, tensors | constants, options, on), on)
     rows = AppendArgs(
         meta(64, 1, 8, 576, dtype=torch.bfloat16), None, args.k, None, args.block_table, args.seq_lens, None
     )  # fmt: skip

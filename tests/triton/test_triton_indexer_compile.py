@@ -14,6 +14,8 @@ from flash_mla.indexer import INDEX_ROWS
 from flash_mla.kernels.triton import topk
 from flash_mla.problem import FP8, IndexArgs, IndexProblem, TopkArgs, TopkProblem
 
+pytestmark = pytest.mark.compile
+
 GPUS = ("sm_80", "sm_89", "sm_90", "sm_120", "gfx942")
 RAGGED = {"prefill": (4096, 64, 128, 32768), "few": (1, 64, 128, 131072), "narrow": (512, 32, 16, 4096)}
 PAGED = {"decode": (64, 1, 64), "speculative": (64, 2, 64), "32-heads": (8, 4, 32)}

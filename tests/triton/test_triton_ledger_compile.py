@@ -1,4 +1,3 @@
-# ruff: noqa: C408
 """Shared memory of every config: the ledger fits each GPU, and Triton never allocates more than the ledger says.
 
 The first is arithmetic and covers every combination. For the second, kernels are compiled as far as Triton's
@@ -35,8 +34,8 @@ MASKS = {"none": None, "bool": torch.bool, "float": torch.float32}
 def allocated(kernel, arguments, config, target, divisible: bool) -> int:
     """Bytes of shared memory that Triton gives the kernel; `divisible`: numbers that 16 divides are known to be so."""
     signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
-        name = parameter.name
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, Tensor):
@@ -94,15 +93,13 @@ def prefill_config(target, dtype, D, Dv, mask, *, P=4096, alias=False, paged=Fal
 def decode_allocated(target, dtype, D, Dv, mask, divisible, **changes) -> tuple[int, int]:
     """(what Triton allocates, what the ledger says)."""
     config, args = decode_config(target, dtype, D, Dv, mask, **changes)
-    tensors = (
-        *(stored(x, config.widen) for x in (args.q, args.k, args.v)), None, args.block_table, args.seq_lens, args.mask,
-        None, None, None, None, args.out, args.lse, meta(1, dtype=torch.float32) if config.programs else None,
-    )  # fmt: skip
+    args = args._replace(q_descale=None, k_descale=None, v_descale=None)
+    tensors = decode_phase.tensors(config, args, meta(1, dtype=torch.float32) if config.programs else None)
     constants = decode.constants(
         config, q=args.q, k=args.k, v=args.v, k_rope=None, block_table=args.block_table, mask=args.mask, q_descale=None,
         k_descale=None, v_descale=None, out=args.out, flip=False,
     )  # fmt: skip
-    taken = allocated(decode.decode_kernel, (*tensors, 0.1, *constants), config, target, divisible)
+    taken = allocated(decode.decode_kernel, tensors | constants, config, target, divisible)
     return taken, ledger(config, dtype, mask, target.wgmma and config.tile_m == 64)
 
 

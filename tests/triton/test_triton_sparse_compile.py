@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
-from collections import Counter
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
-import triton
 from test_triton_compile import TARGETS, compile_for
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from flash_mla.backends.triton import sparse as phase
-from flash_mla.kernels.triton import sparse, sparse_wgmma
+from flash_mla.kernels.triton import sparse
 from flash_mla.problem import SparseArgs, SparseKeys, SparseProblem, SparseSet
 from flash_mla.quant import FORMATS
 
@@ -65,10 +58,6 @@ def build(name, target):
     config = phase.config(problem, target)
     with torch.device("meta"):
         partial = torch.empty(1, dtype=torch.float32) if config.splits > 1 else None
-    if config.wgmma:
-        arguments = phase.wgmma_arguments(problem, config, args, partial)
-        options = {"num_warps": config.warps}
-        return compile_for(sparse_wgmma.sparse_wgmma_kernel, arguments, options, target, GluonASTSource)
     arguments = phase.arguments(problem, config, args, partial)
     return compile_for(
         sparse.sparse_kernel, arguments, {"num_warps": config.warps, "num_stages": config.stages}, target
@@ -86,47 +75,3 @@ def test_sparse_kernel_fits(name, gpu):
     print(name, gpu, built)
     assert built.shared <= TARGETS[gpu].smem
     assert built.stack <= SPILLS
-
-
-@pytest.mark.parametrize(("name", "columns"), [("prefill/v3.2", 576), ("prefill/model1", 512), ("decode/v3.2", 576)])
-def test_warpgroups_share_the_scores(name, columns):
-    """Each takes half of a tile's columns in D / 16 products, and half of V's in four; nothing else multiplies."""
-    built = build(name, TARGETS["sm_90"])
-    assert built.stack <= 32
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.kernel.asm["cubin"])
-        file.flush()
-        sass = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    products = Counter(word.partition(".F32")[0] for word in sass.split() if word.startswith("HGMMA"))
-    assert products == {"HGMMA.64x32x16": columns // 16, "HGMMA.64x256x16": 4}
-    # the products of one tile are waited for twice: the scores, then O
-    assert sass.count("WARPGROUP.DEPBAR") == 2
-
-
-@pytest.mark.parametrize(
-    ("change", "takes"),
-    [
-        ({}, True),
-        ({"Hq": 32}, False),
-        ({"D": 512, "q_strides": (128 * 512, 128 * 512, 512, 1)}, True),
-        ({"D": 512, "format": "v4.1"}, False),
-        ({"D": 560}, False),
-        ({"Dv": 256}, False),
-        ({"dtype": torch.float16}, False),
-        ({"format": "flat"}, False),
-        ({"format": "fp8_ds_mla"}, True),
-        ({"q_strides": (577 * 128, 577 * 128, 577, 1)}, False),
-        ({"sets": (SparseSet(64, 9, 64, (65 * 576, 576), (1, 1), False),)}, False),
-        ({"sets": (SparseSet(64, 1, 64, (65 * 576, 576), (1, 1), False),)}, True),
-        ({"sets": (SparseSet(64, 9, 64, (64 * 576, 576), (1, 1), False),) * 2}, False),
-    ],
-)
-def test_what_the_wgmma_kernel_takes(change, takes):
-    problem = SparseProblem(
-        device=torch.device("meta"), dtype=torch.bfloat16, B=4, S_q=1, Hq=128, D=576, Dv=512, format=None,
-        sets=(SparseSet(64, 9, 64, (64 * 576, 576), (1, 1), False),), q_strides=(576 * 128, 576 * 128, 576, 1),
-        sink=False, max_logits=True,
-    )._replace(**change)  # fmt: skip
-    assert phase.config(problem, TARGETS["sm_90"]).wgmma is takes
-    assert not phase.config(problem, TARGETS["sm_100"]).wgmma

@@ -13,13 +13,23 @@ no bias of [P, P] exists.
 Sparse attention gathers the named rows in slices, and multiplies. Index scores are FP32 products of all heads of a few
 queries.
 
-It runs everything that the contract admits, forward only.
+The backward of prefill gives torch's op what it takes (causal or full, a sink too), and the rest to FP32 products.
+
+It runs everything that the contract admits.
 """
 
 from __future__ import annotations
 
 from flash_mla.backends import Phase, module
-from flash_mla.problem import DecodeProblem, IndexProblem, PrefillProblem, Problem, TopkProblem
+from flash_mla.problem import (
+    BackwardProblem,
+    DecodeProblem,
+    IndexProblem,
+    PrefillProblem,
+    Problem,
+    SparseBackwardProblem,
+    TopkProblem,
+)
 
 
 def available() -> str | None:
@@ -38,6 +48,10 @@ def phase(problem: Problem) -> Phase | str:
         return module("cpu", "indexer")
     if isinstance(problem, TopkProblem):
         return module("cpu", "topk")
+    if isinstance(problem, BackwardProblem):
+        return module("cpu", "backward")
+    if isinstance(problem, SparseBackwardProblem):
+        return module("cpu", "sparse_backward")
     engine = module("cpu", "engine")
     if engine.refuse(problem) is None:
         return engine

@@ -8,6 +8,7 @@ tensor is read, and nothing is allocated but a thread's memory, once.
 from __future__ import annotations
 
 import ctypes
+import logging
 import struct
 import threading
 from dataclasses import replace
@@ -31,6 +32,8 @@ from flash_mla.problem import (
 if TYPE_CHECKING:
     from flash_mla.kernels.cpu.config import Spec
 
+logger = logging.getLogger("flash_mla")
+
 Attention = DecodeProblem | PrefillProblem | SparseProblem
 
 NAMES = {
@@ -45,6 +48,10 @@ NAMES = {
 
 ROWS = 32
 """Most rows of an item: q and O of 32 MLA rows are 140 KiB, beside 74 KiB of K a block, in an L2 of 512 KiB."""
+MANY = 24
+"""Rows of an item from which on they lie in lanes."""
+MANY_ROWS = 96
+"""Most rows of such an item: K is widened once for all of them; q, O, scores and K take 170 KiB at D 128."""
 ITEMS = 32
 """Items that a call is split into, at least, where its keys allow: enough for the threads of a desktop."""
 SPLIT_BLOCKS = 8
@@ -55,7 +62,14 @@ TEAM_FLOPS = 4_000_000
 
 @cache
 def missing() -> str | None:
-    """Why the kernels cannot run here, or None."""
+    """Why the kernels cannot run here, or None. Logged once: torch's ops serve instead."""
+    reason = lacking()
+    if reason is not None:
+        logger.info("the CPU backend runs torch's ops: %s", reason)
+    return reason
+
+
+def lacking() -> str | None:
     try:
         import llvmlite  # noqa: F401
     except ImportError:
@@ -91,14 +105,25 @@ def launch(problem: Attention, config: Call, args: DecodeArgs | PrefillArgs | Sp
 
 def spec(problem: Attention, rows: int, **more: Any) -> Spec:
     """The kernel for items of so many rows, its mask's element type left open; `more` are fields of Spec."""
-    from flash_mla.kernels.cpu.config import Spec, host, tile
+    from flash_mla.kernels.cpu.config import Spec, host, tile, wide_tile
 
-    tile_m, tile_n = tile(rows, host())
+    # NOTE: rows of K of a latent that are shared by 128 heads gain nothing: q, O and K fill L2 either way
+    wide = isinstance(problem, DecodeProblem) and problem.D > 256
+    span = 0
+    if rows >= MANY and not wide:
+        tile_m, tile_n = wide_tile(host(), bool(more.get("layout")) or not isinstance(problem, PrefillProblem))
+        span = BLOCK if more.get("layout") else MANY_ROWS if problem.D <= 256 else MANY_ROWS // 2
+        span = min(span, -(-rows // tile_m) * tile_m)
+        held = -(-span // 12) * 12
+    else:
+        tile_m, tile_n = tile(rows, host())
+        held = min(-(-rows // tile_m) * tile_m, ROWS)
     return Spec(
         D=problem.D,
         Dv=problem.Dv,
         q=NAMES[problem.dtype],
-        rows=min(-(-rows // tile_m) * tile_m, ROWS),
+        rows=held,
+        span=span,
         tile_m=tile_m,
         tile_n=tile_n,
         lanes=host().lanes,
@@ -127,7 +152,7 @@ class Call:
         from flash_mla.kernels.cpu.item import FIELDS
 
         self.spec, self.at = spec, {name: i for i, name in enumerate(FIELDS)}
-        groups = -(-rows // spec.rows)
+        groups = -(-rows // (spec.span or spec.rows))
         items = requests * heads * groups
         splits = max(1, min(-(-ITEMS // items), blocks // SPLIT_BLOCKS)) if 0 < items < ITEMS else 1
         self.work = items * splits

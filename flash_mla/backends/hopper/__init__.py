@@ -22,5 +22,5 @@ def phase(problem: Problem) -> Phase | str:
     if isinstance(problem, PrefillProblem):
         return module("hopper", "prefill")
     if not isinstance(problem, SparseProblem):
-        return "there is no kernel in CuTe DSL for the indexer"
+        return "there is no kernel in CuTe DSL for the indexer, nor for a backward"
     return module("hopper", "sparse_prefill" if problem.max_logits else "sparse_decode")

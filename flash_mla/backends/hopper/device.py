@@ -10,7 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flash_mla.problem import ALIGNMENT, BLOCK, FP8, DecodeProblem, IndexProblem, Problem, TopkProblem
+from flash_mla.problem import (
+    ALIGNMENT,
+    BLOCK,
+    FP8,
+    BackwardProblem,
+    DecodeProblem,
+    IndexProblem,
+    Problem,
+    SparseBackwardProblem,
+    TopkProblem,
+)
 
 HALVES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """torch's 16-bit dtypes and their names in the kernels' configs."""
@@ -46,6 +56,8 @@ def refuse(problem: Problem) -> str | None:
         return reason
     if isinstance(problem, (IndexProblem, TopkProblem)):
         return "there is no kernel in CuTe DSL for the index; Triton's is bound by the same units"
+    if isinstance(problem, (BackwardProblem, SparseBackwardProblem)):
+        return "there is no backward in CuTe DSL"
     if problem.scale_sign <= 0 and not scales_first(problem):
         return "softmax_scale is not above 0: the running maximum is kept before scaling"
     if not problem.aligned:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-
-from flash_mla.backends.hopper.device import HALVES, device_of, int32, multiprocessors
-from flash_mla.backends.hopper.strides import query_row_stride, refuse_query, refuse_rows
+from flash_mla.backends.hopper import decode
+from flash_mla.backends.hopper.device import HALVES, multiprocessors
+from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
 from flash_mla.kernels.hopper.limits import TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, WIDTHS, Config
 from flash_mla.problem import DecodeArgs, DecodeProblem
@@ -21,10 +18,8 @@ def refuse(problem: DecodeProblem) -> str | None:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
     if problem.kv_dtype != problem.dtype:
         return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
-    if problem.S_q > MAX_S_Q:
-        return f"S_q = {problem.S_q}: at most {MAX_S_Q} query tokens a request"
-    if problem.mask != "none":
-        return f"a {problem.mask} mask: only causal decode"
+    if (reason := decode.refuse_queries(problem, MAX_S_Q)) is not None:
+        return reason
     if problem.descale:
         return "descales"
     request, _, block, row, column = problem.k_strides
@@ -41,33 +36,12 @@ def config(problem: DecodeProblem) -> Config:
 def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
     """Fill args.out and args.lse. Allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on 132 SMs).
 
-    An int64 table or lengths are converted first, on the device. The first launch of a config loads its kernel, and the
-    first ever on a machine compiles it.
+    The first launch of a config loads its kernel, and the first ever on a machine compiles it.
     """
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.mla_decode.kernel import build
 
     kernel = store.load("mla_decode", config, build)
     clusters = multiprocessors(problem.device) // config.cluster
-    workspace = torch.empty(config.workspace_words(clusters), dtype=torch.float32, device=problem.device)
-    lse = args.lse
-    if lse is None:
-        lse = torch.empty((problem.B, problem.Hq, problem.S_q), dtype=torch.float32, device=problem.device)
-    # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own
-    with device_of(problem.device):
-        kernel(
-            args.q,
-            args.k,
-            int32(args.block_table),
-            int32(args.seq_lens),
-            workspace if args.attn_sink is None else args.attn_sink,
-            args.out,
-            lse,
-            workspace,
-            args.softmax_scale * math.log2(math.e),
-            int(args.attn_sink is not None),
-            query_row_stride(problem),
-            # a cache that all requests share has one request, whatever its batch stride says
-            problem.B if problem.k_strides[0] else 1,
-            clusters,
-        )
+    words = config.workspace_words(clusters)
+    decode.launch(kernel, problem, args, caches=(args.k,), words=words, ctas=clusters, descales=False)

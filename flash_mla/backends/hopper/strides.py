@@ -31,11 +31,11 @@ def query_row_stride(problem: DecodeProblem) -> int | None:
     return packing.row_stride(head, token, problem.ratio, problem.S_q, problem.D)
 
 
-def refuse_query(problem: DecodeProblem) -> str | None:
-    """Why TMA cannot read the packed query rows, or None."""
+def refuse_query(problem: DecodeProblem, itemsize: int | None = None) -> str | None:
+    """Why TMA cannot read the packed query rows (of elements of q's size, unless told otherwise), or None."""
     request, head, _, column = problem.q_strides
     row = query_row_stride(problem)
     if column != 1 or row is None:
         return f"q strides {problem.q_strides}: (head, token) must pack into evenly spaced rows"
     steps = (request, row) if problem.Hk == 1 else (request, row, head * problem.ratio)
-    return refuse_steps("q", steps, problem.dtype.itemsize)
+    return refuse_steps("q", steps, itemsize or problem.dtype.itemsize)

@@ -9,7 +9,15 @@ from __future__ import annotations
 from flash_mla.backends import Phase, module
 from flash_mla.backends.triton.device import available as available
 from flash_mla.backends.triton.device import interpreted, target
-from flash_mla.problem import DecodeProblem, IndexProblem, PrefillProblem, Problem, TopkProblem
+from flash_mla.problem import (
+    BackwardProblem,
+    DecodeProblem,
+    IndexProblem,
+    PrefillProblem,
+    Problem,
+    SparseBackwardProblem,
+    TopkProblem,
+)
 
 
 def refuse(problem: Problem) -> str | None:
@@ -26,6 +34,10 @@ def phase(problem: Problem) -> Phase | str:
     """The module that such problems go to."""
     if isinstance(problem, DecodeProblem):
         return module("triton", "decode")
+    if isinstance(problem, BackwardProblem):
+        return module("triton", "backward")
+    if isinstance(problem, SparseBackwardProblem):
+        return "there is no kernel for the backward of sparse attention"
     if isinstance(problem, IndexProblem):
         return module("triton", "indexer")
     if isinstance(problem, TopkProblem):

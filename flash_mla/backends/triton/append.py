@@ -17,7 +17,7 @@ def launch(args: AppendArgs) -> None:
     B, Hk, P, _ = args.k.shape
     with device_of(args.k.device):
         append.append_kernel[append.grid(B, Hk, P)](
-            *append.arguments(
+            **append.arguments(
                 **bytes_of, block_table=args.block_table, start_pos=args.start_pos, num_tokens=args.num_tokens
             )
         )

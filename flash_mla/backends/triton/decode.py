@@ -7,6 +7,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from flash_mla.backends.triton.device import MAX_ROW_STRIDE, launch_fitting, refuse_columns, stored, target
 from flash_mla.kernels.triton import combine, decode
@@ -97,17 +98,36 @@ def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs
     else:
         # a mask's length, and with it its strides, changes from step to step: nothing to bind
         main, merge = launchers(problem, config, args)
-    widen = config.decode.widen
-    main(
-        (
-            stored(args.q, widen), stored(args.k, widen), stored(args.v, widen),
-            None if args.k_rope is None else stored(args.k_rope, widen), args.block_table, args.seq_lens, args.mask,
-            args.q_descale, args.k_descale, args.v_descale, args.attn_sink, args.out, args.lse, partial,
-        ),
-        (abs(args.softmax_scale),),
-    )  # fmt: skip
+    main(**tensors(config.decode, args, partial))
     if merge is not None:
-        merge((args.seq_lens, partial, args.attn_sink, args.out, args.lse))
+        merge(
+            seq_lens_ptr=args.seq_lens,
+            partial_ptr=partial,
+            sink_ptr=args.attn_sink,
+            out_ptr=args.out,
+            lse_ptr=args.lse,
+        )
+
+
+def tensors(config: decode.Config, args: DecodeArgs, partial: Tensor | None) -> dict[str, Tensor | float | None]:
+    """decode_kernel's arguments that a call brings; `decode.constants` are the others."""
+    return dict(
+        q_ptr=stored(args.q, config.widen),
+        k_ptr=stored(args.k, config.widen),
+        v_ptr=stored(args.v, config.widen),
+        rope_ptr=None if args.k_rope is None else stored(args.k_rope, config.widen),
+        table_ptr=args.block_table,
+        seq_lens_ptr=args.seq_lens,
+        mask_ptr=args.mask,
+        q_descale_ptr=args.q_descale,
+        k_descale_ptr=args.k_descale,
+        v_descale_ptr=args.v_descale,
+        sink_ptr=args.attn_sink,
+        out_ptr=args.out,
+        lse_ptr=args.lse,
+        partial_ptr=partial,
+        softmax_scale=abs(float(args.softmax_scale)),
+    )
 
 
 def in_half(problem: DecodeProblem, args: DecodeArgs) -> DecodeArgs:
@@ -145,7 +165,7 @@ def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) ->
         combine.grid(config.combine, rows, problem.Dv, config.decode.programs),
         combine.constants(
             config.combine, B=problem.B, Hk=problem.Hk, capacity=problem.table_blocks * problem.page,
-            S_q=problem.S_q, ratio=problem.ratio, Dv=problem.Dv, out_strides=args.out.stride(), pdl=config.decode.pdl,
+            S_q=problem.S_q, ratio=problem.ratio, Dv=problem.Dv, out=args.out, pdl=config.decode.pdl,
             partial_rows=-(-rows // config.decode.tile_m) * config.decode.tile_m, dv_tile=config.decode.dv_tile,
         ),
         {"num_warps": config.combine.warps} | ({"launch_pdl": True} if config.decode.pdl else {}),

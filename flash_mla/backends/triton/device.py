@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import warnings
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +15,6 @@ from flash_mla.problem import FP8, DecodeProblem, PrefillProblem, Problem
 
 try:
     import triton
-    from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
 
     from flash_mla.kernels.triton.target import Target
@@ -27,6 +26,8 @@ else:
         from flash_mla.kernels.triton import interpreter
 
         interpreter.repair()
+
+logger = logging.getLogger("flash_mla")
 
 MAX_D = 576
 MAX_ROW_STRIDE = 2**25
@@ -79,21 +80,17 @@ SMALLER: dict[tuple[Problem, Any], Any] = {}
 def launch_fitting(
     launch: Callable[[Any, Any, Any], None], smaller: Callable[[Any], Any], problem: Any, config: Any, args: Any
 ) -> None:
-    """Launch a config or, where the device refuses it, the first smaller one that it takes; reported once.
-
-    A kernel in Gluon that this Triton does not compile gives way to the portable one likewise.
-    """
+    """Launch a config or, where the device refuses it, the first smaller one that it takes; reported once."""
     while True:
         chosen = SMALLER.get((problem, config), config) if SMALLER else config
         try:
             with device_of(problem.device):
                 return launch(problem, chosen, args)
-        except (OutOfResources, CompilationError) as refusal:
-            in_gluon = getattr(chosen, "wgmma", False)
-            instead = smaller(chosen) if in_gluon or isinstance(refusal, OutOfResources) else None
+        except OutOfResources as refusal:
+            instead = smaller(chosen)
             if instead is None:
                 raise
-            warnings.warn(f"flash_mla: {refusal}; {instead} runs in place of {chosen}", RuntimeWarning, stacklevel=2)
+            logger.warning("%s; %s runs in place of %s", refusal, instead, chosen)
             SMALLER[problem, config] = instead
 
 

@@ -25,8 +25,8 @@ def kernel(problem: IndexProblem) -> Any:
     return indexer.ragged_kernel if problem.table_blocks is None else indexer.paged_kernel
 
 
-def arguments(problem: IndexProblem, config: indexer.Config, args: IndexArgs) -> tuple:
-    """Its arguments, in its order."""
+def arguments(problem: IndexProblem, config: indexer.Config, args: IndexArgs) -> dict[str, Any]:
+    """Its arguments."""
     q, k = stored(args.q, config.widen), stored(args.k, config.widen)
     if args.block_table is not None:
         return indexer.paged_arguments(
@@ -44,4 +44,4 @@ def launch(problem: IndexProblem, config: indexer.Config, args: IndexArgs) -> No
     """One kernel."""
     grid = indexer.grid(config, problem.B, problem.S_q, problem.width)
     with device_of(problem.device):
-        kernel(problem)[grid](*arguments(problem, config, args), num_warps=config.warps, num_stages=config.stages)
+        kernel(problem)[grid](**arguments(problem, config, args), num_warps=config.warps, num_stages=config.stages)

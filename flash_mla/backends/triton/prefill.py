@@ -41,4 +41,4 @@ def launch_config(problem: PrefillProblem, config: prefill.Config, args: Prefill
         softmax_scale=args.softmax_scale, out=args.out, lse=args.lse, causal=problem.causal,
     )  # fmt: skip
     grid = prefill.grid(config, problem.B, problem.Hq, problem.P)
-    prefill.prefill_kernel[grid](*arguments, num_warps=config.warps, num_stages=config.stages)
+    prefill.prefill_kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_mla.backends.triton.device import launch_fitting, target
 from flash_mla.kernels.triton import sparse
+from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import power_of_2, smaller
-from flash_mla.problem import SparseArgs, SparseProblem
+from flash_mla.problem import SparseArgs, SparseKeys, SparseProblem
 from flash_mla.quant import FORMATS, RowFormat
-
-
-@functools.cache
-def gluon() -> bool:
-    """Whether this Triton has the names that sparse_wgmma.py is written in; Gluon is experimental, and changes."""
-    try:
-        importlib.import_module("flash_mla.kernels.triton.sparse_wgmma")
-    except (ImportError, AttributeError):
-        return False
-    return True
 
 
 class Parts(NamedTuple):
     """[pages, page, n] views: all columns in q's dtype, or a row format's e4m3 codes, BF16 rope and scales."""
 
-    codes: Tensor
+    codes: Tensor | None
     rope: Tensor | None
     scales: Tensor | None
 
@@ -47,8 +35,7 @@ def refuse(problem: SparseProblem) -> str | None:
 
 def config(problem: SparseProblem, on: Target | None = None) -> sparse.Config:
     """The kernel's tiles; max_logits is not kept through a merge, and its callers have tokens enough."""
-    on = on or target(problem.device)
-    chosen = sparse.config(
+    return sparse.config(
         tokens=problem.B * problem.S_q,
         Hq=problem.Hq,
         D=problem.D,
@@ -57,24 +44,7 @@ def config(problem: SparseProblem, on: Target | None = None) -> sparse.Config:
         quantised=0 if problem.format is None else FORMATS[problem.format].quantised,
         flat=flat(problem),
         split=not problem.max_logits,
-        target=on,
-    )
-    return replace(chosen, tile_m=64, tile_n=64, warps=8, wgmma=True) if wgmma(problem, on) else chosen
-
-
-def wgmma(problem: SparseProblem, on: Target) -> bool:
-    """Whether sparse_wgmma.py takes the problem, and with more heads than half of its 64 rows."""
-    shape = (problem.Dv, len(problem.sets), problem.dtype) == (512, 1, torch.bfloat16) and problem.D in (576, 512)
-    strides = (*problem.q_strides[:3], *problem.sets[0].cache_strides)
-    return (
-        on.wgmma
-        and gluon()
-        and problem.aligned
-        and shape
-        and problem.Hq > 32
-        and problem.format in (None, "fp8_ds_mla")
-        and flat(problem)
-        and all(n % 8 == 0 for n in strides)
+        target=on or target(problem.device),
     )
 
 
@@ -94,27 +64,64 @@ def parts(cache: Tensor, fmt: RowFormat | None) -> Parts:
     return Parts(codes, rope.view(torch.bfloat16) if fmt.rope else codes, scales if fmt.scale_bytes else codes)
 
 
-def arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None) -> tuple:
-    """sparse_kernel's arguments, in its order."""
+def key_arguments(keys: SparseKeys | None, fmt: RowFormat | None) -> dict[str, Any]:
+    """sparse_kernel's arguments of one cache."""
+    if keys is None:
+        cache, indices, lengths = Parts(None, None, None), None, None
+        topk = pages = page = 0
+    else:
+        cache, indices, lengths = parts(keys.cache, fmt), keys.indices, keys.lengths
+        topk, (pages, page, _) = keys.indices.shape[2], keys.cache.shape
+    return dict(
+        index_ptr=indices,
+        length_ptr=lengths,
+        codes_ptr=cache.codes,
+        rope_ptr=cache.rope,
+        scale_ptr=cache.scales,
+        topk=topk,
+        pages=pages,
+        page=page,
+        **strides("i", "bs", indices),
+        **strides("c", "nt", cache.codes),
+        **strides("r", "nt", cache.rope),
+        **strides("s", "nt", cache.scales),
+    )
+
+
+def arguments(
+    problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None
+) -> dict[str, Any]:
+    """sparse_kernel's arguments; those of the second cache end in 2."""
     fmt = None if problem.format is None else FORMATS[problem.format]
-    tensors: list[Tensor | None] = []
-    numbers: list[int] = []
-    for keys in args.keys:
-        cache = parts(keys.cache, fmt)
-        tensors += [keys.indices, keys.lengths, *cache]
-        numbers += [keys.indices.shape[2], *keys.cache.shape[:2], *keys.indices.stride()[:2], *sparse.strides(*cache)]
-    if len(args.keys) == 1:
-        tensors += [None] * 5
-        numbers += [0] * 11
-    quantised, group, e8m0 = 0, 0, False
-    if fmt is not None:
-        quantised, group, e8m0 = fmt.quantised, fmt.tile or 0, fmt.scale_dtype != torch.float32
-    return (
-        args.q, *tensors, args.attn_sink, args.out, args.lse, args.max_logits, partial, args.softmax_scale,
-        problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], *numbers, problem.S_q, problem.D, problem.Dv,
-        quantised, group, e8m0, config.native, config.splits, config.tile_m, config.tile_n, config.d_main,
-        config.d_rest, config.precision, config.flat,
-    )  # fmt: skip
+    first, second = args.keys if len(args.keys) == 2 else (args.keys[0], None)
+    return dict(
+        q_ptr=args.q,
+        **key_arguments(first, fmt),
+        **{f"{name}2": value for name, value in key_arguments(second, fmt).items()},
+        sink_ptr=args.attn_sink,
+        out_ptr=args.out,
+        lse_ptr=args.lse,
+        max_ptr=args.max_logits,
+        partial_ptr=partial,
+        softmax_scale=args.softmax_scale,
+        tokens=problem.B * problem.S_q,
+        Hq=problem.Hq,
+        **strides("q", "bsh", args.q),
+        S_Q=problem.S_q,
+        D=problem.D,
+        DV=problem.Dv,
+        QUANT=0 if fmt is None else fmt.quantised,
+        GROUP=0 if fmt is None else fmt.tile or 0,
+        E8M0=fmt is not None and fmt.scale_dtype != torch.float32,
+        NATIVE=config.native,
+        SPLITS=config.splits,
+        TILE_M=config.tile_m,
+        TILE_N=config.tile_n,
+        D_MAIN=config.d_main,
+        D_REST=config.d_rest,
+        PRECISION=config.precision,
+        FLAT=config.flat,
+    )
 
 
 def launch(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> None:
@@ -131,33 +138,19 @@ def launch_config(problem: SparseProblem, config: sparse.Config, args: SparseArg
     if config.splits > 1:
         partial = args.q.new_empty(config.splits * rows * (problem.Dv + 1), dtype=torch.float32)
     grid = sparse.grid(config, tokens, problem.Hq)
-    if config.wgmma:
-        # imported here: only Hopper needs Gluon
-        from flash_mla.kernels.triton.sparse_wgmma import sparse_wgmma_kernel
-
-        sparse_wgmma_kernel[grid](*wgmma_arguments(problem, config, args, partial), num_warps=config.warps)
-    else:
-        sparse.sparse_kernel[grid](
-            *arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
-        )
+    sparse.sparse_kernel[grid](
+        **arguments(problem, config, args, partial), num_warps=config.warps, num_stages=config.stages
+    )
     if partial is not None:
         sparse.merge_kernel[(rows,)](
-            partial, args.attn_sink, args.out, args.lse, rows, problem.Hq, problem.Dv, power_of_2(problem.Dv),
-            config.splits, num_warps=4,
-        )  # fmt: skip
-
-
-def wgmma_arguments(problem: SparseProblem, config: sparse.Config, args: SparseArgs, partial: Tensor | None) -> tuple:
-    """sparse_wgmma_kernel's arguments, in its order."""
-    fmt = None if problem.format is None else FORMATS[problem.format]
-    (keys,) = args.keys
-    codes, rope, scales = parts(keys.cache, fmt)
-    rope = codes if rope is None else rope
-    pages, page = keys.cache.shape[:2]
-    return (
-        args.q, keys.indices, keys.lengths, codes, rope, scales, args.attn_sink, args.out, args.lse, args.max_logits,
-        partial, args.softmax_scale, problem.B * problem.S_q, problem.Hq, *problem.q_strides[:3], keys.indices.shape[2],
-        pages * page, *keys.indices.stride()[:2], codes.stride(1), rope.stride(1),
-        0 if scales is None else scales.stride(1), problem.S_q, problem.D, 0 if fmt is None else fmt.tile,
-        config.splits,
-    )  # fmt: skip
+            partial_ptr=partial,
+            sink_ptr=args.attn_sink,
+            out_ptr=args.out,
+            lse_ptr=args.lse,
+            rows=rows,
+            Hq=problem.Hq,
+            DV=problem.Dv,
+            DV_TILE=power_of_2(problem.Dv),
+            SPLITS=config.splits,
+            num_warps=4,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,24 +47,26 @@ def workspace(problem: TopkProblem, config: topk.Config) -> Workspace | None:
     )
 
 
-def pivot_arguments(problem: TopkProblem, config: topk.Config, args: TopkArgs, space: Workspace) -> tuple:
-    """pivot_kernel's arguments, in its order."""
+def pivot_arguments(problem: TopkProblem, config: topk.Config, args: TopkArgs, space: Workspace) -> dict[str, Any]:
+    """pivot_kernel's arguments."""
     return topk.pivot_arguments(
         config, scores=args.scores, starts=args.starts, ends=args.ends, pivots=space.pivots, N=problem.N,
         topk=problem.topk,
     )  # fmt: skip
 
 
-def narrow_arguments(problem: TopkProblem, config: topk.Config, args: TopkArgs, space: Workspace) -> tuple:
-    """narrow_kernel's arguments, in its order."""
+def narrow_arguments(problem: TopkProblem, config: topk.Config, args: TopkArgs, space: Workspace) -> dict[str, Any]:
+    """narrow_kernel's arguments."""
     return topk.narrow_arguments(
         config, scores=args.scores, starts=args.starts, ends=args.ends, pivots=space.pivots,
         candidates=space.candidates, counts=space.counts, N=problem.N,
     )  # fmt: skip
 
 
-def select_arguments(problem: TopkProblem, config: topk.Config, args: TopkArgs, space: Workspace | None) -> tuple:
-    """select_kernel's arguments, in its order."""
+def select_arguments(
+    problem: TopkProblem, config: topk.Config, args: TopkArgs, space: Workspace | None
+) -> dict[str, Any]:
+    """select_kernel's arguments."""
     pivots, candidates, counts = space or (None, None, None)
     return topk.select_arguments(
         config, scores=args.scores, starts=args.starts, ends=args.ends, pivots=pivots, candidates=candidates,
@@ -79,7 +81,7 @@ def launch(problem: TopkProblem, config: topk.Config, args: TopkArgs) -> None:
     with device_of(problem.device):
         space = workspace(problem, config)
         if space is not None:
-            topk.pivot_kernel[(rows,)](*pivot_arguments(problem, config, args, space), num_warps=topk.PIVOT_WARPS)
+            topk.pivot_kernel[(rows,)](**pivot_arguments(problem, config, args, space), num_warps=topk.PIVOT_WARPS)
             grid = (rows, config.parts)
-            topk.narrow_kernel[grid](*narrow_arguments(problem, config, args, space), num_warps=topk.NARROW_WARPS)
-        topk.select_kernel[(rows,)](*select_arguments(problem, config, args, space), num_warps=config.warps)
+            topk.narrow_kernel[grid](**narrow_arguments(problem, config, args, space), num_warps=topk.NARROW_WARPS)
+        topk.select_kernel[(rows,)](**select_arguments(problem, config, args, space), num_warps=config.warps)

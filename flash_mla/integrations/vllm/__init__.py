@@ -1,6 +1,6 @@
 """vLLM's attention on this library: the entry points that vLLM finds. Nothing of vLLM is imported before it calls.
 
-    flash_mla               general   registers `CUSTOM`: MLA decode and MLA prefill
+    flash_mla               general   registers `CUSTOM`: MLA decode and MLA prefill; `CUSTOM_SPARSE`: DeepSeek-V3.2's
     flash_mla_cpu           platform  a CPU platform that honours `CUSTOM`, for MLA (pages of 64) and GQA
     flash_mla_cpu_override  general   our classes in the place of the stock CPU platform's, for MLA (pages of 16), GQA
 
@@ -24,11 +24,13 @@ def named(plugin: str) -> bool:
 
 
 def register() -> None:
-    """Register `CUSTOM`; vLLM calls it in every process, perhaps twice."""
+    """Register `CUSTOM` and `CUSTOM_SPARSE`; vLLM calls it in every process, perhaps twice."""
     from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum, register_mla_prefill_backend
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, f"{HERE}.mla.FlashMLABackend")
+    if "CUSTOM_SPARSE" not in AttentionBackendEnum.__members__:  # a name can be made once
+        register_backend("CUSTOM_SPARSE", f"{HERE}.sparse.FlashMLASparseBackend")
     register_mla_prefill_backend(MLAPrefillBackendEnum.CUSTOM, f"{HERE}.mla.FlashMLAPrefillBackend")
 
 

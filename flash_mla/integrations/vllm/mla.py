@@ -91,10 +91,11 @@ class Decode:
         assert decode is not None
         q = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
         requests, dtype = attn_metadata.num_decodes, torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
-        out = q.new_empty((*q.shape[:2], self.kv_lora_rank), dtype=dtype)
+        is_single = len(q) == requests  # then heads and tokens need not change places, nor out be checked
+        out = None if is_single else q.new_empty((*q.shape[:2], self.kv_lora_rank), dtype=dtype)
         fp8 = kv_c_and_k_pe_cache.dtype == torch.float8_e4m3fn
-        _, lse = decode_over_pages(
-            by_request(q, requests),
+        result, lse = decode_over_pages(
+            q.unsqueeze(2) if is_single else by_request(q, requests),
             kv_c_and_k_pe_cache.unsqueeze(2),
             None,
             decode.block_table,
@@ -107,9 +108,9 @@ class Decode:
             k_descale=layer._k_scale if fp8 else None,
             v_descale=layer._k_scale if fp8 else None,
             return_lse=True,
-            out=by_request(out, requests),
+            out=None if out is None else by_request(out, requests),
         )
-        return out, lse.transpose(1, 2).flatten(0, 1)
+        return (result.squeeze(2), lse.squeeze(2)) if out is None else (out, lse.transpose(1, 2).flatten(0, 1))
 
 
 def by_request(x: Tensor, requests: int) -> Tensor:
@@ -117,10 +118,8 @@ def by_request(x: Tensor, requests: int) -> Tensor:
     return x.unflatten(0, (requests, -1)).transpose(1, 2)
 
 
-class FlashMLAImpl(Decode, MLACommonImpl[MLACommonMetadata]):
-    """On a GPU."""
-
-    supports_dcp = True
+class DecoderOnly:
+    """The constructor of vLLM's MLA implementations, which refuses what no kernel computes."""
 
     def __init__(
         self,
@@ -136,12 +135,18 @@ class FlashMLAImpl(Decode, MLACommonImpl[MLACommonMetadata]):
         kv_sharing_target_layer_name: str | None,
         **mla_args: Any,
     ) -> None:
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
             attn_type, kv_sharing_target_layer_name, **mla_args,
         )  # fmt: skip
         if alibi_slopes or sliding_window or logits_soft_cap or attn_type != AttentionType.DECODER:
             raise NotImplementedError("flash_mla: decoder attention without alibi, sliding window or soft cap")
+
+
+class FlashMLAImpl(Decode, DecoderOnly, MLACommonImpl[MLACommonMetadata]):
+    """On a GPU."""
+
+    supports_dcp = True
 
 
 class FlashMLACpuImpl(Decode, CPUMLAImpl):

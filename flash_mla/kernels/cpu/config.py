@@ -1,8 +1,10 @@
 """What a kernel is compiled for: its shape and element types, its register tile, its memory, and the processor.
 
-**Register tile.** Scores are computed for tile_m rows x tile_n keys at a time, one accumulator of W lanes each, and
-values for tile_m rows x 2 W columns. AVX2 has 16 registers: 4 x 3 scores leave four for a vector of K and the rows'
-loads, and reach 76 to 87 % of the FMA peak of a Zen 3 core; 4 x 2 reach 73 to 85 %, 2 x 4 half of it, 4 x 4 spill.
+**Register tiles.** *Few* rows (decode): scores are computed for tile_m rows x tile_n keys at a time, one accumulator of
+W lanes each, and values for tile_m rows x 2 W columns. AVX2 has 16 registers: 4 x 3 scores leave four for a vector of
+K and the rows' loads, and reach 76 to 87 % of the FMA peak of a Zen 3 core; 4 x 2 reach 73 to 85 %, 2 x 4 half of it,
+4 x 4 spill. *Many* rows (prefill): 3 W rows, in lanes, x 4 keys (2 W x 6), and 6 rows x 2 W columns for values: 12
+accumulators each, of which the latency of an FMA needs 8 (4 cycles, two a cycle), and no sums across lanes.
 AVX-512 and NEON have 32 registers.
 """
 
@@ -71,8 +73,8 @@ class Spec:
     """A kernel. D, Dv: columns of a row of K and of V; q, kv, out: element types (kv also a row format); alias: V is
     the first Dv columns of K; mask: the mask's element type; source: "table" (pages through a block table), "rows"
     (keys one after another), "sparse" (each query names its rows, in `sets` caches); layout: blocks that a flag drops
-    are skipped. rows: of a work item, a multiple of tile_m. page: keys of a page. rope: the last columns of a row of K
-    that lie in a cache of their own (a split latent).
+    are skipped. rows: of a work item, a multiple of tile_m; span: how many of them are used (0: all). page: keys of a
+    page. rope: the last columns of a row of K that lie in a cache of their own (a split latent).
     """
 
     D: int
@@ -91,6 +93,17 @@ class Spec:
     layout: bool = False
     page: int = BLOCK
     rope: int = 0
+    span: int = 0
+
+    @property
+    def many(self) -> bool:
+        """Whether rows lie in lanes (`many.py`), not columns (`few.py`)."""
+        return self.tile_m > self.lanes
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a tile of values, where there are many."""
+        return 6 if self.lanes == 8 else 12
 
     @property
     def staged(self) -> bool:
@@ -116,14 +129,24 @@ class Spec:
     def tiles(self) -> int:
         return self.rows // self.tile_m
 
+    @property
+    def deep(self) -> int:
+        """Rows of a vector of the state (max, sum): one a lane, or a tile's rows again and again."""
+        return min(self.tile_m, self.lanes)
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of the state."""
+        return self.rows // self.deep
+
     def padded(self, columns: int) -> int:
         """Columns in whole chunks."""
         return -(-columns // self.chunk) * self.chunk
 
     @property
     def state(self) -> int:
-        """Bytes of one vector for each tile, in whole lines."""
-        return -(-self.tiles * self.lanes * 4 // 64) * 64
+        """Bytes of the vectors of max or sum, in whole lines."""
+        return -(-self.vectors * self.lanes * 4 // 64) * 64
 
     @property
     def partial(self) -> int:
@@ -143,10 +166,12 @@ class Spec:
             "bias": 4 * self.tile_m * width if self.mask else 0,
             "factor": self.state,
             "limit": self.state,
-            "low": 8 * self.tiles,
+            "low": 8 * self.vectors,
+            "high": 8 * self.vectors,
             "mask_rows": 8 * self.rows if self.mask else 0,
             "k": staged * self.D,
             "v": 0 if self.alias else staged * self.Dv,
+            "wide": 4 * BLOCK * self.padded(self.D) if self.many else 0,
             "addresses": 2 * 8 * (BLOCK + 8) if self.source == "sparse" else 0,
         }
         parts, at = {}, 0
@@ -157,8 +182,15 @@ class Spec:
 
 
 def tile(rows: int, target: Target) -> tuple[int, int]:
-    """(tile_m, tile_n) for so many query rows of a KV head."""
+    """(tile_m, tile_n) for so many query rows of a KV head, few of them."""
     tile_m = 4 if rows > 2 else rows
     if tile_m == 4:
         return 4, 3 if target.registers == 16 else 6
     return tile_m, 4
+
+
+def wide_tile(target: Target, even: bool) -> tuple[int, int]:
+    """(tile_m, tile_n) for many rows; even: where an item's rows are a multiple of 16."""
+    keys = 24 if target.registers == 32 else 12  # accumulators
+    vectors = 2 if even else 3
+    return vectors * target.lanes, keys // vectors

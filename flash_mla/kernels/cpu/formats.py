@@ -18,6 +18,8 @@ from flash_mla.kernels.cpu.lanes import fill_lanes
 
 SIZE = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "fp8": 1, "bool": 1}
 """Bytes of an element."""
+CODE = 256.0
+"""An e4m3 code's value over that of its bits as FP16."""
 
 
 def widen(p: Value, dtype: str, n: int) -> Value:
@@ -32,7 +34,7 @@ def widen(p: Value, dtype: str, n: int) -> Value:
         return (p.load(vector(I16, n)).cast("zext", vector(I32, n)) << 16).bits(vector(F32, n))
     if dtype == "bool":
         return p.load(vector(I8, n)).differs(0).cast("uitofp", vector(F32, n))
-    return e4m3(p, n).cast("fpext", vector(F32, n)) * 256.0
+    return e4m3(p, n).cast("fpext", vector(F32, n)) * CODE
 
 
 def e4m3(p: Value, n: int) -> Value:
@@ -132,7 +134,7 @@ def scale_factor(p: Value, e8m0: bool) -> Value:
 
 
 def stage_row(g: Code, row: Value, to: Value, kv: str, columns: int, W: int, scales: Value | None = None) -> None:
-    """Write the row at `row` to `to` as the products read it: bytes of FP32, FP16, BF16 as they are, e4m3 as FP32.
+    """Write the row at `row` to `to` as the products read it: e4m3 as FP32 times 1 / CODE, other elements as they are.
 
     kv is an element type or a row format, whose scales lie at `scales` (None: in the row).
     """
@@ -150,14 +152,14 @@ def stage_row(g: Code, row: Value, to: Value, kv: str, columns: int, W: int, sca
 
 
 def decode_codes(g: Code, row: Value, to: Value, columns: int, factor: Value | None, W: int) -> None:
-    """Write `columns` e4m3 codes at `row` as FP32, times `factor` (in every lane)."""
+    """Write `columns` e4m3 codes at `row` as FP32, times `factor` (in every lane); None: times 1 / CODE."""
 
     def decode(c: Value, n: int) -> None:
         half = e4m3(row + c, n)
         for k in range(0, n, min(W, n)):
             lanes = min(W, n)
-            x = half.shuffle(range(k, k + lanes)).cast("fpext", vector(F32, lanes)) * 256.0
-            (to + (c + k) * 4).store(x if factor is None else x * factor)
+            x = half.shuffle(range(k, k + lanes)).cast("fpext", vector(F32, lanes))
+            (to + (c + k) * 4).store(x if factor is None else x * CODE * factor)
 
     whole = columns // (2 * W) * (2 * W)
     with g.loop(0, whole, 2 * W) as c:
@@ -175,7 +177,7 @@ def decode_row(g: Code, row: Value, to: Value, form: Row, scales: Value, W: int)
             first = t * form.tile
             decode_codes(g, row + first, to + first * 4, form.tile, factor, W)
     else:
-        decode_codes(g, row, to, form.codes, None, W)
+        decode_codes(g, row, to, form.codes, g.const(1.0, vector(F32, W)), W)
     if form.rope:
         with g.loop(0, form.rope, W) as c:
             (to + (c + form.codes) * 4).store(widen(row + form.rope_at + c * 2, "bf16", W))

@@ -11,7 +11,7 @@ import math
 from llvmlite import ir
 
 from flash_mla.kernels.cpu.config import Spec
-from flash_mla.kernels.cpu.formats import SIZE, chunk, narrow, store_pair, tail, widen
+from flash_mla.kernels.cpu.formats import CODE, SIZE, narrow, store_pair
 from flash_mla.kernels.cpu.ir import F32, I32, I64, POINTER, Code, Value, vector
 from flash_mla.kernels.cpu.lanes import exp, log
 
@@ -80,13 +80,15 @@ class Item:
         self.h, self.b = x % a["heads"], x // a["heads"]
         self.bounds()
         self.load_q()
+        self.begin_rows()
 
     def bounds(self) -> None:
         """Rows [r0, r0 + nr), keys [0, n), the position of query 0."""
-        g, a, rows = self.g, self.a, self.spec.rows
-        self.r0 = self.group * rows
-        self.nr = (a["R"] - self.r0).min(rows)
+        g, a, span = self.g, self.a, self.spec.span or self.spec.rows
+        self.r0 = self.group * span
+        self.nr = (a["R"] - self.r0).min(span)
         self.live_tiles = (self.nr + (self.spec.tile_m - 1)) // self.spec.tile_m
+        self.live_vectors = self.live_tiles * (self.spec.tile_m // self.spec.deep)
         self.scale = (self.args + 8 * FIELDS.index("scale")).load(F32) * self.descale("q") * self.descale("k")
         if self.spec.source == "sparse":
             return
@@ -115,7 +117,8 @@ class Item:
         with self.g.when(a[name].differs(0)):
             head = self.h // a["share"]
             x.set((self.pointer(name) + self.b * a[f"{name}_b"] + head * a[f"{name}_h"]).load(F32))
-        return x.get()
+        # NOTE: codes of K and V are staged without their factor: it costs an operation a vector there, and none here
+        return x.get() * CODE if self.spec.kv == "fp8" and name != "q_descale" else x.get()
 
     def row(self, name: str, r: Value) -> Value:
         """Where row r of the item's heads starts in q, out, lse, mask or layout."""
@@ -124,39 +127,32 @@ class Item:
         return self.pointer(name) + self.b * a[f"{name}_b"] + head * a[f"{name}_h"] + i * a[f"{name}_r"]
 
     def load_q(self) -> None:
-        """Widen q to [tile, chunk, tile_m, 2W] FP32; set each row's limit, a max of -inf, a sum of 0 and O = 0."""
+        """Widen q to FP32, in the order in which scores read it."""
+        raise NotImplementedError
+
+    def begin_rows(self) -> None:
+        """Set each row's limit, where its mask lies, a max of -inf, a sum of 0 and O = 0."""
         g, s, m, W = self.g, self.spec, self.m, self.spec.lanes
-        pairs = "bf16" if s.held == "bf16" else None  # columns in the order of K's chunks
-        with g.loop(0, self.live_tiles * s.tile_m) as r:
+        with g.loop(0, self.live_vectors * s.deep) as r:
             row = (self.r0 + r).min(self.a["R"] - 1)
-            source = self.row("q", row)
-            to = m["q"] + ((r // s.tile_m) * (s.padded(s.D) * s.tile_m) + r % s.tile_m * s.chunk) * 4
-            with g.loop(0, s.D // s.chunk) as c:
-                for half in (0, 1):
-                    at = source + c * (s.chunk * SIZE[s.q])
-                    x = chunk(at, s.q, W, half) if pairs or s.q != "bf16" else widen(at + half * W * 2, "bf16", W)
-                    (to + c * (s.chunk * s.tile_m * 4) + half * W * 4).store(x, 4)
-            for half in self.tail_halves(s.D):
-                whole = s.D // s.chunk
-                x = tail(source + whole * s.chunk * SIZE[s.q], s.q, W, half, s.D % s.chunk)
-                (to + (whole * s.chunk * s.tile_m + half * W) * 4).store(x, 4)
             if s.source != "sparse":
                 own = self.causal.pick((self.start + row % self.a["S_q"] + 1).min(self.length), self.length).index()
-                for k in range(0, W, s.tile_m):
-                    lane = (r // s.tile_m) * W + r % s.tile_m + k
+                for k in range(0, W, s.deep):
+                    lane = (r // s.deep) * W + r % s.deep + k
                     (m["limit"] + lane * 4).store(own, 4)
             if s.mask:
                 start = self.row("mask", row).cast("ptrtoint", I64)
                 (m["mask_rows"] + r * 8).store(start, 8)
-        with g.loop(0, self.live_tiles) as t:
+        with g.loop(0, self.live_vectors) as t:
             (m["max"] + t * (4 * W)).store(self.lowest, 4)
             (m["sum"] + t * (4 * W)).store(self.zero, 4)
             if s.source != "sparse":
-                limits = [(m["limit"] + t * (4 * W) + 4 * r).load(I32, 4) for r in range(s.tile_m)]
-                least = limits[0]
+                limits = [(m["limit"] + t * (4 * W) + 4 * r).load(I32, 4) for r in range(s.deep)]
+                least = most = limits[0]
                 for x in limits[1:]:
-                    least = least.min(x)
+                    least, most = least.min(x), most.max(x)
                 (m["low"] + t * 8).store(least.cast("sext", I64), 8)
+                (m["high"] + t * 8).store(most.cast("sext", I64), 8)
         self.clear_o()
 
     def clear_o(self) -> None:
@@ -184,7 +180,7 @@ class Item:
         g.b.cbranch((before + 1).equals(a["splits"]).v, last, claim)
         g.b.position_at_end(last)
         counter.store(g.const(0), 8)  # for the next call
-        with g.loop(0, self.live_tiles * (4 * W), 4 * W) as t:
+        with g.loop(0, self.live_vectors * (4 * W), 4 * W) as t:
             top = g.variable(self.lowest)
             with g.loop(0, a["splits"]) as part:
                 top.set(top.get().max((parts + part * s.partial + t).load(self.V, 4)))
@@ -193,16 +189,16 @@ class Item:
         self.clear_o()
         with g.loop(0, a["splits"]) as part:
             source = parts + part * s.partial
-            with g.loop(0, self.live_tiles) as t:
+            with g.loop(0, self.live_vectors) as t:
                 peak = (m["max"] + t * (4 * W)).load(self.V, 4)
                 base = peak.equals(-math.inf).pick(0.0, peak)
                 factor = exp((source + t * (4 * W)).load(self.V, 4) - base)
                 at = m["sum"] + t * (4 * W)
                 at.store((source + s.state + t * (4 * W)).load(self.V, 4).fma(factor, at.load(self.V, 4)), 4)
                 with g.loop(0, s.padded(s.Dv) // s.chunk) as c:
-                    for r in range(s.tile_m):
+                    for r in range(s.deep):
                         for half in (0, 1):
-                            x = (c * (s.rows * s.chunk) + t * (s.tile_m * s.chunk) + (r * s.chunk + half * W)) * 4
+                            x = (c * (s.rows * s.chunk) + t * (s.deep * s.chunk) + (r * s.chunk + half * W)) * 4
                             o = m["o"] + x
                             y = (source + 2 * s.state + x).load(self.V, 4)
                             o.store(y.fma(factor.shuffle([r] * W), o.load(self.V, 4)), 4)
@@ -212,9 +208,9 @@ class Item:
         g, a, s, m, W = self.g, self.a, self.spec, self.m, self.spec.lanes
         descale = self.descale("v")
         with g.loop(0, self.nr) as r:
-            at = (r // s.tile_m * W + r % s.tile_m) * 4
+            at = (r // s.deep * W + r % s.deep) * 4
             top = (m["max"] + at).load(F32, 4)
-            parts = [(m["sum"] + at + 4 * k).load(F32, 4) for k in range(0, W, s.tile_m)]
+            parts = [(m["sum"] + at + 4 * k).load(F32, 4) for k in range(0, W, s.deep)]
             total = parts[0]
             for part in parts[1:]:
                 total = total + part
@@ -227,7 +223,7 @@ class Item:
                 i = row // a["S_q"] + self.h * (a["R"] // a["S_q"])
                 sink = (self.pointer("sink") + i * a["sink_h"] + row % a["S_q"] * a["sink_r"]).load(F32)
                 base = top.equals(-math.inf).pick(0.0, top)
-                extra = exp((sink - base).splat(4)).shuffle([0]).bits(F32)
+                extra = exp((sink - base).splat(4), above=True).shuffle([0]).bits(F32)
                 weighed.set(total + extra)
             weight = weighed.get()
             inverse = weight.equals(0.0).pick(0.0, descale / weight).splat(W)

@@ -10,8 +10,11 @@ LOG2E = math.log2(math.e)
 LEAST, MOST = -87.0, 88.5
 """exp below LEAST is taken as 0 (it is 1.6e-38), above MOST it is inf."""
 
-EXP2 = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
-"""2^f for |f| <= 1/2, highest power first: Taylor's coefficients ln(2)^n / n!, relative error 2e-7."""
+EXP2 = (1.3264727e-3, 9.6715126e-3, 5.5507337e-2, 0.24022242, 0.69314698, 1.0)
+"""2^f for |f| <= 1/2, highest power first: the minimax polynomial that is 1 at 0, relative error 2e-7 in FP32."""
+
+ROUND = 1.5 * 2**23
+"""Added to an FP32 number of less than 2^22, it rounds it to an integer, which the low bits then hold."""
 
 LOG = (2 / 9, 2 / 7, 2 / 5, 2 / 3, 2.0)
 """ln m = 2 atanh(s), s = (m - 1) / (m + 1), over s: powers of s^2, highest first; |s| <= 0.172, error 2e-9."""
@@ -19,22 +22,22 @@ LOG = (2 / 9, 2 / 7, 2 / 5, 2 / 3, 2.0)
 
 def polynomial(x: Value, coefficients: tuple[float, ...]) -> Value:
     """Horner's rule, highest power first."""
-    total = x * 0.0 + coefficients[0]
-    for c in coefficients[1:]:
+    total = x.fma(coefficients[0], coefficients[1])
+    for c in coefficients[2:]:
         total = total.fma(x, c)
     return total
 
 
-def exp(x: Value) -> Value:
-    """e^x of FP32 lanes, relative error 3e-7; 0 for -inf, NaN for NaN."""
-    kind = vector(I32, x.type.count)
+def exp(x: Value, above: bool = False) -> Value:
+    """e^x of FP32 lanes, relative error 3e-7; 0 for -inf, NaN for NaN. above: x may be above MOST."""
     tiny = x < LEAST
-    x = x.max(LEAST).min(MOST)
-    whole = (x * LOG2E).intrinsic("roundeven")
-    part = x.fma(LOG2E, whole * -1.0)
-    power = ((whole.cast("fptosi", kind) + 127) << 23).bits(x.type)
-    y = polynomial(part, EXP2) * power
-    return tiny.pick(0.0, y)
+    x = x.max(LEAST)
+    if above:
+        x = x.min(MOST)
+    shifted = x.fma(LOG2E, ROUND)
+    part = x.fma(LOG2E, (shifted - ROUND) * -1.0)
+    power = ((shifted.bits(vector(I32, x.type.count)) + 127) << 23).bits(x.type)
+    return tiny.pick(0.0, polynomial(part, EXP2) * power)
 
 
 def log(x: Value) -> Value:

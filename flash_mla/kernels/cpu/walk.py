@@ -13,14 +13,15 @@ from flash_mla.kernels.cpu.item import Item
 
 class Block(NamedTuple):
     """The keys of a step: pointers to the first row of K and V, bytes from row to row, how many keys; limit(t) is the
-    key of each lane's row of tile t past which it sees none, counted from the block's first, and the least of them."""
+    key past which a row sees none, for each lane of vector t of the state, counted from the block's first; and the
+    least and the most of them."""
 
     k: Value
     k_row: Any
     v: Value
     v_row: Any
     keys: Value
-    limit: Callable[[Value], tuple[Value, Value]]
+    limit: Callable[[Value], tuple[Value, Value, Value]]
     mask_key: Value
     ahead: tuple[Value, Value] | None
 
@@ -53,9 +54,10 @@ def walk_pages(item: Item, step: Step) -> None:
             first = i * s.block
             count = (item.n - first).min(s.block)
 
-            def limit(t: Value, first: Value = first) -> tuple[Value, Value]:
+            def limit(t: Value, first: Value = first) -> tuple[Value, Value, Value]:
                 own = (m["limit"] + t * (4 * s.lanes)).load(item.I, 4) - first.index().splat(s.lanes)
-                return own, (m["low"] + t * 8).load(I64, 8) - first
+                least, most = ((m[name] + t * 8).load(I64, 8) - first for name in ("low", "high"))
+                return own, least, most
 
             if s.staged:
                 step(Block(*stage_pages(item, here, count, ahead), count, limit, first, None))
@@ -105,8 +107,8 @@ def walk_named(item: Item, step: Step) -> None:
         with g.loop((first - before).max(0), (stop - before).min(blocks[n])) as i:
             found = gather(item, n, i * BLOCK, (counts[n] - i * BLOCK).min(BLOCK))
 
-            def limit(t: Value, found: Value = found) -> tuple[Value, Value]:
-                return found.index().splat(s.lanes), found
+            def limit(t: Value, found: Value = found) -> tuple[Value, Value, Value]:
+                return found.index().splat(s.lanes), found, found
 
             with g.when(found > 0):
                 rows = (item.m["k"], s.D * SIZE[s.held])

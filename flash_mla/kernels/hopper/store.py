@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Hashable
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ARCH = "sm_90a"
+logger = logging.getLogger("flash_mla")
 
 
 def directory() -> Path:
@@ -41,14 +42,14 @@ def path(name: str, config: Hashable) -> Path:
 def load(name: str, config: Hashable, build: Callable[[Any], Any]) -> Callable[..., None]:
     """The callable of a kernel, from the store; compiled with `build(config)` and stored when it is not there.
 
-    Says on stderr, in one line, what it compiles and how long it took.
+    Logs what it compiles, and how long it took.
     """
     import cutlass.cute as cute
 
     file = path(name, config)
     if not file.exists():
         started = time.monotonic()
-        print(f"flash_mla: compiling {config} for {ARCH} ...", end="", file=sys.stderr, flush=True)
+        logger.info("compiling %s %s for %s", name, config, ARCH)
         os.environ.setdefault("CUTE_DSL_ARCH", ARCH)
         compiled = build(config)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -57,5 +58,5 @@ def load(name: str, config: Hashable, build: Callable[[Any], Any]) -> Callable[.
             part = Path(scratch) / file.name
             compiled.export_to_c(str(part), function_name=name)
             part.replace(file)
-        print(f" {time.monotonic() - started:.0f} s, kept in {file.parent}", file=sys.stderr, flush=True)
+        logger.info("compiled %s in %.0f s, kept in %s", name, time.monotonic() - started, file.parent)
     return getattr(cute.runtime.load_module(str(file), enable_tvm_ffi=True), name)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_mla.kernels.triton.share import BLOCK
+from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.tiles import power_of_2
 
 TILE_T = 16
@@ -88,14 +89,29 @@ def arguments(
     block_table: Tensor,
     start_pos: Tensor | None,
     num_tokens: Tensor | None,
-) -> tuple[Tensor | int | bool | None, ...]:
-    """append_kernel's arguments, in its order."""
+) -> dict[str, Tensor | int | None]:
+    """append_kernel's arguments."""
     D = k.shape[3]
     Dv = 0 if v is None else v.shape[3]
-    return (
-        k, v, k_cache, v_cache, block_table, start_pos, num_tokens,
-        k.shape[2], k_cache.shape[2], block_table.shape[1],
-        *k.stride(), *((0,) * 4 if v is None else v.stride()),
-        *k_cache.stride()[:4], *((0,) * 4 if v_cache is None else v_cache.stride()[:4]), block_table.stride(0),
-        D, Dv, TILE_T, power_of_2(D), power_of_2(max(Dv, 1)),
-    )  # fmt: skip
+    return dict(
+        k_ptr=k,
+        v_ptr=v,
+        k_cache_ptr=k_cache,
+        v_cache_ptr=v_cache,
+        table_ptr=block_table,
+        start_pos_ptr=start_pos,
+        num_tokens_ptr=num_tokens,
+        P=k.shape[2],
+        Nblk=k_cache.shape[2],
+        table_blocks=block_table.shape[1],
+        **strides("k", "bhsd", k),
+        **strides("v", "bhsd", v),
+        **strides("kc", "bhnt", k_cache),
+        **strides("vc", "bhnt", v_cache),
+        **strides("t", "b", block_table),
+        D=D,
+        DV=Dv,
+        TILE_T=TILE_T,
+        D_TILE=power_of_2(D),
+        DV_TILE=power_of_2(max(Dv, 1)),
+    )

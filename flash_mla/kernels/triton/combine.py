@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from flash_mla.kernels.triton.attend import LN2, sink_factor
 from flash_mla.kernels.triton.share import locate, request_length, units
+from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.tiles import power_of_2
 
 # --- Config ---
@@ -135,12 +137,23 @@ def constants(
     S_q: int,
     ratio: int,
     Dv: int,
-    out_strides: tuple[int, ...],
+    out: Tensor,
     pdl: bool,
     partial_rows: int,
     dv_tile: int,
-) -> tuple[int | bool | str, ...]:
-    """combine_kernel's arguments after its tensors, in its order; the last five as decode was launched with them."""
-    return (
-        B, Hk, capacity, partial_rows, *out_strides[:3], S_q, ratio, Dv, dv_tile, pdl, config.tile_s, config.tile_c,
-    )  # fmt: skip
+) -> dict[str, int | bool | str]:
+    """combine_kernel's arguments after its tensors; pdl, partial_rows and dv_tile as decode was launched with them."""
+    return dict(
+        B=B,
+        Hk=Hk,
+        capacity=capacity,
+        partial_rows=partial_rows,
+        **strides("o", "bhs", out),
+        S_Q=S_q,
+        RATIO=ratio,
+        DV=Dv,
+        DV_TILE=dv_tile,
+        PDL=pdl,
+        TILE_S=config.tile_s,
+        TILE_C=config.tile_c,
+    )

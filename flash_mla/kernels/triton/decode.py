@@ -26,8 +26,17 @@ from torch import Tensor
 
 from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
 from flash_mla.kernels.triton.share import BLOCK, block_id, locate, request_length, slot, units
+from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import head_tiles, least_columns, power_of_2, precision, smem_bytes, widening
+from flash_mla.kernels.triton.tiles import (
+    head_tiles,
+    least_columns,
+    mask_kind,
+    power_of_2,
+    precision,
+    smem_bytes,
+    widening,
+)
 
 # --- Config ---
 
@@ -277,10 +286,12 @@ def decode_kernel(
                 rest_rows = rope_head + (page * stride_rn + first * STRIDE_RT) + along * STRIDE_RT
             acc, row_max, row_sum = attend(
                 acc, row_max, row_sum, q, q_rest, scale,
-                k_head + (page * stride_kn + first * STRIDE_KT) + along * STRIDE_KT,
-                v_head + (page * stride_vn + first * STRIDE_VT) + along * STRIDE_VT,
-                t + offs_n, seq_len, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                D, DV, MASK, True, D_REST, REUSE, FLIP, WIDEN, PRECISION, rest_rows,
+                k_rows=k_head + (page * stride_kn + first * STRIDE_KT) + along * STRIDE_KT,
+                v_rows=v_head + (page * stride_vn + first * STRIDE_VT) + along * STRIDE_VT,
+                tokens=t + offs_n, end=seq_len, limit=limit, mask_rows=mask_rows, mask_len=mask_len,
+                stride_mt=stride_mt, row_live=row_live, offs_d=offs_d, offs_r=offs_r, offs_v=offs_v, D=D, DV=DV,
+                MASK=MASK, TEST=True, D_REST=D_REST, REUSE=REUSE, FLIP=FLIP, WIDEN=WIDEN, PRECISION=PRECISION,
+                rest_rows=rest_rows,
             )  # fmt: skip
 
         # write the item, or this share's part of it
@@ -341,18 +352,18 @@ def constants(
     v_descale: Tensor | None,
     out: Tensor,
     flip: bool,
-) -> tuple[int | bool | str, ...]:
-    """decode_kernel's arguments after softmax_scale, in its order: all that one problem fixes."""
+) -> dict[str, int | bool | str]:
+    """decode_kernel's arguments after softmax_scale: all that one problem fixes."""
     B, Hq, S_q, D = q.shape
     _, Hk, Nblk, page, Dv = v.shape
-    rope = (0,) * 4 if k_rope is None else k_rope.stride()[:4]
-    kind = "none" if mask is None else "float" if mask.is_floating_point() else "bool"
-    return (
-        B, Hk, Nblk, block_table.shape[1] * page, 0 if mask is None else mask.shape[3],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *rope[:3], *out.stride()[:3], block_table.stride(0),
-        *((0,) * 4 if mask is None else mask.stride()),
-        *(n for x in (q_descale, k_descale, v_descale) for n in ((0, 0) if x is None else x.stride())),
-        S_q, Hq // Hk, D, Dv, k.stride(3), v.stride(3), rope[3], page, flip, kind, config.programs > 0, config.pdl,
-        config.tile_m, config.tile_n, config.d_main, config.d_rest, config.dv_tile, config.reuse, config.widen,
-        config.widen if q.element_size() == 1 else "", config.precision,
+    return dict(
+        B=B, Hk=Hk, Nblk=Nblk, capacity=block_table.shape[1] * page, mask_len=0 if mask is None else mask.shape[3],
+        **strides("q", "bhs", q), **strides("k", "bhn", k), **strides("v", "bhn", v), **strides("r", "bhn", k_rope),
+        **strides("o", "bhs", out), **strides("t", "b", block_table), **strides("m", "bhst", mask),
+        **strides("qd", "bh", q_descale), **strides("kd", "bh", k_descale), **strides("vd", "bh", v_descale),
+        S_Q=S_q, RATIO=Hq // Hk, D=D, DV=Dv, STRIDE_KT=k.stride(3), STRIDE_VT=v.stride(3),
+        STRIDE_RT=0 if k_rope is None else k_rope.stride(3), PAGE=page, FLIP=flip, MASK=mask_kind(mask),
+        SPLIT=config.programs > 0, PDL=config.pdl, TILE_M=config.tile_m, TILE_N=config.tile_n, D_MAIN=config.d_main,
+        D_REST=config.d_rest, DV_TILE=config.dv_tile, REUSE=config.reuse, WIDEN=config.widen,
+        WIDEN_Q=config.widen if q.element_size() == 1 else "", PRECISION=config.precision,
     )  # fmt: skip

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_mla.kernels.triton.attend import widen
+from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import power_of_2, widening
 
@@ -227,12 +228,20 @@ def paged_kernel(
 # --- Launch ---
 
 
-def constants(config: Config, H: int, D: int, clean: bool, *page: int) -> tuple[int | bool | str, ...]:
-    """What both kernels end with; `page` (and page ids a chunk) for paged_kernel."""
-    return (
-        H, D, *page, clean, config.tile_n, config.tile_q, config.head_tile, config.d_tile, config.chunk, config.widen,
-        config.stages,
-    )  # fmt: skip
+def constants(config: Config, H: int, D: int, clean: bool) -> dict[str, int | bool | str]:
+    """What both kernels end with."""
+    return dict(
+        H=H,
+        D=D,
+        CLEAN=clean,
+        TILE_N=config.tile_n,
+        TILE_Q=config.tile_q,
+        HEAD_TILE=config.head_tile,
+        D_TILE=config.d_tile,
+        CHUNK=config.chunk,
+        WIDEN=config.widen,
+        STAGES=config.stages,
+    )
 
 
 def ragged_arguments(
@@ -247,13 +256,28 @@ def ragged_arguments(
     out: Tensor,
     width: int,
     clean: bool,
-) -> tuple[Tensor | int | bool | str, ...]:
-    """ragged_kernel's arguments, in its order: q [S_q, H, D], k [S_kv, D] and the others as its comments say."""
+) -> dict[str, Tensor | int | bool | str]:
+    """ragged_kernel's arguments: q [S_q, H, D], k [S_kv, D] and the others as its comments say."""
     S_q, H, D = q.shape
-    return (
-        q, k, k_scale, weights, starts, ends, out, S_q, width, *q.stride()[:2], k.stride(0), k_scale.stride(0),
-        *weights.stride(), starts.stride(0), ends.stride(0), out.stride(0), *constants(config, H, D, clean),
-    )  # fmt: skip
+    return dict(
+        q_ptr=q,
+        k_ptr=k,
+        scale_ptr=k_scale,
+        weight_ptr=weights,
+        start_ptr=starts,
+        end_ptr=ends,
+        out_ptr=out,
+        S_q=S_q,
+        S_kv=width,
+        **strides("q", "sh", q),
+        **strides("k", "t", k),
+        **strides("s", "t", k_scale),
+        **strides("w", "sh", weights),
+        stride_starts=starts.stride(0),
+        stride_ends=ends.stride(0),
+        **strides("o", "s", out),
+        **constants(config, H, D, clean),
+    )
 
 
 def paged_arguments(
@@ -268,16 +292,34 @@ def paged_arguments(
     out: Tensor,
     width: int,
     clean: bool,
-) -> tuple[Tensor | int | bool | str, ...]:
-    """paged_kernel's arguments, in its order."""
+) -> dict[str, Tensor | int | bool | str]:
+    """paged_kernel's arguments: tensors as its comments say."""
     B, S_q, H, D = q.shape
     num_blocks, page = k.shape[:2]
-    ids = power_of_2(-(-config.chunk // page) + (config.chunk % page > 0))
-    return (
-        q, k, k_scale, weights, block_table, limits, out, B, S_q, num_blocks, block_table.shape[1], width,
-        *q.stride()[:3], *k.stride()[:2], *k_scale.stride(), *weights.stride(), block_table.stride(0),
-        *limits.stride(), *out.stride()[:2], *constants(config, H, D, clean, page, ids),
-    )  # fmt: skip
+    return dict(
+        q_ptr=q,
+        k_ptr=k,
+        scale_ptr=k_scale,
+        weight_ptr=weights,
+        table_ptr=block_table,
+        limit_ptr=limits,
+        out_ptr=out,
+        B=B,
+        S_q=S_q,
+        num_blocks=num_blocks,
+        table_blocks=block_table.shape[1],
+        width=width,
+        **strides("q", "bsh", q),
+        **strides("k", "nt", k),
+        **strides("s", "nt", k_scale),
+        **strides("w", "bsh", weights),
+        **strides("t", "b", block_table),
+        **strides("l", "bs", limits),
+        **strides("o", "bs", out),
+        PAGE=page,
+        IDS=power_of_2(-(-config.chunk // page) + (config.chunk % page > 0)),
+        **constants(config, H, D, clean),
+    )
 
 
 def grid(config: Config, B: int, S_q: int, width: int) -> tuple[int, int, int]:

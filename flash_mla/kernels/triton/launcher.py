@@ -7,40 +7,54 @@ which selects another binary. So that is all this looks at.
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
 from torch import Tensor
+
+logger = logging.getLogger("flash_mla")
 
 
 class Launcher:
     """One kernel at one grid with its constant arguments.
 
     Args:
-        kernel: the @triton.jit function; its tensors come first, then softmax_scale where it has one.
+        kernel: the @triton.jit function; the call's own arguments, tensors and FP32 scalars, stand before the others.
         grid: programs, three ints.
-        constants: the arguments after the call's own.
+        constants: the other arguments, by name.
         options: num_warps and num_stages.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, int, int], constants: tuple[int | bool | str, ...], options: dict[str, int]
+        self, kernel: Any, grid: tuple[int, int, int], constants: dict[str, int | bool | str], options: dict[str, int]
     ) -> None:
         self.kernel = kernel
         self.grid = grid
         self.constants = constants
         self.options = options
+        own = len(kernel.arg_names) - len(constants)
+        self.own = tuple(kernel.arg_names[:own])
+        self.rest = tuple(constants[name] for name in kernel.arg_names[own:])
         self.compiled: dict[int, Any] = {}
 
-    def __call__(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...] = ()) -> None:
-        """Launch on the current stream of the current device, which must be the tensors'."""
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    def __call__(self, **given: Tensor | float | None) -> None:
+        """Launch on the current stream of the current device, which must be the tensors'; given: the call's own."""
+        values: list[float | None] = []
         aligned = 0
-        for address in addresses:
-            aligned = aligned * 2 + (address is not None and address % 16 == 0)
+        for name in self.own:
+            value = given[name]
+            aligned *= 2
+            if value is not None and not isinstance(value, float):
+                value = value.data_ptr()
+                aligned += value % 16 == 0
+            values.append(value)
         compiled = self.compiled.get(aligned)
         if compiled is not None:
-            compiled[self.grid](*addresses, *scalars, *self.constants)
+            compiled[self.grid](*values, *self.rest)
             return
-        compiled = self.kernel[self.grid](*tensors, *scalars, *self.constants, **self.options)
+        started = time.monotonic()
+        compiled = self.kernel[self.grid](**given, **self.constants, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
             self.compiled[aligned] = compiled
+            logger.info("%s: compiled, or loaded, in %.1f s", compiled.name, time.monotonic() - started)

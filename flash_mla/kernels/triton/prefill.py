@@ -23,8 +23,17 @@ from torch import Tensor
 
 from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
 from flash_mla.kernels.triton.share import BLOCK, block_id, slot
+from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import head_tiles, least_columns, power_of_2, precision, smem_bytes, widening
+from flash_mla.kernels.triton.tiles import (
+    head_tiles,
+    least_columns,
+    mask_kind,
+    power_of_2,
+    precision,
+    smem_bytes,
+    widening,
+)
 
 # --- Config ---
 
@@ -265,10 +274,11 @@ def prefill_kernel(
             t = tl.load(kept + i // PARTS) * BLOCK + i % PARTS * TILE_N
             acc, row_max, row_sum = attend(
                 acc, row_max, row_sum, q, q_rest, scale,
-                tile_rows(k_head, t, offs_n, table_row, stride_kn, STRIDE_KT, Nblk),
-                tile_rows(v_head, t, offs_n, table_row, stride_vn, STRIDE_VT, Nblk),
-                t + offs_n, end, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                D, DV, MASK, True, D_REST, REUSE, FLIP, WIDEN, PRECISION,
+                k_rows=tile_rows(k_head, t, offs_n, table_row, stride_kn, STRIDE_KT, Nblk),
+                v_rows=tile_rows(v_head, t, offs_n, table_row, stride_vn, STRIDE_VT, Nblk),
+                tokens=t + offs_n, end=end, limit=limit, mask_rows=mask_rows, mask_len=mask_len,
+                stride_mt=stride_mt, row_live=row_live, offs_d=offs_d, offs_r=offs_r, offs_v=offs_v, D=D, DV=DV,
+                MASK=MASK, TEST=True, D_REST=D_REST, REUSE=REUSE, FLIP=FLIP, WIDEN=WIDEN, PRECISION=PRECISION,
             )  # fmt: skip
     else:
         if MASK == "none":
@@ -276,20 +286,22 @@ def prefill_kernel(
             for t in tl.range(0, whole, TILE_N):
                 acc, row_max, row_sum = attend(
                     acc, row_max, row_sum, q, q_rest, scale,
-                    tile_rows(k_head, t, offs_n, table_row, stride_kn, STRIDE_KT, Nblk),
-                    tile_rows(v_head, t, offs_n, table_row, stride_vn, STRIDE_VT, Nblk),
-                    t + offs_n, end, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                    D, DV, MASK, False, D_REST, REUSE, FLIP, WIDEN, PRECISION,
+                    k_rows=tile_rows(k_head, t, offs_n, table_row, stride_kn, STRIDE_KT, Nblk),
+                    v_rows=tile_rows(v_head, t, offs_n, table_row, stride_vn, STRIDE_VT, Nblk),
+                    tokens=t + offs_n, end=end, limit=limit, mask_rows=mask_rows, mask_len=mask_len,
+                    stride_mt=stride_mt, row_live=row_live, offs_d=offs_d, offs_r=offs_r, offs_v=offs_v, D=D, DV=DV,
+                    MASK=MASK, TEST=False, D_REST=D_REST, REUSE=REUSE, FLIP=FLIP, WIDEN=WIDEN, PRECISION=PRECISION,
                 )  # fmt: skip
         else:
             whole = 0
         for t in tl.range(whole, end, TILE_N):
             acc, row_max, row_sum = attend(
                 acc, row_max, row_sum, q, q_rest, scale,
-                tile_rows(k_head, t, offs_n, table_row, stride_kn, STRIDE_KT, Nblk),
-                tile_rows(v_head, t, offs_n, table_row, stride_vn, STRIDE_VT, Nblk),
-                t + offs_n, end, limit, mask_rows, mask_len, stride_mt, row_live, offs_d, offs_r, offs_v,
-                D, DV, MASK, True, D_REST, REUSE, FLIP, WIDEN, PRECISION,
+                k_rows=tile_rows(k_head, t, offs_n, table_row, stride_kn, STRIDE_KT, Nblk),
+                v_rows=tile_rows(v_head, t, offs_n, table_row, stride_vn, STRIDE_VT, Nblk),
+                tokens=t + offs_n, end=end, limit=limit, mask_rows=mask_rows, mask_len=mask_len,
+                stride_mt=stride_mt, row_live=row_live, offs_d=offs_d, offs_r=offs_r, offs_v=offs_v, D=D, DV=DV,
+                MASK=MASK, TEST=True, D_REST=D_REST, REUSE=REUSE, FLIP=FLIP, WIDEN=WIDEN, PRECISION=PRECISION,
             )  # fmt: skip
 
     # write
@@ -319,19 +331,23 @@ def compact(
     causal: bool,
     seq_lens: Tensor | None,
     start_pos: Tensor | None,
+    kernel: triton.JITFunction = compact_kernel,
+    dim: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """(kept, num_kept) of block_mask [B, Hq, block rows, block columns]; [B or 1, Hq or 1, ...] int32.
 
     A list is written once for all heads, or all requests, that share the mask (stride 0) and have the same limits.
+    There is one for each block row (dim 2), or by backward.columns_kernel for each block column (dim 3).
     """
     B, Hq, block_rows, block_columns = block_mask.shape
     shared = block_mask.stride(0) == 0 and seq_lens is None and start_pos is None
     lists = 1 if shared else B, 1 if block_mask.stride(1) == 0 else Hq
-    num_kept = torch.empty((*lists, block_rows), dtype=torch.int32, device=block_mask.device)
-    kept = torch.empty((*lists, block_rows, block_columns), dtype=torch.int32, device=block_mask.device)
-    compact_kernel[(block_rows, lists[1], lists[0])](
-        block_mask, seq_lens, start_pos, kept, num_kept, lists[1], block_rows, block_columns, P, S_kv,
-        *block_mask.stride(), causal, COMPACT_TILE,
+    num_kept = torch.empty((*lists, block_mask.shape[dim]), dtype=torch.int32, device=block_mask.device)
+    kept = torch.empty((*num_kept.shape, block_mask.shape[5 - dim]), dtype=torch.int32, device=block_mask.device)
+    kernel[(block_mask.shape[dim], lists[1], lists[0])](
+        block_mask_ptr=block_mask, seq_lens_ptr=seq_lens, start_pos_ptr=start_pos, kept_ptr=kept,
+        num_kept_ptr=num_kept, H=lists[1], block_rows=block_rows, block_columns=block_columns, P=P, S_kv=S_kv,
+        **strides("", "bhmn", block_mask), CAUSAL=causal, TILE=COMPACT_TILE,
     )  # fmt: skip
     return kept, num_kept
 
@@ -362,26 +378,23 @@ def arguments(
     out: Tensor,
     lse: Tensor | None,
     causal: bool,
-) -> tuple[Tensor | float | int | bool | str | None, ...]:
-    """prefill_kernel's arguments, in its order."""
+) -> dict[str, Tensor | float | int | bool | str | None]:
+    """prefill_kernel's arguments."""
     _, Hq, P, D = q.shape
-    Dv = v.shape[-1]
     paged = block_table is not None
-    # (batch, head, block); contiguous K has no block
-    strides = [x.stride()[:3] if paged else (x.stride(0), x.stride(1), 0) for x in (k, v)]
-    kind = "none" if mask is None else "float" if mask.is_floating_point() else "bool"
-    lists = [0, 0]
-    if num_kept is not None:
-        lists = [num_kept.stride(i) if num_kept.shape[i] > 1 else 0 for i in (0, 1)]
-    return (
-        q, k, v, block_table, seq_lens, start_pos, mask, kept, num_kept, q_descale, k_descale, v_descale, attn_sink,
-        out, lse, abs(softmax_scale),
-        Hq, P, S_kv, k.shape[2] if paged else 0, 0 if mask is None else mask.shape[3],
-        0 if kept is None else kept.shape[3],
-        *q.stride()[:3], *strides[0], *strides[1], 0 if block_table is None else block_table.stride(0),
-        *((0,) * 4 if mask is None else mask.stride()), *lists,
-        *(n for x in (q_descale, k_descale, v_descale) for n in ((0, 0) if x is None else x.stride())),
-        Hq // k.shape[1], D, Dv, k.stride(-2), v.stride(-2), softmax_scale < 0, causal, kind,
-        config.tile_m, config.tile_n, config.d_main, config.d_rest, config.dv_tile, config.reuse, config.widen,
-        config.precision,
+    # one list serves all requests, or all heads
+    lists = (0, 0) if num_kept is None else [num_kept.stride(i) if num_kept.shape[i] > 1 else 0 for i in (0, 1)]
+    return dict(
+        q_ptr=q, k_ptr=k, v_ptr=v, table_ptr=block_table, seq_lens_ptr=seq_lens, start_pos_ptr=start_pos,
+        mask_ptr=mask, kept_ptr=kept, num_kept_ptr=num_kept, q_descale_ptr=q_descale, k_descale_ptr=k_descale,
+        v_descale_ptr=v_descale, sink_ptr=attn_sink, out_ptr=out, lse_ptr=lse, softmax_scale=abs(softmax_scale),
+        Hq=Hq, P=P, S_kv=S_kv, Nblk=k.shape[2] if paged else 0, mask_len=0 if mask is None else mask.shape[3],
+        block_columns=0 if kept is None else kept.shape[3], **strides("q", "bhs", q), **strides("k", "bh", k),
+        **strides("v", "bh", v), stride_kn=k.stride(2) if paged else 0, stride_vn=v.stride(2) if paged else 0,
+        **strides("t", "b", block_table), **strides("m", "bhst", mask), stride_lb=lists[0], stride_lh=lists[1],
+        **strides("qd", "bh", q_descale), **strides("kd", "bh", k_descale), **strides("vd", "bh", v_descale),
+        RATIO=Hq // k.shape[1], D=D, DV=v.shape[-1], STRIDE_KT=k.stride(-2), STRIDE_VT=v.stride(-2),
+        FLIP=softmax_scale < 0, CAUSAL=causal, MASK=mask_kind(mask), TILE_M=config.tile_m, TILE_N=config.tile_n,
+        D_MAIN=config.d_main, D_REST=config.d_rest, DV_TILE=config.dv_tile, REUSE=config.reuse, WIDEN=config.widen,
+        PRECISION=config.precision,
     )  # fmt: skip

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from flash_mla.kernels.triton.attend import LN2, LOG2E, normalise, sink_factor
 from flash_mla.kernels.triton.target import Target
@@ -34,7 +33,6 @@ class Config:
 
     native: e4m3 is converted by the GPU's own instruction.
     flat: row i of a cache lies i rows after its first, so that an index alone is an address.
-    wgmma: sparse_wgmma.py's kernel, whose tiles these are, instead of this file's.
     """
 
     tile_m: int
@@ -47,7 +45,6 @@ class Config:
     warps: int
     stages: int
     flat: bool
-    wgmma: bool = False
 
 
 TILES = ((64, 64, 2), (64, 32, 2), (32, 32, 2), (32, 16, 2), (16, 16, 2), (16, 16, 1))
@@ -229,11 +226,11 @@ def sparse_kernel(
     codes_ptr,
     rope_ptr,
     scale_ptr,
-    index2_ptr,  # the second cache, likewise
-    length2_ptr,
-    codes2_ptr,
-    rope2_ptr,
-    scale2_ptr,
+    index_ptr2,  # the second cache, likewise
+    length_ptr2,
+    codes_ptr2,
+    rope_ptr2,
+    scale_ptr2,
     sink_ptr,  # [Hq]
     out_ptr,  # [B, S_q, Hq, DV] contiguous
     lse_ptr,  # [B, S_q, Hq] contiguous
@@ -242,31 +239,17 @@ def sparse_kernel(
     softmax_scale,
     tokens,
     Hq,
-    stride_qb,
-    stride_qs,
-    stride_qh,
+    stride_qb, stride_qs, stride_qh,
     topk,
     pages,
     page,
-    stride_ib,
-    stride_is,
-    codes_page,
-    codes_row,
-    rope_page,
-    rope_row,
-    scale_page,
-    scale_row,
+    stride_ib, stride_is,
+    stride_cn, stride_ct, stride_rn, stride_rt, stride_sn, stride_st,  # of the parts: page, row
     topk2,
     pages2,
     page2,
-    stride_ib2,
-    stride_is2,
-    codes_page2,
-    codes_row2,
-    rope_page2,
-    rope_row2,
-    scale_page2,
-    scale_row2,
+    stride_ib2, stride_is2,
+    stride_cn2, stride_ct2, stride_rn2, stride_rt2, stride_sn2, stride_st2,
     S_Q: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -281,7 +264,7 @@ def sparse_kernel(
     D_REST: tl.constexpr,
     PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
-):
+):  # fmt: skip
     # tokens and head tiles share grid dim 0, the only one that reaches beyond 65535
     head_tiles = (Hq + TILE_M - 1) // TILE_M
     token = tl.program_id(0) // head_tiles
@@ -312,25 +295,30 @@ def sparse_kernel(
     tiles = (count + TILE_N - 1) // TILE_N
     total = tiles
     count2 = tl.cast(topk2, tl.int32)
-    if index2_ptr is not None:
-        if length2_ptr is not None:
-            count2 = tl.maximum(tl.minimum(tl.load(length2_ptr + b), topk2), 0).to(tl.int32)
+    if index_ptr2 is not None:
+        if length_ptr2 is not None:
+            count2 = tl.maximum(tl.minimum(tl.load(length_ptr2 + b), topk2), 0).to(tl.int32)
         total += (count2 + TILE_N - 1) // TILE_N
     each = (total + SPLITS - 1) // SPLITS
     first = split * each
     last = tl.minimum(first + each, total)
 
     acc, row_max, row_sum = attend_keys(
-        acc, row_max, row_sum, q, q_rest, scale, index_ptr + b * stride_ib + i * stride_is, first,
-        tl.minimum(last, tiles), count, codes_ptr, rope_ptr, scale_ptr, pages, page, codes_page, codes_row, rope_page,
-        rope_row, scale_page, scale_row, D, QUANT, GROUP, E8M0, NATIVE, TILE_N, D_MAIN, D_REST, PRECISION, FLAT,
+        acc, row_max, row_sum, q, q_rest, scale, index_row=index_ptr + b * stride_ib + i * stride_is,
+        first=first, last=tl.minimum(last, tiles), count=count, codes_ptr=codes_ptr, rope_ptr=rope_ptr,
+        scale_ptr=scale_ptr, pages=pages, page=page, codes_page=stride_cn, codes_row=stride_ct,
+        rope_page=stride_rn, rope_row=stride_rt, scale_page=stride_sn, scale_row=stride_st, D=D,
+        QUANT=QUANT, GROUP=GROUP, E8M0=E8M0, NATIVE=NATIVE, TILE_N=TILE_N, D_MAIN=D_MAIN, D_REST=D_REST,
+        PRECISION=PRECISION, FLAT=FLAT,
     )  # fmt: skip
-    if index2_ptr is not None:
+    if index_ptr2 is not None:
         acc, row_max, row_sum = attend_keys(
-            acc, row_max, row_sum, q, q_rest, scale, index2_ptr + b * stride_ib2 + i * stride_is2,
-            tl.maximum(first, tiles) - tiles, last - tiles, count2, codes2_ptr, rope2_ptr, scale2_ptr, pages2, page2,
-            codes_page2, codes_row2, rope_page2, rope_row2, scale_page2, scale_row2, D, QUANT, GROUP, E8M0, NATIVE,
-            TILE_N, D_MAIN, D_REST, PRECISION, FLAT,
+            acc, row_max, row_sum, q, q_rest, scale, index_row=index_ptr2 + b * stride_ib2 + i * stride_is2,
+            first=tl.maximum(first, tiles) - tiles, last=last - tiles, count=count2, codes_ptr=codes_ptr2,
+            rope_ptr=rope_ptr2, scale_ptr=scale_ptr2, pages=pages2, page=page2, codes_page=stride_cn2,
+            codes_row=stride_ct2, rope_page=stride_rn2, rope_row=stride_rt2, scale_page=stride_sn2,
+            scale_row=stride_st2, D=D, QUANT=QUANT, GROUP=GROUP, E8M0=E8M0, NATIVE=NATIVE, TILE_N=TILE_N,
+            D_MAIN=D_MAIN, D_REST=D_REST, PRECISION=PRECISION, FLAT=FLAT,
         )  # fmt: skip
 
     out, lse2 = normalise(acc, row_max, row_sum)
@@ -389,8 +377,3 @@ def merge_kernel(
 def grid(config: Config, tokens: int, Hq: int) -> tuple[int, int, int]:
     """(tokens * head tiles, splits, 1)."""
     return tokens * -(-Hq // config.tile_m), config.splits, 1
-
-
-def strides(*parts: Tensor | None) -> list[int]:
-    """(page, row) strides of the parts of a cache."""
-    return [n for part in parts for n in ((0, 0) if part is None else part.stride()[:2])]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from flash_mla.kernels.triton.target import Target
 
 Config = TypeVar("Config", bound=Any)
@@ -44,8 +46,6 @@ def smaller(config: Config) -> Config | None:
 
     The last one has FP32's products exact, which takes less shared memory than three TF32 ones, and far longer.
     """
-    if getattr(config, "wgmma", False):
-        return replace(config, wgmma=False)
     if config.stages > 1:
         return replace(config, stages=config.stages - 1)
     for name in ("tile_n", "tile_m"):
@@ -94,6 +94,13 @@ def smem_bytes(
     probabilities = 0 if in_place else parts * tile_m * tile_n * wide
     loop = tile_n * tiles * itemsize + parts * tile_m * d * wide + probabilities + widened
     return max(loop + stages * tile_m * tile_n * mask, tile_m * dv_tile * 4)
+
+
+def mask_kind(mask: Tensor | None) -> str:
+    """The kernels' MASK, and MASK_BYTES' key."""
+    if mask is None:
+        return "none"
+    return "float" if mask.is_floating_point() else "bool"
 
 
 MASK_BYTES = {"none": 0, "bool": 1, "float": 4}

@@ -328,31 +328,53 @@ def reaching_row(score_row, key, begin, end, width, TILE: tl.constexpr):
 
 def pivot_arguments(
     config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, pivots: Tensor, N: int, topk: int
-) -> tuple[Tensor | int | None, ...]:
-    """pivot_kernel's arguments, in its order: the pivot aims at the mean of topk and room, as their ratio goes."""
-    aim = int((topk * config.room) ** 0.5)
-    return scores, starts, ends, pivots, N, scores.stride(0), aim, config.room, config.sample
+) -> dict[str, Tensor | int | None]:
+    """pivot_kernel's arguments: the pivot aims at the mean of topk and room, as their ratio goes."""
+    return dict(
+        score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, N=N, stride_row=scores.stride(0),
+        AIM=int((topk * config.room) ** 0.5), ROOM=config.room, SAMPLE=config.sample,
+    )  # fmt: skip
 
 
 def narrow_arguments(
-    config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, pivots: Tensor, candidates: Tensor,
-    counts: Tensor, N: int,
-) -> tuple[Tensor | int | None, ...]:  # fmt: skip
-    """narrow_kernel's arguments, in its order."""
-    return (
-        scores, starts, ends, pivots, candidates, counts, N, scores.shape[1], scores.stride(0), config.room,
-        config.parts, config.tile,
+    config: Config,
+    *,
+    scores: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    pivots: Tensor,
+    candidates: Tensor,
+    counts: Tensor,
+    N: int,
+) -> dict[str, Tensor | int | None]:
+    """narrow_kernel's arguments."""
+    return dict(
+        score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, candidate_ptr=candidates,
+        count_ptr=counts, N=N, width=scores.shape[1], stride_row=scores.stride(0), ROOM=config.room,
+        PARTS=config.parts, TILE=config.tile,
     )  # fmt: skip
 
 
 def select_arguments(
-    config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, pivots: Tensor | None,
-    candidates: Tensor | None, counts: Tensor | None, block_table: Tensor | None, out: Tensor, N: int,
-    queries: int, page: int,
-) -> tuple[Tensor | int | None, ...]:  # fmt: skip
-    """select_kernel's arguments, in its order."""
-    table_blocks = 0 if block_table is None else block_table.shape[1]
-    return (
-        scores, starts, ends, pivots, candidates, counts, block_table, out, N, scores.shape[1], scores.stride(0),
-        queries, table_blocks, out.shape[1], power_of_2(out.shape[1]), page, config.room, config.parts, config.tile,
+    config: Config,
+    *,
+    scores: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    pivots: Tensor | None,
+    candidates: Tensor | None,
+    counts: Tensor | None,
+    block_table: Tensor | None,
+    out: Tensor,
+    N: int,
+    queries: int,
+    page: int,
+) -> dict[str, Tensor | int | None]:
+    """select_kernel's arguments."""
+    return dict(
+        score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, candidate_ptr=candidates,
+        count_ptr=counts, table_ptr=block_table, out_ptr=out, N=N, width=scores.shape[1],
+        stride_row=scores.stride(0), queries=queries,
+        table_blocks=0 if block_table is None else block_table.shape[1], K=out.shape[1],
+        K_TILE=power_of_2(out.shape[1]), PAGE=page, ROOM=config.room, PARTS=config.parts, TILE=config.tile,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import cutlass
 import cutlass.cute as cute
@@ -19,6 +20,7 @@ from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars, Shared
 from flash_mla.kernels.hopper.lanes import column_of, row_of
 from flash_mla.kernels.hopper.limits import BLOCK, ROW_BYTES, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.softmax import LAZY, LOW
+from flash_mla.kernels.hopper.transpose import transpose_load
 from flash_mla.kernels.hopper.walk import Done
 
 
@@ -52,8 +54,8 @@ class Consumer:
     block_sum: cute.Tensor
     factor: cute.Tensor
 
-    @staticmethod
-    def over(shared: Shared, side, tid) -> Consumer:
+    @classmethod
+    def over(cls, shared: Shared, side, tid) -> Self:
         config, one = shared.config, (1, 1, 1)
         dtype, product, N = DTYPES[config.dtype], DTYPES[config.product], config.tile_n
         K, MN = OperandMajorMode.K, OperandMajorMode.MN
@@ -76,7 +78,7 @@ class Consumer:
         shared.q.read_by(role, CONSUMER_WARPS)
         for channel in (shared.k, shared.v):  # of which they take stages in turn
             channel.read_by(role, CONSUMER_WARPS // 2)
-        return Consumer(
+        return cls(
             config=config,
             shared=shared,
             side=side,
@@ -157,8 +159,15 @@ class Consumer:
         return largest
 
     @cute.jit
-    def add_sums(self) -> None:
-        """The block's sums to the running sums."""
+    def weigh(self, buffer) -> None:
+        """P of a block to shared memory and to the sums: against the max so far, made anew if that is too low."""
+        largest = self.exponentials()
+        self.publish(buffer)
+        if any_of(self.bar, WARPGROUP, largest > LAZY) != 0:
+            self.raise_max()
+            self.exponentials()
+            self.publish(buffer)
+            sync(self.bar, WARPGROUP)
         self.row_sum.store(self.row_sum.load() + self.block_sum.load())
 
     @cute.jit
@@ -249,15 +258,7 @@ def consume(consumer: Consumer, scalars: Scalars, item: Item, scale, first, last
         if key0 + BLOCK > length - scalars.S_q + 1:
             consumer.mask(key0, length, item.tile * config.tile_n, scalars.S_q)
 
-        # P against the max so far; made anew if that is too low
-        largest = consumer.exponentials()
-        consumer.publish(buffer)
-        if any_of(consumer.bar, WARPGROUP, largest > LAZY) != 0:
-            consumer.raise_max()
-            consumer.exponentials()
-            consumer.publish(buffer)
-            sync(consumer.bar, WARPGROUP)
-        consumer.add_sums()
+        consumer.weigh(buffer)
 
         # output
         shared.v.wait(stage, turn)
@@ -266,16 +267,6 @@ def consume(consumer: Consumer, scalars: Scalars, item: Item, scale, first, last
         consumer.values(stage, buffer)
         shared.v.release(stage)
     shared.q.release(q_stage)
-
-
-@cute.jit
-def transpose_load(address):
-    """Four 8 x 8 matrices of 16-bit elements from shared memory, transposed; lane l gives the address of row l."""
-    return cute.arch.inline_ptx(
-        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
-        write_only_types=[Int32, Int32, Int32, Int32],
-        read_only_args=[address],
-    )
 
 
 @cute.jit

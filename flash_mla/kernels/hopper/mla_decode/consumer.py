@@ -10,12 +10,12 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
-from flash_mla.kernels.hopper import packing, split
+from flash_mla.kernels.hopper import packing
 from flash_mla.kernels.hopper.barriers import arrive, sync
 from flash_mla.kernels.hopper.boxes import zero_rows
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP
-from flash_mla.kernels.hopper.mla_decode.config import CONSUMER_WARPS, CONSUMERS, HALF, K_CHUNKS, Bar, Config
+from flash_mla.kernels.hopper.mla_decode.config import CONSUMER_WARPS, CONSUMERS, HALF, Bar, Config
 from flash_mla.kernels.hopper.mla_decode.shared import Shared
 from flash_mla.kernels.hopper.softmax import LAZY, Rows
 
@@ -86,6 +86,11 @@ class Consumer:
     def bar(self) -> Bar:
         """The named barrier of this warpgroup alone."""
         return (Bar.LEFT, Bar.RIGHT)[self.side]
+
+    @property
+    def early(self) -> bool:
+        """Whether warpgroup 1 takes P V of the even block before it scores the odd one (see `pairs.consume_right`)."""
+        return self.config.cluster == 1
 
     @cute.jit
     def start(self, row0, length, S_q) -> None:
@@ -179,119 +184,3 @@ class Consumer:
             # NOTE: a pair's odd block may lie wholly past the end: valid is negative then
             zero_rows(self.shared.chunks(block, 4 * self.side), BLOCK, 4, valid, self.tid)
             sync(self.bar, WARPGROUP)
-
-
-@cute.jit
-def consume_left(consumer: Consumer, first, last, length, S_q, count) -> None:
-    """Warpgroup 0: scores of the even blocks, left half of the output."""
-    k = consumer.shared.k
-    k.wait(0, count)
-    consumer.scores(range(4), True)
-    k.wait(1, count)
-    consumer.scores(range(4, consumer.config.chunks), False)
-    warpgroup.wait_group(0)
-    for pair in cutlass.range(first, last - 1, unroll=1):
-        step_left(consumer, pair, length, S_q, count + pair - first, True)
-    consumer.shared.q.release(0)
-    step_left(consumer, last - 1, length, S_q, count + last - 1 - first, False)
-
-
-@cute.jit
-def step_left(consumer: Consumer, pair, length, S_q, turn, follow: cutlass.Constexpr) -> None:
-    """One pair, whose even block's scores are there; `follow`: then the scores of the next pair's even block."""
-    k, key0 = consumer.shared.k, pair * split.PAIR
-    # softmax of the even block
-    if key0 + BLOCK > length - S_q + 1:
-        consumer.rows.mask(consumer.S, key0)
-    for r in cutlass.range_constexpr(2):
-        consumer.find_peak(r)
-        consumer.raise_max(r)
-    consumer.exponentials()
-    if const_expr(consumer.config.chunks < K_CHUNKS):
-        k.acquire(1, turn)
-    consumer.publish(Bar.P_EVEN)
-
-    # P V of the even block
-    consumer.rows.rescale(consumer.O)
-    if const_expr(not follow):
-        consumer.clear_values(0, length - key0, turn)
-    consumer.values(0)
-    warpgroup.wait_group(0)
-    k.release(0)
-
-    # P V of the odd block, and the next scores
-    consumer.receive(Bar.P_ODD)
-    consumer.rows.rescale(consumer.O)
-    if const_expr(not follow):
-        consumer.clear_values(1, length - key0 - BLOCK, turn)
-    consumer.values(1)
-    if const_expr(follow):
-        # NOTE: freed before the next scores are issued: their wait for K would hold the odd block back (5 % at S 8192)
-        warpgroup.wait_group(0)
-        k.release(2)
-        k.wait(0, turn + 1)
-        consumer.scores(range(4), True)
-        k.wait(1, turn + 1)
-        consumer.scores(range(4, consumer.config.chunks), False)
-        warpgroup.wait_group(0)
-    else:
-        warpgroup.wait_group(0)
-        k.release(2)
-
-
-@cute.jit
-def consume_right(consumer: Consumer, first, last, length, S_q, count) -> None:
-    """Warpgroup 1: scores of the odd blocks, right half of the output.
-
-    The P V of the even block hides the softmax of the odd one where the tensor cores bound (clusters). Where memory
-    does, it goes first and frees the even block one load earlier.
-    """
-    k, early = consumer.shared.k, const_expr(consumer.config.cluster == 1)
-    for pair in cutlass.range(first, last, unroll=1):
-        turn, key0 = count + pair - first, pair * split.PAIR + BLOCK
-        if const_expr(early):
-            multiply_even(consumer, length - key0 + BLOCK, turn)
-            warpgroup.wait_group(0)
-            k.release(1)
-
-        # scores of the odd block
-        k.wait(2, turn)
-        consumer.scores((0, 1, 2, 3, *range(8, consumer.config.chunks)), True)
-        k.wait(3, turn)
-        consumer.scores(range(4, 8), False)
-        warpgroup.wait_group(0)
-        if pair == last - 1:
-            consumer.shared.q.release(0)
-        if key0 + BLOCK > length - S_q + 1:
-            consumer.rows.mask(consumer.S, key0)
-        for r in cutlass.range_constexpr(2):
-            consumer.find_peak(r)
-        if const_expr(not early):
-            multiply_even(consumer, length - key0 + BLOCK, turn)
-
-        # softmax of the odd block
-        for r in cutlass.range_constexpr(2):
-            consumer.raise_max(r)
-        consumer.exponentials()
-        if const_expr(consumer.config.chunks < K_CHUNKS):
-            k.acquire(2, turn)
-        consumer.publish(Bar.P_ODD)
-        if const_expr(not early):
-            warpgroup.wait_group(0)
-            k.release(1)
-
-        # P V of the odd block
-        consumer.rows.rescale(consumer.O)
-        consumer.clear_values(1, length - key0, turn)
-        consumer.values(1)
-        warpgroup.wait_group(0)
-        k.release(3)
-
-
-@cute.jit
-def multiply_even(consumer: Consumer, valid, turn) -> None:
-    """Warpgroup 1 takes over P and the running max of the even block and starts its P V."""
-    consumer.receive(Bar.P_EVEN)
-    consumer.rows.rescale(consumer.O)
-    consumer.clear_values(0, valid, turn)
-    consumer.values(0)

@@ -14,7 +14,8 @@ from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.lanes import quad_sum
 from flash_mla.kernels.hopper.limits import STAGED, TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import CONSUMERS, HALF, Bar
-from flash_mla.kernels.hopper.mla_decode.consumer import Consumer, consume_left, consume_right
+from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
+from flash_mla.kernels.hopper.mla_decode.pairs import Causal, consume_left, consume_right
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Tensors
 from flash_mla.kernels.hopper.staging import store_rows
 from flash_mla.kernels.hopper.walk import Done, Place
@@ -43,10 +44,11 @@ class Segments:
         if part.last > part.first:
             consumer.start(row0, length, S_q)
             consumer.shared.q.wait(0, done.segments)
+            keys = Causal(length, S_q)
             if const_expr(consumer.side == 0):
-                consume_left(consumer, part.first, part.last, length, S_q, done.items)
+                consume_left(consumer, keys, part.first, part.last, done.items)
             else:
-                consume_right(consumer, part.first, part.last, length, S_q, done.items)
+                consume_right(consumer, keys, part.first, part.last, done.items)
             done = done.plus(part.last - part.first)
             slot = split.SLOTS * self.cluster_id + part.slot
             self.write_result(place.request, row0, part.whole, slot)

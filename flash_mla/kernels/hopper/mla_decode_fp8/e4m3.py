@@ -46,16 +46,6 @@ def sum_pairs(a, b, c, d):
 
 
 @cute.jit
-def transpose_load(address):
-    """Four 8 x 8 matrices of 16-bit elements from shared memory, transposed; lane l gives the address of row l."""
-    return cute.arch.inline_ptx(
-        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
-        write_only_types=[Int32, Int32, Int32, Int32],
-        read_only_args=[address],
-    )
-
-
-@cute.jit
 def separate(low, high):
     """Bytes (key 0, d 0), (0, 1), (1, 0), (1, 1) of keys 0, 1 and of 8, 9 -> keys 0, 1, 8, 9 of d 0 and of d 1."""
     return cute.arch.inline_ptx(

@@ -56,19 +56,18 @@ Measured: docs/design/mla-decode-fp8.md.
 
 from __future__ import annotations
 
-import functools
-
 import cutlass.cute as cute
 from cutlass import Float8E4M3FN, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout
-from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
+from flash_mla.kernels.hopper.mla_decode.shared import Scalars
 from flash_mla.kernels.hopper.mla_decode_fp8.config import (
     CHUNK,
     DV,
@@ -86,9 +85,9 @@ from flash_mla.kernels.hopper.mla_decode_fp8.config import (
 )
 from flash_mla.kernels.hopper.mla_decode_fp8.producer import Producer, Tmas
 from flash_mla.kernels.hopper.mla_decode_fp8.scores import Scores
-from flash_mla.kernels.hopper.mla_decode_fp8.shared import Scalars, Shared, Tensors
+from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared, Tensors
 from flash_mla.kernels.hopper.mla_decode_fp8.values import Values
-from flash_mla.kernels.hopper.partials import Partials, note_split
+from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.table import prefetch_table
 from flash_mla.kernels.hopper.work import find_work
@@ -128,6 +127,7 @@ class MlaDecodeFp8:
         gQ = cute.make_tensor(q.iterator, cute.make_layout((rows, D, B), stride=(q_row, 1, q.stride[0])))
         k_strides = (k.stride[3], 1, k.stride[2], k.stride[0])
         gK = cute.make_tensor(k.iterator, cute.make_layout((BLOCK, D, k.shape[2], requests), stride=k_strides))
+        packed_out, packed_lse = packed_rows(out, lse)
         tensors = Tensors(
             q=cute.make_tensor(q.iterator, cute.make_layout((B, rows, D), stride=(q.stride[0], q_row, 1))),
             table=table,
@@ -136,8 +136,8 @@ class MlaDecodeFp8:
             q_descale=q_descale,
             k_descale=k_descale,
             v_descale=v_descale,
-            out=cute.make_tensor(out.iterator, cute.make_layout((B, rows, DV), stride=(rows * DV, DV, 1))),
-            lse=cute.make_tensor(lse.iterator, cute.make_layout((B, rows), stride=(rows, 1))),
+            out=packed_out,
+            lse=packed_lse,
             partials=Partials.over(workspace, clusters, config.rows, DV),
         )
         load = load_k = cpasync.CopyBulkTensorTileG2SOp()
@@ -164,18 +164,7 @@ class MlaDecodeFp8:
             min_blocks_per_mp=1,
             stream=stream,
         )
-        combine(
-            tensors.out,
-            tensors.lse,
-            tensors.partials.out,
-            tensors.partials.lse,
-            tensors.partials.split_of,
-            tensors.sink,
-            has_sink,
-            S_q,
-            Int32(1),
-            stream,
-        )
+        combine(packed_out, packed_lse, *tensors.partials, sink, has_sink, S_q, Int32(1), stream)
 
     @cute.kernel
     def kernel(self, tmas: Tmas, pages: cute.Tensor, tensors: Tensors, scalars: Scalars):
@@ -203,13 +192,7 @@ class MlaDecodeFp8:
 
         # barriers, and the work of this cluster
         if warp_id == 0:
-            for tma in tmas:
-                if const_expr(tma is not None):
-                    cpasync.prefetch_descriptor(tma[0])
-            with cute.arch.elect_one():
-                for channel in shared.channels:
-                    channel.init()
-            cute.arch.mbarrier_init_fence()
+            open_channels(shared.channels, tuple(tma[0] for tma in tmas if tma is not None))
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         if warp_id == 3 * WARPS_A_GROUP + 1:
@@ -240,36 +223,24 @@ class MlaDecodeFp8:
 
 
 def arguments(config: Config) -> tuple:
-    """Symbolic arguments of `MlaDecodeFp8.__call__`, for compiling without a GPU."""
-    dtype, q_dtype = Float8E4M3FN, DTYPES[config.q]
+    """Symbolic arguments of `MlaDecodeFp8.__call__`."""
+    B, Hq, S_q = symbolic.size(), symbolic.size(), symbolic.size()
 
-    def wide(divisibility: int = 16):
-        return cute.sym_int64(divisibility=divisibility)  # a stride in elements, of 16 bytes
-
-    def some():
-        return cute.sym_int64()
-
-    B, Hq, S_q = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
-    blocks = cute.sym_int32()
-    fp32 = functools.partial(make_fake_tensor, Float32)
-
-    def descale():
-        if config.descale:
-            return fp32((B, 1), (some(), some()), assumed_align=4)
-        return fp32((cute.sym_int32(),), (1,), assumed_align=4)
+    def descale() -> cute.Tensor:
+        return symbolic.tensor(Float32, (B, 1) if config.descale else (None,), strided=config.descale)
 
     return (
-        make_fake_tensor(q_dtype, (B, Hq, S_q, config.D), (wide(config.q_unit), some(), some(), 1), assumed_align=16),
-        make_fake_tensor(dtype, (B, 1, blocks, BLOCK, config.D), (wide(), some(), wide(), wide(), 1), assumed_align=16),
-        make_fake_tensor(Int32, (B, cute.sym_int32()), (some(), 1), assumed_align=4),
-        make_fake_tensor(Int32, (B,), (1,), assumed_align=4),
-        fp32((cute.sym_int32(),), (1,), assumed_align=4),
+        symbolic.tensor(DTYPES[config.q], (B, Hq, S_q, config.D), tma=(0,)),
+        symbolic.tensor(Float8E4M3FN, (B, 1, None, BLOCK, config.D), tma=(0, 2, 3)),
+        symbolic.tensor(Int32, (B, None)),
+        symbolic.tensor(Int32, (B,)),
+        symbolic.tensor(Float32, (None,)),
         descale(),
         descale(),
         descale(),
-        make_fake_tensor(DTYPES[config.out], (B, Hq, S_q, DV), (some(), some(), some(), 1), assumed_align=16),
-        fp32((B, Hq, S_q), (some(), some(), some()), assumed_align=4),
-        fp32((cute.sym_int32(),), (1,), assumed_align=16),
+        symbolic.tensor(DTYPES[config.out], (B, Hq, S_q, DV), align=16),
+        symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
+        symbolic.tensor(Float32, (None,), align=16),
         Float32(1.0),
         Int32(0),
         Int64(config.q_unit),
@@ -279,6 +250,5 @@ def arguments(config: Config) -> tuple:
 
 
 def build(config: Config, options: str = ""):
-    """Compile the kernel and its combine for sm_90a; takes seconds."""
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(MlaDecodeFp8(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")
+    """Compile the kernel and its combine."""
+    return symbolic.compiled(MlaDecodeFp8(config), arguments(config), options)

@@ -12,8 +12,9 @@ from cutlass import Int32, Int64, const_expr
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import tma_boxes
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M
+from flash_mla.kernels.hopper.mla_decode.shared import Scalars
 from flash_mla.kernels.hopper.mla_decode_fp8.config import CHUNK, CHUNKS, DV, ROPE, Config
-from flash_mla.kernels.hopper.mla_decode_fp8.shared import Scalars, Shared, Tensors
+from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared, Tensors
 from flash_mla.kernels.hopper.table import block_of
 from flash_mla.kernels.hopper.walk import Done, Place, walk
 from flash_mla.kernels.hopper.work import Work

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Float8E4M3FN, Float32, Int32
+from cutlass import Float8E4M3FN
 
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
@@ -33,15 +33,6 @@ class Tensors(NamedTuple):
     out: cute.Tensor
     lse: cute.Tensor
     partials: Partials
-
-
-class Scalars(NamedTuple):
-    """scale * log2(e); query tokens a request; whether `sink` counts; row groups a request."""
-
-    scale_log2: Float32
-    S_q: Int32
-    has_sink: Int32
-    groups: Int32
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,26 @@
 """The consumers of sparse decode with fewer than 64 heads a CTA: those of GQA decode, but for keys that are not there.
 
-Keys and output columns are the M of the products and heads their N, so that no product is paid for 64 heads:
-    S^T [64, heads] = K Q^T        O^T [512, heads] += V^T P^T
-Warpgroup 0 takes the even blocks, warpgroup 1 the odd ones, each with its own max, sum and O; they merge in the end.
+The schedule: `gqa_decode/pairs.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
 from flash_mla.kernels.hopper import split
-from flash_mla.kernels.hopper.barriers import any_of, sync
+from flash_mla.kernels.hopper.absent import hide_rows
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.gqa_decode import consumer as gqa
 from flash_mla.kernels.hopper.gqa_decode import result, shared
-from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer
+from flash_mla.kernels.hopper.gqa_decode.pairs import consume_pairs
 from flash_mla.kernels.hopper.gqa_decode.shared import Item
-from flash_mla.kernels.hopper.limits import BLOCK, WARPGROUP
+from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES
-from flash_mla.kernels.hopper.softmax import LAZY
-from flash_mla.kernels.hopper.sparse_decode.config import (
-    CHUNK_BYTES,
-    CONSUMER_WARPS,
-    DV,
-    Config,
-)
+from flash_mla.kernels.hopper.sparse_decode.config import CHUNK_BYTES, CONSUMER_WARPS, DV, Config
 from flash_mla.kernels.hopper.sparse_decode.live import live_words
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.walk import Done, Place
@@ -87,6 +79,17 @@ class Shared(shared.Shared):
 
 
 @dataclass(frozen=True)
+class Consumer(gqa.Consumer):
+    """A consumer warpgroup."""
+
+    @cute.jit
+    def hide_absent(self) -> None:
+        """S = -inf where a key of the own block is not there."""
+        live = live_words(self.shared.sLive)
+        hide_rows(self.S, live[2 * self.side + self.key // 32] >> (self.key % 32))
+
+
+@dataclass(frozen=True)
 class Segments(result.Segments):
     """A consumer warpgroup's way through the segments of its CTA."""
 
@@ -103,57 +106,9 @@ class Segments(result.Segments):
             pairs = part.last - part.first
             self.consumer.start()
             self.consumer.shared.q.wait(0, done.segments)
-            consume(self.consumer, self.scalars.scale_log2, pairs, done.items)
+            consume_pairs(self.consumer, self.scalars.scale_log2, pairs, done.items)
             self.write_result(item, Float32(1.0), part.whole, split.SLOTS * self.cta + part.slot)
             done = done.plus(pairs)
         elif part.whole:
             self.write_nothing(item)
         return done
-
-
-@cute.jit
-def consume(consumer: Consumer, scale_log2, pairs, count) -> None:
-    """The warpgroup's block of each pair of a segment; `count` pairs were computed before."""
-    k, side = consumer.shared.k, consumer.side
-    for pair in cutlass.range(pairs, unroll=1):
-        turn, buffer = count + pair, 2 * side + (count + pair) % 2
-        # scores
-        k.wait(2 * side, turn)
-        k.wait(2 * side + 1, turn)
-        consumer.scores(side, 0, scale_log2)
-        hide_keys(consumer)
-
-        # P against the max so far; made anew if that is too low
-        largest = consumer.exponentials()
-        consumer.publish(buffer)
-        if any_of(consumer.bar, WARPGROUP, largest > LAZY) != 0:
-            consumer.raise_max()
-            consumer.exponentials()
-            consumer.publish(buffer)
-            sync(consumer.bar, WARPGROUP)
-        consumer.add_sums()
-
-        # output
-        consumer.values(side, buffer)
-        k.release(2 * side)
-        k.release(2 * side + 1)
-    consumer.shared.q.release(0)
-
-
-@cute.jit
-def hide_keys(consumer: Consumer) -> None:
-    """S = -inf where a key of the own block is not there."""
-    live = live_words(consumer.shared.sLive)
-    bits = live[2 * consumer.side + consumer.key // 32] >> (consumer.key % 32)
-    if (bits & 0x101) != 0x101:
-        hide_two(consumer.S, bits)
-
-
-@cute.jit
-def hide_two(S: cute.Tensor, bits) -> None:
-    """S = -inf for a thread's first key unless bit 0 is set, for its second unless bit 8 is."""
-    first, second = (bits & 1) != 0, (bits & 256) != 0
-    for i in cutlass.range_constexpr(cute.size(S) // 4):
-        for e in cutlass.range_constexpr(2):
-            S[4 * i + e] = S[4 * i + e] if first else -Float32.inf
-            S[4 * i + 2 + e] = S[4 * i + 2 + e] if second else -Float32.inf

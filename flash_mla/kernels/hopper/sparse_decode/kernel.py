@@ -37,18 +37,16 @@ Measured: docs/design/sparse.md.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, const_expr
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout
-from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
-from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer as FewConsumer
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARP, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES, START
@@ -163,19 +161,8 @@ class SparseDecode:
             min_blocks_per_mp=1,
             stream=stream,
         )
-        combine(
-            results.out,
-            results.lse,
-            results.partials.out,
-            results.partials.lse,
-            results.partials.split_of,
-            results.sink,
-            has_sink,
-            Int32(1),
-            Int32(1),
-            stream,
-            empty_lse,
-        )
+        one = Int32(1)
+        combine(results.out, results.lse, *results.partials, sink, has_sink, one, one, stream, empty_lse)
 
     @cute.kernel
     def kernel(
@@ -210,11 +197,7 @@ class SparseDecode:
 
         # barriers, and the work of this cluster
         if warp_id == 0:
-            cpasync.prefetch_descriptor(tma_q)
-            with cute.arch.elect_one():
-                shared.k.init()
-                shared.q.init()
-            cute.arch.mbarrier_init_fence()
+            open_channels((shared.k, shared.q), (tma_q,))
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         work = find_work(
@@ -236,7 +219,7 @@ class SparseDecode:
                 cute.arch.setmaxregister_increase(config.registers[0])
             tidx, _, _ = cute.arch.thread_idx()
             if const_expr(config.few):
-                consumer = FewConsumer.over(shared, warp_id // 4, tidx % WARPGROUP)
+                consumer = few.Consumer.over(shared, warp_id // 4, tidx % WARPGROUP)
                 segments = few.Segments(consumer, tensors, scalars, cluster_id)
                 walk(work, lengths, lengths, scalars.groups, segments.compute, Done.nothing())
             elif warp_id < CONSUMER_WARPS // 2:
@@ -252,34 +235,25 @@ class SparseDecode:
 
 
 def arguments(config: Config) -> tuple:
-    """Symbolic arguments of `SparseDecode.__call__`, for compiling without a GPU."""
-
-    def some():
-        return cute.sym_int64()
-
-    B, S_q, Hq = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
-    wide = functools.partial(cute.sym_int64, divisibility=8)  # a stride in elements, of 16 bytes
-    fp32 = functools.partial(make_fake_tensor, Float32)
+    """Symbolic arguments of `SparseDecode.__call__`."""
+    B, S_q, Hq = symbolic.size(), symbolic.size(), symbolic.size()
     element = BFloat16 if config.layout.codes == 0 else Uint8
-    sizes = cute.sym_int32, cute.sym_int32, cute.sym_int32
 
-    def cache():
-        return make_fake_tensor(element, tuple(size() for size in sizes), (some(), some(), 1), assumed_align=16)
-
-    def indices():
-        return make_fake_tensor(Int32, (B, S_q, cute.sym_int32()), (some(), some(), 1), assumed_align=4)
-
-    def lengths():
-        return make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=4)
+    def keys() -> tuple[cute.Tensor, ...]:
+        return (
+            symbolic.tensor(element, (None, None, None), align=16),
+            symbolic.tensor(Int32, (B, S_q, None)),
+            symbolic.tensor(Int32, (None,)),
+        )
 
     return (
-        make_fake_tensor(BFloat16, (B, S_q, Hq, config.D), (wide(), wide(), wide(), 1), assumed_align=16),
-        *(cache(), indices(), lengths()),
-        *(cache(), indices(), lengths()),
-        fp32((cute.sym_int32(),), (1,), assumed_align=4),
-        make_fake_tensor(BFloat16, (B, S_q, Hq, DV), (some(), some(), some(), 1), assumed_align=16),
-        fp32((B, S_q, Hq), (some(), some(), some()), assumed_align=4),
-        fp32((cute.sym_int32(),), (1,), assumed_align=16),
+        symbolic.tensor(BFloat16, (B, S_q, Hq, config.D), tma=(0, 1, 2)),
+        *keys(),
+        *keys(),
+        symbolic.tensor(Float32, (None,)),
+        symbolic.tensor(BFloat16, (B, S_q, Hq, DV), align=16),
+        symbolic.tensor(Float32, (B, S_q, Hq), strided=True),
+        symbolic.tensor(Float32, (None,), align=16),
         Float32(1.0),
         Float32(0.0),
         Int32(0),
@@ -289,6 +263,5 @@ def arguments(config: Config) -> tuple:
 
 
 def build(config: Config, options: str = ""):
-    """Compile the kernel and its combine for sm_90a; takes seconds."""
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(SparseDecode(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")
+    """Compile the kernel and its combine."""
+    return symbolic.compiled(SparseDecode(config), arguments(config), options)

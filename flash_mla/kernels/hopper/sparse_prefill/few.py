@@ -1,8 +1,6 @@
 """The consumers of a sparse prefill of at most 16 heads: those of GQA decode, over keys of which some name no row.
 
-Keys and output columns are the M of the products and heads their N, so that no product is paid for 64 heads:
-    S^T [64, heads] = K Q^T        O^T [512, heads] += V^T P^T
-Warpgroup 0 takes the even blocks, warpgroup 1 the odd ones, each with its own max, sum and O; they merge in the end.
+The schedule: `gqa_decode/pairs.py`.
 """
 
 from __future__ import annotations
@@ -15,17 +13,18 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from flash_mla.kernels.hopper.barriers import any_of, sync
+from flash_mla.kernels.hopper.absent import hide_rows
+from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.gqa_decode import consumer as gqa
 from flash_mla.kernels.hopper.gqa_decode import result
 from flash_mla.kernels.hopper.gqa_decode.config import Bar
+from flash_mla.kernels.hopper.gqa_decode.pairs import consume_pairs
 from flash_mla.kernels.hopper.gqa_decode.shared import Item
 from flash_mla.kernels.hopper.limits import BLOCK, WARP, WARPGROUP
 from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, CONSUMER_WARPS, CONSUMERS, DV, K_CHUNKS, STAGES
-from flash_mla.kernels.hopper.softmax import LAZY
 from flash_mla.kernels.hopper.sparse_prefill.config import PRODUCER_WARPS, Config
 from flash_mla.kernels.hopper.sparse_prefill.shared import Scalars, Tensors, tile_at
 
@@ -109,23 +108,10 @@ class Consumer(gqa.Consumer):
         return Consumer(*(getattr(base, field.name) for field in fields(base)), top)
 
     @cute.jit
-    def hide_unseen(self) -> None:
-        """S = -inf at keys that name no row."""
+    def hide_absent(self) -> None:
+        """S = -inf at keys that name no row; the greatest scores so far."""
         seen = self.shared.sSeen[self.side, self.tid // 32]
-        bits = Int32(seen) >> (self.tid % 32 // 4)
-        if (bits & 0x101) != 0x101:
-            self.hide((bits & 1) != 0, (bits & 0x100) != 0)
-
-    @cute.jit
-    def hide(self, first, second) -> None:
-        """S = -inf unless this thread's first key, or its second, names a row."""
-        for i in cutlass.range_constexpr(self.config.tile_n // 2):
-            seen = first if i % 4 < 2 else second
-            self.S[i] = self.S[i] if seen else -Float32.inf
-
-    @cute.jit
-    def find_tops(self) -> None:
-        """The greatest scores so far."""
+        hide_rows(self.S, Int32(seen) >> (self.tid % 32 // 4))
         for c in cutlass.range_constexpr(self.config.tile_n // 4):
             i = 4 * (c // 2) + c % 2
             self.top[c] = cute.arch.fmax(self.top[c], cute.arch.fmax(self.S[i], self.S[i + 2]))
@@ -176,7 +162,7 @@ class Tiles:
                 consumer.start()
                 consumer.top.fill(-Float32.inf)
                 consumer.shared.q.wait(0, tiles_done)
-                consume(consumer, self.scalars.scale_log2, tile.pairs, pairs_done)
+                consume_pairs(consumer, self.scalars.scale_log2, tile.pairs, pairs_done)
                 tiles_done, pairs_done = tiles_done + 1, pairs_done + tile.pairs
                 self.publish_tops()
                 self.writer.write_result(item, Float32(1.0), True, 0)
@@ -212,33 +198,3 @@ class Tiles:
             max_logits[item.request, head] = top * math.log(2.0)
         # NOTE: the tops may be overwritten by the next tile only when they have been read
         sync(Bar.MERGE, CONSUMERS)
-
-
-@cute.jit
-def consume(consumer: Consumer, scale_log2, pairs, count) -> None:
-    """The warpgroup's block of each pair of a tile; `count` pairs were computed before."""
-    k, side = consumer.shared.k, consumer.side
-    for pair in cutlass.range(pairs, unroll=1):
-        turn, buffer = count + pair, 2 * side + (count + pair) % 2
-        # scores
-        k.wait(2 * side, turn)
-        k.wait(2 * side + 1, turn)
-        consumer.scores(side, 0, scale_log2)
-        consumer.hide_unseen()
-        consumer.find_tops()
-
-        # P against the max so far; made anew if that is too low
-        largest = consumer.exponentials()
-        consumer.publish(buffer)
-        if any_of(consumer.bar, WARPGROUP, largest > LAZY) != 0:
-            consumer.raise_max()
-            consumer.exponentials()
-            consumer.publish(buffer)
-            sync(consumer.bar, WARPGROUP)
-        consumer.add_sums()
-
-        # output
-        consumer.values(side, buffer)
-        k.release(2 * side)
-        k.release(2 * side + 1)
-    consumer.shared.q.release(0)

@@ -39,15 +39,13 @@ Measured and rejected: docs/design/sparse-prefill.md.
 
 from __future__ import annotations
 
-import functools
-
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint16, const_expr
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import row_layout
-from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
@@ -143,11 +141,7 @@ class SparsePrefill:
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         if warp_id == 0:
-            cpasync.prefetch_descriptor(tma_q)
-            with cute.arch.elect_one():
-                shared.k.init()
-                shared.q.init()
-            cute.arch.mbarrier_init_fence()
+            open_channels((shared.k, shared.q), (tma_q,))
         cute.arch.sync_threads()
 
         if warp_id >= CONSUMER_WARPS:
@@ -172,20 +166,17 @@ class SparsePrefill:
 
 
 def arguments(config: Config) -> tuple:
-    """Symbolic arguments of `SparsePrefill.__call__`, for compiling without a GPU."""
-    dtype, size, some = DTYPES[config.dtype], cute.sym_int32, cute.sym_int64
-    wide = functools.partial(cute.sym_int64, divisibility=8)  # a stride in elements, of 16 bytes
-    fp32 = functools.partial(make_fake_tensor, Float32, assumed_align=4)
-    ints = functools.partial(make_fake_tensor, Int32, assumed_align=4)
+    """Symbolic arguments of `SparsePrefill.__call__`."""
+    dtype, anything = DTYPES[config.dtype], (None, None, None)
     return (
-        make_fake_tensor(dtype, (size(), size(), size(), config.D), (wide(), some(), wide(), 1), assumed_align=16),
-        make_fake_tensor(dtype, (size(), size(), config.D), (some(), wide(), 1), assumed_align=16),
-        ints((size(), size(), size()), (some(), some(), 1)),
-        ints((size(),), (1,)),
-        fp32((size(),), (1,)),
-        make_fake_tensor(dtype, (size(), size(), size(), DV), (some(), some(), some(), 1), assumed_align=16),
-        fp32((size(), size(), size()), (some(), some(), 1)),
-        fp32((size(), size(), size()), (some(), some(), 1)),
+        symbolic.tensor(dtype, (*anything, config.D), tma=(0, 2)),
+        symbolic.tensor(dtype, (None, None, config.D), tma=(1,)),
+        symbolic.tensor(Int32, anything),
+        symbolic.tensor(Int32, (None,)),
+        symbolic.tensor(Float32, (None,)),
+        symbolic.tensor(dtype, (*anything, DV), align=16),
+        symbolic.tensor(Float32, anything),
+        symbolic.tensor(Float32, anything),
         Float32(1.0),
         Int32(0),
         Int32(0),
@@ -194,6 +185,5 @@ def arguments(config: Config) -> tuple:
 
 
 def build(config: Config, options: str = ""):
-    """Compile the kernel for sm_90a; takes seconds."""
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(SparsePrefill(config), *arguments(config), stream, options=f"--enable-tvm-ffi {options}")
+    """Compile the kernel."""
+    return symbolic.compiled(SparsePrefill(config), arguments(config), options)

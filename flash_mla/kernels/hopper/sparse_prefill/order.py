@@ -17,8 +17,8 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.sparse_prefill.config import BINS, ORDER_WARPS
 from flash_mla.kernels.hopper.work import warp_scan, warp_sum
 
@@ -128,17 +128,13 @@ def order(
 
 
 def build(config: None, options: str = ""):
-    """Compile the kernel for sm_90a; it has one variant."""
-    size, some = cute.sym_int32, cute.sym_int64
+    """Compile the kernel; it has one variant."""
 
-    def ids():
-        return make_fake_tensor(Int32, (size(), size(), size()), (some(), some(), 1), assumed_align=4)
+    def ids() -> cute.Tensor:
+        return symbolic.tensor(Int32, (None, None, None))
 
-    def counts():
-        return make_fake_tensor(Int32, (size(),), (1,), assumed_align=4)
+    def counts() -> cute.Tensor:
+        return symbolic.tensor(Int32, (None,))
 
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     scalars = Int32(0), Int32(1), Int32(0), Int32(1)
-    return cute.compile(
-        order, ids(), counts(), *scalars, ids(), counts(), stream, options=f"--enable-tvm-ffi {options}"
-    )
+    return symbolic.compiled(order, (ids(), counts(), *scalars, ids(), counts()), options)

@@ -13,8 +13,9 @@ from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.lanes import quad_sum
 from flash_mla.kernels.hopper.limits import TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import CONSUMERS, Bar
+from flash_mla.kernels.hopper.mla_decode.pairs import consume_left, consume_right
 from flash_mla.kernels.hopper.mla_decode.result import store_out
-from flash_mla.kernels.hopper.sparse_prefill.consumer import Consumer, consume_left, consume_right
+from flash_mla.kernels.hopper.sparse_prefill.consumer import Consumer, Named
 from flash_mla.kernels.hopper.sparse_prefill.shared import Scalars, Tensors, tile_at
 
 
@@ -37,9 +38,9 @@ class Tiles:
                 consumer.start()
                 consumer.shared.q.wait(0, tiles_done)
                 if const_expr(consumer.side == 0):
-                    consume_left(consumer, tile.pairs, pairs_done)
+                    consume_left(consumer, Named(), 0, tile.pairs, pairs_done)
                 else:
-                    consume_right(consumer, tile.pairs, pairs_done)
+                    consume_right(consumer, Named(), 0, tile.pairs, pairs_done)
                 tiles_done, pairs_done = tiles_done + 1, pairs_done + tile.pairs
                 self.write_result(tile.token, tile.group * TILE_M)
             elif const_expr(consumer.side == 0):

@@ -11,7 +11,7 @@ import llvmlite.binding as llvm
 import pytest
 import torch
 
-from flash_mla import contract, deepseek, flash_mla_with_kvcache
+from flash_mla import contract, deepseek, flash_mla_prefill, flash_mla_with_kvcache
 from flash_mla.backends.cpu import engine
 from flash_mla.kernels.cpu import config, store
 from flash_mla.kernels.cpu.config import Spec, Target
@@ -19,7 +19,7 @@ from flash_mla.plan import plan
 from flash_mla.problem import FP8, DecodeArgs
 from flash_mla.quant import FORMATS
 from flash_mla.reference import decode_reference
-from flash_mla.testing import DecodeCase, check
+from flash_mla.testing import DecodeCase, PrefillCase, check, run
 
 TARGETS = {
     "avx2": (Target("x86_64-unknown-linux-gnu", "haswell", "+avx2,+fma,+f16c"), r"ymm"),
@@ -40,7 +40,9 @@ SPECS = {
     "fp16-mask": Spec(72, 40, "f16", "f16", "f16", 8, 4, 3, 8, mask="bool"),
     "fp8": Spec(128, 128, "fp8", "fp8", "bf16", 4, 4, 3, 8),
     "sparse": Spec(576, 512, "bf16", "fp8_ds_mla", "bf16", 16, 4, 3, 8, alias=True, source="sparse"),
-    "prefill": Spec(192, 128, "bf16", "bf16", "bf16", 32, 4, 3, 8, source="rows", layout=True),
+    "prefill": Spec(192, 128, "bf16", "bf16", "bf16", 96, 24, 4, 8, source="rows"),
+    "layout": Spec(72, 128, "f16", "f16", "f16", 72, 16, 6, 8, source="rows", layout=True, span=64),
+    "sparse-128": Spec(576, 512, "bf16", "fp8_ds_mla", "bf16", 48, 16, 6, 8, alias=True, source="sparse"),
 }
 
 
@@ -51,7 +53,7 @@ def test_assembles_for(name, spec):
     target, pattern = TARGETS[name]
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    tile_m, tile_n = config.tile(spec.rows, target)
+    tile_m, tile_n = config.wide_tile(target, spec.tile_m == 16) if spec.many else config.tile(spec.rows, target)
     spec = replace(spec, lanes=target.lanes, tile_m=tile_m, tile_n=tile_n)
     machine = store.machine(target)
     text = machine.emit_assembly(store.optimised(spec, machine))
@@ -113,6 +115,7 @@ def threads():
     [
         DecodeCase("decode/threads", (5000, 17), Hq=8, Hk=2, D=128),
         DecodeCase("decode/threads-mla", (3000, 0, 700), Hq=128, Hk=1, D=576, Dv=512, alias=True),
+        DecodeCase("decode/threads-many", (2500, 90), Hq=3, Hk=1, S_q=25, D=72, Dv=40, dtype=torch.float16),
         DecodeCase("decode/threads-mask", (2500,), Hq=3, Hk=1, S_q=5, mask="float-heads", dtype=torch.float16),
     ],
     ids=lambda case: case.name,
@@ -129,6 +132,32 @@ def test_any_number_of_threads_gives_the_same_bits(case, threads, monkeypatch):
         assert torch.equal(lse, results[0][1])
     verdict = check(*results[0], *decode_reference(**x), case.dtype)
     assert verdict.passed, verdict.failures
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF], ids=["huge", "nan"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        PrefillCase("prefill/memory", 90, mask="float-heads"),
+        PrefillCase("prefill/memory-layout", 200, mask="bool", sparse="heads", causal=True),
+        DecodeCase("decode/memory", (90, 17), Hq=4, Hk=2, mask="float"),
+        DecodeCase("decode/memory-many", (90, 17), Hq=64, Hk=2, mask="float"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_what_a_threads_memory_held_does_not_matter(case, byte, monkeypatch):
+    """The same bits over memory of zeros and of NaN: nothing is read before it is written."""
+    monkeypatch.setattr(engine, "MEMORY", engine.Memory())
+    first = run(case)
+    assert first.passed, str(first)
+    outs = []
+    for fill in (0, byte):
+        engine.MEMORY.threads.fill_(fill)
+        call = case.call()
+        function = flash_mla_prefill if isinstance(case, PrefillCase) else flash_mla_with_kvcache
+        outs.append(function(**call.arguments, return_lse=True))
+    for a, b in zip(*outs, strict=True):
+        assert torch.equal(a, b)
 
 
 # --- Values -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,84 @@
+"""What every public function has around it: a name in profiles, and our errors in place of Python's and torch's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch.autograd import profiler
+
+from flash_mla import contract
+from flash_mla.errors import FlashMLAError, ShapeError
+from flash_mla.kinds import RAW, check_flags, check_kinds, flags_of
+from flash_mla.plan import check_backend
+
+P_ = ParamSpec("P_")
+R_ = TypeVar("R_")
+
+ELSEWHERE = {
+    "scale": "Pass softmax_scale",
+    "sm_scale": "Pass softmax_scale",
+    "causal": "Leave it out: decode is causal, and a mask says otherwise",
+    "window_size": "Pass mask (attn_mask in prefill), True where a key is in the window",
+    "softcap": "Leave it out: there is no kernel with a soft cap",
+    "cache_seqlens": "Pass seq_lens",
+    "page_table": "Pass block_table",
+}
+"""Names of FlashAttention's that a call of the reference's functions may carry, and what to do instead."""
+
+
+def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]], Callable[P_, R_]]:
+    """Make a function an entry of the library.
+
+    While torch's profiler runs (`torch.profiler`, or NVTX ranges by `torch.autograd.profiler.emit_nvtx`), its calls are
+    ranges of the name `<module>.<function>`.
+
+    Args:
+        module: where users import it from.
+        reference: the function is one of the reference's: a call in DeepSeek's order, or with FlashAttention's names,
+            gets a ShapeError that says what to do.
+    """
+
+    def decorate(function: Callable[P_, R_]) -> Callable[P_, R_]:
+        name = f"{module}.{function.__qualname__}"
+        flags = flags_of(function)
+
+        @wraps(function)
+        def call(*args: P_.args, **kwargs: P_.kwargs) -> R_:
+            check_flags(function, flags, args, kwargs)
+            try:
+                # NOTE: first whether a graph is traced: that branch looks at no flag which dynamo would guard on
+                if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
+                    return function(*args, **kwargs)
+                with profiler.record_function(name):
+                    return function(*args, **kwargs)
+            except RAW as error:
+                if isinstance(error, FlashMLAError):
+                    raise
+                check_backend(kwargs.get("backend"))
+                if reference and isinstance(error, TypeError):
+                    refuse_other_interfaces(function, args, kwargs)
+                check_kinds(function, args, kwargs)
+                raise
+
+        return call
+
+    return decorate
+
+
+def refuse_other_interfaces(function: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+    """A ShapeError for a call with DeepSeek's or FlashAttention's arguments."""
+    contract.refuse_deepseek_order(*args)
+    unknown = kwargs.keys() - inspect.signature(function).parameters
+    if not (args or kwargs) or contract.DEEPSEEK_NAMES & unknown:
+        contract.deepseek_order([*args, *kwargs.values()])
+    for name in sorted(unknown & ELSEWHERE.keys()):
+        raise ShapeError(
+            f"{name} = {kwargs[name]!r}"[:200],
+            f"the arguments of {function.__name__}: {', '.join(inspect.signature(function).parameters)}",
+            f"`{name}` is an argument of FlashAttention's functions",
+            ELSEWHERE[name],
+        ) from None

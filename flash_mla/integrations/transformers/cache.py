@@ -1,0 +1,186 @@
+"""PagedCache: transformers' view of one PagedKVCache that holds all layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from flash_mla.cache import PagedKVCache
+from flash_mla.errors import FlashMLAError, ShapeError
+from flash_mla.integrations.transformers.step import Step, Tokens
+from flash_mla.problem import FP8
+
+if TYPE_CHECKING:
+    from flash_mla.integrations.transformers.graph import DecodeGraph
+
+
+class Layer(NamedTuple):
+    """One layer's part of the cache: views.
+
+    k_cache [B, Hk, Nblk, 64, D], v_cache [B, Hk, Nblk, 64, Dv]; index_cache [B, 1, Nblk, 64, index_dim], the columns of
+    a row behind the latent, or None; k_descale and v_descale [1, Hk] of an FP8 cache, or None.
+    """
+
+    k_cache: Tensor
+    v_cache: Tensor
+    index_cache: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
+
+
+class PagedCache(Cache):
+    """transformers' view of one PagedKVCache that holds all layers.
+
+    Attributes:
+        pages: the PagedKVCache; its KV heads are those of layer 0, then of layer 1, ...
+        seen: tokens a sequence, padding included, as transformers counts them.
+        dtype: of queries and of rows before they are stored.
+        index_dim: columns of a row that hold the token's index key (sparse attention); 0: none.
+        ids: [B, seen] int64, the tokens that went through the model; None: not known, since embeddings went in.
+        graph: the CUDA graph of a decode step, or None.
+
+    Beam search, `reset` and `crop` (assisted decoding, prompt lookup) work. Changes of the batch size do not, and say
+    so.
+    """
+
+    def __init__(self, pages: PagedKVCache, layers: int, dtype: torch.dtype | None = None, index_dim: int = 0) -> None:
+        super().__init__(layers=[PagedLayer(self, index) for index in range(layers)])
+        self.pages = pages
+        self.dtype = pages.k_cache.dtype if dtype is None else dtype
+        self.index_dim = index_dim
+        self.graph: DecodeGraph | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.seen = 0
+        self.ids: Tensor | None = torch.empty(self.batch_size, 0, dtype=torch.int64, device=self.pages.seq_lens.device)
+        self._tokens: Tokens | None = None
+        self._step: Step | None = None
+
+    def step(self, tokens: Tokens) -> Step:
+        """The Step of this forward pass; made, with blocks for its tokens, when the first layer asks for it."""
+        if self.graph is not None and self.graph.step is not None:
+            return self.graph.step
+        if self._step is None or tokens is not self._tokens:
+            self._step = Step(self.pages, tokens)
+            self._tokens = tokens
+            self.seen += tokens.count
+        return self._step
+
+    def layer(self, index: int) -> Layer:
+        """One layer's views."""
+        pages = self.pages
+        heads = pages.k_cache.shape[1] // len(self.layers)
+        own = slice(index * heads, (index + 1) * heads)
+        k_cache, v_cache, index_cache = pages.k_cache[:, own], pages.v_cache[:, own], None
+        if self.index_dim:
+            k_cache, index_cache = k_cache[..., : -self.index_dim], k_cache[..., -self.index_dim :]
+        if pages.k_descale is None or pages.v_descale is None:
+            return Layer(k_cache, v_cache, index_cache, None, None)
+        return Layer(k_cache, v_cache, index_cache, pages.k_descale[:, own], pages.v_descale[:, own])
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Write a layer's new index keys [B, P, index_dim]; all of its keys [B, longest, index_dim]."""
+        index_cache, step = self.layer(layer_idx).index_cache, self._step
+        assert index_cache is not None
+        assert step is not None
+        step.write(indexer_key_states[:, None].to(index_cache.dtype), index_cache)
+        return index_cache[0, 0].flatten(0, 1)[step.places]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.pages.lengths)
+
+    def reset(self) -> None:
+        """Empty the cache for another batch of prompts."""
+        self.pages.clear()
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what beam_idx[i] was: tables move, tokens stay."""
+        self.pages.reorder(beam_idx)
+        self.ids = None if self.ids is None else self.ids[beam_idx.to(self.ids.device)]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last -tokens_to_remove tokens of every sequence; they must not be padding.
+
+        Args:
+            tokens_to_remove: 0 or below, as transformers' caches take it.
+        """
+        dropped = -tokens_to_remove
+        if not 0 <= dropped <= min(self.pages.lengths):
+            raise ShapeError(
+                given=f"crop({tokens_to_remove}), sequences of {[*self.pages.lengths]} tokens",
+                required="minus the tokens to drop, which every sequence holds",
+                cause="crop counts tokens from the end",
+                fix="Pass a negative number of tokens; call reset() to empty the cache",
+            )
+        self.pages.truncate([length - dropped for length in self.pages.lengths])
+        self.seen -= dropped
+        self.ids = None if self.ids is None else self.ids[:, : self.seen]
+        self._tokens, self._step = None, None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise not_offered("batch_repeat_interleave", "Make the cache for prompts x beams")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise not_offered("batch_select_indices", "Make a cache for the smaller batch")
+
+
+def not_offered(method: str, fix: str) -> FlashMLAError:
+    return FlashMLAError(
+        given=f"PagedCache.{method}",
+        required="appending, reset and reordering only",
+        cause=f"The paged cache has no {method}",
+        fix=fix,
+    )
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer of a PagedCache; it only hands rows on, see NewTokens."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: PagedCache, index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the cache was allocated when it was made."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        new = NewTokens(self.cache, self.index, key_states, value_states)
+        return new, new
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.seen
+
+    def get_max_length(self) -> int:
+        """-1: padding does not count towards max_seq_len, so there is no limit in transformers' terms."""
+        return -1
+
+
+class NewTokens(NamedTuple):
+    """What a layer's `Cache.update` returns in place of keys and values.
+
+    k is [B, Hk, P, D] and v [B, Hk, P, Dv]; for MLA the latent [B, 1, P, kv_lora_rank] and the rope part of K.
+    """
+
+    cache: PagedCache
+    layer: int
+    k: Tensor
+    v: Tensor
+
+
+def compute_dtype(stored: torch.dtype, model: torch.dtype) -> torch.dtype:
+    """The dtype of queries over a cache: its own; over FP8 the model's, or BF16 for an FP32 model."""
+    if stored != FP8:
+        return stored
+    return model if model in (torch.bfloat16, torch.float16) else torch.bfloat16

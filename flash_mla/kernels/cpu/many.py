@@ -1,0 +1,239 @@
+"""A step with many rows (prefill): rows lie in lanes for scores, columns for values.
+
+    wide      K of the block is widened to FP32 once for all rows, into L2: its elements are then broadcast
+    scores    S [key, row] = K q^T, q turned once an item: 3W rows x tile_n keys of accumulators over D. Nothing is
+              summed across lanes; scale, mask, hiding and the running max are done while a tile is in registers
+    softmax   p = exp(S - max) and its sum, in place
+    values    O [row, 2W columns] = O factor + p V, 6 rows x 2 accumulators over the keys; V is widened in registers,
+              and stays in L1 while all rows pass
+
+A tile of rows goes no further than the last key that one of them sees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from flash_mla.kernels.cpu.attend import Attend
+from flash_mla.kernels.cpu.formats import SIZE, chunk, tail, widen
+from flash_mla.kernels.cpu.ir import F32, Value
+from flash_mla.kernels.cpu.lanes import exp, interleave
+from flash_mla.kernels.cpu.walk import Block
+
+UNROLL = 4
+"""Columns of an iteration of scores."""
+MOST_COLUMNS, SOME_COLUMNS = 256, 192
+"""q of a tile stays in L1 (3W rows of 256 columns: 24 KiB); of wider rows, so many columns are taken at a time."""
+
+
+class Many(Attend):
+    """The kernel for prefill."""
+
+    @property
+    def wide_row(self) -> int:
+        """Bytes of a row of K in FP32."""
+        return 4 * self.spec.padded(self.spec.D)
+
+    def read(self, p: Value, dtype: str, c: Value, half: int) -> Value:
+        """Vector `half` of chunk c of a row of D columns, in the order of K's chunks."""
+        s, W = self.spec, self.spec.lanes
+        at = p + c * (s.chunk * SIZE[dtype])
+        if dtype == "bf16" and s.held != "bf16":
+            return widen(at + half * W * 2, "bf16", W)
+        return chunk(at, dtype, W, half)
+
+    def each_vector(self, columns: int, body: Callable[[Value, int, bool], None]) -> None:
+        """body(chunk, half, whether it is what whole chunks leave) for the vectors of a row."""
+        whole = columns // self.spec.chunk
+        with self.g.loop(0, whole) as c:
+            for half in (0, 1):
+                body(c, half, False)
+        for half in self.tail_halves(columns):
+            body(self.g.const(whole), half, True)
+
+    def load_q(self) -> None:
+        """Turn q to [tile, column, 3W rows] FP32."""
+        g, s, W = self.g, self.spec, self.spec.lanes
+        per_tile = s.tile_m // W
+        with g.loop(0, self.live_vectors) as v:
+            rows = [self.row("q", (self.r0 + v * W + i).min(self.a["R"] - 1)) for i in range(W)]
+            to = self.m["q"] + v // per_tile * (s.tile_m * self.wide_row) + v % per_tile * (4 * W)
+
+            def turn(c: Value, half: int, rest: bool) -> None:
+                if rest:
+                    end = s.D // s.chunk * s.chunk * SIZE[s.q]
+                    xs = [tail(row + end, s.q, W, half, s.D % s.chunk) for row in rows]
+                else:
+                    xs = [self.read(row, s.q, c, half) for row in rows]
+                turned = interleave(xs)
+                for column in range(W):
+                    at = to + (c * s.chunk + (half * W + column)) * (s.tile_m * 4)
+                    at.store(turned.shuffle(range(column * W, (column + 1) * W)), 4)
+
+            self.each_vector(s.D, turn)
+
+    def step(self, block: Block) -> None:
+        g, s = self.g, self.spec
+        k, row = self.widen_k(block)
+        with g.loop(0, self.live_tiles) as t:
+            reach = self.reach(t, block)
+            with g.when(reach > 0):
+                if s.mask:
+                    for v in range(s.tile_m // s.lanes):
+                        self.load_mask(t * s.tile_m + v * s.lanes, s.lanes, block, s.tile_m)
+                self.scores(t, k, row, reach, block)
+                self.softmax(t, reach)
+        self.values(block)
+
+    def reach(self, t: Value, block: Block) -> Value:
+        """How many keys of the block tile t goes through."""
+        if self.spec.tile_m % self.spec.tile_rows:  # a tile of values has rows of two tiles of scores
+            return block.keys
+        per_tile = self.spec.tile_m // self.spec.lanes
+        most = block.limit(t * per_tile)[2]
+        for v in range(1, per_tile):
+            most = most.max(block.limit(t * per_tile + v)[2])
+        return most.min(block.keys)
+
+    def widen_k(self, block: Block) -> tuple[Value, int | Value]:
+        """K as FP32 rows, and their stride."""
+        g, s, m, W = self.g, self.spec, self.m, self.spec.lanes
+        if s.held == "f32" and s.staged:
+            return block.k, block.k_row
+        with g.loop(0, block.keys) as j:
+            source, to = block.k + j * block.k_row, m["wide"] + j * self.wide_row
+
+            def copy(c: Value, half: int, rest: bool, source: Value = source, to: Value = to) -> None:
+                if rest:
+                    end = s.D // s.chunk * s.chunk * SIZE[s.held]
+                    x = tail(source + end, s.held, W, half, s.D % s.chunk)
+                else:
+                    x = self.read(source, s.held, c, half)
+                (to + (c * s.chunk + half * W) * 4).store(x, 4)
+
+            self.each_vector(s.D, copy)
+        return m["wide"], self.wide_row
+
+    def scores(self, t: Value, k: Value, k_row: int | Value, reach: Value, block: Block) -> None:
+        """S [key, row] of a tile, scaled, masked and hidden; m["factor"] holds the new max."""
+        g, s, m, W = self.g, self.spec, self.m, self.spec.lanes
+        per_tile, width = s.tile_m // W, s.tile_m * 4
+        q = m["q"] + t * (s.tile_m * self.wide_row)
+        to = m["scores"] + t * width
+        vectors = [t * per_tile + v for v in range(per_tile)]
+        # NOTE: tile_n may go past the keys that there are, where the mask's addends are what memory held
+        least, end, limits = reach, reach.index().splat(W), []
+        for vector in vectors:
+            limit, low, _ = block.limit(vector)
+            limits.append(limit.min(end))
+            least = least.min(low)
+        tops = [g.variable((m["max"] + v * (4 * W)).load(self.V, 4)) for v in vectors]
+        scale = self.scale.splat(W)
+        columns = s.D if s.D <= MOST_COLUMNS else SOME_COLUMNS
+        with g.loop(0, s.D, columns) as c0, g.loop(0, reach, s.tile_n) as j:
+            keys = [k + (j + n).min(block.keys - 1) * k_row for n in range(s.tile_n)]
+            places = [[to + (j + n) * (s.rows * 4) + v * W * 4 for v in range(per_tile)] for n in range(s.tile_n)]
+            first = c0.equals(0)
+            start = lambda p: self.zero if columns == s.D else first.pick(self.zero, p.load(self.V, 4))  # noqa: E731
+            sums = [[g.variable(start(p)) for p in row] for row in places]
+            self.prefetch(t, j, block)
+            with g.loop(c0, (c0 + columns).min(s.D), UNROLL) as c:
+                for u in range(UNROLL):
+                    rows = [(q + (c + u) * width + v * W * 4).load(self.V, 4) for v in range(per_tile)]
+                    for key, totals in zip(keys, sums, strict=True):
+                        x = (key + (c + u) * 4).load(F32, 4).splat(W)
+                        for y, total in zip(rows, totals, strict=True):
+                            total.set(x.fma(y, total.get()))
+            with g.when(c0 + columns >= s.D):
+                for n, totals in enumerate(sums):
+                    for v, total in enumerate(totals):
+                        z = total.get() * scale
+                        if s.mask:
+                            z = z + (m["bias"] + (j + n) * width + v * W * 4).load(self.V, 4)
+                        total.set(z)
+                with g.when(least < j + s.tile_n):
+                    for n, totals in enumerate(sums):
+                        key = (j + n).index().splat(W)
+                        for limit, total in zip(limits, totals, strict=True):
+                            total.set((key < limit).pick(total.get(), -math.inf))
+                for totals in sums:
+                    for total, top in zip(totals, tops, strict=True):
+                        top.set(top.get().max(total.get()))
+            for row, totals in zip(places, sums, strict=True):
+                for p, total in zip(row, totals, strict=True):
+                    p.store(total.get(), 4)
+        for vector, top in zip(vectors, tops, strict=True):
+            (m["factor"] + vector * (4 * W)).store(top.get(), 4)
+
+    def prefetch(self, t: Value, j: Value, block: Block) -> None:
+        """Ask for the next block's rows [j, j + tile_n), each tile for its share of their lines."""
+        s = self.spec
+        if block.ahead is None:
+            return
+        for base, stride, columns in zip(block.ahead, (block.k_row, block.v_row), (s.D, s.Dv), strict=True):
+            share = -(-columns * SIZE[s.kv] // (64 * s.tiles)) * 64
+            for n in range(s.tile_n):
+                for line in range(0, share, 64):
+                    self.g.prefetch(base + (j + n) * stride + t * share + line, 2)
+
+    def softmax(self, t: Value, reach: Value) -> None:
+        """Move the running max; p = exp(S - max), and its sum."""
+        g, s, m, W = self.g, self.spec, self.m, self.spec.lanes
+        per_tile = s.tile_m // W
+        with g.loop(t * per_tile, (t + 1) * per_tile) as v:
+            at = v * (4 * W)
+            peak = (m["factor"] + at).load(self.V, 4)
+            base = peak.equals(-math.inf).pick(0.0, peak)  # a row that sees no key yet: exp(-inf) is 0
+            factor = exp((m["max"] + at).load(self.V, 4) - base)
+            (m["max"] + at).store(peak, 4)
+            (m["factor"] + at).store(factor, 4)
+            total = g.variable((m["sum"] + at).load(self.V, 4) * factor)
+            with g.loop(0, reach) as j:
+                p = m["scores"] + j * (s.rows * 4) + at
+                x = exp(p.load(self.V, 4) - base)
+                p.store(x, 4)
+                total.set(total.get() + x)
+            (m["sum"] + at).store(total.get(), 4)
+
+    def values(self, block: Block) -> None:
+        """O = O factor + p V: all columns of a tile of rows, or all rows of a chunk, so that V stays in L1."""
+        g, s, W = self.g, self.spec, self.spec.lanes
+        size = s.chunk * SIZE[s.held]
+        whole, left = s.Dv // s.chunk, s.Dv % s.chunk
+
+        def tile(r: Value, c: Value) -> None:
+            self.columns(r, c, block.v + c * size, block, range(2), lambda p, half: chunk(p, s.held, W, half))
+
+        if s.Dv <= MOST_COLUMNS:
+            with g.loop(0, self.nr, s.tile_rows) as r, g.loop(0, whole) as c:
+                tile(r, c)
+        else:
+            with g.loop(0, whole) as c, g.loop(0, self.nr, s.tile_rows) as r:
+                tile(r, c)
+        if left:
+            with g.loop(0, self.nr, s.tile_rows) as r:
+                read = lambda p, half: tail(p, s.held, W, half, left)  # noqa: E731
+                self.columns(r, g.const(whole), block.v + whole * size, block, self.tail_halves(s.Dv), read)
+
+    def columns(
+        self, first: Value, c: Value, v: Value, block: Block, halves: range, read: Callable[[Value, int], Value]
+    ) -> None:
+        """One chunk of columns of O, of a tile of rows."""
+        g, s, m, W = self.g, self.spec, self.m, self.spec.lanes
+        rows, reach = s.tile_rows, self.reach(first // s.tile_m, block)
+        with g.when(reach > 0):  # else its factor is that of an earlier block
+            o = m["o"] + (c * (s.rows * s.chunk) + first * s.chunk) * 4
+            sums = {}
+            for r in range(rows):
+                factor = (m["factor"] + (first + r) * 4).load(F32, 4).splat(W)
+                for half in halves:
+                    sums[r, half] = g.variable((o + (r * s.chunk + half * W) * 4).load(self.V, 4) * factor)
+            with g.loop(0, reach) as j:
+                xs = [read(v + j * block.v_row, half) for half in halves]
+                for r in range(rows):
+                    p = (m["scores"] + j * (s.rows * 4) + (first + r) * 4).load(F32, 4).splat(W)
+                    for x, half in zip(xs, halves, strict=True):
+                        sums[r, half].set(p.fma(x, sums[r, half].get()))
+            for (r, half), total in sums.items():
+                (o + (r * s.chunk + half * W) * 4).store(total.get(), 4)
