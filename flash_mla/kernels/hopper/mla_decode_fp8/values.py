@@ -23,7 +23,7 @@ from flash_mla.kernels.hopper.mla_decode_fp8.config import (
     Bar,
     Config,
 )
-from flash_mla.kernels.hopper.mla_decode_fp8.e4m3 import separate
+from flash_mla.kernels.hopper.e4m3 import separate
 from flash_mla.kernels.hopper.mla_decode_fp8.query import load_query
 from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared, Tensors
 from flash_mla.kernels.hopper.transpose import transpose_load

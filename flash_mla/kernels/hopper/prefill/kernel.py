@@ -57,10 +57,11 @@ from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
 from flash_mla.kernels.hopper.memory import allocate
-from flash_mla.kernels.hopper.prefill.config import REGISTERS, TASK, TASK_STAGES, Config
+from flash_mla.kernels.hopper.prefill.config import TASK, TASK_STAGES, TRANSPOSERS, ZEROS, Config
 from flash_mla.kernels.hopper.prefill.consumer import Consumer, consume
 from flash_mla.kernels.hopper.prefill.producer import Producer
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Tensors, receive
+from flash_mla.kernels.hopper.prefill.transposer import Transposer
 
 # ---------------------------------------------------------------------------------------------------------- Kernel
 
@@ -89,15 +90,16 @@ class Prefill:
             order = [3, 4, 2, 1, 0] if paged else [2, 3, 1, 0]
             return cute.make_tensor(x.iterator, cute.select(x.layout, mode=order))
 
-        def box(rows: int) -> cute.ComposedLayout:
-            return row_layout(DTYPES[config.dtype], rows, CHUNK)
+        def tma(kind, x: cute.Tensor, paged: bool, rows: int, columns: int, dtype: str = config.dtype):
+            box = row_layout(DTYPES[dtype], rows, columns, row_bytes=columns * DTYPES[dtype].width // 8)
+            return cpasync.make_tiled_tma_atom(kind, rows_first(x, paged), box, (rows, columns))
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         m, n = config.tile_m, config.box_rows
-        tma_q, tQ = cpasync.make_tiled_tma_atom(load, rows_first(q, False), box(m), (m, CHUNK))
-        tma_k, tK = cpasync.make_tiled_tma_atom(load, rows_first(k, config.paged), box(n), (n, CHUNK))
-        tma_v, tV = cpasync.make_tiled_tma_atom(load, rows_first(v, config.paged), box(n), (n, CHUNK))
-        tma_o, tO = cpasync.make_tiled_tma_atom(store, rows_first(out, False), box(m), (m, CHUNK))
+        tma_q, tQ = tma(load, q, False, m, config.chunk(config.D))
+        tma_k, tK = tma(load, k, config.paged, n, config.chunk(config.D))
+        tma_v, tV = tma(load, v, config.paged, n, config.chunk(config.Dv))
+        tma_o, tO = tma(store, out, False, m, CHUNK, config.out)
         self.kernel(tma_q, tQ, tma_k, tK, tma_v, tV, tma_o, tO, out, tensors, scalars).launch(
             grid=(ctas, 1, 1),
             block=(config.threads, 1, 1),
@@ -131,14 +133,17 @@ class Prefill:
         class Storage:
             sQ: cute.struct.Align[cute.struct.MemRange[dtype, config.q_stages * config.tile_m * config.D], 1024]
             sK: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.D], 1024]
-            sV: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.Dv], 1024]
-            staged: cute.struct.Align[cute.struct.MemRange[dtype, config.staged_elements], 128]
+            sV: cute.struct.Align[cute.struct.MemRange[dtype, config.v_stages * config.tile_n * config.Dv], 1024]
+            sVt: cute.struct.Align[cute.struct.MemRange[dtype, config.turned_stages * config.tile_n * config.Dv], 1024]
+            staged: cute.struct.Align[cute.struct.MemRange[DTYPES[config.out], config.staged_elements], 128]
+            zeros: cute.struct.Align[cute.struct.MemRange[Int32, ZEROS // 4 * config.fp8], 16]
             sTask: cute.struct.MemRange[Int32, TASK_STAGES * TASK]
             sKeys: cute.struct.MemRange[Int32, config.stages]
             task_barriers: cute.struct.MemRange[Int64, Channel.words(TASK_STAGES)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
             k_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]
-            v_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]
+            v_barriers: cute.struct.MemRange[Int64, Channel.words(config.v_stages)]
+            turned_barriers: cute.struct.MemRange[Int64, Channel.words(config.turned_stages)]
             out_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
 
         shared = Shared.over(config, allocate(Storage, config))
@@ -148,7 +153,7 @@ class Prefill:
             open_channels(shared.channels, (tma_q, tma_k, tma_v, tma_o))
         cute.arch.sync_threads()
 
-        registers, few_registers = REGISTERS[config.consumers]
+        registers, few_registers = config.registers
         producer_warp = 4 * config.consumers
         if warp_id >= producer_warp:
             cute.arch.setmaxregister_decrease(few_registers)
@@ -157,6 +162,9 @@ class Prefill:
             elif const_expr(not config.staged):  # noqa: SIM102
                 if warp_id == producer_warp + 1:
                     self.store(shared, tma_o, tO, scalars)
+            elif const_expr(config.fp8):  # noqa: SIM102
+                if warp_id > 4 * config.consumers + 3 - TRANSPOSERS:
+                    Transposer.over(shared, warp_id - (4 * config.consumers + 4 - TRANSPOSERS)).run()
         else:
             cute.arch.setmaxregister_increase(registers)
             tidx, _, _ = cute.arch.thread_idx()
@@ -194,10 +202,9 @@ class Prefill:
 
 def arguments(config: Config) -> tuple:
     """Symbolic arguments of `Prefill.__call__`."""
-    dtype = DTYPES[config.dtype]
 
-    def tensor(*tail: int) -> cute.Tensor:
-        return symbolic.tensor(dtype, (None, None, None, *tail), tma=range(2 + len(tail)))
+    def tensor(*tail: int, dtype: str = config.dtype) -> cute.Tensor:
+        return symbolic.tensor(DTYPES[dtype], (None, None, None, *tail), tma=range(2 + len(tail)))
 
     def keys(columns: int) -> cute.Tensor:
         return tensor(BLOCK, columns) if config.paged else tensor(columns)
@@ -218,7 +225,8 @@ def arguments(config: Config) -> tuple:
         mask_bits=symbolic.tensor(Int32, [None] * 4),
     )
     scalars = Scalars(Float32(1.0), *(Int32(1) for _ in Scalars._fields[1:]))
-    return tensor(config.D), keys(config.D), keys(config.Dv), tensor(config.Dv), tensors, scalars, Int32(1)
+    out = tensor(config.Dv, dtype=config.out)
+    return tensor(config.D), keys(config.D), keys(config.Dv), out, tensors, scalars, Int32(1)
 
 
 def build(config: Config, options: str = ""):

@@ -1,9 +1,39 @@
-"""Words of four e4m3: made from FP32, and turned from rows of a cache into columns."""
+"""P in e4m3, and words of four e4m3: made from FP32, and turned from rows of a cache into columns.
+
+P = 2^(S - reference). e4m3 has four bits from 2^-6 to 448 = 2^8.8, so that the reference decides which weights survive.
+It stays whole powers of two below a row's largest score so far, whose P is exact then: the errors are 4 % smaller.
+"""
 
 from __future__ import annotations
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
+
+from flash_mla.kernels.hopper.softmax import Rows
+
+PEAK = 6.0
+"""Where a row's reference puts the largest P of a block when it moves: below 2^7, and the largest of all at 2^6."""
+HIGHEST = 8.75
+"""A block whose largest P would lie above 2^8.75 moves the reference up."""
+LOWEST = 0.0
+"""A block whose largest P would lie below 2^0 moves it down."""
+FAR = 30.0
+"""But not to a block whose largest score is 2^-30 of the largest so far."""
+
+
+@cute.jit
+def move_reference(rows: Rows, tops: cute.Tensor, r: cutlass.Constexpr, peak) -> None:
+    """Move the reference `rows.max` of a row to a new maximum, or if a block's P would leave what e4m3 holds well.
+
+    tops: the largest score of each row so far, LOW before the first; peak: that of the block. All base 2.
+    """
+    before, old = tops[r], rows.max[r]
+    top = cute.arch.fmax(before, peak)
+    low = peak < old + LOWEST and peak > top - FAR
+    moves = peak > before or peak > old + HIGHEST or low
+    rows.move_max(r, top - cute.math.floor(top - peak) - PEAK if moves else old)
+    tops[r] = top
 
 
 @cute.jit
@@ -46,10 +76,32 @@ def sum_pairs(a, b, c, d):
 
 
 @cute.jit
+def word(a, b, c, d):
+    """Four numbers as e4m3 in a word."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, {$r1}, {$r0}; "
+        "cvt.rn.satfinite.e4m3x2.f32 hi, {$r3}, {$r2}; mov.b32 {$w0}, {lo, hi}; }",
+        write_only_types=[Int32],
+        read_only_args=[a, b, c, d],
+    )
+
+
+@cute.jit
 def separate(low, high):
     """Bytes (key 0, d 0), (0, 1), (1, 0), (1, 1) of keys 0, 1 and of 8, 9 -> keys 0, 1, 8, 9 of d 0 and of d 1."""
     return cute.arch.inline_ptx(
         "prmt.b32 {$w0}, {$r0}, {$r1}, 0x6420; prmt.b32 {$w1}, {$r0}, {$r1}, 0x7531;",
         write_only_types=[Int32, Int32],
         read_only_args=[low, high],
+    )
+
+
+@cute.jit
+def separate_either(low, high, odd):
+    """The same, d 1 before d 0 where `odd` is 1, not 0."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 a, b; mad.lo.s32 a, {$r2}, 0x1111, 0x6420; xor.b32 b, a, 0x1111; "
+        "prmt.b32 {$w0}, {$r0}, {$r1}, a; prmt.b32 {$w1}, {$r0}, {$r1}, b; }",
+        write_only_types=[Int32, Int32],
+        read_only_args=[low, high, odd],
     )
