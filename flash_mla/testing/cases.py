@@ -373,12 +373,15 @@ def prefill_cases() -> list[PrefillCase]:
     for D, Dv in ((64, 64), (128, 128), (192, 128), (256, 256)):
         # several tiles of every kernel
         long = PrefillCase("", 700, Hq=4, Hk=2, D=D, Dv=Dv)
+        fp8 = replace(long, dtype=FP8, descale="tensor")
         cases += [
             replace(long, name=f"prefill/long-{D}-{Dv}"),
             replace(long, name=f"prefill/long-{D}-{Dv}-ragged", lengths=(700, 333), causal=False),
             replace(long, name=f"prefill/long-{D}-{Dv}-sparse", sparse="heads", causal=False),
             replace(long, name=f"prefill/long-{D}-{Dv}-sparse-causal", sparse="heads", causal=True),
             replace(long, name=f"prefill/long-{D}-{Dv}-mask", mask="bool"),
+            replace(fp8, name=f"prefill/long-{D}-{Dv}-fp8", sink=True),
+            replace(fp8, name=f"prefill/long-{D}-{Dv}-fp8-ragged", lengths=(700, 333), causal=False),
         ]
     cases += [
         replace(base, name="prefill/mask-float-128", mask="float", D=128),
@@ -413,6 +416,7 @@ def mha_cases() -> list[MhaCase]:
         ]
     base = MhaCase("", 130)
     chunk = replace(base, P=70, starts=(100, 64))
+    fp8 = replace(base, dtype=FP8, descale="tensor", D=192, Dv=128)
     masks: tuple[MaskShape, ...] = ("bool", "float", "bool-heads", "float-heads")
     for mask in masks:
         cases += [
@@ -439,5 +443,7 @@ def mha_cases() -> list[MhaCase]:
         replace(base, name="mha/latent", D=576, Dv=512, alias=True, write=False),
         replace(chunk, name="mha/latent-chunk", D=576, Dv=512, alias=True, write=False, layout="pool"),
         replace(chunk, name="mha/fp8-pool", dtype=FP8, descale="float", layout="pool"),
+        replace(fp8, name="mha/fp8-long", P=700),
+        replace(fp8, name="mha/fp8-long-chunk", P=300, starts=(450, 64), layout="pool"),
     ]
     return cases

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from sass import NEEDS, compiled
 
-from flash_mla.kernels.hopper.limits import REGISTERS, SMEM_BYTES
-from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
+from flash_mla.kernels.hopper.limits import REGISTERS, SMEM_BYTES, WARPGROUP
+from flash_mla.kernels.hopper.prefill.config import TRANSPOSERS, WIDTHS, Config
 
 pytestmark = NEEDS
 
@@ -17,6 +17,8 @@ VARIANTS = [
 ]
 """(D, Dv, paged, sparse) in BF16. FP16 differs in the type of an instruction; pages and a list together in the producer
 alone, and each is compiled."""
+FP8_VARIANTS = [(*width, False) for width in WIDTHS] + [(128, 128, True)]
+"""(D, Dv, paged) in FP8."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -39,6 +41,27 @@ def test_prefill(variant: tuple[int, int, bool, bool], tmp_path: Path) -> None:
     # NOTE: serialised wgmma shows as one arrive and one wait an instruction
     assert sass.count(r"WARPGROUP\.ARRIVE") <= 8
     assert sass.count(r"WARPGROUP\.DEPBAR") <= 8
+
+
+@pytest.mark.parametrize("variant", FP8_VARIANTS, ids=str)
+def test_prefill_fp8(variant: tuple[int, int, bool], tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.prefill.kernel import build
+
+    config = Config("fp8", *variant, sparse=False)
+    assert config.smem_bytes() <= SMEM_BYTES
+    assert WARPGROUP * (config.consumers * config.registers[0] + config.registers[1]) <= REGISTERS
+    sass = compiled(build, config, tmp_path)
+    ((registers, _),) = sass.resources
+    assert registers == REGISTERS // config.threads // 8 * 8
+    assert sass.spills == (0, 0, 0)
+    # steps as in 16 bits, of 32 elements an instruction
+    assert sass.count("QGMMA") == 4 * (config.D // 32 + config.tile_n // 32)
+    assert sass.count("HGMMA") == 0
+    assert sass.count(r"WARPGROUP\.ARRIVE") <= 8
+    assert sass.count(r"WARPGROUP\.DEPBAR") <= 8
+    # V turned: 16 columns of 32 keys a load and a store
+    turns = config.tile_n // 32 * config.Dv // 16 // TRANSPOSERS
+    assert sass.count(r"LDSM\.16\.MT88\.4") == turns
 
 
 def test_pack_mask(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, const_expr
 
+from flash_mla.kernels.hopper.e4m3 import pack_twice
 from flash_mla.kernels.hopper.limits import TILE_M
 from flash_mla.kernels.hopper.mla_decode_fp8.config import CHUNK, DV, ROPE, WARPS_A_GROUP
-from flash_mla.kernels.hopper.e4m3 import pack_twice
 from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared
 
 QUERY_WARPS = 2 * WARPS_A_GROUP

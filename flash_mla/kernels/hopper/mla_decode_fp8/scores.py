@@ -12,15 +12,16 @@ from cutlass import Float8E4M3FN, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from flash_mla.kernels.hopper import packing, split
+from flash_mla.kernels.hopper.e4m3 import move_reference, pack, pack_twice, sum_pairs
 from flash_mla.kernels.hopper.lanes import quad_sum
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars
 from flash_mla.kernels.hopper.mla_decode_fp8.config import DV, P_STAGES, WARPS_A_GROUP, Config
-from flash_mla.kernels.hopper.e4m3 import move_reference, pack, pack_twice, sum_pairs
 from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared, Tensors
 from flash_mla.kernels.hopper.softmax import LOW, Rows
 from flash_mla.kernels.hopper.walk import Done, Place, walk
 from flash_mla.kernels.hopper.work import Work
+
 
 @dataclass(frozen=True)
 class Scores:

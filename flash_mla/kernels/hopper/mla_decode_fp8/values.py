@@ -12,6 +12,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.barriers import sync
+from flash_mla.kernels.hopper.e4m3 import separate
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars
 from flash_mla.kernels.hopper.mla_decode_fp8.config import (
@@ -23,7 +24,6 @@ from flash_mla.kernels.hopper.mla_decode_fp8.config import (
     Bar,
     Config,
 )
-from flash_mla.kernels.hopper.e4m3 import separate
 from flash_mla.kernels.hopper.mla_decode_fp8.query import load_query
 from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared, Tensors
 from flash_mla.kernels.hopper.transpose import transpose_load

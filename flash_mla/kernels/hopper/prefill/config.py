@@ -193,8 +193,7 @@ class Config:
         return 4 * self.consumers * STAGED if self.staged else 0
 
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA: Q, K, V, V transposed, zeros, staged out, descriptions of tiles and blocks, barriers.
-        """
+        """Shared memory of a CTA: Q, K, V as it comes and transposed, zeros, staged out, descriptions, barriers."""
         q = self.itemsize * self.q_stages * self.tile_m * self.D
         k = self.itemsize * self.stages * self.tile_n * self.D
         v = self.itemsize * (self.v_stages + self.turned_stages) * self.tile_n * self.Dv

@@ -58,9 +58,10 @@ from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.prefill.config import TASK, TASK_STAGES, TRANSPOSERS, ZEROS, Config
-from flash_mla.kernels.hopper.prefill.consumer import Consumer, consume
+from flash_mla.kernels.hopper.prefill.consumer import Consumer
 from flash_mla.kernels.hopper.prefill.producer import Producer
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Tensors, receive
+from flash_mla.kernels.hopper.prefill.steps import consume
 from flash_mla.kernels.hopper.prefill.transposer import Transposer
 
 # ---------------------------------------------------------------------------------------------------------- Kernel
@@ -159,7 +160,7 @@ class Prefill:
             cute.arch.setmaxregister_decrease(few_registers)
             if warp_id == producer_warp:
                 Producer.over(shared, tma_q, tQ, tma_k, tK, tma_v, tV).run(tensors, scalars, tQ)
-            elif const_expr(not config.staged):  # noqa: SIM102
+            elif const_expr(not config.staged):
                 if warp_id == producer_warp + 1:
                     self.store(shared, tma_o, tO, scalars)
             elif const_expr(config.fp8):  # noqa: SIM102
