@@ -108,6 +108,7 @@ ENGINE = (0, 128, 64 * 8 * 128, 8 * 128, 1)
         {},
         {"dtype": torch.float16, "kv_dtype": torch.float16, "out_dtype": torch.float16},
         {"dtype": FP8, "kv_dtype": FP8, "descale": True},
+        {"kv_dtype": FP8},
         {"k_strides": ENGINE, "v_strides": ENGINE},
         {"sink": True},
         {"S_q": 8, "q_strides": (32 * 8 * 128, 8 * 128, 128, 1)},
@@ -123,7 +124,8 @@ def test_takes(changes: dict) -> None:
         ({"dtype": torch.float32, "kv_dtype": torch.float32, "out_dtype": torch.float32}, "BF16, FP16 and FP8"),
         ({"D": 576}, "at most 256"),
         ({"Dv": 512}, "at most 256"),
-        ({"kv_dtype": FP8}, "one dtype"),
+        ({"dtype": FP8, "descale": True}, "cache: FP8"),
+        ({"kv_dtype": FP8, "D": 68}, "a multiple of 8"),
         ({"S_q": 9}, "at most 8 query tokens"),
         ({"mask": "bool"}, "a bool mask"),
         ({"q_strides": (32 * 128, 128, 32 * 128, 1), "S_q": 2}, "evenly spaced"),
@@ -162,7 +164,14 @@ def test_facts_that_no_kernel_takes(changes: dict, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "tile_n"),
-    [({}, 8), ({"Hk": 32}, 8), ({"Hk": 1}, 32), ({"Hk": 1, "S_q": 3}, 64), ({"Hk": 1, "S_q": 3, "Dv": 256}, 32)],
+    [
+        ({}, 8),
+        ({"Hk": 32}, 8),
+        ({"Hk": 1}, 32),
+        ({"Hk": 1, "S_q": 3}, 64),
+        ({"Hk": 1, "S_q": 3, "Dv": 256}, 32),
+        ({"Hk": 1, "S_q": 3, "kv_dtype": FP8}, 32),
+    ],
 )
 def test_config_holds_the_rows_of_a_kv_head(changes: dict, tile_n: int) -> None:
     assert gqa_decode.config(problem(**changes)).tile_n == tile_n

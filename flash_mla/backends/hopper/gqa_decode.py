@@ -7,7 +7,7 @@ import torch
 from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import DTYPES, multiprocessors
 from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
-from flash_mla.kernels.hopper.gqa_decode.config import MAX_D, MAX_S_Q, TILES_N, WIDE_DV, Config
+from flash_mla.kernels.hopper.gqa_decode.config import MAX_D, MAX_S_Q, PIECE, TILES_N, WIDE_DV, Config
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
 
 
@@ -18,11 +18,12 @@ def refuse(problem: DecodeProblem) -> str | None:
         return (
             f"dtype {problem.dtype} -> {problem.out_dtype}: the kernel takes BF16, FP16 and FP8, and gives BF16 for FP8"
         )
+    two_terms = problem.kv_dtype != problem.dtype
+    if two_terms and (problem.kv_dtype != FP8 or problem.D % PIECE):
+        return f"q {problem.dtype} of D = {problem.D} over a {problem.kv_dtype} cache: FP8, and D a multiple of {PIECE}"
     if max(problem.D, problem.Dv) > MAX_D:
         return f"D = {problem.D}, Dv = {problem.Dv}: at most {MAX_D}"
-    if problem.kv_dtype != problem.dtype:
-        return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
-    itemsize = problem.dtype.itemsize
+    itemsize = problem.kv_dtype.itemsize
     return (
         decode.refuse_queries(problem, MAX_S_Q)
         or refuse_query(problem)
@@ -33,9 +34,10 @@ def refuse(problem: DecodeProblem) -> str | None:
 
 def config(problem: DecodeProblem) -> Config:
     """The kernel variant: the smallest tile that holds a KV head's rows, or several of the largest."""
-    rows, tiles = problem.ratio * problem.S_q, TILES_N if problem.Dv <= WIDE_DV else TILES_N[:-1]
+    rows, two_terms = problem.ratio * problem.S_q, problem.kv_dtype != problem.dtype
+    tiles = TILES_N[:-1] if two_terms or problem.Dv > WIDE_DV else TILES_N
     tile_n = next((n for n in tiles if n >= rows), tiles[-1])
-    return Config(DTYPES[problem.dtype], problem.D, problem.Dv, tile_n, problem.descale)
+    return Config(DTYPES[problem.kv_dtype], problem.D, problem.Dv, tile_n, problem.descale, DTYPES[problem.dtype])
 
 
 def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:

@@ -64,6 +64,41 @@ def pack_twice(a, b, c, d):
 
 
 @cute.jit
+def powers(peak):
+    """The power of two that takes `peak` to 2^7 .. 2^8, and its inverse."""
+    return cute.arch.inline_ptx(
+        "{ .reg .s32 e, d; shr.u32 e, {$r0}, 23; max.s32 e, e, 8; min.s32 e, e, 254; sub.s32 d, 261, e; "
+        "shl.b32 d, d, 23; sub.s32 e, e, 7; shl.b32 e, e, 23; mov.b32 {$w0}, d; mov.b32 {$w1}, e; }",
+        write_only_types=[Float32, Float32],
+        read_only_args=[peak],
+    )
+
+
+@cute.jit
+def split_row(values: cute.Tensor):
+    """A row of 16-bit numbers as the sum of two of e4m3, by one warp: (words of the first, words of the second, unit).
+
+    values: this lane's numbers, four a word; unit: the power of two by which both rows are too small. Four bits of a
+    number and four more of the rest are the eight bits of a BF16, so that products with both rows are those of BF16 (of
+    FP16 up to 2^-9). The row is first multiplied by a power of two that takes its largest number to 2^7 .. 2^8; what
+    then lies below 2^-9 is lost: 2^-17 of the largest.
+    """
+    peak = Float32(0.0)
+    for i in cutlass.range_constexpr(cute.size(values)):
+        number = values[i].to(Float32)
+        peak = cute.arch.fmax(peak, cute.arch.fmax(number, -number))
+    for i in cutlass.range_constexpr(5):
+        peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=1 << i))
+    factor, unit = powers(peak)
+    high, low = [], []
+    for i in cutlass.range_constexpr(0, cute.size(values), 4):
+        words = pack_twice(*(values[i + at].to(Float32) * factor for at in range(4)))
+        high.append(words[0])
+        low.append(words[1])
+    return high, low, unit
+
+
+@cute.jit
 def sum_pairs(a, b, c, d):
     """Sum of eight FP16, four pairs."""
     low, high = cute.arch.inline_ptx(

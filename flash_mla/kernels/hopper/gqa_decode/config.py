@@ -26,13 +26,17 @@ MAX_S_Q = 8
 TILES_N = (8, 16, 32, 64)
 """Query rows of a CTA."""
 WIDE_DV = 128
-"""Dv that a tile of 64 rows may have: O of a wider one does not fit into the registers."""
+"""Dv that a tile of 64 rows may have, of queries in one term: O of a wider one does not fit into the registers."""
 
 CHUNK_BYTES = BLOCK * ROW_BYTES
 WARPS, CONSUMER_WARPS = 12, 8
 THREADS, CONSUMERS = WARP * WARPS, WARP * CONSUMER_WARPS
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 assert CONSUMERS * CONSUMER_REGISTERS + (THREADS - CONSUMERS) * PRODUCER_REGISTERS <= REGISTERS
+PIECE = 8
+"""Elements of q in 16 bytes, which a lane of those warps loads at a time."""
+QUERY_WARPS = 2
+"""Warps that make two rows of every query, beside the two of the producer's warpgroup that have other things to do."""
 MAX_STAGES = 12
 MAX_Q_STAGES = 4
 
@@ -48,8 +52,8 @@ class Bar(IntEnum):
 class Config:
     """What is compiled: everything else is an argument of the kernel.
 
-    dtype of q, k and v (out: the same, BF16 for FP8); D, Dv; tile_n, the query rows of a CTA; descale: whether q, k and
-    v have factors.
+    dtype of k and v; D, Dv; tile_n, the query rows of a CTA; descale: whether q, k and v have factors; q, the dtype of
+    the queries: that of k and v, or 16 bits over FP8 (out: the same, BF16 for FP8).
     """
 
     dtype: Literal["bf16", "fp16", "fp8"]
@@ -57,6 +61,22 @@ class Config:
     Dv: int
     tile_n: int
     descale: bool
+    q: Literal["bf16", "fp16", "fp8"]
+
+    @property
+    def out(self) -> Literal["bf16", "fp16"]:
+        """The dtype of out."""
+        return "bf16" if self.q == "fp8" else self.q
+
+    @property
+    def q_terms(self) -> int:
+        """Rows of the caches' dtype whose sum is a query."""
+        return 1 if self.q == self.dtype else 2
+
+    @property
+    def q_rows(self) -> int:
+        """Rows of a tile of Q in shared memory."""
+        return self.tile_n * self.q_terms
 
     @property
     def fp8(self) -> bool:
@@ -105,7 +125,7 @@ class Config:
     @property
     def fixed_bytes(self) -> int:
         """Shared memory of a CTA without the stages: Q, P, row sums and maxima, work search, barriers."""
-        q = self.q_stages * self.k_chunks * self.tile_n * ROW_BYTES
+        q = self.q_stages * (self.k_chunks * self.q_rows * ROW_BYTES + 4 * self.tile_n * (self.q_terms - 1))
         p = 2 * 2 * self.tile_n * BLOCK * 2
         rows = 4 * (CONSUMER_WARPS + 2) * self.tile_n
         return q + p + rows + 4 * split.scan_words(WARPS) + barrier_bytes(MAX_STAGES, MAX_STAGES, MAX_Q_STAGES)
@@ -122,8 +142,8 @@ class Config:
 
     @property
     def stride_unit(self) -> int:
-        """Elements of which TMA's strides are multiples."""
-        return TMA_BYTES if self.fp8 else TMA_BYTES // 2
+        """Elements of which the strides of q are multiples."""
+        return TMA_BYTES if self.q == "fp8" else TMA_BYTES // 2
 
     def workspace_words(self, ctas: int) -> int:
         """32-bit words of workspace: partial results, their lse, notes of split items."""

@@ -37,7 +37,7 @@ Measured: docs/design/gqa-decode.md.
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from flash_mla.kernels.hopper import symbolic
@@ -51,12 +51,15 @@ from flash_mla.kernels.hopper.gqa_decode.config import (
     MAX_Q_STAGES,
     MAX_STAGES,
     PRODUCER_REGISTERS,
+    QUERY_WARPS,
     THREADS,
     WARPS,
     Config,
 )
 from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer
 from flash_mla.kernels.hopper.gqa_decode.producer import Producer, prefetch_table
+from flash_mla.kernels.hopper.gqa_decode.queries import Consumer as TwoTermConsumer
+from flash_mla.kernels.hopper.gqa_decode.queries import Queries
 from flash_mla.kernels.hopper.gqa_decode.result import Segments
 from flash_mla.kernels.hopper.gqa_decode.shared import Scalars, Shared, Tensors
 from flash_mla.kernels.hopper.limits import BLOCK, WARPGROUP
@@ -111,6 +114,7 @@ class GqaDecode:
         gK, gV = self.pages(k, k_requests), self.pages(v, v_requests)
         packed_out, packed_lse = packed_rows(out, lse)
         tensors = Tensors(
+            gQ,
             table,
             seq_lens,
             sink,
@@ -122,7 +126,9 @@ class GqaDecode:
             Partials.over(workspace, ctas, config.tile_n, config.Dv),
         )
         load, N, chunk = cpasync.CopyBulkTensorTileG2SOp(), config.tile_n, config.chunk
-        tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, row_layout(dtype, N, chunk), (N, chunk))
+        tma_q = tQ = None
+        if const_expr(config.q_terms == 1):
+            tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, row_layout(dtype, N, chunk), (N, chunk))
         tma_k, tK = cpasync.make_tiled_tma_atom(load, gK, row_layout(dtype, BLOCK, chunk), (BLOCK, chunk))
         tma_v, tV = cpasync.make_tiled_tma_atom(load, gV, row_layout(dtype, BLOCK, chunk), (BLOCK, chunk))
         scalars = Scalars(scale_log2, S_q, has_sink, rows, (rows + (N - 1)) // N, heads)
@@ -144,8 +150,8 @@ class GqaDecode:
     @cute.kernel
     def kernel(
         self,
-        tma_q: cute.CopyAtom,
-        tQ: cute.Tensor,
+        tma_q: cute.CopyAtom | None,
+        tQ: cute.Tensor | None,
         tma_k: cute.CopyAtom,
         tK: cute.Tensor,
         tma_v: cute.CopyAtom,
@@ -160,7 +166,7 @@ class GqaDecode:
         @cute.struct
         class Storage:
             sQ: cute.struct.Align[
-                cute.struct.MemRange[dtype, config.q_stages * config.k_chunks * config.tile_n * config.chunk], 1024
+                cute.struct.MemRange[dtype, config.q_stages * config.k_chunks * config.q_rows * config.chunk], 1024
             ]
             sK: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.k_chunks * chunk_elements], 1024]
             sV: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.v_chunks * chunk_elements], 1024]
@@ -168,6 +174,7 @@ class GqaDecode:
             sSum: cute.struct.MemRange[Float32, CONSUMER_WARPS * config.tile_n]
             sMax: cute.struct.MemRange[Float32, 2 * config.tile_n]
             sScan: cute.struct.MemRange[Int32, scan_words(WARPS)]
+            sUnit: cute.struct.MemRange[Float32, config.q_stages * config.tile_n * (config.q_terms - 1)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(MAX_Q_STAGES)]
             k_barriers: cute.struct.MemRange[Int64, Channel.words(MAX_STAGES)]
             v_barriers: cute.struct.MemRange[Int64, Channel.words(MAX_STAGES)]
@@ -181,7 +188,7 @@ class GqaDecode:
         # barriers, and the work of this CTA
         prefetch_table(tensors.table, cta * THREADS + tidx)
         if warp_id == 0:
-            open_channels(shared.channels, (tma_q, tma_k, tma_v))
+            open_channels(shared.channels, tuple(tma for tma in (tma_q, tma_k, tma_v) if tma is not None))
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
         work = find_work(table, seq_lens, groups, cta, ctas, WARPS, shared.sScan)
         cute.arch.griddepcontrol_launch_dependents()
@@ -194,10 +201,14 @@ class GqaDecode:
                 walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing())
             elif warp_id == CONSUMER_WARPS + 1:
                 note_split(tensors.partials, work, table, seq_lens, groups, cta)
+            elif const_expr(config.q_terms == 2):
+                queries = Queries.over(shared, scalars, tensors.q, warp_id - (WARPS - QUERY_WARPS))
+                walk(work, table, seq_lens, groups, queries.load_segment, Done.nothing())
         else:
             if const_expr(config.wide):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            segments = Segments(Consumer.over(shared, warp_id // 4, tidx % WARPGROUP), tensors, scalars, cta)
+            kind = Consumer if const_expr(config.q_terms == 1) else TwoTermConsumer
+            segments = Segments(kind.over(shared, warp_id // 4, tidx % WARPGROUP), tensors, scalars, cta)
             walk(work, table, seq_lens, groups, segments.compute, Done.nothing())
         for channel in shared.channels:
             channel.check()
@@ -208,7 +219,7 @@ class GqaDecode:
 
 def arguments(config: Config) -> tuple:
     """Symbolic arguments of `GqaDecode.__call__`."""
-    dtype, out_dtype = DTYPES[config.dtype], BFloat16 if config.fp8 else DTYPES[config.dtype]
+    dtype = DTYPES[config.dtype]
     B, Hq, Hk, S_q, blocks = (symbolic.size() for _ in range(5))
 
     def pages(width: int) -> cute.Tensor:
@@ -218,7 +229,7 @@ def arguments(config: Config) -> tuple:
         return symbolic.tensor(Float32, (B, Hk) if config.descale else (None,), strided=config.descale)
 
     return (
-        symbolic.tensor(dtype, (B, Hq, S_q, config.D), tma=(0,)),
+        symbolic.tensor(DTYPES[config.q], (B, Hq, S_q, config.D), tma=(0,)),
         pages(config.D),
         pages(config.Dv),
         symbolic.tensor(Int32, (B, None)),
@@ -227,7 +238,7 @@ def arguments(config: Config) -> tuple:
         descale(),
         descale(),
         descale(),
-        symbolic.tensor(out_dtype, (B, Hq, S_q, config.Dv), align=16),
+        symbolic.tensor(DTYPES[config.out], (B, Hq, S_q, config.Dv), align=16),
         symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
         Float32(1.0),
