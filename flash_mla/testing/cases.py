@@ -321,6 +321,10 @@ def decode_cases() -> list[DecodeCase]:
         replace(mla, name="decode/descale-mla", descale="float"),
         replace(gqa, name="decode/fp8-no-descale", dtype=FP8),
         replace(gqa, name="decode/fp8-float", dtype=FP8, descale="float"),
+        replace(gqa, name="decode/queries-300", S_q=300, D=128, lengths=(700, 7, 0, 300), sink=True),
+        replace(
+            gqa, name="decode/fp8-queries-300", S_q=300, D=128, lengths=(700, 7, 0, 300), dtype=FP8, descale="tensor"
+        ),
         replace(mla, name="decode/fp8-mla-sink", dtype=FP8, descale="tensor", sink=True, S_q=2),
         replace(mla, name="decode/fp8-mla-queries-8", dtype=FP8, descale="tensor", S_q=8, lengths=(700, 7, 0)),
         replace(mla, name="decode/fp8-mla-no-rope", dtype=FP8, descale="float", D=512),
