@@ -17,7 +17,14 @@ from flash_mla.bench import plot, report, timing
 from flash_mla.bench.cases import CASES, Case
 from flash_mla.bench.measure import measure, select
 from flash_mla.bench.peers import Peer, peers
-from flash_mla.bench.sparse import SPARSE_CASES, SparseCase, TopkCase
+from flash_mla.bench.sparse import (
+    SPARSE_CASES,
+    IndexBench,
+    SparseBench,
+    SparseDecodeBench,
+    SparsePrefillBench,
+    TopkBench,
+)
 from flash_mla.bench.timing import Ceilings, alternate, extra_bytes, median_ratio
 from flash_mla.testing import DecodeCase, PrefillCase
 
@@ -101,13 +108,15 @@ def test_measure_times_right_results_and_their_peers(case: Case) -> None:
 @pytest.mark.parametrize(
     ("case", "peer"),
     [
-        (SparseCase(2, 2, 4, 256, 100, "fp8_ds_mla", ("cpu",)), "gather + SDPA"),
-        (SparseCase(2, 1, 4, 256, 100, None, ("cpu",)), "gather + SDPA"),
-        (TopkCase(3, 1000, 64, ("cpu",)), "torch.topk"),
+        (SparseDecodeBench(2, 2, 4, 256, 100, "fp8_ds_mla", ("cpu",)), "gather + SDPA"),
+        (SparseDecodeBench(2, 1, 4, 256, 100, None, ("cpu",)), "gather + SDPA"),
+        (SparsePrefillBench(3, 4, 300, 100, ("cpu",)), "gather + SDPA"),
+        (IndexBench(3, 8, 300, ("cpu",)), "torch, a query at a time"),
+        (TopkBench(3, 1000, 64, ("cpu",)), "torch.topk"),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
-def test_measure_times_sparse_attention_and_selection(case: SparseCase | TopkCase, peer: str) -> None:
+def test_measure_times_sparse_attention_and_selection(case: SparseBench, peer: str) -> None:
     record = measure(case, "cpu", CEILINGS, budget_s=0.0)
     assert "error" not in record
     assert record["ms"] > 0
@@ -120,10 +129,16 @@ def test_measure_times_sparse_attention_and_selection(case: SparseCase | TopkCas
 
 
 def test_sparse_models_by_hand() -> None:
-    case = SparseCase(4, 2, 16, 4096, 1024, "fp8_ds_mla", ("cpu",))
+    case = SparseDecodeBench(4, 2, 16, 4096, 1024, "fp8_ds_mla", ("cpu",))
     assert case.flops == 2 * 8 * 16 * 1024 * 1088
     assert case.bytes == 8 * (16 * 1088 * 2 + 1024 * (656 + 4))
-    assert TopkCase(4, 1000, 10, ("cpu",)).bytes == 4 * 4 * 1010
+    case = SparsePrefillBench(3, 16, 4096, 1024, ("cpu",))
+    assert case.flops == 2 * 3 * 16 * 1024 * 1088
+    assert case.bytes == 3 * (16 * 1088 * 2 + 1024 * 4) + 4096 * 576 * 2
+    case = IndexBench(3, 64, 4096, ("cpu",))
+    assert case.flops == 2 * 3 * 64 * 4096 * 128
+    assert case.bytes == 3 * 64 * 132 + 4096 * 132 + 3 * 4096 * 4
+    assert TopkBench(4, 1000, 10, ("cpu",)).bytes == 4 * 4 * 1010
 
 
 def test_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

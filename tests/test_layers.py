@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
     "errors problem uncompiled version",
-    "kinds",
+    "kinds passed",
     "blocks layout mla quant merge reference kernels",
     "contract backends",
     "plan autograd",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_mla.bench.cases import CASES, Arguments, Case
 from flash_mla.bench.peers import Peer, peers
-from flash_mla.bench.sparse import SPARSE_CASES, SparseCase, TopkCase
+from flash_mla.bench.sparse import SPARSE_CASES, SparseBench
 from flash_mla.bench.timing import Ceilings, alternate, extra_bytes, median_ratio
 from flash_mla.errors import DeviceError
 from flash_mla.explanation import explain
@@ -27,7 +27,7 @@ GATE_ROWS = 2 * BLOCK
 """Query rows of a prefill that are compared with the reference: the last ones, which see the most keys."""
 
 
-AnyCase = Case | SparseCase | TopkCase
+AnyCase = Case | SparseBench
 Gate = Callable[[Tensor], Verdict]
 """The verdict on a whole out, from a part of it and its truth in float64: a speed is given for right results alone."""
 

@@ -17,16 +17,22 @@ from torch import Tensor
 
 from flash_mla import deepseek, indexer
 from flash_mla.bench.peers import Peer
-from flash_mla.problem import BLOCK
+from flash_mla.problem import BLOCK, FP8
 from flash_mla.quant import FORMATS
-from flash_mla.reference import format_rows, sparse_reference, topk_reference
+from flash_mla.reference import format_rows, index_reference, sparse_reference, topk_reference
 from flash_mla.testing import Verdict, check
+from flash_mla.testing.index_cases import SCORE_BUDGET
 
-__all__ = ["SPARSE_CASES", "SparseCase", "TopkCase"]
+__all__ = ["SPARSE_CASES", "IndexBench", "SparseDecodeBench", "SparsePrefillBench", "TopkBench"]
 
 D, DV = 576, 512
 GATE_HEADS = 4
 """Heads of the last query token that are compared with float64."""
+PEER_TOKENS = 64
+"""Tokens of a sparse prefill whose rows the peer gathers at a time: 150 MB with topk 2048."""
+INDEX_D = indexer.INDEX_ROWS.head_dim
+MATMUL = {"cpu": torch.float32, "cuda": torch.bfloat16}
+"""The dtype in which torch multiplies index queries and keys: it has no product of e4m3 that gives FP32 here."""
 
 
 def sparse_out(*, backend: str | None = None, **arguments: Any) -> Tensor:
@@ -34,8 +40,13 @@ def sparse_out(*, backend: str | None = None, **arguments: Any) -> Tensor:
     return deepseek.flash_mla_with_kvcache(**arguments, backend=backend)[0]
 
 
+def sparse_prefill_out(*, backend: str | None = None, **arguments: Any) -> Tensor:
+    """out of deepseek.flash_mla_sparse_fwd."""
+    return deepseek.flash_mla_sparse_fwd(**arguments, backend=backend)[0]
+
+
 @dataclass(frozen=True)
-class SparseCase:
+class SparseDecodeBench:
     """Decode over indices: B requests of S tokens, S_q queries each, that name topk rows of a pool.
 
     format: of the rows, or None for BF16.
@@ -71,7 +82,7 @@ class SparseCase:
         row = 2 * D if self.format is None else FORMATS[self.format].row_bytes
         return self.B * self.S_q * (2 * self.Hq * (D + DV) + self.topk * (row + 4))
 
-    def on(self, device: str, backend: str | None) -> SparseCase:
+    def on(self, device: str, backend: str | None) -> SparseDecodeBench:
         return replace(self, device=device, backend=backend)
 
     def arguments(self) -> dict[str, Any]:
@@ -120,7 +131,138 @@ class SparseCase:
 
 
 @dataclass(frozen=True)
-class TopkCase:
+class SparsePrefillBench:
+    """Prefill over indices: s_q tokens that name topk of s_kv BF16 rows each."""
+
+    s_q: int
+    Hq: int
+    s_kv: int
+    topk: int
+    devices: tuple[str, ...]
+    device: str = "cpu"
+    backend: str | None = None
+
+    group = "prefill, sparse"
+    dtype = "BF16"
+
+    @property
+    def name(self) -> str:
+        return f"prefill/sparse-h{self.Hq}-q{self.s_q}-s{self.s_kv}-topk{self.topk}"
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.s_q * self.Hq * self.topk * (D + DV)
+
+    @property
+    def bytes(self) -> int:
+        """q, out and, for each token, its rows and their indices; rows that tokens share may be read once."""
+        return 2 * self.s_q * self.Hq * (D + DV) + 2 * self.s_kv * D + 4 * self.s_q * self.topk
+
+    def on(self, device: str, backend: str | None) -> SparsePrefillBench:
+        return replace(self, device=device, backend=backend)
+
+    def arguments(self) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        named = [torch.randperm(self.s_kv, generator=generator)[: self.topk] for _ in range(self.s_q)]
+        return {
+            "q": torch.randn(self.s_q, self.Hq, D, generator=generator).bfloat16().to(self.device),
+            "kv": torch.randn(self.s_kv, 1, D, generator=generator).bfloat16().to(self.device),
+            "indices": torch.stack(named).unsqueeze(1).int().to(self.device),
+            "sm_scale": D**-0.5,
+        }
+
+    def function(self, arguments: dict[str, Any]) -> partial[Tensor]:
+        return partial(sparse_prefill_out, **arguments, backend=self.backend)
+
+    def gate(self, arguments: dict[str, Any]) -> Callable[[Tensor], Verdict]:
+        """Judges the first heads of the last token."""
+        q = arguments["q"][-1:, :GATE_HEADS].unsqueeze(1)
+        pool = (arguments["kv"][:, 0].double(), arguments["indices"][-1:], None)
+        truth = sparse_reference(q, [pool], DV, arguments["sm_scale"])
+        return lambda out: check(out[-1:, :GATE_HEADS].unsqueeze(2), None, truth[0], truth[1], torch.bfloat16)
+
+    def peers(self, arguments: dict[str, Any]) -> dict[str, Peer]:
+        def gathered() -> Tensor:
+            tiles = zip(arguments["q"].split(PEER_TOKENS), arguments["indices"].split(PEER_TOKENS), strict=True)
+            return torch.cat([self.tile(q, arguments["kv"], indices) for q, indices in tiles])
+
+        return {"gather + SDPA": Peer(gathered)}
+
+    @staticmethod
+    def tile(q: Tensor, kv: Tensor, indices: Tensor) -> Tensor:
+        """The out of a few tokens: their rows gathered, whose memory is what bounds the tile."""
+        k = kv[indices[:, 0].long(), 0].unsqueeze(1)
+        return F.scaled_dot_product_attention(q.unsqueeze(1), k, k[..., :DV]).squeeze(1)
+
+
+@dataclass(frozen=True)
+class IndexBench:
+    """Index scores of s_q queries of H heads against s_kv e4m3 keys, all seen; D 128, as DeepSeek-V3.2 has them."""
+
+    s_q: int
+    H: int
+    s_kv: int
+    devices: tuple[str, ...]
+    device: str = "cpu"
+    backend: str | None = None
+
+    group = "index"
+    dtype = "FP8"
+
+    @property
+    def name(self) -> str:
+        return f"index/scores-h{self.H}-q{self.s_q}-s{self.s_kv}"
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.s_q * self.H * self.s_kv * INDEX_D
+
+    @property
+    def bytes(self) -> int:
+        """Queries and weights, keys and scales, scores."""
+        return self.s_q * self.H * (INDEX_D + 4) + self.s_kv * (INDEX_D + 4) + 4 * self.s_q * self.s_kv
+
+    def on(self, device: str, backend: str | None) -> IndexBench:
+        return replace(self, device=device, backend=backend)
+
+    def arguments(self) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        q, k, scale, weights = (
+            torch.randn(shape, generator=generator).to(self.device)
+            for shape in ((self.s_q, self.H, INDEX_D), (self.s_kv, INDEX_D), (self.s_kv,), (self.s_q, self.H))
+        )
+        starts = torch.zeros(self.s_q, dtype=torch.int32, device=self.device)
+        ends = torch.full_like(starts, self.s_kv)
+        return {"q": q.to(FP8), "kv": (k.to(FP8), scale.abs()), "weights": weights, "starts": starts, "ends": ends}
+
+    def function(self, arguments: dict[str, Any]) -> partial[Tensor]:
+        return partial(indexer.mqa_logits, **arguments, backend=self.backend)
+
+    def gate(self, arguments: dict[str, Any]) -> Callable[[Tensor], Verdict]:
+        """Judges the scores of the last query, by the budget of `flash-mla check`."""
+        x = arguments
+        last = [x[name][-1:] for name in ("q", "weights", "starts", "ends")]
+        truth = index_reference(last[0], *x["kv"], *last[1:])
+
+        def judge(out: Tensor) -> Verdict:
+            error = float((out[-1:].double() - truth).abs().max() / truth.abs().max())
+            return Verdict(error, 0.0, 0.0, () if error <= SCORE_BUDGET else (f"scores: error {error:.1e}",))
+
+        return judge
+
+    def peers(self, arguments: dict[str, Any]) -> dict[str, Peer]:
+        x = arguments
+        k = (x["kv"][0].float() * x["kv"][1][:, None]).to(MATMUL[self.device.split(":")[0]])
+
+        def matmul() -> Tensor:
+            rows = zip(x["q"].to(k.dtype), x["weights"], strict=True)
+            return torch.stack([w @ (q @ k.T).relu().float() for q, w in rows])
+
+        return {"torch, a query at a time": Peer(matmul, gated=False)}
+
+
+@dataclass(frozen=True)
+class TopkBench:
     """The greatest topk of N scores in each row. A comparison is no FLOP: only bytes are counted."""
 
     rows: int
@@ -142,7 +284,7 @@ class TopkCase:
     def bytes(self) -> int:
         return 4 * self.rows * (self.N + self.topk)
 
-    def on(self, device: str, backend: str | None) -> TopkCase:
+    def on(self, device: str, backend: str | None) -> TopkBench:
         return replace(self, device=device, backend=backend)
 
     def arguments(self) -> dict[str, Any]:
@@ -173,10 +315,20 @@ def select(arguments: dict[str, Any]) -> dict[str, Any]:
 
 CPU, CUDA = ("cpu",), ("cuda",)
 
-SPARSE_CASES: tuple[SparseCase | TopkCase, ...] = (
-    *(SparseCase(4, 1, Hq, 4096, 1024, format_name, CPU) for Hq in (16, 128) for format_name in ("fp8_ds_mla", None)),
-    *(TopkCase(4, N, 2048, CPU) for N in (32768, 131072)),
-    *(SparseCase(B, 2, 128, 32768, 2048, "fp8_ds_mla", CUDA) for B in (2, 64, 128)),
-    *(SparseCase(B, 1, 16, 32768, 2048, "fp8_ds_mla", CUDA) for B in (1, 8, 128)),
-    *(TopkCase(64, N, 2048, CUDA) for N in (32768, 131072)),
+SparseBench = SparseDecodeBench | SparsePrefillBench | IndexBench | TopkBench
+
+SPARSE_CASES: tuple[SparseBench, ...] = (
+    *(
+        SparseDecodeBench(4, 1, Hq, 4096, 1024, format_name, CPU)
+        for Hq in (16, 128)
+        for format_name in ("fp8_ds_mla", None)
+    ),
+    SparsePrefillBench(16, 16, 4096, 1024, CPU),
+    IndexBench(64, 64, 4096, CPU),
+    *(TopkBench(4, N, 2048, CPU) for N in (32768, 131072)),
+    *(SparseDecodeBench(B, 2, 128, 32768, 2048, "fp8_ds_mla", CUDA) for B in (2, 64, 128)),
+    *(SparseDecodeBench(B, 1, 16, 32768, 2048, "fp8_ds_mla", CUDA) for B in (1, 8, 128)),
+    *(SparsePrefillBench(4096, Hq, 32768, 2048, CUDA) for Hq in (16, 64, 128)),
+    IndexBench(4096, 64, 32768, CUDA),
+    *(TopkBench(64, N, 2048, CUDA) for N in (32768, 131072)),
 )

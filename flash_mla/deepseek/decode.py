@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_mla.contract import check_head_dims, check_index, check_on, check_rank, check_tensor, named, out_dtype
 from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
-from flash_mla.deepseek.sparse import row_format, sparse, sparse_keys
+from flash_mla.deepseek.sparse import Pool, sparse
 from flash_mla.entry import entry
 from flash_mla.errors import DTypeError, ShapeError
 from flash_mla.pages import attend_pages, page_views, unfold
@@ -120,11 +120,10 @@ def flash_mla_with_kvcache(
             "both or neither, and extra_topk_length only with them",
             "A cache is read through its indices",
         )
-    fmt = row_format(q, k_cache) if is_fp8_kvcache else None
-    keys = [sparse_keys(q, fmt, "", k_cache, indices, topk_length)]
+    pools = [Pool("", k_cache, indices, topk_length)]
     if extra_k_cache is not None and extra_indices_in_kvcache is not None:
-        keys.append(sparse_keys(q, fmt, "extra_", extra_k_cache, extra_indices_in_kvcache, extra_topk_length))
-    out, lse, _ = sparse(q, fmt, keys, head_dim_v, softmax_scale, attn_sink, False, backend)
+        pools.append(Pool("extra_", extra_k_cache, extra_indices_in_kvcache, extra_topk_length))
+    out, lse, _ = sparse(q, pools, is_fp8_kvcache, head_dim_v, softmax_scale, attn_sink, False, backend)
     return out, lse.transpose(1, 2)
 
 
@@ -178,7 +177,6 @@ def dense_rows(
     The indices cost 4 bytes a token and query beside the row's hundreds.
     """
     table, lengths = named_tokens(block_table, cache_seqlens)
-    fmt = row_format(q, k_cache)
     B, S_q = q.shape[:2]
     check_on(q.device, k_cache=k_cache, block_table=table, cache_seqlens=lengths)
     check_index("block_table", table, (B, -1), "[b, max_blocks]")
@@ -193,8 +191,7 @@ def dense_rows(
     t = torch.arange(rows.shape[1] * page, device=q.device)
     seen = t < last.expand(B, S_q).unsqueeze(2)  # [b, s_q, tokens]
     indices = torch.where(seen, rows.flatten(1).unsqueeze(1), -1).to(torch.int32)
-    keys = sparse_keys(q, fmt, "", k_cache, indices, lengths)
-    out, lse, _ = sparse(q, fmt, [keys], Dv, softmax_scale, attn_sink, False, backend)
+    out, lse, _ = sparse(q, [Pool("", k_cache, indices, lengths)], True, Dv, softmax_scale, attn_sink, False, backend)
     return out, lse.transpose(1, 2)
 
 

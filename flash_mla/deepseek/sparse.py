@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ from flash_mla.contract import (
 from flash_mla.deepseek.checks import check_query, check_same_dtype
 from flash_mla.entry import entry
 from flash_mla.errors import HeadGroupingError, ShapeError
-from flash_mla.plan import plan
+from flash_mla.passed import Passed, facts, traced
+from flash_mla.plan import Plan, plan
 from flash_mla.problem import (
     FP8,
     SparseArgs,
@@ -98,62 +100,73 @@ def row_format(q: Tensor, cache: Tensor) -> RowFormat:
     return found
 
 
-def sparse_keys(
-    q: Tensor, fmt: RowFormat | None, prefix: str, cache: Tensor, indices: Tensor, lengths: Tensor | None
-) -> SparseKeys:
-    """One cache of a sparse call, checked: [pages, page, 1, D or bytes] and indices of its rows."""
-    names = (f"{prefix}k_cache", f"{prefix}indices", f"{prefix}topk_length")
-    check_tensor(names[0], cache)
-    check_tensor(names[1], indices)
-    check_on(q.device, **{names[0]: cache, names[1]: indices, names[2]: lengths})
-    check_rank(names[0], cache.shape, 4, "[num_blocks, page, 1, d]")
-    if cache.shape[2] != 1:
-        raise HeadGroupingError(
-            f"{names[0]} {list(cache.shape)}",
-            "h_kv = 1",
-            "Sparse attention is multi-query",
-            "Call once for each KV head",
-        )
-    if fmt is not None:
-        fmt.check(cache)
-        cache = cache.view(torch.uint8)
-    else:
-        check_same_dtype(q, names[0], cache)
-        check_last_dim(names[0], cache)
-        if cache.shape[3] != q.shape[3]:
-            raise ShapeError(named(q=q, **{names[0]: cache}), "the same d", f"`{names[0]}` and q differ in d")
-    check_index(names[1], indices, (*q.shape[:2], -1), "[b, s_q, topk] ([s_q, 1, topk] in prefill)")
-    check_last_dim(names[1], indices)
-    if lengths is not None:
-        check_index(names[2], lengths, q.shape[:1], "[b] ([s_q] in prefill)")
-        lengths = lengths.contiguous()
-    return SparseKeys(cache.squeeze(2), indices, lengths)
+class Pool(NamedTuple):
+    """One cache of a sparse call as it is given: [pages, page, 1, D or bytes], indices of its rows, how many count.
+
+    prefix: what stands before the names of these arguments.
+    """
+
+    prefix: str
+    cache: Tensor
+    indices: Tensor
+    lengths: Tensor | None
+
+    def check(self, q: Tensor, fmt: RowFormat | None) -> None:
+        """Shapes, dtypes and devices against q's; `fmt` of the rows, None in q's dtype."""
+        cache, indices = f"{self.prefix}k_cache", f"{self.prefix}indices"
+        lengths = f"{self.prefix}topk_length"
+        check_tensor(cache, self.cache)
+        check_tensor(indices, self.indices)
+        check_on(q.device, **{cache: self.cache, indices: self.indices, lengths: self.lengths})
+        check_rank(cache, self.cache.shape, 4, "[num_blocks, page, 1, d]")
+        if self.cache.shape[2] != 1:
+            raise HeadGroupingError(
+                f"{cache} {list(self.cache.shape)}",
+                "h_kv = 1",
+                "Sparse attention is multi-query",
+                "Call once for each KV head",
+            )
+        if fmt is not None:
+            fmt.check(self.cache)
+        else:
+            check_same_dtype(q, cache, self.cache)
+            check_last_dim(cache, self.cache)
+            if self.cache.shape[3] != q.shape[3]:
+                raise ShapeError(named(q=q, **{cache: self.cache}), "the same d", f"`{cache}` and q differ in d")
+        check_index(indices, self.indices, (*q.shape[:2], -1), "[b, s_q, topk] ([s_q, 1, topk] in prefill)")
+        check_last_dim(indices, self.indices)
+        if self.lengths is not None:
+            check_index(lengths, self.lengths, q.shape[:1], "[b] ([s_q] in prefill)")
+
+    def keys(self, formatted: bool) -> SparseKeys:
+        """As a launch takes them: without the dim of the one head, rows of a format as bytes."""
+        cache = self.cache.squeeze(2)
+        if formatted and cache.dtype != torch.uint8:
+            cache = cache.view(torch.uint8)
+        # NOTE: kernels read the lengths without a stride
+        return SparseKeys(cache, self.indices, None if self.lengths is None else self.lengths.contiguous())
+
+
+PASSED: Passed[Plan] = Passed()
 
 
 def sparse(
     q: Tensor,
-    fmt: RowFormat | None,
-    keys: list[SparseKeys],
+    pools: Sequence[Pool],
+    formatted: bool,
     Dv: int,
     softmax_scale: float | None,
     attn_sink: Tensor | None,
     max_logits: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Plan and launch: (out [B, S_q, Hq, Dv], lse [B, S_q, Hq], max_logits)."""
+    """Plan and launch: (out [B, S_q, Hq, Dv], lse [B, S_q, Hq], max_logits). `formatted`: the rows have a format."""
     B, S_q, Hq, D = q.shape
-    check_head_dims(D, Dv)
-    check_sink(attn_sink, Hq, q.device)
-    if q.dtype == FP8 or Dv > D:
-        raise ShapeError(
-            f"q {list(q.shape)} {q.dtype}, head_dim_v = {Dv}",
-            "BF16, FP16 or FP32 q, head_dim_v <= d",
-            "V lies inside K",
-        )
-    problem = sparse_problem(q, fmt, keys, Dv, softmax_scale, attn_sink, max_logits)
+    chosen = plan_sparse(q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits, backend)
+    keys = tuple(pool.keys(formatted) for pool in pools)
     args = SparseArgs(
         q=q,
-        keys=tuple(keys),
+        keys=keys,
         attn_sink=None if attn_sink is None else attn_sink.contiguous(),
         softmax_scale=D**-0.5 if softmax_scale is None else softmax_scale,
         out=q.new_empty(B, S_q, Hq, Dv),
@@ -161,7 +174,7 @@ def sparse(
         max_logits=q.new_empty(B, S_q, Hq, dtype=torch.float32) if max_logits else None,
         empty_lse=math.inf,
     )
-    plan(problem, backend).launch(args)
+    chosen.launch(args)
     out, lse = args.out, args.lse
     inputs = learning(q, attn_sink, *(x.cache for x in keys))
     if inputs:  # in decode; prefill has a backward, and comes here without gradients
@@ -169,12 +182,46 @@ def sparse(
     return out, lse, args.max_logits
 
 
+def plan_sparse(
+    q: Tensor,
+    pools: Sequence[Pool],
+    formatted: bool,
+    Dv: int,
+    softmax_scale: float | None,
+    attn_sink: Tensor | None,
+    max_logits: bool,
+    backend: str | None,
+) -> Plan:
+    """The plan of a call, every check made where it did not pass before."""
+    sign = check_scale(softmax_scale)
+    key: Hashable = None
+    if not traced():
+        tensors = facts(q, attn_sink, *(x for pool in pools for x in pool[1:]))
+        key = (tensors, formatted, type(Dv), Dv, sign, max_logits, backend)
+        if (chosen := PASSED.get(key)) is not None:
+            return chosen
+    fmt = row_format(q, pools[0].cache) if formatted else None
+    for pool in pools:
+        pool.check(q, fmt)
+    check_head_dims(q.shape[3], Dv)
+    check_sink(attn_sink, q.shape[2], q.device)
+    if q.dtype == FP8 or Dv > q.shape[3]:
+        raise ShapeError(
+            f"q {list(q.shape)} {q.dtype}, head_dim_v = {Dv}",
+            "BF16, FP16 or FP32 q, head_dim_v <= d",
+            "V lies inside K",
+        )
+    keys = [pool.keys(formatted) for pool in pools]
+    chosen = plan(sparse_problem(q, fmt, keys, Dv, sign, attn_sink, max_logits), backend)
+    return chosen if key is None else PASSED.keep(key, chosen)
+
+
 def sparse_problem(
     q: Tensor,
     fmt: RowFormat | None,
     keys: list[SparseKeys],
     Dv: int,
-    softmax_scale: float | None,
+    scale_sign: int,
     attn_sink: Tensor | None,
     max_logits: bool,
 ) -> SparseProblem:
@@ -203,7 +250,7 @@ def sparse_problem(
         q_strides=q.stride(),
         sink=attn_sink is not None,
         max_logits=max_logits,
-        scale_sign=check_scale(softmax_scale),
+        scale_sign=scale_sign,
         aligned=is_aligned(q, *(x.cache for x in keys)),
     )
 
@@ -223,8 +270,8 @@ def sparse_prefill(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, max_logits, lse) of flash_mla_sparse_fwd."""
     q = q.unsqueeze(1)
-    keys = [sparse_keys(q, None, "", kv.unsqueeze(0), indices, topk_length)]
-    out, lse, max_logits = sparse(q, None, keys, d_v, sm_scale, attn_sink, True, backend)
+    pool = Pool("", kv.unsqueeze(0), indices, topk_length)
+    out, lse, max_logits = sparse(q, [pool], False, d_v, sm_scale, attn_sink, True, backend)
     assert max_logits is not None
     return out.squeeze(1), max_logits.squeeze(1), lse.squeeze(1)
 
@@ -269,7 +316,7 @@ def sparse_backward_op(
         )
     with torch.no_grad():
         q = q.unsqueeze(1)
-        keys = sparse_keys(q, None, "", kv.unsqueeze(0), indices, topk_length)
+        keys = Pool("", kv.unsqueeze(0), indices, topk_length).keys(False)
         dq, dkv = q.new_empty(q.shape), kv.new_empty(kv.shape)
         d_sink = q.new_empty(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
         args = SparseBackwardArgs(
@@ -285,7 +332,7 @@ def sparse_backward_op(
             dkv=dkv.transpose(0, 1),
             d_sink=None if attn_sink is None else d_sink,
         )
-        forward = sparse_problem(q, None, [keys], out.shape[-1], sm_scale, attn_sink, True)
+        forward = sparse_problem(q, None, [keys], out.shape[-1], check_scale(sm_scale), attn_sink, True)
         plan(SparseBackwardProblem(forward), None if backend == "hopper" else backend).launch(args)
     return dq.squeeze(1), dkv, d_sink
 
