@@ -21,6 +21,7 @@ from flash_mla.contract import Descales, named
 from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.launch import launch
+from flash_mla.passed import Passed
 from flash_mla.plan import Plan, check_backend, plan
 from flash_mla.problem import ALIGNMENT, BLOCK, DecodeProblem
 
@@ -284,10 +285,10 @@ def pages_problem(
     """
     scale_sign = contract.check_scale(softmax_scale)
     out_strides = None if out is None or out.is_contiguous() else out.stride()
-    key = None if mask is not None else contract.passing(q, k, v, table, seq_lens, descales, attn_sink)
+    key = None if mask is not None else contract.passing(q, k, v, table, seq_lens, descales, attn_sink, scale_sign)
     if key is not None:
         rope = None if k_rope is None else (k_rope.shape, k_rope.stride(), k_rope.dtype, k_rope.data_ptr() % ALIGNMENT)
-        key = (*key, rope, scale_sign, out_strides)
+        key = (*key, rope, out_strides)
         if (problem := PASSED.get(key)) is not None:
             return problem
     B, Hq, S_q, D = q.shape
@@ -307,14 +308,10 @@ def pages_problem(
         descale=contract.check_descales(descales, B, Hk, q.device), sink=attn_sink is not None,
         scale_sign=scale_sign, out_strides=out_strides,
     )  # fmt: skip
-    if key is not None:
-        if len(PASSED) >= contract.MOST_PASSED:
-            PASSED.clear()
-        PASSED[key] = problem
-    return problem
+    return problem if key is None else PASSED.keep(key, problem)
 
 
-PASSED: dict[tuple[object, ...], DecodeProblem] = {}
+PASSED = Passed[DecodeProblem]()
 
 
 def check_pages_out(

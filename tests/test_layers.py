@@ -25,7 +25,22 @@ LAYERS = (
     "cli",
     "__main__",
 )
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
+ROOMS = {
+    "contract": (
+        "tensors",
+        "caches masks memory order scales values",
+        "mla_metadata decode_call prefill_call",
+        "__init__",
+    ),
+}
+"""The same inside a package."""
+
+
+def levels(layers):
+    return {name: level for level, names in enumerate(layers) for name in names.split()}
+
+
+LEVEL = levels(LAYERS)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -54,3 +69,16 @@ def test_imports(path):
             assert module.startswith(folder), f"kernels import {module}, outside of their own folder"
         else:
             assert other == own or LEVEL[other] < LEVEL[own], f"{own} (layer {LEVEL[own]}) imports {other}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms(room):
+    level = levels(ROOMS[room])
+    files = {path.stem: path for path in (PACKAGE / room).glob("*.py")}
+    assert files.keys() == level.keys()
+    for name, path in files.items():
+        for module in imported(path):
+            own, _, rest = module.partition(".")
+            if own == room:
+                other = rest.split(".")[0]
+                assert level[other] < level[name], f"{room}/{name} (layer {level[name]}) imports {other}"

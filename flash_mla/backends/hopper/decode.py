@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import device_of, int32
+from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
 from flash_mla.backends.hopper.strides import query_row_stride
 from flash_mla.problem import DecodeArgs, DecodeProblem
 
@@ -31,47 +32,32 @@ def factor(problem: DecodeProblem, descale: Tensor | None, unread: Tensor) -> Te
     return descale
 
 
-def launch(
-    kernel: Callable[..., None],
-    problem: DecodeProblem,
-    args: DecodeArgs,
-    *,
-    caches: tuple[Tensor, ...],
-    words: int,
-    ctas: int,
-    descales: bool,
-) -> None:
-    """Fill args.out and args.lse. An int64 table or lengths are converted first, on the device.
-
-    Args:
-        caches: K, or K and V.
-        words: FP32 words of workspace.
-        ctas: persistent CTAs, or clusters of them.
-        descales: whether the kernel has arguments for them.
-    """
-    workspace = torch.empty(words, dtype=torch.float32, device=problem.device)
+def launch(kernel: Callable[..., None], config: Any, problem: DecodeProblem, args: DecodeArgs) -> None:
+    """Fill args.out and args.lse with the kernel of a config. An int64 table or lengths are converted first."""
+    clusters = multiprocessors(problem.device) // config.cluster
+    workspace = torch.empty(config.workspace_words(clusters), dtype=torch.float32, device=problem.device)
     lse = args.lse
     if lse is None:
         lse = torch.empty((problem.B, problem.Hq, problem.S_q), dtype=torch.float32, device=problem.device)
-    factors: list[Tensor] = []
-    if descales:
-        factors = [factor(problem, x, workspace) for x in (args.q_descale, args.k_descale, args.v_descale)]
+    descales = (args.q_descale, args.k_descale, args.v_descale)
+    # a cache that all requests share has one request, whatever its batch stride says
+    requests = (problem.B if strides[0] else 1 for strides in (problem.k_strides, problem.v_strides))
     # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own
     with device_of(problem.device):
         kernel(
             args.q,
-            *caches,
+            args.k,
+            None if config.latent else args.v,
             int32(args.block_table),
             int32(args.seq_lens),
             workspace if args.attn_sink is None else args.attn_sink,
-            *factors,
+            *(factor(problem, x, workspace) if config.factors else None for x in descales),
             args.out,
             lse,
             workspace,
             args.softmax_scale * math.log2(math.e),
             int(args.attn_sink is not None),
             query_row_stride(problem),
-            # a cache that all requests share has one request, whatever its batch stride says
-            *(problem.B if strides[0] else 1 for strides in (problem.k_strides, problem.v_strides)[: len(caches)]),
-            ctas,
+            *requests,
+            clusters,
         )

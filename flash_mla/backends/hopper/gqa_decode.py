@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flash_mla.backends.hopper import decode
-from flash_mla.backends.hopper.device import DTYPES, multiprocessors
+from flash_mla.backends.hopper.device import DTYPES
 from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
 from flash_mla.kernels.hopper.gqa_decode.config import MAX_D, MAX_S_Q, PIECE, TILES_N, WIDE_DV, Config
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
@@ -48,7 +48,4 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.gqa_decode.kernel import build
 
-    kernel = store.load("gqa_decode", config, build)
-    ctas = multiprocessors(problem.device)
-    words = config.workspace_words(ctas)
-    decode.launch(kernel, problem, args, caches=(args.k, args.v), words=words, ctas=ctas, descales=True)
+    decode.launch(store.load("gqa_decode", config, build), config, problem, args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flash_mla.backends.hopper import decode
-from flash_mla.backends.hopper.device import HALVES, multiprocessors
+from flash_mla.backends.hopper.device import HALVES
 from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
 from flash_mla.kernels.hopper.limits import TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, WIDTHS, Config
@@ -41,7 +41,4 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.mla_decode.kernel import build
 
-    kernel = store.load("mla_decode", config, build)
-    clusters = multiprocessors(problem.device) // config.cluster
-    words = config.workspace_words(clusters)
-    decode.launch(kernel, problem, args, caches=(args.k,), words=words, ctas=clusters, descales=False)
+    decode.launch(store.load("mla_decode", config, build), config, problem, args)

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 
 from flash_mla.backends.hopper import decode
-from flash_mla.backends.hopper.device import HALVES, multiprocessors
+from flash_mla.backends.hopper.device import HALVES
 from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
-from flash_mla.kernels.hopper.mla_decode_fp8.config import MAX_S_Q, TILES_N, WIDTHS, Config
+from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, WIDTHS
+from flash_mla.kernels.hopper.mla_decode_fp8.config import TILES_N, Config
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
 
 QUERIES: dict[torch.dtype, Literal["fp8", "bf16", "fp16"]] = {FP8: "fp8", **HALVES}
@@ -50,7 +51,4 @@ def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.mla_decode_fp8.kernel import build
 
-    kernel = store.load("mla_decode_fp8", config, build)
-    clusters = multiprocessors(problem.device) // config.cluster
-    words = config.workspace_words(clusters)
-    decode.launch(kernel, problem, args, caches=(args.k,), words=words, ctas=clusters, descales=True)
+    decode.launch(store.load("mla_decode_fp8", config, build), config, problem, args)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flash_mla.backends.hopper.device import HALVES, device_of, int32, multiprocessors
 from flash_mla.kernels.hopper.limits import TMA_BYTES
-from flash_mla.kernels.hopper.sparse_prefill.config import MAX_ORDERED, MAX_ROWS, TILES, WIDTHS, Config, bin_shift
+from flash_mla.kernels.hopper.mla_decode.config import WIDTHS
+from flash_mla.kernels.hopper.sparse_prefill.config import MAX_ORDERED, MAX_ROWS, TILES, Config, bin_shift
 from flash_mla.problem import SparseArgs, SparseProblem
 
 ORDER_BYTES, ORDER_TOKENS, ORDER_TOPK = 24 * 2**20, 264, 128

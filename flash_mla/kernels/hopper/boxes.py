@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
@@ -20,6 +22,31 @@ def row_layout(
     atom = warpgroup.make_smem_layout_atom(SWIZZLES[row_bytes], dtype)
     shape = (rows, columns) if stages is None else (rows, columns, stages)
     return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+
+
+class Tma(NamedTuple):
+    """TMA between a tensor in global memory and shared memory: the copy, and the coordinates by which it is asked."""
+
+    atom: cute.CopyAtom
+    tensor: cute.Tensor
+
+
+def load_of(tensor: cute.Tensor, rows: int, columns: int, multicast: bool = False) -> Tma:
+    """Loads of boxes [rows, columns], one chunk each; multicast: to several CTAs of a cluster."""
+    op = cpasync.CopyBulkTensorTileG2SMulticastOp() if multicast else cpasync.CopyBulkTensorTileG2SOp()
+    return tma_of(op, tensor, rows, columns)
+
+
+def store_of(tensor: cute.Tensor, rows: int, columns: int) -> Tma:
+    """Stores of boxes [rows, columns], one chunk each."""
+    return tma_of(cpasync.CopyBulkTensorTileS2GOp(), tensor, rows, columns)
+
+
+def tma_of(op: Any, tensor: cute.Tensor, rows: int, columns: int) -> Tma:
+    """Copies of boxes [rows, columns], one chunk each."""
+    dtype = tensor.element_type
+    layout = row_layout(dtype, rows, columns, row_bytes=columns * dtype.width // 8)
+    return Tma(*cpasync.make_tiled_tma_atom(op, tensor, layout, (rows, columns)))
 
 
 def tma_boxes(tma: cute.CopyAtom, memory: cute.Pointer, many: cute.Layout, tensor: cute.Tensor, box, coordinate):

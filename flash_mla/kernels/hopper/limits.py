@@ -26,8 +26,6 @@ TMA_BYTES = 16
 
 REGISTERS = 64 * 1024
 """Registers of an SM, 32 bits each."""
-MAX_SMS = 144
-"""SMs that a Hopper chip may have."""
 
 
 def barrier_bytes(*stages: int) -> int:

@@ -9,6 +9,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.table import length_of
 from flash_mla.kernels.hopper.work import Work
 
@@ -28,6 +29,12 @@ def segment_at(place: Place, work: Work, table: cute.Tensor, seq_lens: cute.Tens
     length = length_of(table, seq_lens, place.request)
     pairs = split.pairs(length)
     return length, split.segment(pairs, place.offset, place.left, work.floor, cutlass.min, cutlass.max, work.start)
+
+
+@cute.jit
+def block_range(part: split.Segment, length):
+    """The blocks [first, last) of a segment: its pairs, without an odd block past the end."""
+    return 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
 
 
 @cute.jit

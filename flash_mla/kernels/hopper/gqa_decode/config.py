@@ -63,6 +63,9 @@ class Config:
     descale: bool
     q: Literal["bf16", "fp16", "fp8"]
 
+    latent, factors = False, True
+    cluster, threads = 1, THREADS
+
     @property
     def out(self) -> Literal["bf16", "fp16"]:
         """The dtype of out."""
@@ -141,9 +144,14 @@ class Config:
         return min(MAX_STAGES, (SMEM_BYTES - ALIGNMENT - self.fixed_bytes) // self.stage_bytes)
 
     @property
-    def stride_unit(self) -> int:
+    def q_unit(self) -> int:
         """Elements of which the strides of q are multiples."""
         return TMA_BYTES if self.q == "fp8" else TMA_BYTES // 2
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a cluster, which is one CTA."""
+        return self.tile_n
 
     def workspace_words(self, ctas: int) -> int:
         """32-bit words of workspace: partial results, their lse, notes of split items."""

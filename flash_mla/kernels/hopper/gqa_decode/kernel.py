@@ -38,12 +38,11 @@ from __future__ import annotations
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import cpasync
 
-from flash_mla.kernels.hopper import symbolic
-from flash_mla.kernels.hopper.boxes import row_layout
+from flash_mla.kernels.hopper import decode
+from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
-from flash_mla.kernels.hopper.combine import combine
+from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.gqa_decode.config import (
     CONSUMER_REGISTERS,
@@ -61,10 +60,10 @@ from flash_mla.kernels.hopper.gqa_decode.producer import Producer, prefetch_tabl
 from flash_mla.kernels.hopper.gqa_decode.queries import Consumer as TwoTermConsumer
 from flash_mla.kernels.hopper.gqa_decode.queries import Queries
 from flash_mla.kernels.hopper.gqa_decode.result import Segments
-from flash_mla.kernels.hopper.gqa_decode.shared import Scalars, Shared, Tensors
+from flash_mla.kernels.hopper.gqa_decode.shared import Scalars, Shared
 from flash_mla.kernels.hopper.limits import BLOCK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
-from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows
+from flash_mla.kernels.hopper.partials import note_split
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.walk import Done, walk
 from flash_mla.kernels.hopper.work import find_work
@@ -73,92 +72,23 @@ from flash_mla.kernels.hopper.work import find_work
 
 
 class GqaDecode:
-    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
+    """The kernel for one Config; `decode.Decode` launches it."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    @cute.jit
-    def __call__(
-        self,
-        q: cute.Tensor,  # [B, Hq, S_q, D]
-        k: cute.Tensor,  # [B, Hk, Nblk, 64, D]
-        v: cute.Tensor,  # [B, Hk, Nblk, 64, Dv]
-        table: cute.Tensor,  # [B, table_blocks] int32
-        seq_lens: cute.Tensor,  # [B] int32
-        sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
-        q_descale: cute.Tensor,  # [B, Hk] FP32; anything if not config.descale
-        k_descale: cute.Tensor,
-        v_descale: cute.Tensor,
-        out: cute.Tensor,  # [B, Hq, S_q, Dv], contiguous
-        lse: cute.Tensor,  # [B, Hq, S_q] FP32, contiguous
-        workspace: cute.Tensor,  # [workspace_words(ctas)] FP32
-        scale_log2: Float32,
-        has_sink: Int32,
-        q_row: Int64,  # elements between the packed query rows of a KV head
-        k_requests: Int32,  # with pages of their own: B, or 1 where they share them
-        v_requests: Int32,
-        ctas: Int32,
-        stream,
-    ):
-        config = self.config
-        dtype = DTYPES[config.dtype]
-        B, heads, S_q = q.shape[0], k.shape[1], q.shape[2]
-        ratio = q.shape[1] // heads
-        rows, q_row = ratio * S_q, cute.assume(q_row, divby=config.stride_unit)
-        q_head = cute.assume(ratio * q.stride[1], divby=config.stride_unit)
-        # [rows, D, Hk, B] and [64, D, Hk, Nblk, requests]
-        gQ = cute.make_tensor(
-            q.iterator, cute.make_layout((rows, config.D, heads, B), stride=(q_row, 1, q_head, q.stride[0]))
-        )
-        gK, gV = self.pages(k, k_requests), self.pages(v, v_requests)
-        packed_out, packed_lse = packed_rows(out, lse)
-        tensors = Tensors(
-            gQ,
-            table,
-            seq_lens,
-            sink,
-            q_descale,
-            k_descale,
-            v_descale,
-            packed_out,
-            packed_lse,
-            Partials.over(workspace, ctas, config.tile_n, config.Dv),
-        )
-        load, N, chunk = cpasync.CopyBulkTensorTileG2SOp(), config.tile_n, config.chunk
-        tma_q = tQ = None
-        if const_expr(config.q_terms == 1):
-            tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, row_layout(dtype, N, chunk), (N, chunk))
-        tma_k, tK = cpasync.make_tiled_tma_atom(load, gK, row_layout(dtype, BLOCK, chunk), (BLOCK, chunk))
-        tma_v, tV = cpasync.make_tiled_tma_atom(load, gV, row_layout(dtype, BLOCK, chunk), (BLOCK, chunk))
-        scalars = Scalars(scale_log2, S_q, has_sink, rows, (rows + (N - 1)) // N, heads)
-        self.kernel(tma_q, tQ, tma_k, tK, tma_v, tV, tensors, scalars).launch(
-            grid=(ctas, 1, 1),
-            block=(THREADS, 1, 1),
-            smem=config.smem_bytes(),
-            min_blocks_per_mp=1,
-            stream=stream,
-        )
-        combine(packed_out, packed_lse, *tensors.partials, sink, has_sink, S_q, heads, stream)
+    def loads(self, q: cute.Tensor, k: cute.Tensor, v: cute.Tensor) -> tuple[cute.Tensor, Tma | None, Tma, Tma]:
+        """Q for warps that make two rows of each, and TMA of Q, if it is not for them, K and V."""
+        columns = self.config.chunk
+        load_q = load_of(q, self.config.tile_n, columns) if self.config.q_terms == 1 else None
+        return q, load_q, load_of(k, BLOCK, columns), load_of(v, BLOCK, columns)
 
-    def pages(self, cache: cute.Tensor, requests) -> cute.Tensor:
-        """A cache as [64, width, Hk, Nblk, requests]."""
-        request, head, block, row, _ = cache.stride
-        shape = (BLOCK, cache.shape[4], cache.shape[1], cache.shape[2], requests)
-        return cute.make_tensor(cache.iterator, cute.make_layout(shape, stride=(row, 1, head, block, request)))
+    def scalars(self, scale_log2, S_q, has_sink, rows, heads) -> Scalars:
+        N = self.config.tile_n
+        return Scalars(scale_log2, S_q, has_sink, rows, (rows + (N - 1)) // N, heads)
 
     @cute.kernel
-    def kernel(
-        self,
-        tma_q: cute.CopyAtom | None,
-        tQ: cute.Tensor | None,
-        tma_k: cute.CopyAtom,
-        tK: cute.Tensor,
-        tma_v: cute.CopyAtom,
-        tV: cute.Tensor,
-        tensors: Tensors,
-        scalars: Scalars,
-    ):
+    def kernel(self, q: cute.Tensor, load_q: Tma | None, load_k: Tma, load_v: Tma, tensors: Tensors, scalars: Scalars):
         config = self.config
         dtype = DTYPES[config.dtype]
         chunk_elements = BLOCK * config.chunk
@@ -188,7 +118,7 @@ class GqaDecode:
         # barriers, and the work of this CTA
         prefetch_table(tensors.table, cta * THREADS + tidx)
         if warp_id == 0:
-            open_channels(shared.channels, tuple(tma for tma in (tma_q, tma_k, tma_v) if tma is not None))
+            open_channels(shared.channels, tuple(load.atom for load in (load_q, load_k, load_v) if load is not None))
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
         work = find_work(table, seq_lens, groups, cta, ctas, WARPS, shared.sScan)
         cute.arch.griddepcontrol_launch_dependents()
@@ -197,12 +127,12 @@ class GqaDecode:
             if const_expr(config.wide):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMER_WARPS:
-                producer = Producer.over(shared, table, scalars, (tma_q, tma_k, tma_v), tQ, tK, tV)
+                producer = Producer.over(shared, table, scalars, load_q, load_k, load_v)
                 walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing())
             elif warp_id == CONSUMER_WARPS + 1:
                 note_split(tensors.partials, work, table, seq_lens, groups, cta)
             elif const_expr(config.q_terms == 2):
-                queries = Queries.over(shared, scalars, tensors.q, warp_id - (WARPS - QUERY_WARPS))
+                queries = Queries.over(shared, scalars, q, warp_id - (WARPS - QUERY_WARPS))
                 walk(work, table, seq_lens, groups, queries.load_segment, Done.nothing())
         else:
             if const_expr(config.wide):
@@ -217,39 +147,6 @@ class GqaDecode:
 # ---------------------------------------------------------------------------------------------------------- Launch
 
 
-def arguments(config: Config) -> tuple:
-    """Symbolic arguments of `GqaDecode.__call__`."""
-    dtype = DTYPES[config.dtype]
-    B, Hq, Hk, S_q, blocks = (symbolic.size() for _ in range(5))
-
-    def pages(width: int) -> cute.Tensor:
-        return symbolic.tensor(dtype, (B, Hk, blocks, BLOCK, width), tma=range(4))
-
-    def descale() -> cute.Tensor:
-        return symbolic.tensor(Float32, (B, Hk) if config.descale else (None,), strided=config.descale)
-
-    return (
-        symbolic.tensor(DTYPES[config.q], (B, Hq, S_q, config.D), tma=(0,)),
-        pages(config.D),
-        pages(config.Dv),
-        symbolic.tensor(Int32, (B, None)),
-        symbolic.tensor(Int32, (B,)),
-        symbolic.tensor(Float32, (None,)),
-        descale(),
-        descale(),
-        descale(),
-        symbolic.tensor(DTYPES[config.out], (B, Hq, S_q, config.Dv), align=16),
-        symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
-        symbolic.tensor(Float32, (None,), align=16),
-        Float32(1.0),
-        Int32(0),
-        Int64(config.stride_unit),
-        Int32(1),
-        Int32(1),
-        Int32(1),
-    )
-
-
 def build(config: Config, options: str = ""):
     """Compile the kernel and its combine."""
-    return symbolic.compiled(GqaDecode(config), arguments(config), options)
+    return decode.build(GqaDecode(config), config.q, config.dtype, config.out, options)

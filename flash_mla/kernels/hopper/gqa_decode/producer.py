@@ -9,13 +9,13 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from flash_mla.kernels.hopper import split
-from flash_mla.kernels.hopper.boxes import tma_boxes
+from flash_mla.kernels.hopper.boxes import Tma, tma_boxes
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.gqa_decode.config import CHUNK_BYTES, Config
-from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars, Shared, block_range
+from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars, Shared
 from flash_mla.kernels.hopper.limits import BLOCK, ROW_BYTES
 from flash_mla.kernels.hopper.table import block_of, prefetch_line
-from flash_mla.kernels.hopper.walk import Done, Place
+from flash_mla.kernels.hopper.walk import Done, Place, block_range
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,24 @@ class Producer:
     requests: Int32
 
     @staticmethod
-    def over(shared: Shared, table: cute.Tensor, scalars: Scalars, tma, tQ, tK, tV) -> Producer:
+    def over(shared: Shared, table: cute.Tensor, scalars: Scalars, q: Tma, k: Tma, v: Tma) -> Producer:
         config = shared.config
 
-        def boxes(atom, smem: cute.Tensor, rows: int, count: int, tensor, coordinate):
+        def boxes(load: Tma, smem: cute.Tensor, rows: int, count: int, coordinate):
             many = cute.make_layout(count, stride=rows * config.chunk)
-            return tma_boxes(atom, smem.iterator, many, tensor, (rows, config.chunk), coordinate)
+            return tma_boxes(load.atom, smem.iterator, many, load.tensor, (rows, config.chunk), coordinate)
 
         tiles, page = (None, None, None, None), (0, None, None, None, None)
         sQ = gQ = None
-        if config.q_terms == 1:
-            sQ, gQ = boxes(tma[0], shared.sQ, config.tile_n, config.q_stages * config.k_chunks, tQ, tiles)
+        if q is not None:
+            sQ, gQ = boxes(q, shared.sQ, config.tile_n, config.q_stages * config.k_chunks, tiles)
             shared.q.written_by("producer")
-        sK, gK = boxes(tma[1], shared.sK, BLOCK, config.stages * config.k_chunks, tK, page)
-        sV, gV = boxes(tma[2], shared.sV, BLOCK, config.stages * config.v_chunks, tV, page)
+        sK, gK = boxes(k, shared.sK, BLOCK, config.stages * config.k_chunks, page)
+        sV, gV = boxes(v, shared.sV, BLOCK, config.stages * config.v_chunks, page)
         for channel in (shared.k, shared.v):
             channel.written_by("producer")
-        return Producer(
-            config, shared, table, scalars, tma, sQ, gQ, sK, gK, sV, gV, blocks=tK.shape[3], requests=tK.shape[4]
-        )
+        tma, (_, _, _, blocks, requests) = (None if q is None else q.atom, k.atom, v.atom), k.tensor.shape
+        return Producer(config, shared, table, scalars, tma, sQ, gQ, sK, gK, sV, gV, blocks, requests)
 
     @cute.jit
     def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:

@@ -11,11 +11,12 @@ from cutlass import Float32, Int32, const_expr
 
 from flash_mla.kernels.hopper import packing, split
 from flash_mla.kernels.hopper.barriers import sync
+from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.gqa_decode.config import CONSUMERS, Bar
 from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer, consume
-from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars, Tensors, block_range
+from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars
 from flash_mla.kernels.hopper.limits import TILE_M
-from flash_mla.kernels.hopper.walk import Done, Place
+from flash_mla.kernels.hopper.walk import Done, Place, block_range
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,6 @@ class Segments:
     tensors: Tensors
     scalars: Scalars
     cta: Int32
-
-    @property
-    def empty_lse(self):
-        """lse of a row without keys."""
-        return -Float32.inf
 
     @cute.jit
     def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
@@ -62,7 +58,7 @@ class Segments:
         tiles, N = config.tiles_m, config.tile_n
         sSum, sMax, exchange = shared.sSum, shared.sMax, shared.exchange
         global_lse, lse_partial = tensors.lse, tensors.partials.lse
-        lane, warp_id = tid % 32, tid // 32
+        lane, warp_id, empty_lse = tid % 32, tid // 32, scalars.empty_lse
         # row maxima and sums of all warps
         for c in cutlass.range_constexpr(N // 4):
             total = consumer.row_sum[c]
@@ -90,7 +86,7 @@ class Segments:
                 out_row = item.head * scalars.rows + head_row
                 if side == 0 and warp_id == 0 and lane < 4:
                     if whole:
-                        global_lse[item.request, out_row] = lse * math.log(2.0) if total > 0.0 else self.empty_lse
+                        global_lse[item.request, out_row] = lse * math.log(2.0) if total > 0.0 else empty_lse
                     else:
                         lse_partial[slot, row] = lse
                 if whole and scalars.has_sink != 0:
@@ -153,4 +149,4 @@ class Segments:
         for i in cutlass.range(128 * consumer.side + consumer.tid, rows * config.Dv, CONSUMERS, unroll=1):
             out[item.request, row0 + i // config.Dv, i % config.Dv] = Float32(0.0).to(out.element_type)
             if i % config.Dv == 0:
-                lse[item.request, row0 + i // config.Dv] = self.empty_lse
+                lse[item.request, row0 + i // config.Dv] = self.scalars.empty_lse

@@ -1,42 +1,20 @@
-"""What the roles of a GQA decode CTA share: the global tensors, the item at hand, and views of shared memory."""
+"""What the roles of a GQA decode CTA share: the scalars of a call, the item at hand, and views of shared memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.gqa_decode.config import CONSUMER_WARPS, QUERY_WARPS, WARPS, Config
 from flash_mla.kernels.hopper.limits import BLOCK
-from flash_mla.kernels.hopper.partials import Partials
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.walk import Place
-
-
-class Tensors(NamedTuple):
-    """Global memory, all but k and v, which only TMA reads.
-
-    q [rows, D, KV head, B], read where it is not of the caches' dtype; table [B, table_blocks] and seq_lens [B] int32;
-    sink [Hq] FP32; descales [B, Hk] FP32; out [B, Hq * S_q, Dv]; lse [B, Hq * S_q] FP32, natural log.
-    """
-
-    q: cute.Tensor
-    table: cute.Tensor
-    seq_lens: cute.Tensor
-    sink: cute.Tensor
-    q_descale: cute.Tensor
-    k_descale: cute.Tensor
-    v_descale: cute.Tensor
-    out: cute.Tensor
-    lse: cute.Tensor
-    partials: Partials
 
 
 class Scalars(NamedTuple):
@@ -54,6 +32,11 @@ class Scalars(NamedTuple):
         """Items of a request: its row tiles, KV head by KV head."""
         return self.heads * self.tiles
 
+    @property
+    def empty_lse(self):
+        """lse of a row without keys."""
+        return -Float32.inf
+
 
 class Item(NamedTuple):
     """What a segment belongs to: request, KV head, its row tile."""
@@ -65,12 +48,6 @@ class Item(NamedTuple):
     @staticmethod
     def at(place: Place, scalars: Scalars) -> Item:
         return Item(place.request, place.group // scalars.tiles, place.group % scalars.tiles)
-
-
-@cute.jit
-def block_range(part: split.Segment, length):
-    """The blocks [first, last) of a segment: its pairs, without an odd block past the end."""
-    return 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
 
 
 @dataclass(frozen=True)

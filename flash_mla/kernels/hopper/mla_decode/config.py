@@ -13,7 +13,6 @@ WIDTHS = ((576, 512), (512, 512))
 """(D, Dv): the latent with and without a rope part."""
 MAX_S_Q = 8
 DV = 512
-
 HALF = DV // 2
 """Output columns of a consumer warpgroup."""
 K_CHUNKS = 9
@@ -53,6 +52,12 @@ class Config:
     dtype: Literal["bf16", "fp16"]
     D: int
     cluster: int
+
+    Dv = DV
+    latent, factors = True, False
+    q_unit = 8
+    """Elements of q in the 16 bytes of which its strides are multiples."""
+    threads = THREADS
 
     @property
     def chunks(self) -> int:

@@ -44,12 +44,11 @@ from __future__ import annotations
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import cpasync
 
-from flash_mla.kernels.hopper import symbolic
-from flash_mla.kernels.hopper.boxes import row_layout
+from flash_mla.kernels.hopper import decode
+from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
-from flash_mla.kernels.hopper.combine import combine
+from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
@@ -57,20 +56,18 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     CHUNK_ELEMENTS,
     CONSUMER_REGISTERS,
     CONSUMER_WARPS,
-    DV,
     K_CHUNKS,
     PRODUCER_REGISTERS,
     STAGES,
     START,
-    THREADS,
     WARPS,
     Config,
 )
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
 from flash_mla.kernels.hopper.mla_decode.producer import Producer
 from flash_mla.kernels.hopper.mla_decode.result import Segments
-from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared, Tensors
-from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows
+from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared
+from flash_mla.kernels.hopper.partials import note_split
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.table import prefetch_table
 from flash_mla.kernels.hopper.walk import Done, walk
@@ -80,73 +77,21 @@ from flash_mla.kernels.hopper.work import find_work
 
 
 class MlaDecode:
-    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
+    """The kernel for one Config; `decode.Decode` launches it."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    @cute.jit
-    def __call__(
-        self,
-        q: cute.Tensor,  # [B, Hq, S_q, D]
-        k: cute.Tensor,  # [B, 1, Nblk, 64, D]
-        table: cute.Tensor,  # [B, table_blocks] int32
-        seq_lens: cute.Tensor,  # [B] int32
-        sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
-        out: cute.Tensor,  # [B, Hq, S_q, 512], contiguous
-        lse: cute.Tensor,  # [B, Hq, S_q] FP32, contiguous
-        workspace: cute.Tensor,  # [workspace_words(clusters)] FP32
-        scale_log2: Float32,
-        has_sink: Int32,
-        q_row: Int64,  # elements between packed query rows
-        requests: Int32,  # with a cache of their own: B, or 1 where they share it
-        clusters: Int32,
-        stream,
-    ):
-        config = self.config
-        B, Hq, S_q = q.shape[0], q.shape[1], q.shape[2]
-        rows, D, q_row = Hq * S_q, config.D, cute.assume(q_row, divby=8)
-        # [rows, D, B] and [64, D, Nblk, requests]
-        gQ = cute.make_tensor(q.iterator, cute.make_layout((rows, D, B), stride=(q_row, 1, q.stride[0])))
-        k_strides = (k.stride[3], 1, k.stride[2], k.stride[0])
-        gK = cute.make_tensor(k.iterator, cute.make_layout((BLOCK, D, k.shape[2], requests), stride=k_strides))
-        packed_out, packed_lse = packed_rows(out, lse)
-        tensors = Tensors(
-            table=table,
-            seq_lens=seq_lens,
-            sink=sink,
-            out=packed_out,
-            lse=packed_lse,
-            partials=Partials.over(workspace, clusters, config.rows, DV),
-        )
-        chunk = row_layout(DTYPES[config.dtype], BLOCK, CHUNK)
-        load = cpasync.CopyBulkTensorTileG2SOp()
-        tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, chunk, (TILE_M, CHUNK))
-        if const_expr(config.cluster > 1):
-            load = cpasync.CopyBulkTensorTileG2SMulticastOp()
-        tma_k, tK = cpasync.make_tiled_tma_atom(load, gK, chunk, (BLOCK, CHUNK))
-        groups = (rows + (config.rows - 1)) // config.rows
-        self.kernel(tma_q, tQ, tma_k, tK, gK, tensors, Scalars(scale_log2, S_q, has_sink, groups)).launch(
-            grid=(clusters * config.cluster, 1, 1),
-            block=(THREADS, 1, 1),
-            cluster=(config.cluster, 1, 1) if const_expr(config.cluster > 1) else None,
-            smem=config.smem_bytes(),
-            min_blocks_per_mp=1,
-            stream=stream,
-        )
-        combine(packed_out, packed_lse, *tensors.partials, sink, has_sink, S_q, Int32(1), stream)
+    def loads(self, q: cute.Tensor, k: cute.Tensor, _v: None) -> tuple[Tma, Tma, cute.Tensor]:
+        """TMA of Q and K; K itself, [64, D, Nblk, requests]."""
+        k = k[None, None, 0, None, None]
+        return load_of(q[None, None, 0, None], TILE_M, CHUNK), load_of(k, BLOCK, CHUNK, self.config.cluster > 1), k
+
+    def scalars(self, scale_log2, S_q, has_sink, rows, _heads) -> Scalars:
+        return Scalars(scale_log2, S_q, has_sink, (rows + (self.config.rows - 1)) // self.config.rows)
 
     @cute.kernel
-    def kernel(
-        self,
-        tma_q: cute.CopyAtom,
-        tQ: cute.Tensor,
-        tma_k: cute.CopyAtom,
-        tK: cute.Tensor,
-        pages: cute.Tensor,
-        tensors: Tensors,
-        scalars: Scalars,
-    ):
+    def kernel(self, load_q: Tma, load_k: Tma, pages: cute.Tensor, tensors: Tensors, scalars: Scalars):
         config = self.config
         dtype = DTYPES[config.dtype]
 
@@ -169,7 +114,7 @@ class MlaDecode:
 
         # barriers, and the work of this cluster
         if warp_id == 0:
-            open_channels(shared.channels, (tma_q, tma_k))
+            open_channels(shared.channels, (load_q.atom, load_k.atom))
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         if warp_id == CONSUMER_WARPS + 1:
@@ -183,7 +128,7 @@ class MlaDecode:
         if warp_id >= CONSUMER_WARPS:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMER_WARPS:
-                producer = Producer.over(shared, table, rank, tma_q, tQ, tma_k, tK, pages)
+                producer = Producer.over(shared, table, rank, *load_q, *load_k, pages)
                 producer.outlive_peers(walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing()))
             elif warp_id == CONSUMER_WARPS + 1:  # noqa: SIM102
                 if rank == 0:
@@ -205,27 +150,6 @@ class MlaDecode:
 # ---------------------------------------------------------------------------------------------------------- Launch
 
 
-def arguments(config: Config) -> tuple:
-    """Symbolic arguments of `MlaDecode.__call__`."""
-    dtype = DTYPES[config.dtype]
-    B, Hq, S_q = symbolic.size(), symbolic.size(), symbolic.size()
-    return (
-        symbolic.tensor(dtype, (B, Hq, S_q, config.D), tma=(0,)),
-        symbolic.tensor(dtype, (B, 1, None, BLOCK, config.D), tma=(0, 2, 3)),
-        symbolic.tensor(Int32, (B, None)),
-        symbolic.tensor(Int32, (B,)),
-        symbolic.tensor(Float32, (None,)),
-        symbolic.tensor(dtype, (B, Hq, S_q, DV), align=16),
-        symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
-        symbolic.tensor(Float32, (None,), align=16),
-        Float32(1.0),
-        Int32(0),
-        Int64(8),
-        Int32(1),
-        Int32(1),
-    )
-
-
 def build(config: Config, options: str = ""):
     """Compile the kernel and its combine."""
-    return symbolic.compiled(MlaDecode(config), arguments(config), options)
+    return decode.build(MlaDecode(config), config.dtype, config.dtype, config.dtype, options)

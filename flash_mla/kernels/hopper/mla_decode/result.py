@@ -11,12 +11,13 @@ from cutlass import Float32, Int32, const_expr
 
 from flash_mla.kernels.hopper import packing, split
 from flash_mla.kernels.hopper.barriers import sync
+from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.lanes import quad_sum
 from flash_mla.kernels.hopper.limits import STAGED, TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import CONSUMERS, HALF, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
 from flash_mla.kernels.hopper.mla_decode.pairs import Causal, consume_left, consume_right
-from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Tensors
+from flash_mla.kernels.hopper.mla_decode.shared import Scalars
 from flash_mla.kernels.hopper.staging import store_rows
 from flash_mla.kernels.hopper.walk import Done, Place
 
@@ -30,11 +31,6 @@ class Segments:
     scalars: Scalars
     rank: Int32
     cluster_id: Int32
-
-    @property
-    def empty_lse(self):
-        """lse of a row without keys."""
-        return -Float32.inf
 
     @cute.jit
     def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
@@ -63,7 +59,7 @@ class Segments:
         consumer, tensors, partials = self.consumer, self.tensors, self.tensors.partials
         rows_of, side, sSum = consumer.rows, consumer.side, consumer.shared.sSum
         global_lse, lse_partial, rows = tensors.lse, partials.lse, tensors.out.shape[1]
-        first_lane = consumer.tid % 4 == 0
+        first_lane, empty_lse = consumer.tid % 4 == 0, self.scalars.empty_lse
         # add the sums of the four threads of a row, and of the two warpgroups
         for r in cutlass.range_constexpr(2):
             total = quad_sum(rows_of.sum[r])
@@ -81,7 +77,7 @@ class Segments:
             if whole:
                 if row < rows:
                     if writes:
-                        global_lse[request, row] = lse * math.log(2.0) if total > 0.0 else self.empty_lse
+                        global_lse[request, row] = lse * math.log(2.0) if total > 0.0 else empty_lse
                     if self.scalars.has_sink != 0:
                         sink = tensors.sink[packing.head_of(row, self.scalars.S_q)] * math.log2(math.e)
                         total = total + cute.math.exp2(sink - rows_of.max[r], fastmath=True)
@@ -110,7 +106,7 @@ class Segments:
             if row < out.shape[1]:
                 cute.autovec_copy(zeros, cute.local_tile(out[request, row, None], (8,), (tid % 64,)))
                 if tid % 64 == 0:
-                    lse[request, row] = self.empty_lse
+                    lse[request, row] = self.scalars.empty_lse
 
 
 @cute.jit

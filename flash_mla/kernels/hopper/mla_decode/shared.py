@@ -1,4 +1,4 @@
-"""What the roles of an MLA decode CTA share: the global tensors, and views of shared memory."""
+"""What the roles of an MLA decode CTA share: the scalars of a call, and views of shared memory."""
 
 from __future__ import annotations
 
@@ -22,22 +22,7 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     WARPS,
     Config,
 )
-from flash_mla.kernels.hopper.partials import Partials
 from flash_mla.kernels.hopper.split import scan_words
-
-
-class Tensors(NamedTuple):
-    """Global memory, all but q and k, which only TMA reads.
-
-    table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; out [B, rows, 512]; lse [B, rows] FP32, natural log.
-    """
-
-    table: cute.Tensor
-    seq_lens: cute.Tensor
-    sink: cute.Tensor
-    out: cute.Tensor
-    lse: cute.Tensor
-    partials: Partials
 
 
 class Scalars(NamedTuple):
@@ -47,6 +32,11 @@ class Scalars(NamedTuple):
     S_q: Int32
     has_sink: Int32
     groups: Int32
+
+    @property
+    def empty_lse(self):
+        """lse of a row without keys."""
+        return -Float32.inf
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,8 @@ from flash_mla.kernels.hopper.limits import (
     barrier_bytes,
     smem_bytes,
 )
+from flash_mla.kernels.hopper.mla_decode.config import DV
 
-WIDTHS = ((576, 512), (512, 512))
-"""(D, Dv): the latent with and without a rope part."""
-MAX_S_Q = 8
-DV = 512
-HALF = DV // 2
-"""Output columns of a values warpgroup."""
 ROPE = 64
 """Columns of the rope part, if there is one."""
 CHUNK = 128
@@ -67,6 +62,10 @@ class Config:
     tile_n: int
     cluster: int
     descale: bool
+
+    Dv = DV
+    latent, factors = True, True
+    threads = THREADS
 
     @property
     def out(self) -> Literal["bf16", "fp16"]:

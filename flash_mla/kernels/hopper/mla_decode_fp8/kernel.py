@@ -58,13 +58,11 @@ from __future__ import annotations
 
 import cutlass.cute as cute
 from cutlass import Float8E4M3FN, Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import cpasync
 
-from flash_mla.kernels.hopper import symbolic
-from flash_mla.kernels.hopper.boxes import row_layout
+from flash_mla.kernels.hopper import decode
+from flash_mla.kernels.hopper.boxes import load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
-from flash_mla.kernels.hopper.combine import combine
-from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars
@@ -77,97 +75,46 @@ from flash_mla.kernels.hopper.mla_decode_fp8.config import (
     ROPE,
     SCORES_REGISTERS,
     START,
-    THREADS,
     VALUES_REGISTERS,
     WARPS,
     WARPS_A_GROUP,
     Config,
 )
-from flash_mla.kernels.hopper.mla_decode_fp8.producer import Producer, Tmas
+from flash_mla.kernels.hopper.mla_decode_fp8.producer import Loads, Producer
+from flash_mla.kernels.hopper.mla_decode_fp8.role import Role
 from flash_mla.kernels.hopper.mla_decode_fp8.scores import Scores
-from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared, Tensors
+from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared
 from flash_mla.kernels.hopper.mla_decode_fp8.values import Values
-from flash_mla.kernels.hopper.partials import Partials, note_split, packed_rows
+from flash_mla.kernels.hopper.partials import note_split
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.table import prefetch_table
 from flash_mla.kernels.hopper.work import find_work
 
 
 class MlaDecodeFp8:
-    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
+    """The kernel for one Config; `decode.Decode` launches it."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    @cute.jit
-    def __call__(
-        self,
-        q: cute.Tensor,  # [B, Hq, S_q, D]
-        k: cute.Tensor,  # [B, 1, Nblk, 64, D]
-        table: cute.Tensor,  # [B, table_blocks] int32
-        seq_lens: cute.Tensor,  # [B] int32
-        sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
-        q_descale: cute.Tensor,  # [B, 1] FP32; anything if not config.descale
-        k_descale: cute.Tensor,
-        v_descale: cute.Tensor,
-        out: cute.Tensor,  # [B, Hq, S_q, 512], contiguous
-        lse: cute.Tensor,  # [B, Hq, S_q] FP32, contiguous
-        workspace: cute.Tensor,  # [workspace_words(clusters)] FP32
-        scale_log2: Float32,
-        has_sink: Int32,
-        q_row: Int64,  # elements between packed query rows
-        requests: Int32,  # with a cache of their own: B, or 1 where they share it
-        clusters: Int32,
-        stream,
-    ):
-        config = self.config
-        B, Hq, S_q = q.shape[0], q.shape[1], q.shape[2]
-        rows, D, q_row = Hq * S_q, config.D, cute.assume(q_row, divby=config.q_unit)
-        # [rows, D, B] and [64, D, Nblk, requests]
-        gQ = cute.make_tensor(q.iterator, cute.make_layout((rows, D, B), stride=(q_row, 1, q.stride[0])))
-        k_strides = (k.stride[3], 1, k.stride[2], k.stride[0])
-        gK = cute.make_tensor(k.iterator, cute.make_layout((BLOCK, D, k.shape[2], requests), stride=k_strides))
-        packed_out, packed_lse = packed_rows(out, lse)
-        tensors = Tensors(
-            q=cute.make_tensor(q.iterator, cute.make_layout((B, rows, D), stride=(q.stride[0], q_row, 1))),
-            table=table,
-            seq_lens=seq_lens,
-            sink=sink,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-            out=packed_out,
-            lse=packed_lse,
-            partials=Partials.over(workspace, clusters, config.rows, DV),
+    def loads(self, q: cute.Tensor, k: cute.Tensor, _v: None) -> tuple[Loads, cute.Tensor, cute.Tensor]:
+        """TMA of Q and K; K itself, [64, D, Nblk, requests], and q [B, rows, D]."""
+        config, share = self.config, BLOCK // self.config.cluster
+        q, k = q[None, None, 0, None], k[None, None, 0, None, None]
+        loads_q, several = config.q == "fp8", config.cluster > 1
+        loads = Loads(
+            q=load_of(q, config.q_box, CHUNK) if loads_q else None,
+            q_rope=load_of(q, config.q_box, ROPE) if loads_q and config.rope else None,
+            k=load_of(k, share, CHUNK, several),
+            k_rope=load_of(k, share, ROPE, several) if config.rope else None,
         )
-        load = load_k = cpasync.CopyBulkTensorTileG2SOp()
-        if const_expr(config.cluster > 1):
-            load_k = cpasync.CopyBulkTensorTileG2SMulticastOp()
+        return loads, k, cute.make_tensor(q.iterator, cute.select(q.layout, mode=[2, 0, 1]))
 
-        def tma(kind, tensor: cute.Tensor, box_rows: int, columns: int):
-            box = row_layout(Float8E4M3FN, box_rows, columns, row_bytes=columns)
-            return cpasync.make_tiled_tma_atom(kind, tensor, box, (box_rows, columns))
-
-        share, has_rope, loads_q = BLOCK // config.cluster, config.rope > 0, config.q == "fp8"
-        tmas = Tmas(
-            q=tma(load, gQ, config.q_box, CHUNK) if loads_q else None,
-            q_rope=tma(load, gQ, config.q_box, ROPE) if loads_q and has_rope else None,
-            k=tma(load_k, gK, share, CHUNK),
-            k_rope=tma(load_k, gK, share, ROPE) if has_rope else None,
-        )
-        groups = (rows + (config.rows - 1)) // config.rows
-        self.kernel(tmas, gK, tensors, Scalars(scale_log2, S_q, has_sink, groups)).launch(
-            grid=(clusters * config.cluster, 1, 1),
-            block=(THREADS, 1, 1),
-            cluster=(config.cluster, 1, 1) if const_expr(config.cluster > 1) else None,
-            smem=config.smem_bytes(),
-            min_blocks_per_mp=1,
-            stream=stream,
-        )
-        combine(packed_out, packed_lse, *tensors.partials, sink, has_sink, S_q, Int32(1), stream)
+    def scalars(self, scale_log2, S_q, has_sink, rows, _heads) -> Scalars:
+        return Scalars(scale_log2, S_q, has_sink, (rows + (self.config.rows - 1)) // self.config.rows)
 
     @cute.kernel
-    def kernel(self, tmas: Tmas, pages: cute.Tensor, tensors: Tensors, scalars: Scalars):
+    def kernel(self, loads: Loads, pages: cute.Tensor, q: cute.Tensor, tensors: Tensors, scalars: Scalars):
         config, dtype = self.config, Float8E4M3FN
 
         @cute.struct
@@ -192,7 +139,7 @@ class MlaDecodeFp8:
 
         # barriers, and the work of this cluster
         if warp_id == 0:
-            open_channels(shared.channels, tuple(tma[0] for tma in tmas if tma is not None))
+            open_channels(shared.channels, tuple(load.atom for load in loads if load is not None))
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         if warp_id == 3 * WARPS_A_GROUP + 1:
@@ -207,48 +154,21 @@ class MlaDecodeFp8:
         if warp_id >= 3 * WARPS_A_GROUP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == 3 * WARPS_A_GROUP:
-                Producer.over(shared, tensors, rank, tmas, pages).run(scalars, work)
+                Producer.over(shared, tensors, rank, loads, pages).run(scalars, work)
             elif warp_id == 3 * WARPS_A_GROUP + 1:  # noqa: SIM102
                 if rank == 0:
                     note_split(tensors.partials, work, table, seq_lens, scalars.groups, cluster_id)
         elif warp_id < WARPS_A_GROUP:
             cute.arch.setmaxregister_decrease(SCORES_REGISTERS)
-            Scores.over(shared, tensors, scalars, rank, cluster_id, tidx).run(work)
+            Scores.over(Role(shared, tensors, scalars, rank, cluster_id, tidx)).run(work)
         else:
             cute.arch.setmaxregister_increase(VALUES_REGISTERS)
             side = warp_id // WARPS_A_GROUP - 1
-            Values.over(shared, tensors, scalars, rank, cluster_id, side, tidx % WARPGROUP).run(work)
+            Values.over(Role(shared, tensors, scalars, rank, cluster_id, tidx % WARPGROUP), q, side).run(work)
         for channel in shared.channels:
             channel.check()
 
 
-def arguments(config: Config) -> tuple:
-    """Symbolic arguments of `MlaDecodeFp8.__call__`."""
-    B, Hq, S_q = symbolic.size(), symbolic.size(), symbolic.size()
-
-    def descale() -> cute.Tensor:
-        return symbolic.tensor(Float32, (B, 1) if config.descale else (None,), strided=config.descale)
-
-    return (
-        symbolic.tensor(DTYPES[config.q], (B, Hq, S_q, config.D), tma=(0,)),
-        symbolic.tensor(Float8E4M3FN, (B, 1, None, BLOCK, config.D), tma=(0, 2, 3)),
-        symbolic.tensor(Int32, (B, None)),
-        symbolic.tensor(Int32, (B,)),
-        symbolic.tensor(Float32, (None,)),
-        descale(),
-        descale(),
-        descale(),
-        symbolic.tensor(DTYPES[config.out], (B, Hq, S_q, DV), align=16),
-        symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
-        symbolic.tensor(Float32, (None,), align=16),
-        Float32(1.0),
-        Int32(0),
-        Int64(config.q_unit),
-        Int32(1),
-        Int32(1),
-    )
-
-
 def build(config: Config, options: str = ""):
     """Compile the kernel and its combine."""
-    return symbolic.compiled(MlaDecodeFp8(config), arguments(config), options)
+    return decode.build(MlaDecodeFp8(config), config.q, "fp8", config.out, options)

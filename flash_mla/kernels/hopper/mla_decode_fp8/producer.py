@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
 from flash_mla.kernels.hopper import split
-from flash_mla.kernels.hopper.boxes import tma_boxes
+from flash_mla.kernels.hopper.boxes import Tma, tma_boxes
+from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars
 from flash_mla.kernels.hopper.mla_decode_fp8.config import CHUNK, CHUNKS, DV, ROPE, Config
-from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared, Tensors
+from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared
 from flash_mla.kernels.hopper.table import block_of
-from flash_mla.kernels.hopper.walk import Done, Place, walk
+from flash_mla.kernels.hopper.walk import Done, Place, block_range, walk
 from flash_mla.kernels.hopper.work import Work
 
 EVICT_FIRST = 0x12F0000000000000
 """TMA cache hint of a cluster's loads: nobody else reads that K."""
 
 
-class Tmas(NamedTuple):
-    """(TMA atom, tensor) of each kind of load, if there is one."""
+class Loads(NamedTuple):
+    """Each kind of load, if there is one."""
 
-    q: Any
-    q_rope: Any
-    k: Any
-    k_rope: Any
+    q: Tma | None
+    q_rope: Tma | None
+    k: Tma
+    k_rope: Tma | None
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,15 @@ class Producer:
     pages: cute.Tensor
 
     @staticmethod
-    def over(shared: Shared, tensors: Tensors, rank, tmas: Tmas, pages) -> Producer:
+    def over(shared: Shared, tensors: Tensors, rank, loads: Loads, pages) -> Producer:
         config, loads_q = shared.config, shared.config.q == "fp8"
         box, share, pieces = config.q_box, BLOCK // config.cluster, config.stages * config.cluster
 
-        def boxes(tma, memory: cute.Tensor | None, count: int, stride: int, box, tiles: int) -> Boxes | None:
-            if memory is None or tma is None:
+        def boxes(load: Tma | None, memory: cute.Tensor, count: int, stride: int, box, tiles: int) -> Boxes | None:
+            if load is None:
                 return None
             many = cute.make_layout(count, stride=stride)
-            smem, gmem = tma_boxes(tma[0], memory.iterator, many, tma[1], box, (None,) * tiles)
-            return Boxes(tma[0], smem, gmem)
+            return Boxes(load.atom, *tma_boxes(load.atom, memory.iterator, many, load.tensor, box, (None,) * tiles))
 
         for channel in (shared.q, shared.k) if loads_q else (shared.k,):
             channel.written_by("producer")
@@ -78,10 +78,10 @@ class Producer:
             shared,
             tensors,
             rank,
-            boxes(tmas.q, shared.sQ, CHUNKS * TILE_M // box, box * CHUNK, (box, CHUNK), 3),
-            boxes(tmas.q_rope, shared.sQ_rope, TILE_M // box, box * ROPE, (box, ROPE), 3),
-            boxes(tmas.k, shared.sK, CHUNKS * pieces, share * CHUNK, (share, CHUNK), 4),
-            boxes(tmas.k_rope, shared.sK_rope, pieces, share * ROPE, (share, ROPE), 4),
+            boxes(loads.q, shared.sQ, CHUNKS * TILE_M // box, box * CHUNK, (box, CHUNK), 3),
+            boxes(loads.q_rope, shared.sQ_rope, TILE_M // box, box * ROPE, (box, ROPE), 3),
+            boxes(loads.k, shared.sK, CHUNKS * pieces, share * CHUNK, (share, CHUNK), 4),
+            boxes(loads.k_rope, shared.sK_rope, pieces, share * ROPE, (share, ROPE), 4),
             pages,
         )
 
@@ -100,7 +100,7 @@ class Producer:
     def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """Q, and every block of a segment."""
         if part.last > part.first:
-            first, last = 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
+            first, last = block_range(part, length)
             request, blocks = place.request, self.pages.shape[2]
             pool_request = cutlass.min(request, self.pages.shape[3] - 1)
             block = block_of(self.tensors.table, request, first, blocks)

@@ -15,29 +15,20 @@ from flash_mla.kernels.hopper import packing, split
 from flash_mla.kernels.hopper.e4m3 import move_reference, pack, pack_twice, sum_pairs
 from flash_mla.kernels.hopper.lanes import quad_sum
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M
-from flash_mla.kernels.hopper.mla_decode.shared import Scalars
-from flash_mla.kernels.hopper.mla_decode_fp8.config import DV, P_STAGES, WARPS_A_GROUP, Config
-from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared, Tensors
+from flash_mla.kernels.hopper.mla_decode_fp8.config import DV, P_STAGES, WARPS_A_GROUP
+from flash_mla.kernels.hopper.mla_decode_fp8.role import Role
 from flash_mla.kernels.hopper.softmax import LOW, Rows
-from flash_mla.kernels.hopper.walk import Done, Place, walk
-from flash_mla.kernels.hopper.work import Work
+from flash_mla.kernels.hopper.walk import Done, Place, block_range
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(Role):
     """The warpgroup that computes S [64, 64] of every block.
 
     Of each of a thread's rows (`config.thread_rows`): the reference `rows.max` (base 2), P = 2^(S - reference); its
     shares of the running sums of P, exact in `rows.sum` and rounded in `rounded`; the largest score so far in `top`.
     """
 
-    config: Config
-    shared: Shared
-    tensors: Tensors
-    scalars: Scalars
-    rank: Int32
-    cluster_id: Int32
-    tid: Int32
     qk: cute.TiledMma
     rQ: cute.Tensor
     rQ_rope: cute.Tensor | None
@@ -50,21 +41,15 @@ class Scores:
     top: cute.Tensor
 
     @staticmethod
-    def over(shared: Shared, tensors: Tensors, scalars: Scalars, rank, cluster_id, tid) -> Scores:
-        dtype, K = Float8E4M3FN, OperandMajorMode.K
+    def over(role: Role) -> Scores:
+        shared, dtype, K = role.shared, Float8E4M3FN, OperandMajorMode.K
         qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, (1, 1, 1), (TILE_M, BLOCK))
         own, rope = qk.get_slice(0), shared.config.rope > 0
         shared.q.read_by("scores", WARPS_A_GROUP)
         shared.p.written_by("scores", WARPS_A_GROUP)
         shared.scale.written_by("scores", WARPS_A_GROUP)
         return Scores(
-            config=shared.config,
-            shared=shared,
-            tensors=tensors,
-            scalars=scalars,
-            rank=rank,
-            cluster_id=cluster_id,
-            tid=tid,
+            **vars(role),
             qk=qk,
             rQ=qk.make_fragment_A(own.partition_A(shared.sQ)),
             rQ_rope=qk.make_fragment_A(own.partition_A(shared.sQ_rope)) if rope else None,
@@ -72,24 +57,17 @@ class Scores:
             rK_rope=qk.make_fragment_B(own.partition_B(shared.sK_rope)) if rope else None,
             raw=cute.make_rmem_tensor(qk.partition_shape_C((TILE_M, BLOCK)), Float32),
             S=cute.make_rmem_tensor(qk.partition_shape_C((TILE_M, BLOCK)), Float32),
-            rows=Rows.over(tid),
+            rows=Rows.over(role.tid),
             rounded=cute.make_rmem_tensor(2, Float32),
             top=cute.make_rmem_tensor(2, Float32),
         )
 
     @cute.jit
-    def run(self, work: Work) -> None:
-        """Compute the scores of the cluster's segments, and write their lse."""
-        tensors = self.tensors
-        walk(work, tensors.table, tensors.seq_lens, self.scalars.groups, self.segment, Done.nothing())
-
-    @cute.jit
     def segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
-        """All blocks of a segment; of an empty request, zeros."""
-        N, S_q, request = self.config.tile_n, self.scalars.S_q, place.request
-        row0 = (place.group * self.config.cluster + self.rank) * N
+        """The scores of all blocks of a segment, and their lse; of an empty request, zeros."""
+        S_q, request, row0 = self.scalars.S_q, place.request, self.row0(place)
         if part.last > part.first:
-            first, last = 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
+            first, last = block_range(part, length)
             scale, v_scale = self.scalars.scale_log2, Float32(1.0)
             if const_expr(self.config.descale):
                 scale = scale * self.tensors.q_descale[request, 0] * self.tensors.k_descale[request, 0]

@@ -1,9 +1,8 @@
-"""What the roles of an FP8 MLA decode CTA share: the global tensors, and views of shared memory."""
+"""What the roles of an FP8 MLA decode CTA share: views of shared memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Float8E4M3FN
@@ -12,27 +11,7 @@ from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M
 from flash_mla.kernels.hopper.mla_decode_fp8.config import DV, P_STAGES, ROPE, WARPS, WARPS_A_GROUP, Config
-from flash_mla.kernels.hopper.partials import Partials
 from flash_mla.kernels.hopper.split import scan_words
-
-
-class Tensors(NamedTuple):
-    """Global memory, all but k and FP8 queries, which only TMA reads.
-
-    q [B, rows, D], read where it is not FP8; table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; descales
-    [B, 1] FP32; out [B, rows, 512]; lse [B, rows] FP32, natural log.
-    """
-
-    q: cute.Tensor
-    table: cute.Tensor
-    seq_lens: cute.Tensor
-    sink: cute.Tensor
-    q_descale: cute.Tensor
-    k_descale: cute.Tensor
-    v_descale: cute.Tensor
-    out: cute.Tensor
-    lse: cute.Tensor
-    partials: Partials
 
 
 @dataclass(frozen=True)

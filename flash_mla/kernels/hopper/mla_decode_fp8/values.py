@@ -14,43 +14,29 @@ from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.e4m3 import separate
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP
-from flash_mla.kernels.hopper.mla_decode.shared import Scalars
-from flash_mla.kernels.hopper.mla_decode_fp8.config import (
-    CHUNK,
-    CHUNKS,
-    HALF,
-    P_STAGES,
-    WARPS_A_GROUP,
-    Bar,
-    Config,
-)
+from flash_mla.kernels.hopper.mla_decode.config import HALF
+from flash_mla.kernels.hopper.mla_decode_fp8.config import CHUNK, CHUNKS, P_STAGES, WARPS_A_GROUP, Bar
 from flash_mla.kernels.hopper.mla_decode_fp8.query import load_query
-from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared, Tensors
+from flash_mla.kernels.hopper.mla_decode_fp8.role import Role
 from flash_mla.kernels.hopper.transpose import transpose_load
-from flash_mla.kernels.hopper.walk import Done, Place, walk
-from flash_mla.kernels.hopper.work import Work
+from flash_mla.kernels.hopper.walk import Done, Place, block_range
 
 TILES = HALF // TILE_M
 """O^T tiles of 64 columns of out."""
 
 
 @dataclass(frozen=True)
-class Values:
+class Values(Role):
     """The warpgroup that holds 256 columns of out, O^T [256, tile_n] in four tiles; `side`: which half.
 
     product: what wgmma adds to: O, or in exact configs a block's part of it. wgmma keeps some 14 bits of sums of e4m3
     products, which over 32768 keys costs as much as rounding P does.
+    q [B, rows, D]: read where it is not FP8.
     A thread's rows of tile t are columns `column(t)` and the next.
     """
 
-    config: Config
-    shared: Shared
-    tensors: Tensors
-    scalars: Scalars
-    rank: Int32
-    cluster_id: Int32
+    q: cute.Tensor
     side: Int32
-    tid: Int32
     pv: cute.TiledMma
     rV: list[cute.Tensor]
     rP: cute.Tensor
@@ -58,8 +44,8 @@ class Values:
     product: list[cute.Tensor]
 
     @staticmethod
-    def over(shared: Shared, tensors: Tensors, scalars: Scalars, rank, cluster_id, side, tid) -> Values:
-        dtype, K, N = Float8E4M3FN, OperandMajorMode.K, shared.config.tile_n
+    def over(role: Role, q: cute.Tensor, side) -> Values:
+        shared, dtype, K, N = role.shared, Float8E4M3FN, OperandMajorMode.K, role.config.tile_n
         registers = warpgroup.OperandSource.RMEM
         pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, (1, 1, 1), (TILE_M, N), registers)
         for channel in (shared.k, shared.p, shared.scale):
@@ -72,14 +58,9 @@ class Values:
 
         O = tiles()
         return Values(
-            config=shared.config,
-            shared=shared,
-            tensors=tensors,
-            scalars=scalars,
-            rank=rank,
-            cluster_id=cluster_id,
+            **vars(role),
+            q=q,
             side=side,
-            tid=tid,
             pv=pv,
             rV=[cute.make_rmem_tensor(cute.make_layout(((4, 2, 2), 1, 2)), dtype) for _ in range(2)],
             rP=pv.make_fragment_B(pv.get_slice(0).partition_B(shared.sP)),
@@ -88,21 +69,14 @@ class Values:
         )
 
     @cute.jit
-    def run(self, work: Work) -> None:
-        """Compute and write the outputs of the cluster's segments."""
-        tensors = self.tensors
-        walk(work, tensors.table, tensors.seq_lens, self.scalars.groups, self.segment, Done.nothing())
-
-    @cute.jit
     def segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """All blocks of a segment, and their result."""
         if part.last > part.first:
-            first, last = 2 * part.first, cutlass.min(2 * part.last, (length + (BLOCK - 1)) // BLOCK)
+            first, last = block_range(part, length)
             if const_expr(self.config.q_terms == 2):
                 self.shared.q.acquire(0, done.segments)
-                row0 = (place.group * self.config.cluster + self.rank) * self.config.tile_n
                 warp_id = WARPS_A_GROUP * self.side + self.tid // 32
-                load_query(self.shared, self.tensors.q, place.request, row0, warp_id)
+                load_query(self.shared, self.q, place.request, self.row0(place), warp_id)
                 self.shared.q.arrive_warp(0)
             for t in cutlass.range_constexpr(TILES):
                 self.O[t].fill(0.0)
@@ -203,7 +177,7 @@ class Values:
     def write_result(self, place: Place, whole, slot, segments) -> None:
         """O, scaled: to out if the segment is a whole item, else to its slot."""
         shared, tensors, N = self.shared, self.tensors, self.config.tile_n
-        row0 = (place.group * self.config.cluster + self.rank) * N
+        row0 = self.row0(place)
         rows = tensors.out.shape[1] - row0
         scales = cute.make_rmem_tensor(N // 4, Float32)
         shared.scale.wait(0, segments)

@@ -46,13 +46,14 @@ Measured: docs/design/prefill.md.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, const_expr
-from cutlass.cute.nvgpu import cpasync
 
 from flash_mla.kernels.hopper import symbolic
-from flash_mla.kernels.hopper.boxes import row_layout, tma_boxes
+from flash_mla.kernels.hopper.boxes import Tma, load_of, store_of, tma_boxes
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
@@ -65,6 +66,15 @@ from flash_mla.kernels.hopper.prefill.steps import consume
 from flash_mla.kernels.hopper.prefill.transposer import Transposer
 
 # ---------------------------------------------------------------------------------------------------------- Kernel
+
+
+class Tmas(NamedTuple):
+    """TMA of Q, K, V and out."""
+
+    q: Tma
+    k: Tma
+    v: Tma
+    out: Tma
 
 
 class Prefill:
@@ -91,17 +101,13 @@ class Prefill:
             order = [3, 4, 2, 1, 0] if paged else [2, 3, 1, 0]
             return cute.make_tensor(x.iterator, cute.select(x.layout, mode=order))
 
-        def tma(kind, x: cute.Tensor, paged: bool, rows: int, columns: int, dtype: str = config.dtype):
-            box = row_layout(DTYPES[dtype], rows, columns, row_bytes=columns * DTYPES[dtype].width // 8)
-            return cpasync.make_tiled_tma_atom(kind, rows_first(x, paged), box, (rows, columns))
-
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        m, n = config.tile_m, config.box_rows
-        tma_q, tQ = tma(load, q, False, m, config.chunk(config.D))
-        tma_k, tK = tma(load, k, config.paged, n, config.chunk(config.D))
-        tma_v, tV = tma(load, v, config.paged, n, config.chunk(config.Dv))
-        tma_o, tO = tma(store, out, False, m, CHUNK, config.out)
-        self.kernel(tma_q, tQ, tma_k, tK, tma_v, tV, tma_o, tO, out, tensors, scalars).launch(
+        tmas = Tmas(
+            q=load_of(rows_first(q, False), config.tile_m, config.chunk(config.D)),
+            k=load_of(rows_first(k, config.paged), config.box_rows, config.chunk(config.D)),
+            v=load_of(rows_first(v, config.paged), config.box_rows, config.chunk(config.Dv)),
+            out=store_of(rows_first(out, False), config.tile_m, CHUNK),
+        )
+        self.kernel(tmas, out, tensors, scalars).launch(
             grid=(ctas, 1, 1),
             block=(config.threads, 1, 1),
             smem=config.smem_bytes(),
@@ -113,20 +119,7 @@ class Prefill:
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        tma_q: cute.CopyAtom,
-        tQ: cute.Tensor,
-        tma_k: cute.CopyAtom,
-        tK: cute.Tensor,
-        tma_v: cute.CopyAtom,
-        tV: cute.Tensor,
-        tma_o: cute.CopyAtom,
-        tO: cute.Tensor,
-        out: cute.Tensor,
-        tensors: Tensors,
-        scalars: Scalars,
-    ):
+    def kernel(self, tmas: Tmas, out: cute.Tensor, tensors: Tensors, scalars: Scalars):
         config = self.config
         dtype = DTYPES[config.dtype]
 
@@ -151,7 +144,7 @@ class Prefill:
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
 
         if warp_id == 0:
-            open_channels(shared.channels, (tma_q, tma_k, tma_v, tma_o))
+            open_channels(shared.channels, tuple(tma.atom for tma in tmas))
         cute.arch.sync_threads()
 
         registers, few_registers = config.registers
@@ -159,10 +152,10 @@ class Prefill:
         if warp_id >= producer_warp:
             cute.arch.setmaxregister_decrease(few_registers)
             if warp_id == producer_warp:
-                Producer.over(shared, tma_q, tQ, tma_k, tK, tma_v, tV).run(tensors, scalars, tQ)
+                Producer.over(shared, *tmas.q, *tmas.k, *tmas.v).run(tensors, scalars, tmas.q.tensor)
             elif const_expr(not config.staged):
                 if warp_id == producer_warp + 1:
-                    self.store(shared, tma_o, tO, scalars)
+                    self.store(shared, *tmas.out, scalars)
             elif const_expr(config.fp8):  # noqa: SIM102
                 if warp_id > 4 * config.consumers + 3 - TRANSPOSERS:
                     Transposer.over(shared, warp_id - (4 * config.consumers + 4 - TRANSPOSERS)).run()

@@ -114,9 +114,13 @@ class Config:
         return CONSUMER_WARPS + self.producer_warps
 
     @property
+    def threads(self) -> int:
+        return WARP * self.warps
+
+    @property
     def entry_registers(self) -> int:
         """What every thread has on entry."""
-        return REGISTERS // (WARP * self.warps) // 8 * 8
+        return REGISTERS // self.threads // 8 * 8
 
     @property
     def registers(self) -> tuple[int, int]:

@@ -94,11 +94,6 @@ class Consumer(gqa.Consumer):
 class Segments(result.Segments):
     """A consumer warpgroup's way through the segments of its CTA."""
 
-    @property
-    def empty_lse(self):
-        """lse of a row without keys."""
-        return self.scalars.empty_lse
-
     @cute.jit
     def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """Compute a segment and write its result; of a token without keys, zeros."""

@@ -41,13 +41,13 @@ from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, const_expr
-from cutlass.cute.nvgpu import cpasync
 
 from flash_mla.kernels.hopper import symbolic
-from flash_mla.kernels.hopper.boxes import row_layout
+from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARP, WARPGROUP
+from flash_mla.kernels.hopper.launch import launch_persistent
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES, START
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer as ManyConsumer
@@ -148,27 +148,17 @@ class SparseDecode:
             lse=cute.make_tensor(lse.iterator, cute.make_layout((tokens, Hq), stride=(Hq, 1))),
             partials=Partials.over(workspace, clusters, config.tile_rows, DV),
         )
-        box = (config.tile_heads, CHUNK)
-        load = cpasync.CopyBulkTensorTileG2SOp()
-        tma_q, tQ = cpasync.make_tiled_tma_atom(load, gQ, row_layout(BFloat16, config.tile_heads, CHUNK), box)
         groups = (Hq + (config.tile_rows - 1)) // config.tile_rows
         scalars = Scalars(scale_log2, has_sink, groups, Hq, Int32(1), empty_lse)
-        self.kernel(tma_q, tQ, caches, tokens, S_q, results, scalars).launch(
-            grid=(clusters * config.cluster, 1, 1),
-            block=(WARP * config.warps, 1, 1),
-            cluster=(config.cluster, 1, 1) if const_expr(config.cluster > 1) else None,
-            smem=config.smem_bytes(),
-            min_blocks_per_mp=1,
-            stream=stream,
-        )
+        load_q = load_of(gQ, config.tile_heads, CHUNK)
+        launch_persistent(self.kernel(load_q, caches, tokens, S_q, results, scalars), config, clusters, stream)
         one = Int32(1)
         combine(results.out, results.lse, *results.partials, sink, has_sink, one, one, stream, empty_lse)
 
     @cute.kernel
     def kernel(
         self,
-        tma_q: cute.CopyAtom,
-        tQ: cute.Tensor,
+        load_q: Tma,
         caches: tuple[Cache, ...],
         tokens: Int32,
         S_q: Int32,
@@ -197,7 +187,7 @@ class SparseDecode:
 
         # barriers, and the work of this cluster
         if warp_id == 0:
-            open_channels((shared.k, shared.q), (tma_q,))
+            open_channels((shared.k, shared.q), (load_q.atom,))
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         work = find_work(
@@ -213,7 +203,7 @@ class SparseDecode:
             warp = warp_id - CONSUMER_WARPS
             if warp == 0 and rank == 0:
                 note_split(results.partials, work, lengths, lengths, scalars.groups, cluster_id)
-            Producer.over(shared, lengths, rank, warp, tma_q, tQ).run(scalars.groups, work)
+            Producer.over(shared, lengths, rank, warp, *load_q).run(scalars.groups, work)
         else:
             if const_expr(config.registers[0] > config.entry_registers):
                 cute.arch.setmaxregister_increase(config.registers[0])

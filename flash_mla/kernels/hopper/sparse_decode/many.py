@@ -76,11 +76,6 @@ class Named(Gathered):
 class Segments(result.Segments):
     """A consumer warpgroup's way through the segments of its cluster, of which this CTA is number `rank`."""
 
-    @property
-    def empty_lse(self):
-        """lse of a row without keys."""
-        return self.scalars.empty_lse
-
     @cute.jit
     def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """Compute a segment and write its result; of a token without keys, zeros."""

@@ -290,7 +290,7 @@ class Producer:
 
     @cute.jit
     def fill_pair(self, turn) -> None:
-        """Load, convert and store a pair of blocks; its first batch is under way, and in the end the next pair's is."""
+        """Tma, convert and store a pair of blocks; its first batch is under way, and in the end the next pair's is."""
         batches = self.config.batches()
         for i in cutlass.range_constexpr(len(batches)):
             batch, following = batches[i], batches[(i + 1) % len(batches)]

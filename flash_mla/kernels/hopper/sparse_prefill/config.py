@@ -15,8 +15,6 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     STAGES,
 )
 
-WIDTHS = ((576, 512), (512, 512))
-"""(D, Dv): the latent with and without a rope part."""
 TILES = (8, 16, TILE_M)
 """Heads of a tile."""
 MAX_ROWS = 2**31 - 1
@@ -46,6 +44,8 @@ class Config:
     dtype: Literal["bf16", "fp16"]
     D: int
     tile_heads: int = TILE_M
+
+    cluster, threads = 1, THREADS
 
     @property
     def few(self) -> bool:

@@ -133,6 +133,11 @@ class Counts(NamedTuple):
     rows: Int32
     has_sink: Int32
 
+    @property
+    def empty_lse(self):
+        """lse of a row without keys."""
+        return -Float32.inf
+
 
 @dataclass(frozen=True)
 class Tiles:

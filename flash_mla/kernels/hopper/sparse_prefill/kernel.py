@@ -41,12 +41,12 @@ from __future__ import annotations
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint16, const_expr
-from cutlass.cute.nvgpu import cpasync
 
 from flash_mla.kernels.hopper import symbolic
-from flash_mla.kernels.hopper.boxes import row_layout
+from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.launch import launch_persistent
 from flash_mla.kernels.hopper.limits import CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import (
@@ -56,7 +56,7 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     K_CHUNKS,
     STAGES,
 )
-from flash_mla.kernels.hopper.sparse_prefill.config import PRODUCER_WARPS, THREADS, Config
+from flash_mla.kernels.hopper.sparse_prefill.config import PRODUCER_WARPS, Config
 from flash_mla.kernels.hopper.sparse_prefill.consumer import Consumer
 from flash_mla.kernels.hopper.sparse_prefill.few import Shared as FewShared
 from flash_mla.kernels.hopper.sparse_prefill.few import Tiles as FewTiles
@@ -93,8 +93,7 @@ class SparsePrefill:
         heads = config.tile_heads
         head_tiles = (Hq + (heads - 1)) // heads
         q_layout = cute.make_layout((Hq, config.D, tokens), stride=(q.stride[2], 1, q.stride[0]))
-        chunk, load = row_layout(DTYPES[config.dtype], heads, CHUNK), cpasync.CopyBulkTensorTileG2SOp()
-        tma_q, tQ = cpasync.make_tiled_tma_atom(load, cute.make_tensor(q.iterator, q_layout), chunk, (heads, CHUNK))
+        load_q = load_of(cute.make_tensor(q.iterator, q_layout), heads, CHUNK)
         per_head = cute.make_layout((tokens, Hq), stride=(Hq, 1))
         id_layout = cute.make_layout((tokens, topk), stride=(indices.stride[0], 1))
         tensors = Tensors(
@@ -115,16 +114,10 @@ class SparsePrefill:
             has_lengths=has_lengths,
             has_sink=has_sink,
         )
-        self.kernel(tma_q, tQ, tensors, scalars).launch(
-            grid=(ctas, 1, 1),
-            block=(THREADS, 1, 1),
-            smem=config.smem_bytes(),
-            min_blocks_per_mp=1,
-            stream=stream,
-        )
+        launch_persistent(self.kernel(load_q, tensors, scalars), config, ctas, stream)
 
     @cute.kernel
-    def kernel(self, tma_q: cute.CopyAtom, tQ: cute.Tensor, tensors: Tensors, scalars: Scalars):
+    def kernel(self, load_q: Tma, tensors: Tensors, scalars: Scalars):
         config, align, array = self.config, cute.struct.Align, cute.struct.MemRange
         dtype, kind = DTYPES[config.dtype], FewShared if config.few else Shared
         fields = {
@@ -141,12 +134,12 @@ class SparsePrefill:
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         if warp_id == 0:
-            open_channels((shared.k, shared.q), (tma_q,))
+            open_channels((shared.k, shared.q), (load_q.atom,))
         cute.arch.sync_threads()
 
         if warp_id >= CONSUMER_WARPS:
             cute.arch.setmaxregister_decrease(config.registers[1])
-            Producer.over(shared, tensors, scalars, tma_q, tQ, warp_id - CONSUMER_WARPS).run(cta, ctas)
+            Producer.over(shared, tensors, scalars, *load_q, warp_id - CONSUMER_WARPS).run(cta, ctas)
         else:
             cute.arch.setmaxregister_increase(config.registers[0])
             tidx, _, _ = cute.arch.thread_idx()

@@ -1,0 +1,17 @@
+"""How a persistent kernel is launched: the CTAs of its config on every SM that it gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def launch_persistent(kernel: Any, config: Any, clusters: Any, stream: Any) -> None:
+    """Launch a kernel, called with its arguments, on `clusters` clusters of the config's `cluster` CTAs."""
+    kernel.launch(
+        grid=(clusters * config.cluster, 1, 1),
+        block=(config.threads, 1, 1),
+        cluster=(config.cluster, 1, 1) if config.cluster > 1 else None,
+        smem=config.smem_bytes(),
+        min_blocks_per_mp=1,
+        stream=stream,
+    )
