@@ -19,7 +19,7 @@ from flash_mla.contract import MLAMetadata
 from flash_mla.entry import entry
 from flash_mla.launch import launch
 from flash_mla.layout import BlockSparseLayout
-from flash_mla.plan import Plan, check_backend, plan
+from flash_mla.plan import Plan, plan
 from flash_mla.problem import AppendArgs
 
 if TYPE_CHECKING:
@@ -140,7 +140,6 @@ def flash_mla_with_kvcache(
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
-        check_backend(backend)
         if metadata is not None:
             contract.check_metadata(metadata, q, k_cache, v_cache, block_table)
         check_values = metadata is None
@@ -240,7 +239,6 @@ def flash_mla_prefill(
     descales = (q_descale, k_descale, v_descale)
     compiling = torch.compiler.is_compiling()
     if compiling or learning(q, k, v, attn_mask, *descales, attn_sink):
-        check_backend(backend)
         if out is not None:
             contract.refuse_learning_out(out)
         attend = torch.ops.flash_mla.flash_mla_prefill if compiling else Prefill.apply
@@ -335,7 +333,6 @@ def mha_fwd_kvcache(
     causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
-        check_backend(backend)
         writes = k is not None or v is not None
         if writes and (is_pool(k_cache) or is_pool(v_cache)):
             # NOTE: a graph cannot declare that it writes to an expanded tensor: it breaks here, and the call is eager

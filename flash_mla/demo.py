@@ -62,6 +62,8 @@ def demo(
 ) -> None:
     """Generate `tokens` tokens for each of `batch` prompts cut from a text (None: TEXT), and print what it took.
 
+    On a GPU each step of decode is one CUDA graph in a first run, and many launches in a second.
+
     Raises:
         SystemExit: the text is too short, or a token differs from eager attention's (exit status 1).
     """
@@ -70,19 +72,27 @@ def demo(
     lengths = inputs["attention_mask"].sum(-1).tolist()
     model: Any = build_model()
     model.to(device)
-    cache = paged_cache(model, batch, max(lengths) + tokens)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    caches = {"paged latent cache": paged_cache(model, batch, max(lengths) + tokens)}
+    if device == "cuda":
+        # the experts that a CUDA graph can hold, in all runs alike
+        model.set_experts_implementation("batched_mm")
+        graphed = paged_cache(model, batch, max(lengths) + tokens, cuda_graph=True)
+        caches = {"paged, CUDA graph": graphed, **caches}
+    columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    runs: dict[str, Run] = {}
     with Progress(*columns, console=console) as progress:
-        paged = generate(model, inputs, tokens, partial(emptied, cache), progress, "paged latent cache")
+        for title, cache in caches.items():
+            runs[title] = generate(model, inputs, tokens, partial(emptied, cache), progress, title)
         model.set_attn_implementation("eager")
-        eager = generate(model, inputs, tokens, DynamicCache, progress, "eager attention   ")
-    console.print(figures(model, cache, lengths, paged, eager))
+        eager = runs["eager attention"] = generate(model, inputs, tokens, DynamicCache, progress, "eager attention")
+    console.print(figures(model, caches["paged latent cache"], lengths, runs))
 
-    differing = (paged.tokens != eager.tokens).nonzero().tolist()
-    if differing:
-        request, step = min(differing, key=lambda place: place[1])
-        raise SystemExit(f"{len(differing)} tokens differ; the first is token {step} of request {request}")
-    console.print(f"All {paged.tokens.numel()} tokens are those of eager attention.")
+    for title in caches:
+        differing = (runs[title].tokens != eager.tokens).nonzero().tolist()
+        if differing:
+            request, step = min(differing, key=lambda place: place[1])
+            raise SystemExit(f"{len(differing)} tokens differ; the first is token {step} of request {request}: {title}")
+    console.print(f"All {eager.tokens.numel()} tokens are those of eager attention.")
 
 
 def emptied(cache: PagedCache) -> PagedCache:
@@ -158,11 +168,12 @@ def generate(
     return Run(new, ticks.times[1] - start, ticks.times[-1] - ticks.times[1])
 
 
-def figures(model: DeepseekV3ForCausalLM, cache: PagedCache, lengths: list[int], paged: Run, eager: Run) -> Table:
-    """Speeds and cache bytes of both runs."""
+def figures(model: DeepseekV3ForCausalLM, cache: PagedCache, lengths: list[int], runs: dict[str, Run]) -> Table:
+    """Speeds of all runs, the last of which is eager attention's, and bytes of the cache after one."""
     config: Any = model.config
     pages = cache.pages
-    batch, new = paged.tokens.shape
+    *_, eager = runs.values()
+    batch, new = eager.tokens.shape
     row = pages.k_cache.shape[1] * pages.k_cache.shape[-1] * pages.k_cache.itemsize  # of one token, all layers
     blocks = sum(-(-length // BLOCK) for length in pages.lengths)
     latent, held = row * sum(pages.lengths), row * blocks * BLOCK
@@ -172,19 +183,17 @@ def figures(model: DeepseekV3ForCausalLM, cache: PagedCache, lengths: list[int],
 
     table = Table(title=f"{batch} requests of {', '.join(map(str, lengths))} tokens, {new} new tokens each")
     table.add_column("")
-    table.add_column("paged latent cache", justify="right")
-    table.add_column("eager attention", justify="right")
-    speed = [[f"{sum(lengths) / run.prefill_seconds:,.0f} tokens/s" for run in (paged, eager)]]
+    for title in runs:
+        table.add_column(title, justify="right")
+    table.add_row("prefill", *(f"{sum(lengths) / run.prefill_seconds:,.0f} tokens/s" for run in runs.values()))
     if new > 1:
-        speed.append([f"{batch * (new - 1) / run.decode_seconds:,.0f} tokens/s" for run in (paged, eager)])
-    for name, columns in zip(("prefill", "decode"), speed, strict=False):
-        table.add_row(name, *columns)
-    same = int((paged.tokens == eager.tokens).sum())
-    table.add_row("identical tokens", f"{same} of {paged.tokens.numel()}", "")
+        table.add_row("decode", *(f"{batch * (new - 1) / run.decode_seconds:,.0f} tokens/s" for run in runs.values()))
+    same = (f"{int((run.tokens == eager.tokens).sum())} of {eager.tokens.numel()}" for run in [*runs.values()][:-1])
+    table.add_row("identical tokens", *same)
     table.add_section()
-    table.add_row("cache: latent rows", f"{latent:,} B", "")
-    table.add_row("cache: their 64-token blocks", f"{held:,} B", "")
-    table.add_row(f"as K and V of {config.num_attention_heads} heads", f"{expanded:,} B", "")
-    table.add_row("latent saves", f"{expanded / latent:.1f}x", "")
-    table.add_row(f"with {DEEPSEEK_V3_HEADS} heads", f"{DEEPSEEK_V3_HEADS * head_dims / width:.1f}x", "")
+    table.add_row("cache: latent rows", f"{latent:,} B")
+    table.add_row("cache: their 64-token blocks", f"{held:,} B")
+    table.add_row(f"as K and V of {config.num_attention_heads} heads", f"{expanded:,} B")
+    table.add_row("latent saves", f"{expanded / latent:.1f}x")
+    table.add_row(f"with {DEEPSEEK_V3_HEADS} heads", f"{DEEPSEEK_V3_HEADS * head_dims / width:.1f}x")
     return table

@@ -51,7 +51,10 @@ def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]
             check_flags(function, flags, args, kwargs)
             try:
                 # NOTE: first whether a graph is traced: that branch looks at no flag which dynamo would guard on
-                if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
+                if torch.compiler.is_compiling():
+                    check_backend(kwargs.get("backend"))  # an operator takes any string
+                    return function(*args, **kwargs)
+                if not profiler._is_profiler_enabled:
                     return function(*args, **kwargs)
                 with profiler.record_function(name):
                     return function(*args, **kwargs)

@@ -18,6 +18,7 @@ __all__ = [
     "HeadGroupingError",
     "LayoutError",
     "MaskShapeError",
+    "ModelError",
     "RankError",
     "ScaleWarning",
     "SequenceLengthError",
@@ -131,6 +132,13 @@ class CacheFullError(FlashMLAError):
 
     cause = "The cache has too few free blocks"
     fix = "Call grow(num_blocks), or free() requests that are done"
+
+
+class ModelError(FlashMLAError):
+    """A transformers model, or a call of one, that attention over a paged cache does not serve."""
+
+    cause = "The model attends in a way that the paged cache does not know"
+    fix = "Use a transformers cache for this model"
 
 
 class RankError(FlashMLAError):

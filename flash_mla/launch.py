@@ -42,7 +42,8 @@ def launch(
     shape = problem.out_shape
     q_descale = k_descale = v_descale = None
     if problem.descale:
-        q_descale, k_descale, v_descale = (expand_descale(x, problem) for x in descales)
+        q_descale, k_descale = expand_descale(descales[0], problem), expand_descale(descales[1], problem)
+        v_descale = k_descale if descales[2] is descales[1] else expand_descale(descales[2], problem)
     out = q.new_empty(shape, dtype=problem.out_dtype) if out is None else out
     lse = q.new_empty(shape[:3], dtype=torch.float32) if return_lse else None
     make: type = DecodeArgs if isinstance(problem, DecodeProblem) else PrefillArgs

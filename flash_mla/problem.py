@@ -342,8 +342,8 @@ class SparseBackwardArgs(NamedTuple):
     """The tensors of one backward call, normalised.
 
     q to softmax_scale as in SparseArgs; out [B, 1, Hq, Dv] and lse [B, 1, Hq] that the forward gave, infinite on a row
-    without keys, and their gradients d_out and d_lse FP32. Written: dq [B, 1, Hq, D]; dkv [pages, page, D], the sum
-    over all that name a row; d_sink [Hq] FP32, or None without a sink.
+    without keys, and their gradients d_out, last dim contiguous, and d_lse FP32. Written: dq [B, 1, Hq, D]; dkv
+    [pages, page, D], the sum over all that name a row; d_sink [Hq] FP32, or None without a sink.
     """
 
     q: Tensor

@@ -190,6 +190,12 @@ def test_the_contract_has_every_error() -> None:
     assert {x.__name__ for x in classes if issubclass(x, Exception)} <= set(re.findall(r"\w+", table))
 
 
+def test_every_error_has_a_class_of_its_own() -> None:
+    """Nothing raises the base class."""
+    for path in (ROOT / "flash_mla").rglob("*.py"):
+        assert not re.search(r"(?<!class )\bFlashMLAError\(", path.read_text()), path
+
+
 def test_sections_that_docstrings_cite_exist() -> None:
     sections = set(re.findall(r"^## (\d+)\.", (ROOT / "docs/contract.md").read_text(), re.MULTILINE))
     for path in (ROOT / "flash_mla").rglob("*.py"):

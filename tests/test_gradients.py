@@ -39,7 +39,9 @@ def close(got, want, dtype=FP32):
         assert error <= BUDGETS[dtype].out * other.abs().max(), error
 
 
-@pytest.mark.parametrize("case", [c for c in gradient_cases() if c.P <= MOST_TOKENS], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in gradient_cases() if getattr(c, "P", 0) <= MOST_TOKENS], ids=lambda case: case.name
+)
 def test_case(case):
     result = run(case)
     assert result.passed, str(result)
@@ -261,35 +263,100 @@ def test_varlen_fp8_is_refused():
 # --- Sparse -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
-def test_sparse(dtype):
-    """Rows named twice, by many and by none (which hold NaN), a query without keys, a sink at either end, d_lse."""
-    q, kv, d_out, d_lse = rows((9, 4, 32), (20, 1, 32), (9, 4, 16), (9, 4), dtype=dtype)
-    indices = torch.randint(-1, 12, (9, 1, 7), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+def sparse_call(dtype=FP32, tokens=9, Hq=4, D=32, Dv=16, S_kv=20, topk=7, seed=0):
+    """(leaves, d_out, d_lse, indices, lengths): rows named twice, by many and by none, which hold NaN."""
+    q, kv, d_out, d_lse = rows((tokens, Hq, D), (S_kv, 1, D), (tokens, Hq, Dv), (tokens, Hq), dtype=dtype, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(-1, S_kv - 8, (tokens, 1, topk), generator=generator, dtype=torch.int32)
     indices[3] = -1
     indices[4, 0, :2] = 5
-    indices[5, 0, 0] = 99
-    lengths = torch.tensor([7, 3, 0, 7, 7, 7, 1, 7, 7])
-    kv[12:] = math.nan
-    leaves = [q, kv, torch.tensor([math.inf, -math.inf, 0.3, -0.3])]
+    indices[5, 0, 0] = S_kv + 9
+    lengths = torch.randint(0, topk + 1, (tokens,), generator=generator)
+    lengths[1], lengths[2] = topk, 0
+    kv[S_kv - 8 :] = math.nan
+    sink = torch.tensor([math.inf, -math.inf, 0.3, -0.3]).repeat(-(-Hq // 4))[:Hq]
+    return [q, kv, sink], d_out, d_lse, indices, lengths
 
-    def differentiate(call, leaves):
-        leaves = [x.detach().requires_grad_() for x in leaves]
-        out, lse = call(*leaves)
-        d = [d_out.to(out.dtype), d_lse.to(lse.dtype).masked_fill(lse.isinf(), math.nan)]
-        return torch.autograd.grad((out, lse), leaves, d)
+
+def sparse_gradients(call, leaves, d_out, d_lse):
+    """d_lse is NaN in rows without keys."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out, lse = call(*leaves)
+    d = [d_out.to(out.dtype), d_lse.to(lse.dtype).masked_fill(lse.isinf(), math.nan)]
+    return torch.autograd.grad((out, lse), leaves, d)
+
+
+def sparse_functions(Dv, indices, lengths, backend="cpu"):
+    """(ours, the truth) of (q, kv, sink)."""
 
     def ours(q, kv, sink):
-        out, _, lse = deepseek.flash_mla_sparse_fwd(q, kv, indices, 0.2, 16, sink, lengths, backend="cpu")
+        out, _, lse = deepseek.flash_mla_sparse_fwd(q, kv, indices, 0.2, Dv, sink, lengths, backend=backend)
         return out, lse
 
     def truth(q, kv, sink):
-        out, lse, _ = sparse_reference(q[:, None], [(kv[:, 0], indices, lengths)], 16, 0.2, sink)
+        out, lse, _ = sparse_reference(q[:, None], [(kv[:, 0], indices, lengths)], Dv, 0.2, sink)
         return out[:, :, 0], lse[:, :, 0]
 
-    got = differentiate(ours, leaves)
-    close(got, differentiate(truth, [x.double() for x in leaves]), dtype)
-    assert all(torch.equal(one, other) for one, other in zip(got, differentiate(ours, leaves), strict=True))
+    return ours, truth
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_sparse(dtype, backend):
+    """Rows named twice, by many and by none, a query without keys, a sink at either end, d_lse; the same bits twice."""
+    leaves, d_out, d_lse, indices, lengths = sparse_call(dtype)
+    ours, truth = sparse_functions(16, indices, lengths, backend)
+    got = sparse_gradients(ours, leaves, d_out, d_lse)
+    close(got, sparse_gradients(truth, [x.double() for x in leaves], d_out, d_lse), dtype)
+    again = sparse_gradients(ours, leaves, d_out, d_lse)
+    assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
+
+
+@pytest.mark.skipif(not INTERPRET, reason="a chunk is Triton's")
+@pytest.mark.parametrize(("Hq", "D", "Dv"), [(20, 72, 32), (130, 24, 24)])
+def test_sparse_in_chunks(Hq, D, Dv, monkeypatch):
+    """Chunks of 16 tokens, the last one short; heads in two tiles, of which the last is short; K in two."""
+    from flash_mla.backends.triton import sparse_backward
+
+    monkeypatch.setattr(sparse_backward, "WORKSPACE", 0)
+    leaves, d_out, d_lse, indices, lengths = sparse_call(tokens=20, Hq=Hq, D=D, Dv=Dv, S_kv=60, topk=20)
+    ours, truth = sparse_functions(Dv, indices, lengths, "triton")
+    got = sparse_gradients(ours, leaves, d_out, d_lse)
+    close(got, sparse_gradients(truth, [x.double() for x in leaves], d_out, d_lse))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sparse_of_views(backend):
+    """q, kv and the sink are slices; d_out is one number, as a sum gives it; lse has no gradient."""
+    leaves, _, _, indices, _ = sparse_call(S_kv=40)
+    leaves[1].nan_to_num_(0.5)
+    ours, truth = sparse_functions(16, indices, None, backend)
+    wide = [torch.stack([x, x], -1).flatten(-2) for x in leaves]
+    views = [wide[0][..., :32], wide[1][..., 32:], wide[2][::2]]
+    got = [x.detach().requires_grad_() for x in views]
+    want = [x.detach().double().requires_grad_() for x in views]
+    close(torch.autograd.grad(ours(*got)[0].sum(), got), torch.autograd.grad(truth(*want)[0].sum(), want))
+
+
+def test_sparse_compiled_and_transformed():
+    leaves, _, _, indices, lengths = sparse_call()
+    leaves = [x.nan_to_num(0.0) for x in leaves[:2]]
+
+    def loss(q, kv):
+        out, _, lse = deepseek.flash_mla_sparse_fwd(q, kv, indices, 0.2, 16, topk_length=lengths)
+        return out.square().sum() + lse[0].sum()
+
+    learned = [x.clone().requires_grad_() for x in leaves]
+    want = torch.autograd.grad(loss(*learned), learned)
+    torch.compiler.reset()
+    got = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(*learned), learned)
+    transformed = torch.func.grad(loss, (0, 1))(*leaves)
+    for one, two, other in zip(got, transformed, want, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(two, other)
+    (first, _) = torch.autograd.grad(loss(*learned), learned, create_graph=True)
+    with pytest.raises(GradientError, match="no backward of its own"):
+        first.sum().backward()
 
 
 def test_the_greatest_logit_has_no_gradient():

@@ -197,6 +197,7 @@ def test_names_are_unique_and_cover_every_dtype_and_function():
     in_three_dtypes = {
         "flash_mla_prefill (backward)",
         "deepseek.flash_mla_sparse_fwd",
+        "deepseek.flash_mla_sparse_fwd (backward)",
         "deepseek.flash_attn_varlen_func",
     }
     assert kinds == {

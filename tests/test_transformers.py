@@ -11,7 +11,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from flash_mla import FlashMLAError, SequenceLengthError, ShapeError  # noqa: E402
+from flash_mla import ModelError, SequenceLengthError, ShapeError  # noqa: E402
 from flash_mla.errors import DeviceError, DTypeError, GradientError  # noqa: E402
 from flash_mla.integrations.transformers import PagedCache, paged_cache, step  # noqa: E402
 
@@ -195,7 +195,7 @@ def test_errors_say_what_to_do() -> None:
         model.generate(**inputs, **options, past_key_values=paged_cache(model, 3, 32))
     with pytest.raises(SequenceLengthError, match="at most 64 tokens"):
         model.generate(**prompts([8, 62]), **options, past_key_values=paged_cache(model, 2, 60))
-    with pytest.raises(FlashMLAError, match="set_attn_implementation"):
+    with pytest.raises(ModelError, match="set_attn_implementation"):
         model.generate(**inputs, **options)
     cache = paged_cache(model, 2, 32)
     model.generate(**inputs, **options, past_key_values=cache)
@@ -206,15 +206,15 @@ def test_errors_say_what_to_do() -> None:
         model(torch.ones(2, 1, dtype=torch.long), **other, past_key_values=cache)
     with pytest.raises(ShapeError, match="crop"):
         cache.crop(-17)
-    with pytest.raises(FlashMLAError, match="cannot be switched"):
+    with pytest.raises(ModelError, match="cannot be switched"):
         paged_cache(transformers.GPTJForCausalLM(transformers.GPTJConfig(n_embd=32, n_layer=1, n_head=2)), 1, 64)
     falcon = transformers.FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(FlashMLAError, match="cannot be switched"):
+    with pytest.raises(ModelError, match="cannot be switched"):
         paged_cache(transformers.FalconForCausalLM(falcon), 1, 64)
     with torch.device("meta"):
         config = transformers.DeepseekV4Config(num_hidden_layers=4)
         v4 = transformers.DeepseekV4ForCausalLM(config)
-    with pytest.raises(FlashMLAError, match=r"compressed_sparse_attention.*\n.*full attention"):
+    with pytest.raises(ModelError, match=r"compressed_sparse_attention.*\n.*full attention"):
         paged_cache(v4, 1, 64)
     with pytest.raises(DTypeError, match="sparse index"):
         paged_cache(build("DeepseekV32"), 1, 64, dtype=FP8)
@@ -223,7 +223,7 @@ def test_errors_say_what_to_do() -> None:
     windowed = transformers.MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=16)
     mistral = transformers.MistralForCausalLM(windowed).eval()
     cache = paged_cache(mistral, 2, 32)
-    with pytest.raises(FlashMLAError, match="window"):
+    with pytest.raises(ModelError, match="window"):
         mistral.generate(**inputs, **options, past_key_values=cache)
 
 
@@ -373,7 +373,7 @@ def test_a_cache_with_another_prompt_is_refused(family: str) -> None:
     tokens = model.generate(**first, **options, past_key_values=cache)
     assert torch.equal(tokens, expected)
     for inputs in (other, prompts([20, 33], seed=9), {"input_ids": other["input_ids"]}):
-        with pytest.raises(FlashMLAError, match=r"holds 38 tokens of other ones.*[\s\S]*cache\.reset\(\)"):
+        with pytest.raises(ModelError, match=r"holds 38 tokens of other ones.*[\s\S]*cache\.reset\(\)"):
             model.generate(**inputs, **options, past_key_values=cache)
     assert cache.pages.lengths == (25, 38), "a refused call leaves the cache as it was"
 

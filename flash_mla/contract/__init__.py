@@ -17,7 +17,7 @@ from flash_mla.contract.caches import (
 )
 from flash_mla.contract.decode_call import decode, decode_problem, passing
 from flash_mla.contract.masks import check_mask, check_mask_length, settle_causal, sparse_blocks
-from flash_mla.contract.memory import check_out, refuse_learning_out
+from flash_mla.contract.memory import check_apart, check_out, refuse_learning_out
 from flash_mla.contract.mla_metadata import MLAMetadata, check_metadata, check_shape, metadata
 from flash_mla.contract.order import DEEPSEEK_NAMES, deepseek_order, refuse_deepseek_order
 from flash_mla.contract.prefill_call import mha, prefill, prefill_problem
@@ -41,6 +41,7 @@ __all__ = [
     "UNABSORBED",
     "Descales",
     "MLAMetadata",
+    "check_apart",
     "check_decode_dtypes",
     "check_descales",
     "check_dtypes",

@@ -71,8 +71,9 @@ def flash_mla_sparse_fwd(
 
     Returns:
         out [s_q, h_q, d_v] in q's dtype; max_logits [s_q, h_q] FP32, the greatest scaled score; lse [s_q, h_q] FP32,
-        natural log. A query without keys: 0, -inf, +inf. On a CPU out and lse carry gradients to q, kv (of all that
-        name a row) and attn_sink; elsewhere, and through max_logits, a backward raises.
+        natural log. A query without keys: 0, -inf, +inf. out and lse carry gradients to q, kv (the sum over all that
+        name a row) and attn_sink, the same bits in every run, on the CPU and by Triton, to which calls of Hopper's
+        forward go; through max_logits a backward raises.
     """
     check_query(q, "[s_q, h_q, d]", 3)
     check_tensor("kv", kv)
@@ -80,6 +81,8 @@ def flash_mla_sparse_fwd(
     check_scale(sm_scale)
     scale = q.shape[2] ** -0.5 if sm_scale is None else float(sm_scale)
     inputs = (q, kv, indices, scale, d_v, attn_sink, topk_length, backend)
+    if torch.compiler.is_compiling():
+        return torch.ops.flash_mla.flash_mla_sparse_fwd(*inputs)
     if learning(q, kv, attn_sink):
         return SparsePrefill.apply(*inputs)
     return sparse_prefill(*inputs)
@@ -287,15 +290,24 @@ def sparse_prefill_op(
     topk_length: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """flash_mla_sparse_fwd where a backward is recorded."""
+    """flash_mla_sparse_fwd where a backward is recorded, or a graph traced."""
     with torch.no_grad():
         return sparse_prefill(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, backend)
+
+
+@sparse_prefill_op.register_fake
+def fake_sparse_prefill(
+    q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, d_v: int, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of (out, max_logits, lse)."""
+    max_logits, lse = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
+    return q.new_empty((*q.shape[:2], d_v)), max_logits, lse
 
 
 @torch.library.custom_op("flash_mla::flash_mla_sparse_backward", mutates_args=())
 def sparse_backward_op(
     d_out: Tensor,
-    d_max_logits: Tensor,
+    d_max_logits: Tensor | None,
     d_lse: Tensor,
     q: Tensor,
     kv: Tensor,
@@ -308,7 +320,7 @@ def sparse_backward_op(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dkv, d_sink), d_sink empty without a sink."""
-    if d_max_logits.any():
+    if d_max_logits is not None and d_max_logits.any():
         no_backward(
             "max_logits of flash_mla_sparse_fwd",
             "the greatest score carries no gradient",
@@ -317,16 +329,17 @@ def sparse_backward_op(
     with torch.no_grad():
         q = q.unsqueeze(1)
         keys = Pool("", kv.unsqueeze(0), indices, topk_length).keys(False)
-        dq, dkv = q.new_empty(q.shape), kv.new_empty(kv.shape)
-        d_sink = q.new_empty(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
+        dq, dkv, d_sink = fake_sparse_backward(
+            d_out, d_max_logits, d_lse, q, kv, indices, attn_sink, topk_length, out, lse, sm_scale, backend
+        )
         args = SparseBackwardArgs(
             q=q,
             keys=keys,
-            attn_sink=attn_sink,
+            attn_sink=None if attn_sink is None else attn_sink.contiguous(),
             softmax_scale=sm_scale,
             out=out.unsqueeze(1),
             lse=lse.unsqueeze(1),
-            d_out=d_out.unsqueeze(1),
+            d_out=(d_out if d_out.stride(-1) == 1 else d_out.contiguous()).unsqueeze(1),
             d_lse=d_lse.unsqueeze(1),
             dq=dq,
             dkv=dkv.transpose(0, 1),
@@ -337,15 +350,36 @@ def sparse_backward_op(
     return dq.squeeze(1), dkv, d_sink
 
 
+@sparse_backward_op.register_fake
+def fake_sparse_backward(
+    d_out: Tensor,
+    d_max_logits: Tensor | None,
+    d_lse: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    attn_sink: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous gradients."""
+    d_sink = q.new_empty(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
+    return q.new_empty(q.shape), kv.new_empty(kv.shape), d_sink
+
+
 def save_sparse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, kv, indices, sm_scale, _, attn_sink, topk_length, backend = inputs
     out, _, lse = output
     ctx.options = sm_scale, backend
+    # a zero gradient of max_logits would have to be looked at, which waits for the GPU
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, kv, indices, attn_sink, topk_length, out, lse)
 
 
-def sparse_backward(ctx: Any, d_out: Tensor, d_max_logits: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+def sparse_backward(
+    ctx: Any, d_out: Tensor | None, d_max_logits: Tensor | None, d_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
     q, kv, indices, attn_sink, topk_length, out, lse = ctx.saved_tensors
+    d_out, d_lse = (torch.zeros_like(x) if d is None else d for x, d in ((out, d_out), (lse, d_lse)))
     dq, dkv, d_sink = SparseBackward.apply(
         d_out, d_max_logits, d_lse, q, kv, indices, attn_sink, topk_length, out, lse, *ctx.options
     )
@@ -354,4 +388,5 @@ def sparse_backward(ctx: Any, d_out: Tensor, d_max_logits: Tensor, d_lse: Tensor
 
 SparsePrefill = differentiable("flash_mla_sparse_fwd", save_sparse, sparse_backward)
 SparseBackward = differentiable("flash_mla_sparse_backward", *refusal("flash_mla_sparse_fwd", *NO_SECOND_BACKWARD))
+sparse_prefill_op.register_autograd(sparse_backward, setup_context=save_sparse)
 refuse_op(sparse_backward_op, "flash_mla_sparse_fwd", *NO_SECOND_BACKWARD)

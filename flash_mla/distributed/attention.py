@@ -243,10 +243,9 @@ class ShardedAttention:
                     attn_sink = None if attn_sink is None else attn_sink.unflatten(0, (size, -1))[rank]
                 else:
                     parts = self.context.all_gather(packed)
-                out, lse = merge_rounded(*unpack(parts, dtype))
-            if attn_sink is not None:
-                out = apply_sink(out.float(), lse, attn_sink[:, None])
-            out = out.to(dtype)
+                out, lse = merge_rounded(*unpack(parts, dtype), attn_sink)
+            elif attn_sink is not None:
+                out = apply_sink(out.float(), lse, attn_sink[:, None]).to(dtype)
         out, lse = refuse_gradients("ShardedAttention.decode", (out, lse), inputs)
         return (out, lse) if return_lse else out
 
@@ -401,8 +400,7 @@ def attend(
     if len(results) == 1:
         return results[0]
     outs, lses = (torch.stack(x) for x in zip(*results, strict=True))
-    out, lse = merge_rounded(outs, lses)
-    return out.to(outs.dtype), lse
+    return merge_rounded(outs, lses, None)
 
 
 def fold(q: Tensor, Hk: int) -> Tensor:
@@ -417,9 +415,19 @@ def unfold(x: Tensor, q: Tensor, Hk: int) -> Tensor:
     return x.view(B, Hk, S_q, Hq // Hk, *x.shape[3:]).transpose(2, 3).flatten(1, 2)
 
 
-def merge_rounded(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """`merge` in FP32, so that weights and sum of a 16-bit out are not rounded to 16 bits on the way."""
-    return merge(outs.float(), lses)
+def merge_rounded(outs: Tensor, lses: Tensor, attn_sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`merge` of parts [n, B, Hq, S_q, ..] in FP32, then the sink: weights and sum of a 16-bit out are not rounded to
+    16 bits on the way. One kernel on a GPU."""
+    if outs.device.type != "cpu":
+        from flash_mla.backends.triton import device
+        from flash_mla.backends.triton import merge as merging
+
+        if device.available() is None:
+            return merging.launch(outs, lses, None if attn_sink is None else attn_sink.contiguous())
+    out, lse = merge(outs.float(), lses)
+    if attn_sink is not None:
+        out = apply_sink(out, lse, attn_sink[:, None])
+    return out.to(outs.dtype), lse
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------

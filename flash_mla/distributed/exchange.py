@@ -123,14 +123,14 @@ def as_bytes(x: Tensor) -> Tensor:
 
 
 def pack(out: Tensor, lse: Tensor) -> Tensor:
-    """out [.., Dv] and lse [..] FP32 side by side as bytes: [.., Dv * itemsize + 4]."""
-    return torch.cat([out.contiguous().view(torch.uint8), lse.contiguous().unsqueeze(-1).view(torch.uint8)], -1)
+    """out [.., Dv] and lse [..] FP32 side by side, in words: [.., Dv * itemsize / 4 + 1] int32."""
+    return torch.cat([out.contiguous().view(torch.int32), lse.contiguous().unsqueeze(-1).view(torch.int32)], -1)
 
 
 def unpack(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(out [.., Dv] of that dtype, lse [..] FP32) of what `pack` made."""
-    out, lse = packed[..., :-4], packed[..., -4:]
-    return out.contiguous().view(dtype), lse.contiguous().view(torch.float32).squeeze(-1)
+    """(out [.., Dv] of that dtype, lse [..] FP32) of what `pack` made: views."""
+    words = packed.view(dtype)
+    return words[..., : -4 // dtype.itemsize], packed.view(torch.float32)[..., -1]
 
 
 def pack_rows(rows: tuple[Tensor, ...]) -> Tensor:

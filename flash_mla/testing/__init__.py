@@ -19,7 +19,7 @@ from flash_mla.testing.deepseek_cases import (
     drop_in_cases,
     library_lse,
 )
-from flash_mla.testing.gradient_cases import GradientCase, gradient_cases
+from flash_mla.testing.gradient_cases import GradientCase, SparseGradientCase, gradient_cases
 from flash_mla.testing.hostile import UNUSED_ENTRY, CacheLayout, Order, nan_cache, nan_filled, same_bits, storage_bytes
 from flash_mla.testing.index_cases import IndexCase, PagedIndexCase, RaggedIndexCase, TopkCase, index_cases
 from flash_mla.testing.judge import Case, Result, run
@@ -43,6 +43,7 @@ __all__ = [
     "RaggedIndexCase",
     "Result",
     "SparseDecodeCase",
+    "SparseGradientCase",
     "SparsePrefillCase",
     "TopkCase",
     "VarlenCase",

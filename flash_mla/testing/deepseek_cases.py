@@ -184,7 +184,11 @@ class SparsePrefillCase:
     seed: int = 0
 
     function = "deepseek.flash_mla_sparse_fwd"
-    more = ("max_logits",)
+
+    @property
+    def more(self) -> tuple[str, ...]:
+        """What is judged beside out and lse."""
+        return ("max_logits",)
 
     def call(self) -> Call:
         source = Source(self.seed, self.device)

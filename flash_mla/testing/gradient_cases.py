@@ -1,4 +1,5 @@
-"""Gradients of prefill: hostile calls and their backward, judged against autograd through the float64 reference."""
+"""Gradients of prefill, dense and sparse: hostile calls and their backward, judged against autograd through the float64
+reference."""
 
 from __future__ import annotations
 
@@ -9,10 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flash_mla import deepseek
 from flash_mla.api import flash_mla_prefill
 from flash_mla.problem import FP8
-from flash_mla.reference import prefill_reference
+from flash_mla.reference import prefill_reference, sparse_reference
 from flash_mla.testing.cases import DTYPES, PrefillCase
+from flash_mla.testing.deepseek_cases import SparsePrefillCase, library_lse
 from flash_mla.testing.hostile import Call, Source
 
 
@@ -68,8 +71,50 @@ class GradientCase(PrefillCase):
         return out.detach(), lse.detach(), *gradients
 
 
-def gradient_cases() -> list[GradientCase]:
-    cases = []
+@dataclass(frozen=True)
+class SparseGradientCase(SparsePrefillCase):
+    """A call of deepseek.flash_mla_sparse_fwd and its backward, through out and lse; d_out is `expanded`, as a sum
+    gives it, or contiguous."""
+
+    expanded: bool = False
+
+    function = "deepseek.flash_mla_sparse_fwd (backward)"
+
+    @property
+    def more(self) -> tuple[str, ...]:
+        """The inputs that have a gradient."""
+        return ("q", "kv", "attn_sink") if self.sink else ("q", "kv")
+
+    def invoke(self, call: Call) -> tuple[Tensor, ...]:
+        """(out, lse, dq, dkv, with a sink its gradient)."""
+        leaves = {name: call.arguments[name].detach().requires_grad_() for name in self.more}
+        out, _, lse = deepseek.flash_mla_sparse_fwd(**{**call.arguments, **leaves}, backend=self.backend)
+        return self.differentiate(out, lse, leaves)
+
+    def truth(self, call: Call) -> tuple[Tensor, ...]:
+        """The same by autograd in float64; a row without keys has lse +inf, as the function gives it."""
+        leaves = {name: call.arguments[name].double().requires_grad_() for name in self.more}
+        [(_, indices, lengths)] = call.reference["pools"]
+        pools = [(leaves["kv"][:, 0], indices, lengths)]
+        out, lse, _ = sparse_reference(
+            leaves["q"].unsqueeze(1), pools, self.Dv, self.softmax_scale, leaves.get("attn_sink")
+        )
+        lse = lse[:, :, 0].masked_fill(lse.detach()[:, :, 0] == -math.inf, math.inf)
+        return self.differentiate(out[:, :, 0], lse, leaves)
+
+    def differentiate(self, out: Tensor, lse: Tensor, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        source = Source(self.seed + 1, self.device)
+        d_out = (
+            source.normal((1,), self.dtype).expand(out.shape) if self.expanded else source.normal(out.shape, self.dtype)
+        )
+        d_lse = source.normal(lse.shape, torch.float32).masked_fill(lse.detach() == math.inf, math.nan)
+        gradients = torch.autograd.grad((out, lse), list(leaves.values()), (d_out.to(out.dtype), d_lse.to(lse.dtype)))
+        out, lse = (x.detach().transpose(0, 1).unsqueeze(0) for x in (out, library_lse(lse)))
+        return out, lse, *gradients
+
+
+def gradient_cases() -> list[GradientCase | SparseGradientCase]:
+    cases: list[GradientCase | SparseGradientCase] = []
     for name, dtype in DTYPES.items():
         if dtype == FP8:
             continue
@@ -103,5 +148,17 @@ def gradient_cases() -> list[GradientCase]:
         replace(base, name="gradient/scale", softmax_scale=-0.31, d_lse=False),
         replace(base, name="gradient/long", P=600, D=128, d_lse=False),
         replace(base, name="gradient/long-sparse", P=600, sparse="heads", causal=True),
+    ]
+    for name, dtype in DTYPES.items():
+        if dtype != FP8:
+            tokens = SparseGradientCase(f"gradient/token-sparse-{name}", dtype=dtype)
+            cases += [tokens, replace(tokens, name=f"{tokens.name}-all", sink=True, lengths=True, expanded=True)]
+    tokens = SparseGradientCase("")
+    cases += [
+        replace(tokens, name="gradient/token-sparse-heads-128", Hq=128, topk=128, S_kv=95),
+        replace(tokens, name="gradient/token-sparse-heads-3", Hq=3, topk=1, sink=True),
+        replace(tokens, name="gradient/token-sparse-512", D=512, Hq=64, topk=130),
+        replace(tokens, name="gradient/token-sparse-narrow", D=72, Dv=40, S_q=20, lengths=True),
+        replace(tokens, name="gradient/token-sparse-scale", softmax_scale=-0.04),
     ]
     return cases

@@ -20,12 +20,12 @@ from flash_mla.reference import decode_reference, mha_reference, prefill_referen
 from flash_mla.testing.budget import BUDGETS, Verdict, check, worst
 from flash_mla.testing.cases import DecodeCase, MhaCase, PrefillCase
 from flash_mla.testing.deepseek_cases import DropInCase
-from flash_mla.testing.gradient_cases import GradientCase
+from flash_mla.testing.gradient_cases import GradientCase, SparseGradientCase
 from flash_mla.testing.hostile import Call, nan_filled, same_bits, storage_bytes
 from flash_mla.testing.index_cases import IndexCase
 from flash_mla.testing.index_cases import judge as judge_index
 
-WithMore = DropInCase | GradientCase
+WithMore = DropInCase | GradientCase | SparseGradientCase
 """Cases that call and know the truth themselves: they give more than out and lse."""
 AttentionCase = DecodeCase | PrefillCase | MhaCase | WithMore
 Case = AttentionCase | IndexCase

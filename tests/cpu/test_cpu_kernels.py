@@ -53,7 +53,8 @@ def test_assembles_for(name, spec):
     target, pattern = TARGETS[name]
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    tile_m, tile_n = config.wide_tile(target, spec.tile_m == 16) if spec.many else config.tile(spec.rows, target)
+    wide = (target, "fma", spec.rows, spec.tile_m == 16)
+    tile_m, tile_n = config.wide_tile(*wide) if spec.many else config.tile(spec.rows, target)
     spec = replace(spec, lanes=target.lanes, tile_m=tile_m, tile_n=tile_n)
     machine = store.machine(target)
     text = machine.emit_assembly(store.optimised(spec, machine))
@@ -87,7 +88,7 @@ def test_a_damaged_file_is_made_anew(tmp_path, monkeypatch, damage):
 def test_a_folder_that_cannot_be_written_costs_the_file_alone(tmp_path, monkeypatch):
     (tmp_path / "flash_mla").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert store.load.__wrapped__(SPECS["gqa"])["attend"]
+    assert store.load.__wrapped__(SPECS["gqa"])["run"]
 
 
 def test_a_key_names_spec_and_processor():
@@ -277,7 +278,7 @@ def test_a_problem_is_bound_once(monkeypatch):
     """The second call of a problem finds the kernel of the first; another mask dtype is another kernel."""
     specs = []
     made = engine.Entries
-    monkeypatch.setattr(engine, "Entries", lambda spec: specs.append(spec.mask) or made(spec))
+    monkeypatch.setattr(engine, "Entries", lambda spec, memory: specs.append(spec.mask) or made(spec, memory))
     plan.cache_clear()
     x = DecodeCase("decode/bound", (70,)).call().arguments
     for mask in (None, None, torch.zeros(1, 1, 1, 70), torch.zeros(1, 1, 1, 70), torch.zeros(1, 1, 1, 70).half()):

@@ -19,7 +19,7 @@ from flash_mla.integrations.vllm import register
 from flash_mla.quant import FORMATS, quantise
 
 with standing_in("vllm") as missing:
-    from flash_mla.integrations.vllm import mla, sparse
+    from flash_mla.integrations.vllm import gqa, mla, sparse
 
 FP8 = torch.float8_e4m3fn
 H, RANK, ROPE = 16, 512, 64
@@ -91,6 +91,8 @@ def test_decode(page: int, dtype: torch.dtype, s_q: int, device: str) -> None:
     )
     assert out.shape == (len(q), H, RANK)
     assert lse.shape == (len(q), H)
+    # Hopper keeps some 14 bits of a sum of e4m3 products: 4e-4 of an lse of 5
+    lse_budget = 1e-3 if dtype == FP8 and device == "cuda" else 1e-4
     error, largest = 0.0, 0.0
     for b, length in enumerate(LENGTHS):
         rows = pool.rows(b, length)
@@ -99,7 +101,7 @@ def test_decode(page: int, dtype: torch.dtype, s_q: int, device: str) -> None:
             want, want_lse = expected(q[b * s_q + i].cpu(), rows, seen)
             error = max(error, float((out[b * s_q + i].cpu() - want).abs().max()))
             largest = max(largest, float(want.abs().max()))
-            torch.testing.assert_close(lse[b * s_q + i].cpu().double(), want_lse, atol=1e-4, rtol=0)
+            torch.testing.assert_close(lse[b * s_q + i].cpu().double(), want_lse, atol=lse_budget, rtol=0)
     assert error <= (1e-5 if dtype == torch.float32 else 1.6e-2) * largest
 
 
@@ -167,6 +169,59 @@ def test_sparse_metadata_keeps_its_tensors() -> None:
         assert (made.num_decode_tokens, made.num_prefills) == (8, 0), "every token goes to forward_mqa"
         places.add((made.req_id_per_token.data_ptr(), made.block_table.data_ptr()))
     assert len(places) == 1
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("page", [16, 64])
+def test_gqa_step(page: int, padding: int) -> None:
+    """Rows are written where the step says, padding's nowhere; prompts, chunks and decodes attend in one step."""
+    torch.manual_seed(2)
+    Hq, Hk, dim, held, new = 6, 2, 64, [129, 64, 0, 30, 5], [1, 1, 40, 1, 7]
+    totals = [a + b for a, b in zip(held, new, strict=True)]
+    cache = torch.full((60, Hk, page, 2 * dim), float("nan"))
+    table = torch.full((len(new), 12), 2**31 - 1, dtype=torch.int32)
+    order, rows, slots = torch.randperm(60).tolist(), [], []
+    for b, total in enumerate(totals):
+        places = []
+        for i in range(-(-total // page)):
+            table[b, i] = block = order.pop()
+            places += [block * page + slot for slot in range(page)]
+        rows.append(torch.randn(total, Hk, 2 * dim))
+        for t in range(held[b]):
+            cache[places[t] // page, :, places[t] % page] = rows[b][t]
+        slots += places[held[b] : total]
+    tokens = sum(new)
+    fresh = torch.cat([x[h:] for x, h in zip(rows, held, strict=True)])
+    fresh = torch.cat([fresh, torch.full((padding, Hk, 2 * dim), float("nan"))])
+    q = torch.randn(tokens + padding, Hq, dim)
+    common = SimpleNamespace(
+        causal=True, query_start_loc=torch.tensor([0, *new]).cumsum(0).int(), num_actual_tokens=tokens + padding,
+        slot_mapping=torch.tensor(slots + [-1] * padding), max_query_len=40, max_seq_len=max(totals),
+        seq_lens=torch.tensor(totals, dtype=torch.int32), block_table_tensor=table,
+    )  # fmt: skip
+    builder = gqa.FlashMLAGQAMetadataBuilder.__new__(gqa.FlashMLAGQAMetadataBuilder)
+    builder.block_size = page
+    with pytest.MonkeyPatch.context() as patch:
+        if "vllm" in missing:  # nothing of vLLM's metadata is there to be a base
+            patch.setattr(gqa, "StepMetadata", SimpleNamespace)
+        step = builder.build(0, common)
+    assert [(run.requests, run.rows) for run in step.runs] == [
+        (2, slice(0, 2)), (1, slice(2, 42)), (1, slice(42, 43)), (1, slice(43, 50)),
+    ]  # fmt: skip
+    made = gqa.FlashMLAGQAImpl.__new__(gqa.FlashMLAGQAImpl)
+    made.scale, made.sinks, made.kv_sharing_target_layer_name = SCALE, None, None
+    out = torch.full((tokens + padding, Hq * dim), float("nan"))
+    made.forward(None, q, fresh[..., :dim], fresh[..., dim:], cache, step, out)
+    first = 0
+    for b, total in enumerate(totals):
+        mine = slice(first, first + new[b])
+        first = mine.stop
+        k, v = (x.double().repeat_interleave(Hq // Hk, 1) for x in rows[b].split(dim, -1))
+        hidden = torch.arange(total) > torch.arange(held[b], total)[:, None]
+        scores = SCALE * torch.einsum("shd,thd->hst", q[mine].double(), k)
+        want = torch.einsum("hst,thd->shd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+        assert (out[mine].view(-1, Hq, dim) - want).abs().max() <= 1e-5 * want.abs().max()
+    assert cache.isnan().any(-1).sum() == Hk * (60 * page - sum(totals)), "nothing else is written"
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -30,6 +30,7 @@ from flash_mla.problem import (
 )
 
 if TYPE_CHECKING:
+    from flash_mla.kernels.cpu.build import Kernel
     from flash_mla.kernels.cpu.config import Spec
 
 logger = logging.getLogger("flash_mla")
@@ -50,8 +51,12 @@ ROWS = 32
 """Most rows of an item: q and O of 32 MLA rows are 140 KiB, beside 74 KiB of K a block, in an L2 of 512 KiB."""
 MANY = 24
 """Rows of an item from which on they lie in lanes."""
+MANY_PAIRS = 16
+"""The same where an instruction multiplies pairs of BF16: K is not widened, so that fewer rows pay for it."""
 MANY_ROWS = 96
 """Most rows of such an item: K is widened once for all of them; q, O, scores and K take 170 KiB at D 128."""
+TILE_ROWS = 12
+"""What its rows are a multiple of: whole tiles of values, of 6 or 12 rows (`Spec.tile_rows`)."""
 ITEMS = 32
 """Items that a call is split into, at least, where its keys allow: enough for the threads of a desktop."""
 SPLIT_BLOCKS = 8
@@ -105,23 +110,28 @@ def launch(problem: Attention, config: Call, args: DecodeArgs | PrefillArgs | Sp
 
 def spec(problem: Attention, rows: int, **more: Any) -> Spec:
     """The kernel for items of so many rows, its mask's element type left open; `more` are fields of Spec."""
-    from flash_mla.kernels.cpu.config import Spec, host, tile, wide_tile
+    from flash_mla.kernels.cpu.config import Spec, host, tile, unit_of, wide_tile
 
+    q, D, Dv = NAMES[problem.dtype], problem.D, problem.Dv
+    unit = unit_of(host(), q, more["kv"], D, Dv, more.get("page", BLOCK))
     # NOTE: rows of K of a latent that are shared by 128 heads gain nothing: q, O and K fill L2 either way
-    wide = isinstance(problem, DecodeProblem) and problem.D > 256
+    wide = isinstance(problem, DecodeProblem) and D > 256 and unit == "fma"
     span = 0
-    if rows >= MANY and not wide:
-        tile_m, tile_n = wide_tile(host(), bool(more.get("layout")) or not isinstance(problem, PrefillProblem))
-        span = BLOCK if more.get("layout") else MANY_ROWS if problem.D <= 256 else MANY_ROWS // 2
-        span = min(span, -(-rows // tile_m) * tile_m)
-        held = -(-span // 12) * 12
+    if rows >= (MANY if unit == "fma" else MANY_PAIRS) and not wide:
+        even = bool(more.get("layout")) or not isinstance(problem, PrefillProblem)
+        tile_m, tile_n = wide_tile(host(), unit, rows, even)
+        span = BLOCK if more.get("layout") else MANY_ROWS if D <= 256 else MANY_ROWS // 2
+        span = -(-min(span, rows) // tile_m) * tile_m
+        held = span if unit == "amx" else -(-span // TILE_ROWS) * TILE_ROWS
     else:
+        unit = "fma"
         tile_m, tile_n = tile(rows, host())
         held = min(-(-rows // tile_m) * tile_m, ROWS)
     return Spec(
-        D=problem.D,
-        Dv=problem.Dv,
-        q=NAMES[problem.dtype],
+        D=D,
+        Dv=Dv,
+        q=q,
+        unit=unit,
         rows=held,
         span=span,
         tile_m=tile_m,
@@ -159,7 +169,8 @@ class Call:
         self.partial = self.work * spec.partial if splits > 1 else 0
         flops = 2 * BLOCK * blocks * items * min(rows, spec.rows) * (spec.D + spec.Dv)
         self.alone = flops < TEAM_FLOPS
-        values |= {"work": self.work, "heads": heads, "groups": groups, "splits": splits, "R": rows}
+        part = SPLIT_BLOCKS * BLOCK // spec.block
+        values |= {"work": self.work, "heads": heads, "groups": groups, "splits": splits, "part": part, "R": rows}
         self.template = (ctypes.c_int64 * len(FIELDS))(*(values.get(name, 0) for name in FIELDS))
         self.entries: dict[str | None, Entries] = {}
 
@@ -198,31 +209,36 @@ class Call:
         kind = None if mask is None else NAMES[mask]
         entries = self.entries.get(kind)
         if entries is None:
-            entries = self.entries[kind] = Entries(replace(self.spec, mask=kind))
+            made = replace(self.spec, mask=kind)
+            entries = self.entries[kind] = Entries(made, made.memory()[1])
         at, threads = self.at, 1 if self.alone else min(torch.get_num_threads(), self.work)
         packed[at["memory"]], packed[at["partial"]], packed[at["done"]] = MEMORY.reserve(
             threads * entries.memory, self.partial
         )
-        if threads == 1:
-            entries.alone(ctypes.addressof(packed))
-        else:
-            entries.team(entries.addresses, ctypes.addressof(packed), threads)
+        entries.run(packed, threads)
 
 
 FLOAT, FLOAT_BITS = struct.Struct("<f"), struct.Struct("<i")
 
 
 class Entries:
-    """A compiled kernel: how to run it in this thread and in a team, and the bytes a thread needs."""
+    """A compiled kernel, which runs in this thread or in a team, and the bytes a thread needs."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Kernel, memory: int) -> None:
         from flash_mla.kernels.cpu import store, team
 
         run = team.team()
         assert run is not None
-        self.team, self.memory = run, spec.memory()[1]
+        self.team, self.memory = run, memory
         self.addresses = store.load(spec)
-        self.alone = team.alone(self.addresses["attend"])
+        self.alone = team.alone(self.addresses["run"])
+
+    def run(self, packed: Arguments, threads: int) -> None:
+        """Run the kernel on its arguments."""
+        if threads == 1:
+            self.alone(ctypes.addressof(packed))
+        else:
+            self.team(self.addresses, ctypes.addressof(packed), threads)
 
 
 class Memory(threading.local):

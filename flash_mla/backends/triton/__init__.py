@@ -37,7 +37,7 @@ def phase(problem: Problem) -> Phase | str:
     if isinstance(problem, BackwardProblem):
         return module("triton", "backward")
     if isinstance(problem, SparseBackwardProblem):
-        return "there is no kernel for the backward of sparse attention"
+        return module("triton", "sparse_backward")
     if isinstance(problem, IndexProblem):
         return module("triton", "indexer")
     if isinstance(problem, TopkProblem):

@@ -98,15 +98,12 @@ def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs
     else:
         # a mask's length, and with it its strides, changes from step to step: nothing to bind
         main, merge = launchers(problem, config, args)
-    main(**tensors(config.decode, args, partial))
+    main(tensors(config.decode, args, partial))
     if merge is not None:
-        merge(
-            seq_lens_ptr=args.seq_lens,
-            partial_ptr=partial,
-            sink_ptr=args.attn_sink,
-            out_ptr=args.out,
-            lse_ptr=args.lse,
-        )
+        merge({
+            "seq_lens_ptr": args.seq_lens, "partial_ptr": partial, "sink_ptr": args.attn_sink, "out_ptr": args.out,
+            "lse_ptr": args.lse,
+        })  # fmt: skip
 
 
 def tensors(config: decode.Config, args: DecodeArgs, partial: Tensor | None) -> dict[str, Tensor | float | None]:

@@ -12,7 +12,7 @@ from transformers.masking_utils import causal_mask_function
 
 from flash_mla.api import flash_mla_prefill
 from flash_mla.autograd import learning, refusing
-from flash_mla.errors import FlashMLAError, GradientError
+from flash_mla.errors import GradientError, ModelError
 from flash_mla.integrations.transformers.cache import NewTokens
 from flash_mla.integrations.transformers.sparse import attend_picked
 from flash_mla.integrations.transformers.step import Tokens, check_mask
@@ -32,7 +32,7 @@ def note_tokens(
 ) -> Tokens:
     """The mask interface: keep the padding mask, make no other."""
     if mask_function is not causal_mask_function:
-        raise FlashMLAError(
+        raise ModelError(
             given=f"the mask function {mask_function}",
             required="causal attention and padding",
             cause="The model masks tokens in a way (window, packed sequences) that the paged cache does not know",
@@ -65,7 +65,7 @@ def paged_attention(
         ([B, P, Hq, Dv], None): attention weights are not made.
     """
     if not isinstance(key, NewTokens) or not isinstance(attention_mask, Tokens):
-        raise FlashMLAError(
+        raise ModelError(
             given=f"key {type(key).__name__}, attention_mask {type(attention_mask).__name__}",
             required="past_key_values=paged_cache(...), and an attention_mask [B, tokens] or none",
             cause="The model's attention was switched to the paged cache, and this call brings another cache or mask",
@@ -80,7 +80,7 @@ def paged_attention(
         )
     extras = {name: kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux")}
     if dropout or any(extra is not None for extra in extras.values()):
-        raise FlashMLAError(
+        raise ModelError(
             given=f"{dropout=}, " + ", ".join(name for name, extra in extras.items() if extra is not None),
             required="plain causal attention without dropout",
             cause="The paged path does not compute these",

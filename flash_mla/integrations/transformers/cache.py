@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from flash_mla.cache import PagedKVCache
-from flash_mla.errors import FlashMLAError, ShapeError
+from flash_mla.errors import ModelError, ShapeError
 from flash_mla.integrations.transformers.step import Step, Tokens
 from flash_mla.problem import FP8
 
@@ -130,8 +130,8 @@ class PagedCache(Cache):
         raise not_offered("batch_select_indices", "Make a cache for the smaller batch")
 
 
-def not_offered(method: str, fix: str) -> FlashMLAError:
-    return FlashMLAError(
+def not_offered(method: str, fix: str) -> ModelError:
+    return ModelError(
         given=f"PagedCache.{method}",
         required="appending, reset and reordering only",
         cause=f"The paged cache has no {method}",

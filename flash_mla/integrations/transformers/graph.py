@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flash_mla.errors import DeviceError, FlashMLAError
+from flash_mla.errors import DeviceError, ModelError
 from flash_mla.integrations.transformers.step import Step, Tokens, check_mask
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class DecodeGraph:
                 self.step = step
                 self._replay, self._logits = self._capture(lambda: self._forward(forward))
             except RuntimeError as error:
-                raise FlashMLAError(
+                raise ModelError(
                     given=f"a decode step of {forward!r}"[:200],
                     required="a forward that runs on the GPU alone",
                     cause=f"The step cannot be captured: {error}"[:500],

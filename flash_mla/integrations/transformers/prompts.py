@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_mla.errors import FlashMLAError
+from flash_mla.errors import ModelError
 from flash_mla.integrations.transformers.cache import PagedCache
 
 
@@ -43,7 +43,7 @@ def check_prompt(cache: PagedCache, input_ids: Tensor, mask: Tensor | None) -> N
         differs = input_ids[:, :seen] != cache.ids.to(input_ids.device)
         begins = not bool((differs if mask is None else differs & mask[:, :seen].bool()).any())
     if not begins:
-        raise FlashMLAError(
+        raise ModelError(
             given=f"prompts of {input_ids.shape[1]} tokens, a cache that holds {seen} tokens of other ones",
             required="prompts that begin with the tokens in the cache and go on, or an empty cache",
             cause="The cache was filled by another prompt, which the new tokens would attend to",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flash_mla.cache import PagedKVCache
-from flash_mla.errors import DTypeError, FlashMLAError
+from flash_mla.errors import DTypeError, ModelError
 from flash_mla.integrations.transformers import sparse
 from flash_mla.integrations.transformers.attention import ATTENTION
 from flash_mla.integrations.transformers.cache import NewTokens, PagedCache, compute_dtype
@@ -50,15 +50,14 @@ def paged_cache(
         cuda_graph: run each step of decode as one CUDA graph, see `graph`. A GPU, and no sparse index.
 
     Raises:
-        FlashMLAError: the model has layers of another kind, projects latents otherwise than by one matrix, or has an
+        ModelError: the model has layers of another kind, projects latents otherwise than by one matrix, or has an
             attention that transformers cannot switch.
     """
     if not isinstance(model, PreTrainedModel) or not model._supports_attention_backend:
-        raise FlashMLAError(
+        raise ModelError(
             given=f"a {type(model).__name__}",
             required="a transformers model that calls attention through its AttentionInterface",
             cause="The model's attention cannot be switched to this library's",
-            fix="Use a transformers cache for this model",
         )
     config = model.config.get_text_config()
     indexers: list[Any] = [x.indexer for x in model.modules() if isinstance(getattr(x, "indexer", None), nn.Module)]
@@ -134,11 +133,10 @@ def check_layers(model: PreTrainedModel, config: Any, indexers: list[Any]) -> No
     elif indexers:
         kinds.add("an indexer")
     if not kinds <= allowed:
-        raise FlashMLAError(
+        raise ModelError(
             given=f"{type(model).__name__} with layers {sorted(kinds)}",
             required=f"full attention in every layer; a sparse index in {', '.join(sparse.MODELS)}",
             cause="Windows, linear attention, compressed tokens and other indexers need caches of their own",
-            fix="Use a transformers cache for this model",
         )
 
 
@@ -146,7 +144,7 @@ def check_projection(module: Any) -> None:
     """kv_b_proj is one matrix [Hq * (nope + Dv), kv_lora_rank], which absorption multiplies into q and out."""
     projection = module.kv_b_proj
     if type(projection) is not nn.Linear or projection.bias is not None:
-        raise FlashMLAError(
+        raise ModelError(
             given=f"{type(module).__name__}.kv_b_proj = {projection}",
             required="nn.Linear without bias",
             cause="Absorbed attention multiplies by its weight directly",

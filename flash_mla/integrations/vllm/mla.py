@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
 from flash_mla.deepseek import flash_attn_varlen_func
-from flash_mla.pages import decode_over_pages
+from flash_mla.pages import attend_pools
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -91,24 +91,28 @@ class Decode:
         assert decode is not None
         q = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
         requests, dtype = attn_metadata.num_decodes, torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
-        is_single = len(q) == requests  # then heads and tokens need not change places, nor out be checked
+        is_single = q.shape[0] == requests  # then heads and tokens need not change places, nor out be checked
         out = None if is_single else q.new_empty((*q.shape[:2], self.kv_lora_rank), dtype=dtype)
-        fp8 = kv_c_and_k_pe_cache.dtype == torch.float8_e4m3fn
-        result, lse = decode_over_pages(
+        q_descale = layer._q_scale if q.dtype == torch.float8_e4m3fn else None
+        kv_descale = layer._k_scale if kv_c_and_k_pe_cache.dtype == torch.float8_e4m3fn else None
+        result, lse = attend_pools(
             q.unsqueeze(2) if is_single else by_request(q, requests),
             kv_c_and_k_pe_cache.unsqueeze(2),
             None,
+            None,
             decode.block_table,
             decode.seq_lens,
+            None,
+            self.scale,
+            (q_descale, kv_descale, kv_descale),
+            None,
+            True,
+            None if out is None else by_request(out, requests),
+            None,
+            False,
             v_head_dim=self.kv_lora_rank,
             causal=attn_metadata.causal,
-            check_values=False,
-            softmax_scale=self.scale,
-            q_descale=layer._q_scale if q.dtype == torch.float8_e4m3fn else None,
-            k_descale=layer._k_scale if fp8 else None,
-            v_descale=layer._k_scale if fp8 else None,
-            return_lse=True,
-            out=None if out is None else by_request(out, requests),
+            out_is_new=True,
         )
         return (result.squeeze(2), lse.squeeze(2)) if out is None else (out, lse.transpose(1, 2).flatten(0, 1))
 

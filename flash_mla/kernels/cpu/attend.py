@@ -1,6 +1,6 @@
 """The attention kernel: O = softmax(scale Q K^T + mask) V, one generator for every phase.
 
-The kernel is `attend(args)`: decode and prefill, GQA and MLA, pages, plain rows and rows named by index. Every
+The kernel is `run(args)`: decode and prefill, GQA and MLA, pages, plain rows and rows named by index. Every
 thread of a team runs it, and claims items by an atomic counter: (request, heads that share a KV head, split of the
 keys, group of rows). A row is a query of one of these heads: row r is query r % S_q of head r // S_q.
 
@@ -11,7 +11,8 @@ GB/s of DRAM breaks even at ten rows in BF16: GQA decode over a long cache is bo
 step, `few.py` (decode) and `many.py` (prefill), which differ in what lies in the lanes of a vector.
 
 **Splits.** The keys of an item may be shared out; each part leaves its max, sum and O; who comes last merges them in
-their order. How many there are depends on the shapes alone: any number of threads gives the same bits.
+their order. How many there are depends on the shapes and on the item's own keys: any number of threads gives the same
+bits.
 
 Scores stay natural (not base 2): a mask of finfo.min is then finite, as it is in FP32.
 """
@@ -36,19 +37,27 @@ class Attend(Item):
         """Claim items until there are none."""
         g, a = self.g, self.a
         claim, work, done = g.label("claim"), g.label("work"), g.label("done")
+        self.open()
         g.place(claim)
         number = (self.args + 8 * FIELDS.index("next")).add_atomic(1, "monotonic")
         g.b.cbranch((number < a["work"]).v, work, done)
         g.b.position_at_end(work)
-        self.begin(number)
+        self.begin(number, claim)
         (walk_named if self.spec.source == "sparse" else walk_pages)(self, self.step)
-        with g.when(a["splits"] > 1):
+        with g.when(self.splits > 1):
             self.merge(claim)
         self.store()
         g.goto(claim)
         g.b.position_at_end(done)
+        self.close()
         g.finish()
         return self.module
+
+    def open(self) -> None:
+        """What a thread does before its first item."""
+
+    def close(self) -> None:
+        """What it does after its last."""
 
     def step(self, block: Block) -> None:
         """All rows against one block."""

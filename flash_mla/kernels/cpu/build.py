@@ -8,13 +8,25 @@ from flash_mla.kernels.cpu.config import Spec
 from flash_mla.kernels.cpu.few import Few
 from flash_mla.kernels.cpu.ir import POINTER, Code
 from flash_mla.kernels.cpu.many import Many
+from flash_mla.kernels.cpu.pairs import Pairs
+from flash_mla.kernels.cpu.tiles import Tiles
+from flash_mla.kernels.cpu.topk import Selection, Topk
+
+Kernel = Spec | Selection
+"""What names a kernel."""
+
+BY_UNIT = {"fma": Many, "avx512bf16": Pairs, "neon": Pairs, "amx": Tiles}
+"""A step with many rows, by what multiplies."""
 
 
-def build(spec: Spec) -> ir.Module:
-    """The module with `attend(args)`, args as FIELDS names them, and `member(_, _, args)` for LLVM's OpenMP."""
-    module = (Many if spec.many else Few)(spec).build()
+def build(spec: Kernel) -> ir.Module:
+    """The module with `run(args)`, args as FIELDS names them, and `member(_, _, args)` for LLVM's OpenMP."""
+    if isinstance(spec, Selection):
+        module = Topk(spec).build()
+    else:
+        module = (BY_UNIT[spec.unit] if spec.many else Few)(spec).build()
     member = Code(module, "member", [POINTER] * 3)
-    module.globals["attend"].attributes.add("noinline")  # its code once
-    member.b.call(module.globals["attend"], [member.args[2].v])
+    module.globals["run"].attributes.add("noinline")  # its code once
+    member.b.call(module.globals["run"], [member.args[2].v])
     member.finish()
     return module

@@ -10,6 +10,8 @@ AVX-512 and NEON have 32 registers.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -42,13 +44,39 @@ class Target:
     def registers(self) -> int:
         return 16 if self.lanes == 8 else 32
 
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What multiplies BF16 where there are many rows, the best first: FMAs of FP32 are last."""
+        needs = {
+            "amx": (16, {"+amx-bf16", "+amx-tile"}),
+            "avx512bf16": (16, {"+avx512bf16"}),
+            "neon": (4, {"+bf16"}),
+            "fma": (self.lanes, set()),
+        }
+        has = set(self.features.split(","))
+        return tuple(unit for unit, (lanes, names) in needs.items() if lanes == self.lanes and names <= has)
+
 
 @cache
 def host() -> Target:
-    """The processor at hand."""
+    """The processor at hand, as far as its system lets us use it."""
     import llvmlite.binding as llvm
 
-    return Target(llvm.get_process_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+    features = llvm.get_host_cpu_features().flatten()
+    if "+amx-tile" in features and not tiles_permitted():
+        features = features.replace("+amx-", "-amx-")
+    return Target(llvm.get_process_triple(), llvm.get_host_cpu_name(), features)
+
+
+ARCH_PRCTL, REQUEST, TILE_DATA = 158, 0x1023, 18
+"""Linux on x86-64: the system call, its ARCH_REQ_XCOMP_PERM, and the state component of AMX's tiles."""
+
+
+def tiles_permitted() -> bool:
+    """Ask Linux for AMX's tiles, for all threads of the process: without leave the first that is touched kills it."""
+    if not sys.platform.startswith("linux"):
+        return False
+    return ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST, TILE_DATA) == 0
 
 
 def lacks(target: Target) -> str | None:
@@ -74,7 +102,8 @@ class Spec:
     the first Dv columns of K; mask: the mask's element type; source: "table" (pages through a block table), "rows"
     (keys one after another), "sparse" (each query names its rows, in `sets` caches); layout: blocks that a flag drops
     are skipped. rows: of a work item, a multiple of tile_m; span: how many of them are used (0: all). page: keys of a
-    page. rope: the last columns of a row of K that lie in a cache of their own (a split latent).
+    page. rope: the last columns of a row of K that lie in a cache of their own (a split latent). unit: what multiplies:
+    FMAs of FP32, or an instruction of BF16 pairs (`Target.units`).
     """
 
     D: int
@@ -94,15 +123,28 @@ class Spec:
     page: int = BLOCK
     rope: int = 0
     span: int = 0
+    unit: str = "fma"
 
     @property
     def many(self) -> bool:
         """Whether rows lie in lanes (`many.py`), not columns (`few.py`)."""
-        return self.tile_m > self.lanes
+        return self.tile_m > self.lanes or self.pairs
+
+    @property
+    def pairs(self) -> bool:
+        """Whether products are of pairs of BF16 (`pairs.py`), not of FP32."""
+        return self.unit != "fma"
+
+    @property
+    def depth(self) -> int:
+        """Elements of 4 bytes of a row of q and K, as products read them."""
+        return self.D // 2 if self.pairs else self.D
 
     @property
     def tile_rows(self) -> int:
         """Rows of a tile of values, where there are many."""
+        if self.unit == "amx":
+            return self.tile_m
         return 6 if self.lanes == 8 else 12
 
     @property
@@ -144,6 +186,11 @@ class Spec:
         return -(-columns // self.chunk) * self.chunk
 
     @property
+    def width(self) -> int:
+        """Keys of scores: of a block, and what a tile of keys or a vector may go past them."""
+        return max(-(-BLOCK // self.tile_n) * self.tile_n, BLOCK + self.lanes)
+
+    @property
     def state(self) -> int:
         """Bytes of the vectors of max or sum, in whole lines."""
         return -(-self.vectors * self.lanes * 4 // 64) * 64
@@ -155,15 +202,14 @@ class Spec:
 
     def memory(self) -> tuple[dict[str, Part], int]:
         """The one ledger of a thread's memory, by name, and its bytes. max, sum and o adjoin: a partial result."""
-        width = BLOCK + self.lanes  # keys of a row of scores, with room for a vector past the end
         staged = BLOCK * SIZE[self.held] if self.staged else 0
         sizes = {
             "max": self.state,
             "sum": self.state,
             "o": 4 * self.rows * self.padded(self.Dv),
-            "q": 4 * self.rows * self.padded(self.D),
-            "scores": 4 * self.rows * width,
-            "bias": 4 * self.tile_m * width if self.mask else 0,
+            "q": 4 * self.rows * self.padded(self.depth),
+            "scores": 4 * self.rows * self.width,
+            "bias": 4 * self.tile_m * self.width if self.mask else 0,
             "factor": self.state,
             "limit": self.state,
             "low": 8 * self.vectors,
@@ -171,7 +217,11 @@ class Spec:
             "mask_rows": 8 * self.rows if self.mask else 0,
             "k": staged * self.D,
             "v": 0 if self.alias else staged * self.Dv,
-            "wide": 4 * BLOCK * self.padded(self.D) if self.many else 0,
+            "wide": 4 * BLOCK * self.padded(self.D) if self.many and not self.pairs else 0,
+            "pairs": 2 * BLOCK * self.padded(self.Dv) if self.pairs else 0,
+            "copy": 2 * BLOCK * self.D if self.unit == "amx" and self.source == "rows" else 0,
+            "weights": 2 * BLOCK * self.rows if self.unit == "amx" else 0,
+            "tiles": 64 if self.unit == "amx" else 0,
             "addresses": 2 * 8 * (BLOCK + 8) if self.source == "sparse" else 0,
         }
         parts, at = {}, 0
@@ -189,8 +239,18 @@ def tile(rows: int, target: Target) -> tuple[int, int]:
     return tile_m, 4
 
 
-def wide_tile(target: Target, even: bool) -> tuple[int, int]:
+def wide_tile(target: Target, unit: str, rows: int, even: bool) -> tuple[int, int]:
     """(tile_m, tile_n) for many rows; even: where an item's rows are a multiple of 16."""
+    vectors = min(2 if even or unit == "amx" else 3, -(-rows // target.lanes))
+    if unit == "amx":
+        return vectors * target.lanes, 32
     keys = 24 if target.registers == 32 else 12  # accumulators
-    vectors = 2 if even else 3
     return vectors * target.lanes, keys // vectors
+
+
+def unit_of(target: Target, q: str, kv: str, D: int, Dv: int, page: int) -> str:
+    """What multiplies: pairs of BF16 where q and kv are BF16; whole tiles where head dims and pages fill them."""
+    if (q, kv) != ("bf16", "bf16"):
+        return "fma"
+    filled = not (D % 32 or Dv % 32 or page % 32)
+    return next(unit for unit in target.units if unit != "amx" or filled)

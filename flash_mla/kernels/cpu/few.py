@@ -83,7 +83,7 @@ class Few(Attend):
 
     def scores_of(self, t: Value) -> Value:
         """Where the scores of a tile lie."""
-        return self.m["scores"] + t * ((BLOCK + self.spec.lanes) * self.spec.tile_m * 4)
+        return self.m["scores"] + t * (self.spec.width * self.spec.tile_m * 4)
 
     def softmax(self, t: Value, block: Block) -> None:
         """Scale, mask and hide; move the running max; p = exp(S - max), and its sum."""

@@ -19,8 +19,22 @@ from typing import Any
 
 from llvmlite import ir
 
+
+class BrainType(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name: what instructions on pairs of BF16 take."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BrainType)
+
+    def __hash__(self) -> int:
+        return hash(BrainType)
+
+
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+BF16, F16, F32, F64 = BrainType(), ir.HalfType(), ir.FloatType(), ir.DoubleType()
 POINTER, VOID = ir.PointerType(), ir.VoidType()
 FLOATS = (ir.HalfType, ir.FloatType, ir.DoubleType)
 
@@ -182,12 +196,15 @@ class Value:
 
     def call(self, name: str, result: ir.Type, *args: Any) -> Value:
         """An external function of this value and args."""
-        module = self.b.module
-        values = [self.v, *(self.lift(x) for x in args)]
-        function = module.globals.get(name)
-        if function is None:
-            function = ir.Function(module, ir.FunctionType(result, [x.type for x in values]), name)
-        return Value(self.b, self.b.call(function, values))
+        return invoke(self.b, name, result, [self.v, *(self.lift(x) for x in args)])
+
+
+def invoke(b: ir.IRBuilder, name: str, result: ir.Type, values: Sequence[Any]) -> Value:
+    """Call an external function, declared at its first call."""
+    function = b.module.globals.get(name)
+    if function is None:
+        function = ir.Function(b.module, ir.FunctionType(result, [x.type for x in values]), name)
+    return Value(b, b.call(function, values))
 
 
 class Variable:
@@ -218,6 +235,24 @@ class Code:
     def lanes(self, xs: Sequence[int], kind: ir.Type = I32) -> Value:
         return Value(self.b, ir.Constant(vector(kind, len(xs)), list(xs)))
 
+    def wide(self, x: Any) -> Value:
+        """A number or a Value as an I64."""
+        return x if isinstance(x, Value) else self.const(x)
+
+    def integer(self, base: Value, i: Value, wide: Value) -> Value:
+        """Element i of an array of int32, or of int64 where wide, as I64."""
+        x = self.variable(self.const(0))
+        with self.either(wide.differs(0)) as (yes, no):
+            with yes:
+                x.set((base + i * 8).load(I64))
+            with no:
+                x.set((base + i * 4).load(I32).cast("sext", I64))
+        return x.get()
+
+    def call(self, name: str, *args: Value) -> None:
+        """An external function that gives nothing."""
+        invoke(self.b, name, VOID, [x.v for x in args])
+
     def variable(self, x: Value) -> Variable:
         with self.b.goto_block(self.entry):
             place = self.b.alloca(x.type)
@@ -230,7 +265,7 @@ class Code:
     def loop(self, start: Any, stop: Any, step: int = 1) -> Iterator[Value]:
         """The block for i = start, start + step, .. below stop."""
         b = self.b
-        start, stop = (x if isinstance(x, Value) else self.const(x) for x in (start, stop))
+        start, stop = self.wide(start), self.wide(stop)
         before, body, end = b.block, b.append_basic_block("loop"), b.append_basic_block("end")
         b.cbranch((start < stop).v, body, end)
         b.position_at_end(body)

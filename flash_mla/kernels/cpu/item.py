@@ -18,8 +18,9 @@ from flash_mla.kernels.cpu.lanes import exp, log
 ARGUMENTS = (
     # counters of the call
     "next slot "
-    # items: how many, and how they divide; rows R of an item's heads, S_q of each; `share` item heads use one KV head
-    "work heads groups splits R S_q share "
+    # items: how many, and how they divide (a split has `part` blocks at least); rows R of an item's heads, S_q of each;
+    # `share` item heads use one KV head
+    "work heads groups splits part R S_q share "
     # keys: lengths and starts [B] (or 0: `cap` keys, start 0), 8-byte ones where wide; from_end: start = length - S_q
     "lens lens_wide cap starts starts_wide causal from_end "
     "table table_wide table_row Nblk "
@@ -45,7 +46,7 @@ class Item:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.module = ir.Module("flash_mla")
-        self.g = g = Code(self.module, "attend", [POINTER])
+        self.g = g = Code(self.module, "run", [POINTER])
         self.args = g.args[0]
         self.a = {name: (self.args + 8 * i).load(I64, 8) for i, name in enumerate(FIELDS)}
         self.V, self.I = vector(F32, spec.lanes), vector(I32, spec.lanes)
@@ -58,20 +59,10 @@ class Item:
     def pointer(self, name: str) -> Value:
         return self.a[name].cast("inttoptr", POINTER)
 
-    def integer(self, base: Value, i: Value, wide: Value) -> Value:
-        """Element i of an array of int32, or of int64 where wide, as I64."""
-        g = self.g
-        x = g.variable(g.const(0))
-        with g.either(wide.differs(0)) as (yes, no):
-            with yes:
-                x.set((base + i * 8).load(I64))
-            with no:
-                x.set((base + i * 4).load(I32).cast("sext", I64))
-        return x.get()
-
-    def begin(self, number: Value) -> None:
-        """Begin the item of this number: the groups of a split adjoin, then splits, heads and requests."""
-        a = self.a
+    def begin(self, number: Value, claim: ir.Block) -> None:
+        """Begin the item of this number: the groups of a split adjoin, then splits, heads and requests. Claim another
+        where its keys need fewer splits."""
+        g, a = self.g, self.a
         # NOTE: the last rows of a causal call see the most keys, and come first
         self.group = a["groups"] - 1 - number % a["groups"]
         x = number // a["groups"]
@@ -79,6 +70,9 @@ class Item:
         x = x // a["splits"]
         self.h, self.b = x % a["heads"], x // a["heads"]
         self.bounds()
+        has_keys = g.label("has_keys")
+        g.b.cbranch((self.split < self.splits).v, has_keys, claim)
+        g.b.position_at_end(has_keys)
         self.load_q()
         self.begin_rows()
 
@@ -90,25 +84,28 @@ class Item:
         self.live_tiles = (self.nr + (self.spec.tile_m - 1)) // self.spec.tile_m
         self.live_vectors = self.live_tiles * (self.spec.tile_m // self.spec.deep)
         self.scale = (self.args + 8 * FIELDS.index("scale")).load(F32) * self.descale("q") * self.descale("k")
+        self.splits = a["splits"]
         if self.spec.source == "sparse":
             return
         length = g.variable(a["cap"])
         with g.when(a["lens"].differs(0)):
-            length.set(self.integer(self.pointer("lens"), self.b, a["lens_wide"]).max(0).min(a["cap"]))
+            length.set(g.integer(self.pointer("lens"), self.b, a["lens_wide"]).max(0).min(a["cap"]))
         self.length = length.get()
         start = g.variable(a["from_end"].differs(0).pick(self.length - a["S_q"], 0))
         with g.when(a["starts"].differs(0)):
-            start.set(self.integer(self.pointer("starts"), self.b, a["starts_wide"]).max(0).min(a["cap"]))
+            start.set(g.integer(self.pointer("starts"), self.b, a["starts_wide"]).max(0).min(a["cap"]))
         self.start, self.causal = start.get(), a["causal"].differs(0)
         last = self.r0 % a["S_q"] + self.nr
         reach = (self.start + last.min(a["S_q"])).max(0).min(self.length)
         self.n = self.causal.pick(reach, self.length)
-        self.first, self.stop = self.part_of((self.n + (self.spec.block - 1)) // self.spec.block)
+        blocks = (self.n + (self.spec.block - 1)) // self.spec.block
+        # NOTE: by the item's own keys, so that a longer request beside it changes no bit
+        self.splits = (blocks // a["part"]).max(1).min(a["splits"])
+        self.first, self.stop = self.part_of(blocks)
 
     def part_of(self, blocks: Value) -> tuple[Value, Value]:
         """This split's blocks."""
-        splits = self.a["splits"]
-        return blocks * self.split // splits, blocks * (self.split + 1) // splits
+        return blocks * self.split // self.splits, blocks * (self.split + 1) // self.splits
 
     def descale(self, name: str) -> Value:
         """The descale of q, k or v for this request and KV head; 1 where there is none."""
@@ -177,17 +174,17 @@ class Item:
         counter = self.pointer("done") + one * 8
         before = counter.add_atomic(1, "acq_rel")
         last = g.label("last")
-        g.b.cbranch((before + 1).equals(a["splits"]).v, last, claim)
+        g.b.cbranch((before + 1).equals(self.splits).v, last, claim)
         g.b.position_at_end(last)
         counter.store(g.const(0), 8)  # for the next call
         with g.loop(0, self.live_vectors * (4 * W), 4 * W) as t:
             top = g.variable(self.lowest)
-            with g.loop(0, a["splits"]) as part:
+            with g.loop(0, self.splits) as part:
                 top.set(top.get().max((parts + part * s.partial + t).load(self.V, 4)))
             (m["max"] + t).store(top.get(), 4)
             (m["sum"] + t).store(self.zero, 4)
         self.clear_o()
-        with g.loop(0, a["splits"]) as part:
+        with g.loop(0, self.splits) as part:
             source = parts + part * s.partial
             with g.loop(0, self.live_vectors) as t:
                 peak = (m["max"] + t * (4 * W)).load(self.V, 4)

@@ -88,6 +88,16 @@ def interleave(vs: list[Value]) -> Value:
     return a.shuffle([x for lane in range(n) for x in (lane, n + lane)], b)
 
 
+def turn(vs: list[Value]) -> list[Value]:
+    """W vectors of W lanes, turned: vector i holds lane i of each."""
+    W = len(vs)
+    low, high = ([lane for x in range(start, start + W // 2) for lane in (x, W + x)] for start in (0, W // 2))
+    for _ in range(W.bit_length() - 1):
+        pairs = list(zip(vs[: W // 2], vs[W // 2 :], strict=True))
+        vs = [a.shuffle(lanes, b) for a, b in pairs for lanes in (low, high)]
+    return vs
+
+
 def fill_lanes(x: Value, lanes: int) -> Value:
     """A shorter FP32 vector with zeros behind it."""
     n = x.type.count

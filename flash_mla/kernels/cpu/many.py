@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 from flash_mla.kernels.cpu.attend import Attend
 from flash_mla.kernels.cpu.formats import SIZE, chunk, tail, widen
-from flash_mla.kernels.cpu.ir import F32, Value
-from flash_mla.kernels.cpu.lanes import exp, interleave
+from flash_mla.kernels.cpu.ir import F32, Value, Variable
+from flash_mla.kernels.cpu.lanes import exp, turn
 from flash_mla.kernels.cpu.walk import Block
 
 UNROLL = 4
@@ -30,10 +30,17 @@ MOST_COLUMNS, SOME_COLUMNS = 256, 192
 class Many(Attend):
     """The kernel for prefill."""
 
+    together = 1
+    """Keys whose weights lie in one element of the scores."""
+
     @property
     def wide_row(self) -> int:
-        """Bytes of a row of K in FP32."""
-        return 4 * self.spec.padded(self.spec.D)
+        """Bytes of a row of q and of K as products read them."""
+        return 4 * self.spec.padded(self.spec.depth)
+
+    def multiply(self, x: Value, y: Value, total: Value) -> Value:
+        """total + x y."""
+        return x.fma(y, total)
 
     def read(self, p: Value, dtype: str, c: Value, half: int) -> Value:
         """Vector `half` of chunk c of a row of D columns, in the order of K's chunks."""
@@ -55,23 +62,22 @@ class Many(Attend):
     def load_q(self) -> None:
         """Turn q to [tile, column, 3W rows] FP32."""
         g, s, W = self.g, self.spec, self.spec.lanes
+        kind = "f32" if s.pairs else s.q
         per_tile = s.tile_m // W
         with g.loop(0, self.live_vectors) as v:
             rows = [self.row("q", (self.r0 + v * W + i).min(self.a["R"] - 1)) for i in range(W)]
             to = self.m["q"] + v // per_tile * (s.tile_m * self.wide_row) + v % per_tile * (4 * W)
 
-            def turn(c: Value, half: int, rest: bool) -> None:
+            def copy(c: Value, half: int, rest: bool) -> None:
                 if rest:
-                    end = s.D // s.chunk * s.chunk * SIZE[s.q]
-                    xs = [tail(row + end, s.q, W, half, s.D % s.chunk) for row in rows]
+                    end = s.depth // s.chunk * s.chunk * SIZE[kind]
+                    xs = [tail(row + end, kind, W, half, s.depth % s.chunk) for row in rows]
                 else:
-                    xs = [self.read(row, s.q, c, half) for row in rows]
-                turned = interleave(xs)
-                for column in range(W):
-                    at = to + (c * s.chunk + (half * W + column)) * (s.tile_m * 4)
-                    at.store(turned.shuffle(range(column * W, (column + 1) * W)), 4)
+                    xs = [self.read(row, kind, c, half) for row in rows]
+                for column, x in enumerate(turn(xs)):
+                    (to + (c * s.chunk + (half * W + column)) * (s.tile_m * 4)).store(x, 4)
 
-            self.each_vector(s.D, turn)
+            self.each_vector(s.depth, copy)
 
     def step(self, block: Block) -> None:
         g, s = self.g, self.spec
@@ -121,66 +127,45 @@ class Many(Attend):
         per_tile, width = s.tile_m // W, s.tile_m * 4
         q = m["q"] + t * (s.tile_m * self.wide_row)
         to = m["scores"] + t * width
-        vectors = [t * per_tile + v for v in range(per_tile)]
-        # NOTE: tile_n may go past the keys that there are, where the mask's addends are what memory held
-        least, end, limits = reach, reach.index().splat(W), []
-        for vector in vectors:
-            limit, low, _ = block.limit(vector)
-            limits.append(limit.min(end))
-            least = least.min(low)
-        tops = [g.variable((m["max"] + v * (4 * W)).load(self.V, 4)) for v in vectors]
-        scale = self.scale.splat(W)
-        columns = s.D if s.D <= MOST_COLUMNS else SOME_COLUMNS
-        with g.loop(0, s.D, columns) as c0, g.loop(0, reach, s.tile_n) as j:
+        rows = Rows(self, t, reach, block)
+        columns = s.depth if s.depth <= MOST_COLUMNS else SOME_COLUMNS
+        with g.loop(0, s.depth, columns) as c0, g.loop(0, reach, s.tile_n) as j:
             keys = [k + (j + n).min(block.keys - 1) * k_row for n in range(s.tile_n)]
             places = [[to + (j + n) * (s.rows * 4) + v * W * 4 for v in range(per_tile)] for n in range(s.tile_n)]
             first = c0.equals(0)
-            start = lambda p: self.zero if columns == s.D else first.pick(self.zero, p.load(self.V, 4))  # noqa: E731
+            start = lambda p: self.zero if columns == s.depth else first.pick(self.zero, p.load(self.V, 4))  # noqa: E731
             sums = [[g.variable(start(p)) for p in row] for row in places]
             self.prefetch(t, j, block)
-            with g.loop(c0, (c0 + columns).min(s.D), UNROLL) as c:
+            with g.loop(c0, (c0 + columns).min(s.depth), UNROLL) as c:
                 for u in range(UNROLL):
-                    rows = [(q + (c + u) * width + v * W * 4).load(self.V, 4) for v in range(per_tile)]
+                    ys = [(q + (c + u) * width + v * W * 4).load(self.V, 4) for v in range(per_tile)]
                     for key, totals in zip(keys, sums, strict=True):
                         x = (key + (c + u) * 4).load(F32, 4).splat(W)
-                        for y, total in zip(rows, totals, strict=True):
-                            total.set(x.fma(y, total.get()))
-            with g.when(c0 + columns >= s.D):
-                for n, totals in enumerate(sums):
-                    for v, total in enumerate(totals):
-                        z = total.get() * scale
-                        if s.mask:
-                            z = z + (m["bias"] + (j + n) * width + v * W * 4).load(self.V, 4)
-                        total.set(z)
-                with g.when(least < j + s.tile_n):
-                    for n, totals in enumerate(sums):
-                        key = (j + n).index().splat(W)
-                        for limit, total in zip(limits, totals, strict=True):
-                            total.set((key < limit).pick(total.get(), -math.inf))
-                for totals in sums:
-                    for total, top in zip(totals, tops, strict=True):
-                        top.set(top.get().max(total.get()))
+                        for y, total in zip(ys, totals, strict=True):
+                            total.set(self.multiply(x, y, total.get()))
+            with g.when(c0 + columns >= s.depth):
+                rows.finish(j, sums)
             for row, totals in zip(places, sums, strict=True):
                 for p, total in zip(row, totals, strict=True):
                     p.store(total.get(), 4)
-        for vector, top in zip(vectors, tops, strict=True):
-            (m["factor"] + vector * (4 * W)).store(top.get(), 4)
+        rows.store_max()
 
     def prefetch(self, t: Value, j: Value, block: Block) -> None:
         """Ask for the next block's rows [j, j + tile_n), each tile for its share of their lines."""
         s = self.spec
         if block.ahead is None:
             return
-        for base, stride, columns in zip(block.ahead, (block.k_row, block.v_row), (s.D, s.Dv), strict=True):
+        rows = [(block.ahead[0], block.k_row, s.D), (block.ahead[1], block.v_row, s.Dv)]
+        for base, stride, columns in rows[:1] if s.alias else rows:
             share = -(-columns * SIZE[s.kv] // (64 * s.tiles)) * 64
-            for n in range(s.tile_n):
+            with self.g.loop(j, j + s.tile_n) as key:
                 for line in range(0, share, 64):
-                    self.g.prefetch(base + (j + n) * stride + t * share + line, 2)
+                    self.g.prefetch(base + key * stride + t * share + line, 2)
 
     def softmax(self, t: Value, reach: Value) -> None:
         """Move the running max; p = exp(S - max), and its sum."""
-        g, s, m, W = self.g, self.spec, self.m, self.spec.lanes
-        per_tile = s.tile_m // W
+        g, m, W = self.g, self.m, self.spec.lanes
+        per_tile = self.spec.tile_m // W
         with g.loop(t * per_tile, (t + 1) * per_tile) as v:
             at = v * (4 * W)
             peak = (m["factor"] + at).load(self.V, 4)
@@ -189,21 +174,30 @@ class Many(Attend):
             (m["max"] + at).store(peak, 4)
             (m["factor"] + at).store(factor, 4)
             total = g.variable((m["sum"] + at).load(self.V, 4) * factor)
-            with g.loop(0, reach) as j:
-                p = m["scores"] + j * (s.rows * 4) + at
-                x = exp(p.load(self.V, 4) - base)
-                p.store(x, 4)
-                total.set(total.get() + x)
+            self.weigh(v, base, reach, total)
             (m["sum"] + at).store(total.get(), 4)
+
+    def weigh(self, v: Value, base: Value, reach: Value, total: Variable) -> None:
+        """p = exp(S - base) of vector v of the rows, in place; add to its sum."""
+        with self.g.loop(0, reach) as j:
+            at = self.score(j, v)
+            p = exp(at.load(self.V, 4) - base)
+            at.store(p, 4)
+            total.set(total.get() + p)
+
+    def score(self, j: Value, v: Value) -> Value:
+        """Where the scores of key j lie, of vector v of the rows."""
+        return self.m["scores"] + j * (self.spec.rows * 4) + v * (4 * self.spec.lanes)
 
     def values(self, block: Block) -> None:
         """O = O factor + p V: all columns of a tile of rows, or all rows of a chunk, so that V stays in L1."""
         g, s, W = self.g, self.spec, self.spec.lanes
-        size = s.chunk * SIZE[s.held]
+        kind = "f32" if s.pairs else s.held
+        size = s.chunk * SIZE[kind]
         whole, left = s.Dv // s.chunk, s.Dv % s.chunk
 
         def tile(r: Value, c: Value) -> None:
-            self.columns(r, c, block.v + c * size, block, range(2), lambda p, half: chunk(p, s.held, W, half))
+            self.columns(r, c, block.v + c * size, block, range(2), lambda p, half: chunk(p, kind, W, half))
 
         if s.Dv <= MOST_COLUMNS:
             with g.loop(0, self.nr, s.tile_rows) as r, g.loop(0, whole) as c:
@@ -213,7 +207,7 @@ class Many(Attend):
                 tile(r, c)
         if left:
             with g.loop(0, self.nr, s.tile_rows) as r:
-                read = lambda p, half: tail(p, s.held, W, half, left)  # noqa: E731
+                read = lambda p, half: tail(p, kind, W, half, left)  # noqa: E731
                 self.columns(r, g.const(whole), block.v + whole * size, block, self.tail_halves(s.Dv), read)
 
     def columns(
@@ -229,11 +223,51 @@ class Many(Attend):
                 factor = (m["factor"] + (first + r) * 4).load(F32, 4).splat(W)
                 for half in halves:
                     sums[r, half] = g.variable((o + (r * s.chunk + half * W) * 4).load(self.V, 4) * factor)
-            with g.loop(0, reach) as j:
+            with g.loop(0, reach, self.together) as j:
                 xs = [read(v + j * block.v_row, half) for half in halves]
                 for r in range(rows):
                     p = (m["scores"] + j * (s.rows * 4) + (first + r) * 4).load(F32, 4).splat(W)
                     for x, half in zip(xs, halves, strict=True):
-                        sums[r, half].set(p.fma(x, sums[r, half].get()))
+                        sums[r, half].set(self.multiply(p, x, sums[r, half].get()))
             for (r, half), total in sums.items():
                 (o + (r * s.chunk + half * W) * 4).store(total.get(), 4)
+
+
+class Rows:
+    """The rows of tile t while its scores against a block are made: their limits, and the max so far."""
+
+    def __init__(self, of: Many, t: Value, reach: Value, block: Block) -> None:
+        self.of, W = of, of.spec.lanes
+        per_tile = of.spec.tile_m // W
+        self.vectors = [t * per_tile + v for v in range(per_tile)]
+        # NOTE: tile_n may go past the keys that there are, where the mask's addends are what memory held
+        self.least, end, self.limits = reach, reach.index().splat(W), []
+        for vector in self.vectors:
+            limit, low, _ = block.limit(vector)
+            self.limits.append(limit.min(end))
+            self.least = self.least.min(low)
+        self.tops = [of.g.variable((of.m["max"] + v * (4 * W)).load(of.V, 4)) for v in self.vectors]
+        self.scale = of.scale.splat(W)
+
+    def finish(self, j: Value, sums: list[list[Variable]]) -> None:
+        """Scale, mask and hide the products of keys j, j + 1, ..; move the max."""
+        g, s, W = self.of.g, self.of.spec, self.of.spec.lanes
+        for n, totals in enumerate(sums):
+            for v, total in enumerate(totals):
+                z = total.get() * self.scale
+                if s.mask:
+                    z = z + (self.of.m["bias"] + (j + n) * (s.tile_m * 4) + v * W * 4).load(self.of.V, 4)
+                total.set(z)
+        with g.when(self.least < j + len(sums)):
+            for n, totals in enumerate(sums):
+                key = (j + n).index().splat(W)
+                for limit, total in zip(self.limits, totals, strict=True):
+                    total.set((key < limit).pick(total.get(), -math.inf))
+        for totals in sums:
+            for total, top in zip(totals, self.tops, strict=True):
+                top.set(top.get().max(total.get()))
+
+    def store_max(self) -> None:
+        """Leave the max in m["factor"]."""
+        for vector, top in zip(self.vectors, self.tops, strict=True):
+            (self.of.m["factor"] + vector * (4 * self.of.spec.lanes)).store(top.get(), 4)

@@ -19,8 +19,8 @@ from pathlib import Path
 import llvmlite
 import llvmlite.binding as llvm
 
-from flash_mla.kernels.cpu.build import build
-from flash_mla.kernels.cpu.config import Spec, Target, host
+from flash_mla.kernels.cpu.build import Kernel, build
+from flash_mla.kernels.cpu.config import Target, host
 
 logger = logging.getLogger("flash_mla")
 
@@ -43,12 +43,12 @@ def sources() -> bytes:
     return key.digest()
 
 
-def path(spec: Spec, target: Target) -> Path:
+def path(spec: Kernel, target: Target) -> Path:
     """The file of a kernel."""
     key = hashlib.sha256(sources())
     for part in (spec, target, llvmlite.__version__, llvm.llvm_version_info):
         key.update(repr(part).encode())
-    return directory() / f"attend-{key.hexdigest()[:24]}.o"
+    return directory() / f"{type(spec).__name__.lower()}-{key.hexdigest()[:24]}.o"
 
 
 def machine(target: Target) -> llvm.TargetMachine:
@@ -60,7 +60,7 @@ def machine(target: Target) -> llvm.TargetMachine:
     )
 
 
-def optimised(spec: Spec, made_for: llvm.TargetMachine) -> llvm.ModuleRef:
+def optimised(spec: Kernel, made_for: llvm.TargetMachine) -> llvm.ModuleRef:
     """The kernel's IR after the passes that matter to it: the generator has unrolled and vectorised already."""
     # NOTE: LLVM's own list (O2) takes four times as long, half of a kernel's compile time, for code that is no faster
     module = llvm.parse_assembly(str(build(spec)))
@@ -78,7 +78,7 @@ def optimised(spec: Spec, made_for: llvm.TargetMachine) -> llvm.ModuleRef:
     return module
 
 
-def compiled(spec: Spec, target: Target) -> bytes:
+def compiled(spec: Kernel, target: Target) -> bytes:
     """The kernel's object code."""
     made_for = machine(target)
     return made_for.emit_object(optimised(spec, made_for))
@@ -110,8 +110,8 @@ ENGINES: list[llvm.ExecutionEngine] = []
 
 
 @functools.cache
-def load(spec: Spec) -> dict[str, int]:
-    """The addresses of a kernel's entry points `attend` and `member`, on the host."""
+def load(spec: Kernel) -> dict[str, int]:
+    """The addresses of a kernel's entry points `run` and `member`, on the host."""
     file = path(spec, host())
     code = stored(file)
     if code is None:
@@ -123,4 +123,4 @@ def load(spec: Spec) -> dict[str, int]:
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     ENGINES.append(engine)
-    return {name: engine.get_function_address(name) for name in ("attend", "member")}
+    return {name: engine.get_function_address(name) for name in ("run", "member")}

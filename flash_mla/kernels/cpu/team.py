@@ -54,7 +54,7 @@ def gnu(library: ctypes.CDLL) -> Run:
     parallel = library.GOMP_parallel
     parallel.restype = None
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    return lambda entries, args, threads: parallel(entries["attend"], args, threads, 0)
+    return lambda entries, args, threads: parallel(entries["run"], args, threads, 0)
 
 
 def llvm(library: ctypes.CDLL) -> Run:

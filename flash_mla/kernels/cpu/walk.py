@@ -42,7 +42,7 @@ def walk_pages(item: Item, step: Step) -> None:
         """The first rows of block i: a page, or 64 rows of a larger one."""
         number, inside = i // (s.page // s.block), i % (s.page // s.block) * s.block
         if s.source == "table":
-            number = item.integer(table, number, a["table_wide"]).max(0).min(a["Nblk"] - 1)
+            number = g.integer(table, number, a["table_wide"]).max(0).min(a["Nblk"] - 1)
         return {x: base + number * a[f"{x}_p"] + inside * a[f"{x}_k"] for x, base in bases.items()}
 
     with g.loop(item.first, item.stop) as i:
@@ -96,7 +96,7 @@ def walk_named(item: Item, step: Step) -> None:
     for n in range(s.sets):
         count = g.variable(a[f"topk{n}"])
         with g.when(a[f"count{n}"].differs(0)):
-            given = item.integer(item.pointer(f"count{n}"), item.b, a[f"count{n}_wide"])
+            given = g.integer(item.pointer(f"count{n}"), item.b, a[f"count{n}_wide"])
             count.set(given.max(0).min(a[f"topk{n}"]))
         counts.append(count.get())
     blocks = [(count + (BLOCK - 1)) // BLOCK for count in counts]
@@ -124,7 +124,7 @@ def gather(item: Item, n: int, first: Value, named: Value) -> Value:
     rows, scales = item.m["addresses"], item.m["addresses"] + 8 * (BLOCK + 8)
     found = g.variable(g.const(0))
     with g.loop(first, first + named) as j:
-        index = item.integer(indices, j, a[f"wide{n}"])
+        index = g.integer(indices, j, a[f"wide{n}"])
         inside = (index >= 0) & (index < a[f"limit{n}"])
         index = inside.pick(index, 0)
         page, slot = index // a[f"page{n}"], index % a[f"page{n}"]

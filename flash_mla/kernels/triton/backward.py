@@ -184,6 +184,8 @@ def prepare_kernel(
     d_out = load_rows(d_out_ptr + b * stride_db + h * stride_dh + rows64 * stride_ds, row_live, offs_v, DV)
     lse = tl.load(lse_ptr + b * stride_lb + h * stride_lh + rows64 * stride_ls, mask=row_live, other=float("-inf"))
     d_lse = tl.load(d_lse_ptr + b * stride_gb + h * stride_gh + rows64 * stride_gs, mask=row_live, other=0.0)
+    # a row without keys has lse -inf, in sparse prefill +inf
+    lse = tl.where(lse == float("inf"), float("-inf"), lse)
     empty = lse == float("-inf")
     d_lse = tl.where(empty, 0.0, d_lse)
     active = ((tl.max((d_out != 0.0).to(tl.int32), 1) > 0) | (d_lse != 0.0)) & (lse != float("-inf"))
