@@ -12,11 +12,14 @@ Softmax is then 64 * tile_n / 128 elements a thread and a block: 4 at tile_n 8.
 
 Roles (384 threads; up to 168 registers; where O is large the consumers take 232 and leave 40):
     warpgroups 0, 1   alternate blocks of the range, each with its own max, sum and O; merged at the end of the segment
-    warp 8            TMA of Q, K and V; then notes the split item for combine
+    warp 8            TMA of Q, K and V
+    warp 9            notes the split item for combine
+    warps 10, 11      16-bit queries over FP8
 
 Channels, producer -> consumers (full arrivals / empty arrivals):
     K, V   warp 8 -> warpgroup 0 or 1   `stages` stages of one block    1 + bytes / 4 warps
     Q      warp 8 -> warpgroups 0, 1    `q_stages` stages of one tile   1 + bytes / 8 warps
+           warps 10, 11 -> the same                                     2 / 8 warps
 
 Steady state of a warpgroup, a block: S^T | P against the max so far -> shared memory | one barrier, which also tells
 whether any score exceeds that max by 2^8 (`LAZY`) | O^T. Only when one does, the max is found (shuffles and an exchange
@@ -26,10 +29,13 @@ FP8: K q^T as it is; V is converted to FP16 on its way to registers, as the A op
 ldmatrix of 16-bit pairs gives a thread two neighbouring columns of V for two neighbouring keys; a byte permutation
 separates them. So row r of 16 rows of O^T is column 2 r, or 2 (r - 8) + 1, undone where O is stored.
 
-Supports BF16, FP16, FP8 (e4m3); D and Dv up to 256; any Hq / Hk and S_q; any strides that TMA takes (multiples of 16
-bytes), a shared pool too; ragged lengths, 0 included; causal among the S_q tokens; descales and sinks. Unused slots
-may hold NaN: the scores past the end are masked and the V rows zeroed. Block ids are forced inside the cache, lengths
-inside the table.
+16-bit queries over FP8 are two e4m3 rows each (`queries.py`), made by warps 10 and 11 and added up in the scores: K q^T
+has 2 tile_n columns then, and is read once as ever.
+
+Supports BF16, FP16, FP8 (e4m3), BF16 and FP16 queries over FP8; D and Dv up to 256; any Hq / Hk and S_q; any strides
+that TMA takes (multiples of 16 bytes), a shared pool too; ragged lengths, 0 included; causal among the S_q tokens;
+descales and sinks. Unused slots may hold NaN: the scores past the end are masked and the V rows zeroed. Block ids are
+forced inside the cache, lengths inside the table.
 
 Measured: docs/design/gqa-decode.md.
 """

@@ -12,13 +12,16 @@ takes as long as they do. 64 KB in 2048 cycles from each SM are 7 TB/s of L2 rea
 Roles (entry registers: 65536 / threads, rounded down to 8):
     consumer warpgroups, 1 to 3   64 rows each: S = Q K^T, softmax, O += P V, lse     `consumer.py`
     warp 0 of the last warpgroup  takes tiles; TMA of Q, K, V                         `producer.py`
-    warp 1 of the last warpgroup  TMA of out, where two Q stages fit                  `store`, below
+    warp 1 of the last warpgroup  TMA of out, where two Q stages fit, not in FP8      `store`, below
+    its warps 2 and 3             in FP8: V transposed                                `transposer.py`
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
-    tasks  producer -> all        2 stages   1 / consumer warps and the storing warp
+    tasks  producer -> all        2 stages   1 / consumer warps and the storing or the two transposing ones
     Q      producer -> consumers  q_stages   1 + bytes / 1, by the storing warp: out lies in place of the dead Q;
-                                             one stage: consumer warps
+                                             one stage, and FP8: consumer warps
     K, V   producer -> consumers  stages     1 + bytes / consumer warps
+           in FP8: V -> transposing warps    2 stages, 1 + bytes / 2
+    turned transposing warps -> consumers    stages, 2 / consumer warps: V in FP8
     out    consumers -> storing warp         consumer warps; refilling Q empties it
 
 Steady state of a consumer warpgroup, block n of a tile:
@@ -26,8 +29,8 @@ Steady state of a consumer warpgroup, block n of a tile:
     P V[n] and under the products of the other warpgroups
 With two Q stages this runs on across tiles: beside P V of a tile's last block goes Q K^T of the next tile's first, and
 out is written under the products of the others. With one (192/128 and 256/256, whose Q is too large), the next tile's Q
-is on its way under the last P V, and out is written under the scores that it gives. The running max moves only when a
-block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after normalisation.
+is on its way under the last P V, and out is written under the scores that it gives; in FP8 too, from two stages. The
+running max moves only when a block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after normalisation.
 
 Sparse: a map names the 64 x 64 blocks that count. A tile is then 64 rows of one consumer warpgroup, with a list of its
 own, and two CTAs share an SM, each hiding what the other waits for. The producer reads the tile's row of the map, 32
@@ -36,10 +39,15 @@ KB from L2 for 2.1 MFLOP, twice the bytes a FLOP of a dense tile. A bool mask is
 (`pack_mask.py`), which gives a map, too: blocks where no key counts are skipped, and the bits are read only where some
 keys do.
 
-Supports BF16 and FP16; D/Dv 64/64, 128/128, 192/128, 256/256; any row and key counts; any strides that TMA takes; GQA;
-ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a table; maps and bool masks; factors of
-the scores and of V for each request and KV head. Unused slots may hold NaN: scores past the end are masked and V rows
-zeroed. Block ids are forced inside the cache, lengths inside the table.
+FP8: both products are of e4m3, twice as fast, so that exp2 takes as long as they do at D 128. wgmma takes e4m3 with the
+keys of a column of V side by side, so two warps transpose V on its way, 32 KB more traffic of shared memory for a block
+of 128 keys. P is packed from a thread's own scores, whose keys are the order of the transposed V. P = 2^(S - reference)
+as in decode (`e4m3.py`): small weights survive in the range of e4m3. out is divided by the sums before rounding.
+
+Supports BF16, FP16 and FP8 (no lists; out BF16); D/Dv 64/64, 128/128, 192/128, 256/256; any row and key counts; any
+strides that TMA takes; GQA; ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a table; maps
+and bool masks; factors of the scores and of V for each request and KV head. Unused slots may hold NaN: scores past the
+end are masked and V rows zeroed. Block ids are forced inside the cache, lengths inside the table.
 
 Measured: docs/design/prefill.md.
 """
