@@ -15,12 +15,22 @@ from torch import Tensor
 
 from flash_mla import contract
 from flash_mla.autograd import Prefill, learning
+from flash_mla.calls import (
+    MhaCall,
+    PrefillCall,
+    append_mha,
+    as_tensors,
+    attend_mha,
+    attend_prefill,
+    give_back,
+    plan_decode,
+    plan_mha,
+    plan_prefill,
+)
 from flash_mla.contract import MLAMetadata
 from flash_mla.entry import entry
 from flash_mla.launch import launch
 from flash_mla.layout import BlockSparseLayout
-from flash_mla.plan import Plan, plan
-from flash_mla.problem import AppendArgs
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -248,14 +258,8 @@ def flash_mla_prefill(
         )  # fmt: skip
         return give_back(result, return_lse, out)
 
-    chosen = plan_prefill(
-        q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, descales, attn_sink, backend, out
-    )
-    return launch(
-        chosen, "flash_mla_prefill", q=q, k=k, v=v, block_table=None, seq_lens=seq_lens, mask=attn_mask,
-        softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=out, return_lse=return_lse,
-        start_pos=None, block_mask=blocks,
-    )  # fmt: skip
+    call = PrefillCall(q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, descales, attn_sink)
+    return attend_prefill(plan_prefill(call, backend, out), call, out, return_lse)
 
 
 @overload
@@ -349,149 +353,11 @@ def mha_fwd_kvcache(
         result = torch.ops.flash_mla.mha_fwd_kvcache(q, k_cache, v_cache, block_table, *more)
         return give_back(result, return_lse, out)
 
-    chosen = plan_mha(
-        q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, causal, softmax_scale, descales, backend, out
-    )
-    if k is not None and v is not None:
-        chosen.append(AppendArgs(k, v, k_cache, v_cache, block_table, start_pos, None))
-    return attend_mha(
-        chosen, q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, softmax_scale, descales, out, return_lse
-    )
+    call = MhaCall(q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, causal, softmax_scale, descales)
+    chosen = plan_mha(call, backend, out)
+    append_mha(chosen, call)
+    return attend_mha(chosen, call, out, return_lse)
 
 
 def is_pool(cache: Tensor) -> bool:
     return cache.dim() == 5 and cache.stride(0) == 0 and cache.shape[0] > 1
-
-
-# --- Parts ------------------------------------------------------------------------------------------------------------
-
-
-def plan_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    metadata: MLAMetadata | None,
-    softmax_scale: float | None,
-    descales: contract.Descales,
-    attn_sink: Tensor | None,
-    backend: str | None,
-    out: Tensor | None,
-    check_values: bool = True,
-) -> Plan:
-    """Every check of a `flash_mla_with_kvcache` call, and its plan. Values are checked where nobody has."""
-    problem = contract.decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale)
-    if softmax_scale is None and problem.alias:
-        contract.warn_default_scale(problem.D, problem.Dv, stacklevel=4)
-    if out is not None:
-        q_descale, k_descale, v_descale = descales
-        problem = contract.check_out(
-            out, problem, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, seq_lens=seq_lens, mask=mask,
-            q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
-        )  # fmt: skip
-    chosen = plan(problem, backend)
-    if metadata is not None:
-        if not (isinstance(metadata, MLAMetadata) and metadata.fits(problem)):
-            contract.check_metadata(metadata, q, k_cache, v_cache, block_table)
-    elif check_values:
-        longest = contract.check_values(block_table, seq_lens, problem.Nblk)
-        contract.check_mask_length("mask", mask, longest)
-    return chosen
-
-
-def plan_prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor | None,
-    attn_mask: Tensor | None,
-    causal: bool,
-    softmax_scale: float | None,
-    seq_lens: Tensor | None,
-    descales: contract.Descales,
-    attn_sink: Tensor | None,
-    backend: str | None,
-    out: Tensor | None,
-) -> Plan:
-    """Every check of a `flash_mla_prefill` call, and its plan."""
-    problem = contract.prefill(
-        q, k, v, seq_lens, attn_mask, descales, attn_sink, softmax_scale, causal=causal, block_mask=blocks is not None
-    )
-    contract.check_mask_length("attn_mask", attn_mask, problem.P)
-    q_descale, k_descale, v_descale = descales
-    problem = contract.check_out(
-        out, problem, q=q, k=k, v=v, sparse_layout=blocks, attn_mask=attn_mask, seq_lens=seq_lens, q_descale=q_descale,
-        k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
-    )  # fmt: skip
-    return plan(problem, backend)
-
-
-def plan_mha(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    attn_mask: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    start_pos: Tensor | None,
-    causal: bool,
-    softmax_scale: float | None,
-    descales: contract.Descales,
-    backend: str | None,
-    out: Tensor | None,
-) -> Plan:
-    """Every check of an `mha_fwd_kvcache` call, and its plan. Nothing is written yet."""
-    problem = contract.mha(
-        q, k_cache, v_cache, block_table, start_pos, k, v, attn_mask, descales, softmax_scale, causal=causal
-    )
-    q_descale, k_descale, v_descale = descales
-    problem = contract.check_out(
-        out, problem, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, attn_mask=attn_mask, k=k, v=v,
-        start_pos=start_pos, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-    )  # fmt: skip
-    chosen = plan(problem, backend)
-    longest = contract.check_prompt_values(block_table, start_pos, problem, k_cache, writes=k is not None)
-    contract.check_mask_length("attn_mask", attn_mask, longest)
-    return chosen
-
-
-def attend_mha(
-    chosen: Plan,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    attn_mask: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    start_pos: Tensor | None,
-    softmax_scale: float | None,
-    descales: contract.Descales,
-    out: Tensor | None,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The attention of an `mha_fwd_kvcache` call, after its rows are written. A gradient to k and v is refused."""
-    seq_lens = None if start_pos is None else start_pos + q.shape[2]
-    start_pos = None if start_pos is None else start_pos.contiguous()
-    return launch(
-        chosen, "mha_fwd_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
-        mask=attn_mask, softmax_scale=softmax_scale, descales=descales, attn_sink=None, out=out, return_lse=return_lse,
-        also=(k, v), start_pos=start_pos, block_mask=None,
-    )  # fmt: skip
-
-
-def as_tensors(descales: contract.Descales, q: Tensor) -> list[Tensor | None]:
-    """The descales as a custom op takes them; it checks them."""
-    return [
-        x if x is None or isinstance(x, Tensor) else torch.full((), float(x), dtype=torch.float32, device=q.device)
-        for x in descales
-    ]
-
-
-def give_back(result: tuple[Tensor, Tensor], return_lse: bool, out: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-    """What a public function returns, from what its op returned."""
-    first = result[0] if out is None else out.copy_(result[0])
-    return (first, result[1]) if return_lse else first

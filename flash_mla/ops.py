@@ -13,12 +13,20 @@ import torch
 from torch import Tensor
 
 from flash_mla import contract
-from flash_mla.api import attend_mha, plan_decode, plan_mha, plan_prefill
 from flash_mla.autograd import NO_SECOND_BACKWARD, one_by_one, prefill_backward, refuse_op, save_prefill
+from flash_mla.calls import (
+    MhaCall,
+    PrefillCall,
+    append_mha,
+    attend_mha,
+    attend_prefill,
+    plan_decode,
+    plan_mha,
+    plan_prefill,
+)
 from flash_mla.gradients import backward
 from flash_mla.launch import launch
 from flash_mla.pages import check_pages_out, decode_over_pages, page_views
-from flash_mla.problem import AppendArgs
 
 
 @torch.library.custom_op("flash_mla::flash_mla_with_kvcache", mutates_args=())
@@ -69,17 +77,10 @@ def prefill_op(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """flash_mla_prefill, with causal settled."""
-    descales = (q_descale, k_descale, v_descale)
-    blocks = contract.sparse_blocks(sparse_layout, q)
+    descales, blocks = (q_descale, k_descale, v_descale), contract.sparse_blocks(sparse_layout, q)
+    call = PrefillCall(q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, descales, attn_sink)
     with torch.no_grad():
-        chosen = plan_prefill(
-            q, k, v, blocks, attn_mask, causal, softmax_scale, seq_lens, descales, attn_sink, backend, out
-        )
-        return launch(
-            chosen, "flash_mla_prefill", q=q, k=k, v=v, block_table=None, seq_lens=seq_lens, mask=attn_mask,
-            softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=None, return_lse=True,
-            start_pos=None, block_mask=blocks,
-        )  # type: ignore[return-value]  # fmt: skip
+        return attend_prefill(plan_prefill(call, backend, out), call, None, True)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("flash_mla::mha_fwd_kvcache_append", mutates_args=("k_cache", "v_cache"))
@@ -102,11 +103,8 @@ def mha_append_op(
 ) -> None:
     """The checks of mha_fwd_kvcache, and its writing of k and v."""
     descales = (q_descale, k_descale, v_descale)
-    chosen = plan_mha(
-        q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, causal, softmax_scale, descales, backend, out
-    )
-    assert k is not None  # plan_mha has refused one without the other
-    chosen.append(AppendArgs(k, v, k_cache, v_cache, block_table, start_pos, None))
+    call = MhaCall(q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, causal, softmax_scale, descales)
+    append_mha(plan_mha(call, backend, out), call)
 
 
 @torch.library.custom_op("flash_mla::mha_fwd_kvcache", mutates_args=())
@@ -129,14 +127,10 @@ def mha_op(
 ) -> tuple[Tensor, Tensor]:
     """mha_fwd_kvcache over a cache that holds k and v already; they are here so that a gradient to them is refused."""
     descales = (q_descale, k_descale, v_descale)
+    call = MhaCall(q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, causal, softmax_scale, descales)
     with torch.no_grad():
-        chosen = plan_mha(
-            q, k_cache, v_cache, block_table, attn_mask, None, None, start_pos, causal, softmax_scale, descales,
-            backend, out,
-        )  # fmt: skip
-        return attend_mha(
-            chosen, q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, softmax_scale, descales, None, True
-        )  # type: ignore[return-value]
+        chosen = plan_mha(call._replace(k=None, v=None), backend, out)
+        return attend_mha(chosen, call, None, True)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("flash_mla::decode_over_pages", mutates_args=())
@@ -236,10 +230,7 @@ def prefill_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, d_sink) of a flash_mla_prefill that gave out and lse; empty tensors in place of what is not wanted,
     and of d_sink without a sink."""
-    dq, dk, dv, d_sink = fake_prefill_backward(
-        d_out, d_lse, q, k, v, out, lse, sparse_layout, attn_mask, causal, softmax_scale, seq_lens, attn_sink, backend,
-        dq_wanted, dkv_wanted,
-    )  # fmt: skip
+    dq, dk, dv, d_sink = gradients_of(q, k, v, attn_sink, dq_wanted, dkv_wanted)
     with torch.no_grad():
         backward(
             q, k, v, out, lse, d_out, d_lse, causal=causal, seq_lens=seq_lens, mask=attn_mask,
@@ -253,24 +244,17 @@ def prefill_backward_op(
 
 @prefill_backward_op.register_fake
 def fake_prefill_backward(
-    d_out: Tensor,
-    d_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sparse_layout: Tensor | None,
-    attn_mask: Tensor | None,
-    causal: bool,
-    softmax_scale: float | None,
-    seq_lens: Tensor | None,
-    attn_sink: Tensor | None,
-    backend: str | None,
-    dq_wanted: bool,
-    dkv_wanted: bool,
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Contiguous gradients of q's dtype, the sink's FP32."""
+    """Shapes and dtypes of the gradients."""
+    *_, attn_sink, _backend, dq_wanted, dkv_wanted = others
+    return gradients_of(q, k, v, attn_sink, dq_wanted, dkv_wanted)
+
+
+def gradients_of(
+    q: Tensor, k: Tensor, v: Tensor, attn_sink: Tensor | None, dq_wanted: bool, dkv_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for (dq, dk, dv, d_sink): contiguous, of q's dtype, the sink's FP32."""
     wanted = ((q, dq_wanted), (k, dkv_wanted), (v, dkv_wanted))
     dq, dk, dv = (x.new_empty(x.shape if needs else (0,)) for x, needs in wanted)
     return dq, dk, dv, q.new_empty((0,) if attn_sink is None else attn_sink.shape, dtype=torch.float32)

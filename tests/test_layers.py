@@ -15,6 +15,7 @@ LAYERS = (
     "contract backends",
     "plan autograd",
     "entry explanation launch gradients",
+    "calls",
     "api",
     "cache pages",
     "ops",
@@ -26,6 +27,7 @@ LAYERS = (
     "__main__",
 )
 ROOMS = {
+    "cache": ("checks rows", "paged", "__init__"),
     "contract": (
         "tensors",
         "caches masks memory order scales values",

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from flash_mla.backends.triton import decode as decode_phase  # noqa: E402
 from flash_mla.backends.triton import prefill as prefill_phase  # noqa: E402
 from flash_mla.backends.triton.device import stored  # noqa: E402
-from flash_mla.kernels.triton import append, combine, decode, prefill  # noqa: E402
+from flash_mla.kernels.triton import append, combine, decode, prefill, tiles  # noqa: E402
 from flash_mla.kernels.triton.target import Target  # noqa: E402
 from flash_mla.problem import FP8, AppendArgs, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem  # noqa: E402
 
@@ -293,7 +293,7 @@ def test_prefill_compiles(case: str, target: str) -> None:
 
 def test_a_lost_descriptor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """FP8's V at its own 32 columns: the ptxas of Triton 3.6 reads a uniform register that nothing wrote."""
-    monkeypatch.setattr(prefill, "least_columns", lambda itemsize, target: 16)
+    monkeypatch.setattr(tiles, "least_columns", lambda itemsize, target: 16)
     _, built = build_prefill("fp8_d64_32", TARGETS["sm_90"])
     assert unwritten_registers(cuobjdump(built.kernel, "-sass"))
 

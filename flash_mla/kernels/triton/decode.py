@@ -28,15 +28,7 @@ from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_
 from flash_mla.kernels.triton.share import BLOCK, block_id, locate, request_length, slot, units
 from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import (
-    head_tiles,
-    least_columns,
-    mask_kind,
-    power_of_2,
-    precision,
-    smem_bytes,
-    widening,
-)
+from flash_mla.kernels.triton.tiles import cut_columns, mask_kind, power_of_2, precision, smem_bytes, widening
 
 # --- Config ---
 
@@ -91,18 +83,14 @@ def config(
         itemsize: bytes of an element of K; q's may be 2 where it is 1.
     """
     rows = S_q * (Hq // Hk)
-    least = least_columns(itemsize, target)
-    d_main, d_rest = head_tiles(D, least)
-    reuse = alias and d_main >= Dv
-    dv_tile = d_main if reuse else max(power_of_2(Dv), least)
-    dv_read = 0 if reuse else dv_tile
+    columns = cut_columns(D, Dv, alias, itemsize, target)
 
     # 64 rows fill Hopper's matrix instruction; elsewhere the accumulator's registers set the limit
     most_m = min(64 if target.wgmma and itemsize < 4 else 32, max(16, power_of_2(rows)))
 
     def smem(tile_m: int, stages: int, tile_n: int) -> int:
         wgmma = target.wgmma and tile_m == 64
-        return smem_bytes(tile_m, tile_n, d_main + d_rest, dv_read, dv_tile, itemsize, stages, wgmma, mask)
+        return smem_bytes(tile_m, tile_n, *columns.loaded, itemsize, stages, wgmma, mask)
 
     # 64 rows: the widest instruction first (H200, MLA of 128 heads: 214 TFLOP/s at 64 keys, 196 at 32). Fewer: two
     # programs an SM hide each other's waits (16 heads: 83 % of copy bandwidth against 80 with one); where not even
@@ -121,7 +109,7 @@ def config(
     tile_m, stages, tile_n = found or (16, *WIDEST[-1])
     # FP32 rows of 576 on 99 KiB: exact products keep one copy of q instead of two
     products = precision(itemsize, target) if found else "ieee"
-    warps = 8 if tile_m * dv_tile > 32 * 256 else 4
+    warps = 8 if tile_m * columns.dv_tile > 32 * 256 else 4
     per_sm = max(1, min(2, target.smem // smem(tile_m, stages, tile_n)))
 
     # cut requests unless there are so many items that the last one's length does not matter
@@ -134,8 +122,7 @@ def config(
     idle = B * Hk * blocks <= target.multiprocessors
     pdl = target.backend == "cuda" and target.arch >= 90 and idle
     return Config(
-        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target, once=True), products, programs, pdl,
-        warps, stages,
+        tile_m, tile_n, *columns, widening(itemsize, target, once=True), products, programs, pdl, warps, stages,
     )  # fmt: skip
 
 

@@ -25,15 +25,7 @@ from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_
 from flash_mla.kernels.triton.share import BLOCK, block_id, slot
 from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import (
-    head_tiles,
-    least_columns,
-    mask_kind,
-    power_of_2,
-    precision,
-    smem_bytes,
-    widening,
-)
+from flash_mla.kernels.triton.tiles import cut_columns, mask_kind, power_of_2, precision, smem_bytes, widening
 
 # --- Config ---
 
@@ -58,11 +50,8 @@ def config(
     *, P: int, D: int, Dv: int, paged: bool, alias: bool, mask: int, block_mask: bool, itemsize: int, target: Target
 ) -> Config:
     """The tiles for these dims: pure arithmetic, no device. mask: bytes of an element (tiles.MASK_BYTES)."""
-    least = least_columns(itemsize, target)
-    d_main, d_rest = head_tiles(D, least)
-    reuse = alias and d_main >= Dv
-    dv_tile = d_main if reuse else max(power_of_2(Dv), least)
-    dv_read = 0 if reuse else dv_tile
+    columns = cut_columns(D, Dv, alias, itemsize, target)
+    dv_tile = columns.dv_tile
 
     # rows: as many as the accumulator's registers allow, 256 a thread at 8 warps being the whole file
     tile_m = 128 if dv_tile <= 256 else 64
@@ -74,11 +63,10 @@ def config(
 
     def fits(tile_m: int, stages: int, tile_n: int) -> bool:
         in_place = target.in_place and tile_m >= 64 and itemsize < 4
-        columns = (d_main + d_rest, dv_read, dv_tile)
-        return smem_bytes(tile_m, tile_n, *columns, itemsize, stages, in_place, mask) <= target.smem
+        return smem_bytes(tile_m, tile_n, *columns.loaded, itemsize, stages, in_place, mask) <= target.smem
 
     # 128 keys a tile on Hopper at D 128: 435 TFLOP/s causal on the H200 against 386 at 64; a page has 64
-    plain = d_main == dv_tile == 128 and d_rest == 0 and not (paged or mask or block_mask)
+    plain = (columns.d_main, columns.d_rest, dv_tile) == (128, 0, 128) and not (paged or mask or block_mask)
     wide = ((3, 128),) if target.wgmma and most_m >= 64 and itemsize < 4 and plain else ()
     tries = [(most_m, *tiles) for tiles in (*wide, (3, 64), (2, 64), (3, 32), (2, 32), (2, 16))]
     tries += [(m, *tiles) for m in (64, 32, 16) if m < most_m for tiles in ((3, 32), (2, 32), (2, 16), (1, 16))]
@@ -87,7 +75,7 @@ def config(
     products = precision(itemsize, target) if found else "ieee"  # see decode.config
     warps = 8 if tile_m * dv_tile > 64 * 128 or (target.wgmma and tile_m == 128) else 4
     return Config(
-        tile_m, tile_n, d_main, d_rest, dv_tile, reuse, widening(itemsize, target), products, warps, stages,
+        tile_m, tile_n, *columns, widening(itemsize, target), products, warps, stages,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -39,6 +39,28 @@ def head_tiles(D: int, least: int = 16) -> tuple[int, int]:
     if whole == D or main < least or rest == 0 or main + rest >= whole:
         return whole, 0
     return main, rest
+
+
+class Columns(NamedTuple):
+    """How the columns of K (d_main + d_rest) and of V are cut into tiles; reuse: V is taken from the tile of K."""
+
+    d_main: int
+    d_rest: int
+    dv_tile: int
+    reuse: bool
+
+    @property
+    def loaded(self) -> tuple[int, int, int]:
+        """d, dv and dv_tile of `smem_bytes`."""
+        return self.d_main + self.d_rest, 0 if self.reuse else self.dv_tile, self.dv_tile
+
+
+def cut_columns(D: int, Dv: int, alias: bool, itemsize: int, target: Target) -> Columns:
+    """The tiles of K's D columns and V's Dv; alias: V is K's first columns."""
+    least = least_columns(itemsize, target)
+    d_main, d_rest = head_tiles(D, least)
+    reuse = alias and d_main >= Dv
+    return Columns(d_main, d_rest, d_main if reuse else max(power_of_2(Dv), least), reuse)
 
 
 def smaller(config: Config) -> Config | None:

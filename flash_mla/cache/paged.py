@@ -23,38 +23,17 @@ from torch import Tensor
 
 from flash_mla.api import flash_mla_with_kvcache, get_mla_metadata
 from flash_mla.blocks import BlockAllocator
+from flash_mla.cache.checks import check_rows, head_factors, integers
+from flash_mla.cache.rows import more_blocks, upload, write_rows
 from flash_mla.contract import MLAMetadata, check_mask_length
 from flash_mla.errors import (
-    BlockCountError,
     CacheFullError,
-    DeviceError,
     DTypeError,
     SequenceLengthError,
     ShapeError,
 )
 from flash_mla.problem import BLOCK, DTYPES, FP8
-from flash_mla.quant import mark_scaled, quantise
-
-
-def page_view(pool: Tensor, batch: int) -> Tensor:
-    """A serving engine's pool [num_blocks, 64, Hk, D] as the page view [batch, Hk, num_blocks, 64, D], batch stride 0.
-
-    Raises:
-        ShapeError: the pool has not four dims.
-        BlockCountError: its pages are not 64 tokens long.
-    """
-    if not isinstance(pool, Tensor) or pool.dim() != 4:
-        shape = list(pool.shape) if isinstance(pool, Tensor) else f"is a {type(pool).__name__}"
-        raise ShapeError(given=f"pool {shape}", required="[num_blocks, 64, Hk, D]")
-    if pool.shape[1] != BLOCK:
-        raise BlockCountError(
-            given=f"pool {list(pool.shape)}: pages of {pool.shape[1]} tokens",
-            required="pages of 64 tokens: [num_blocks, 64, Hk, D]",
-            cause="The block size is fixed at 64",
-            fix="Configure the engine's page size as 64",
-        )
-    return pool.permute(2, 0, 1, 3).expand(batch, -1, -1, -1, -1)
-
+from flash_mla.quant import mark_scaled
 
 VIEWS = {"_k_rows", "_v_rows", "_head_rows", "_slab_rows", "_metadata", "k_cache", "v_cache"}
 """Attributes of a PagedKVCache that `_bind` makes of its tensors."""
@@ -156,8 +135,10 @@ class PagedKVCache:
             self.k_descale, self.v_descale = None, None
             self._is_scaled = dtype == FP8 and any(isinstance(x, Tensor) or x != 1 for x in (k_descale, v_descale))
             if dtype == FP8:
-                self.k_descale = self._head_factors("k_descale", k_descale, num_kv_heads)
-                self.v_descale = self.k_descale if latent else self._head_factors("v_descale", v_descale, num_kv_heads)
+                self.k_descale = head_factors("k_descale", k_descale, num_kv_heads, self.seq_lens.device)
+                self.v_descale = self.k_descale
+                if not latent:
+                    self.v_descale = head_factors("v_descale", v_descale, num_kv_heads, self.seq_lens.device)
             self._bind(
                 torch.zeros(batch, table_blocks, dtype=torch.int32, device=device),
                 k := torch.empty(*shape, head_dim, dtype=dtype, device=device),
@@ -228,9 +209,9 @@ class PagedKVCache:
                 fix="Concatenate latent and rope to one k" if self._latent else "Pass v [R, Hk, T, Dv]",
             )
         T = k.shape[2] if isinstance(k, Tensor) and k.dim() == 4 else 0
-        self._check_rows("k", k, self._k, len(rows), T)
+        check_rows("k", k, self._k, len(rows), T)
         if v is not None:
-            self._check_rows("v", v, self._v, len(rows), T)
+            check_rows("v", v, self._v, len(rows), T)
         counts = [T] * len(rows) if num_tokens is None else self._counts(num_tokens, len(rows), T)
         with self._extended(rows, counts) as change:
             slots = self._slots(rows, counts, change)
@@ -241,9 +222,9 @@ class PagedKVCache:
                 index = self._upload(slots, torch.int64)[:, None] + self._head_rows.view(-1)  # [n, Hk]
                 tokens = chain.from_iterable(range(r * T, r * T + count) for r, count in enumerate(counts))
                 kept = self._upload([*tokens], torch.int64)
-            _write(self._k_rows, index, k, kept, self.k_descale)
+            write_rows(self._k_rows, index, k, kept, self.k_descale)
             if v is not None:
-                _write(self._v_rows, index, v, kept, self.v_descale)
+                write_rows(self._v_rows, index, v, kept, self.v_descale)
 
     def extend(self, num_tokens: int | Sequence[int] | Tensor, requests: Sequence[int] | None = None) -> None:
         """Lengthen requests by tokens whose rows the caller then writes, as `mha_fwd_kvcache(k=, v=)` does.
@@ -340,7 +321,8 @@ class PagedKVCache:
         Args:
             index: [B]; a tensor on the GPU is read back, which waits.
         """
-        order = self._integers("index", index, len(self._lengths), len(self._lengths) - 1)
+        batch = len(self._lengths)
+        order = integers("index", index, batch, length=batch, most=batch - 1)
         self._move({b: source for b, source in enumerate(order) if b != source})
 
     def truncate(self, lengths: Sequence[int] | Tensor, requests: Sequence[int] | None = None) -> None:
@@ -359,7 +341,7 @@ class PagedKVCache:
             ShapeError: lengths or requests do not fit the cache.
         """
         rows = self._requests(requests)
-        kept = self._integers("lengths", lengths, len(rows), None)
+        kept = integers("lengths", lengths, len(self._lengths), length=len(rows))
         for b, length in zip(rows, kept, strict=True):
             if length > self._lengths[b]:
                 raise SequenceLengthError(
@@ -396,8 +378,8 @@ class PagedKVCache:
             )
         with torch.inference_mode(False):
             table = torch.nn.functional.pad(self.block_table, (0, blocks))
-            k = _more_blocks(self._k, blocks)
-            v = k[..., : self._v.shape[-1]] if self._latent else _more_blocks(self._v, blocks)
+            k = more_blocks(self._k, blocks)
+            v = k[..., : self._v.shape[-1]] if self._latent else more_blocks(self._v, blocks)
             self._bind(table, k, v)
         for allocator in self._allocators:
             allocator.grow(blocks)
@@ -569,11 +551,7 @@ class PagedKVCache:
         return (self._k,) if self._latent else (self._k, self._v)
 
     def _upload(self, values: list[int], dtype: torch.dtype) -> Tensor:
-        """The values on the cache's device; from pinned memory, so that the host does not wait for a GPU."""
-        device = self.seq_lens.device
-        # NOTE: device="cpu", or torch's default device would take the list
-        host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type != "cpu")
-        return host.to(device, non_blocking=True)
+        return upload(values, dtype, self.seq_lens.device)
 
     def _slots(self, rows: list[int], counts: list[int], change: Change) -> list[int]:
         """Where the new tokens lie: rows of head 0 in the storage seen as [rows, D]."""
@@ -593,68 +571,11 @@ class PagedKVCache:
         batch = len(self._lengths)
         if requests is None:
             return list(range(batch))
-        rows = self._integers("requests", requests, None, batch - 1)
+        rows = integers("requests", requests, batch, most=batch - 1)
         if len(set(rows)) < len(rows):
             raise ShapeError(given=f"requests {rows}", required="different batch indices")
         return rows
 
     def _counts(self, num_tokens: int | Sequence[int] | Tensor, length: int, most: int | None = None) -> list[int]:
         values = [num_tokens] * length if isinstance(num_tokens, int) else num_tokens
-        return self._integers("num_tokens", values, length, most)
-
-    def _integers(self, name: str, values: Sequence[int] | Tensor, length: int | None, most: int | None) -> list[int]:
-        """A list of `length` (None: any number of) integers in [0, most]."""
-        numbers: Any = values.tolist() if isinstance(values, Tensor) else values
-        if isinstance(numbers, (Sequence, range)) and not isinstance(numbers, str):
-            numbers = [*numbers]
-        fits = isinstance(numbers, list) and length in (None, len(numbers)) and all(type(n) is int for n in numbers)
-        if not fits or (numbers and (min(numbers) < 0 or (most is not None and max(numbers) > most))):
-            raise ShapeError(
-                given=f"{name} {numbers!r}",
-                required=f"{'' if length is None else f'{length} '}integers from 0"
-                + ("" if most is None else f" to {most}"),
-                cause=f"{name} does not fit this cache of {len(self._lengths)} requests or this call",
-                fix="Name requests by batch index; take no more tokens than k holds",
-            )
-        return numbers
-
-    def _check_rows(self, name: str, rows: Tensor, storage: Tensor, R: int, T: int) -> None:
-        expected = (R, storage.shape[1], T, storage.shape[-1])
-        shape = list(rows.shape) if isinstance(rows, Tensor) else f"is a {type(rows).__name__}"
-        if shape != [*expected]:
-            raise ShapeError(
-                given=f"{name} {shape}",
-                required=f"{name} [{expected[0]}, {expected[1]}, T, {expected[3]}], the same T in k and v",
-                cause="The new rows do not fit the cache",
-                fix="Pass [R, Hk, T, D], one row of the batch for each request named",
-            )
-        if rows.dtype != storage.dtype and (storage.dtype != FP8 or rows.dtype not in DTYPES):
-            raise DTypeError(given=f"{name} {rows.dtype}, cache {storage.dtype}", required="the cache's dtype")
-        if rows.device != storage.device:
-            raise DeviceError(given=f"{name} on {rows.device}, cache on {storage.device}", required="one device")
-
-    def _head_factors(self, name: str, descale: float | Tensor, heads: int) -> Tensor:
-        """descale as FP32 [1, Hk]."""
-        factors = torch.as_tensor(descale, dtype=torch.float32, device=self.seq_lens.device)
-        if factors.shape not in ((), (heads,), (1, heads)):
-            raise ShapeError(given=f"{name} {list(factors.shape)}", required=f"a float, [{heads}] or [1, {heads}]")
-        return factors.expand(1, heads).contiguous()
-
-
-def _write(target: Tensor, index: Tensor, rows: Tensor, kept: Tensor | None, descale: Tensor | None) -> None:
-    """Write rows [R, Hk, T, D] to the target's rows index [R, Hk, T], or those of n kept tokens of R*T to [n, Hk]."""
-    if rows.requires_grad:
-        rows = rows.detach()
-    if descale is not None and rows.dtype != FP8:
-        rows, _ = quantise(rows, descale)
-    if kept is not None:
-        rows = rows.transpose(1, 2).flatten(0, 1)[kept]
-    target.index_put_((index,), rows)
-
-
-def _more_blocks(storage: Tensor, blocks: int) -> Tensor:
-    """A copy of storage [.., Hk, Nblk, 64, D] with uninitialised blocks behind the others."""
-    first, Hk, Nblk, _, D = storage.shape
-    grown = storage.new_empty(first, Hk, Nblk + blocks, BLOCK, D)
-    grown[:, :, :Nblk] = storage
-    return grown
+        return integers("num_tokens", values, len(self._lengths), length=length, most=most)
