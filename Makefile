@@ -5,8 +5,10 @@ BIN = .venv/bin
 TEXT ?=
 # A worker with nothing left takes tests of the other: the two end together.
 WORKERS = -n 2 --dist worksteal
+# Whose newest releases `make newest` takes.
+NEWEST = (torch|triton|transformers)
 
-.PHONY: demo test lint types unit kernels gates engines hub docs bench clean
+.PHONY: demo test lint types unit kernels gates newest engines hub docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/flash-mla demo $(TEXT)
@@ -29,9 +31,20 @@ kernels: .venv/dev.stamp
 		tests/test_mha.py tests/test_pages.py tests/test_edges.py tests/test_indexer.py
 	$(BIN)/pytest $(WORKERS) -m "compile and not slow"
 
-# The compile gates of all GPUs: those that .ci/run leaves out for its time too.
+# All compile gates: those of more GPUs and of more configs of a Hopper kernel, which .ci/run leaves out for its time, too.
 gates: .venv/dev.stamp
 	$(BIN)/pytest $(WORKERS) -m compile
+
+# The CPU suite and the compile gates of three GPUs on the newest torch, triton and transformers that the registry has, in a venv of
+# their own, brought up to date each time; all else as pinned. A machine that caps torch's release needs PIP_CONSTRAINT=/dev/null.
+newest:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	grep -hvE "^(#|$(NEWEST)==)" requirements.txt requirements-dev.txt > .venv-newest/others.txt
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager torch triton transformers -r .venv-newest/others.txt
+	.venv-newest/bin/pip install --quiet --no-deps --editable .
+	.venv-newest/bin/pip list | grep -E "^$(NEWEST) "
+	.venv-newest/bin/pytest $(WORKERS) -m "not compile"
+	.venv-newest/bin/pytest $(WORKERS) -m "compile and not slow"
 
 # The plugin's classes inside vLLM, then its real engine on this CPU, with our attention and with its own.
 engines: .venv-engines/stamp
@@ -81,4 +94,4 @@ bench: .venv/demo.stamp
 	touch $@
 
 clean:
-	rm -rf .venv .venv-engines .venv-hub .venv-docs site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-engines .venv-hub .venv-docs .venv-newest site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

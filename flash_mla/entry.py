@@ -12,7 +12,7 @@ from torch.autograd import profiler
 
 from flash_mla import contract
 from flash_mla.errors import FlashMLAError, ShapeError
-from flash_mla.kinds import RAW, check_flags, check_kinds, flags_of
+from flash_mla.kinds import RAW, check_flags, check_kinds, check_traced, flags_of, kinds_of
 from flash_mla.plan import check_backend
 
 P_ = ParamSpec("P_")
@@ -44,7 +44,7 @@ def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]
 
     def decorate(function: Callable[P_, R_]) -> Callable[P_, R_]:
         name = f"{module}.{function.__qualname__}"
-        flags = flags_of(function)
+        flags, kinds = flags_of(function), kinds_of(function)
 
         @wraps(function)
         def call(*args: P_.args, **kwargs: P_.kwargs) -> R_:
@@ -53,6 +53,7 @@ def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]
                 # NOTE: first whether a graph is traced: that branch looks at no flag which dynamo would guard on
                 if torch.compiler.is_compiling():
                     check_backend(kwargs.get("backend"))  # an operator takes any string
+                    check_traced(kinds, args, kwargs)
                     return function(*args, **kwargs)
                 if not profiler._is_profiler_enabled:
                     return function(*args, **kwargs)

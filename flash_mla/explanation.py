@@ -63,7 +63,7 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
     Raises:
         FlashMLAError: what the call itself would raise, save that no backend serves it; or `function` has no backend.
     """
-    if not callable(function) or "backend" not in inspect.signature(function).parameters:
+    if not inspect.isroutine(function) or "backend" not in inspect.signature(function).parameters:
         raise ShapeError(
             f"function = {function!r}"[:200],
             "a public function that takes backend=",

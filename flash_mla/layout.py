@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_mla.errors import MaskShapeError, ShapeError
-from flash_mla.kinds import explained
+from flash_mla.kinds import explained_class
 from flash_mla.problem import BLOCK
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ PICTURE = 32
 """Most rows and columns that `repr` draws; a larger layout is drawn coarser."""
 
 
+@explained_class
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockSparseLayout:
     """An immutable 64x64-block mask for `flash_mla_prefill`.
@@ -54,13 +55,11 @@ class BlockSparseLayout:
         object.__setattr__(self, "blocks", self.blocks.clone())
 
     @classmethod
-    @explained
     def causal(cls, P: int, *, device: torch.device | str | None = None) -> BlockSparseLayout:
         """The blocks on and below the diagonal of P tokens: [1, 1, ceil(P/64), ceil(P/64)]."""
         return cls(_distance(P, device).ge(0)[None, None])
 
     @classmethod
-    @explained
     def sliding_window(
         cls, P: int, window: int, *, causal: bool = True, device: torch.device | str | None = None
     ) -> BlockSparseLayout:
@@ -78,7 +77,6 @@ class BlockSparseLayout:
         return cls((keep & (distance >= 0) if causal else keep)[None, None])
 
     @classmethod
-    @explained
     def local_global(
         cls, P: int, window: int, global_tokens: int, *, causal: bool = True, device: torch.device | str | None = None
     ) -> BlockSparseLayout:
@@ -98,7 +96,6 @@ class BlockSparseLayout:
         return layout & cls.causal(P, device=device) if causal else layout
 
     @classmethod
-    @explained
     def from_dense_mask(cls, mask: Tensor) -> BlockSparseLayout:
         """The blocks in which a bool element mask [.., P, S] keeps anything; up to two leading dims."""
         if mask.dtype != torch.bool or not 2 <= mask.dim() <= 4:

@@ -41,17 +41,29 @@ def apply_sink(out: Tensor, lse: Tensor, attn_sink: Tensor) -> Tensor:
         out: [..., Dv]; lse: [...]; attn_sink: broadcasts to lse. A sink of -inf changes nothing.
     """
     check_parts(out, lse)
-    if not attn_sink.is_floating_point():
-        raise DTypeError(f"attn_sink {attn_sink.dtype}", "a floating attn_sink", "A sink is a logit")
+    if not computes(attn_sink):
+        raise DTypeError(f"attn_sink {attn_sink.dtype}", "a floating attn_sink of 16 bits or more", "A sink is a logit")
+    if any(size not in (1, of) for size, of in zip(attn_sink.shape[::-1], lse.shape[::-1], strict=False)):
+        raise ShapeError(
+            f"attn_sink {list(attn_sink.shape)}, lse {list(lse.shape)}",
+            "attn_sink that broadcasts to lse",
+            "There is not one sink for each row",
+            "Pass [Hq, 1] beside lse [B, Hq, S_q]",
+        )
     return out * torch.sigmoid(lse - attn_sink).nan_to_num(0.0).unsqueeze(-1)
 
 
 def check_parts(out: Tensor, lse: Tensor) -> None:
     """One lse for each row of out."""
-    if not (out.is_floating_point() and lse.is_floating_point()) or out.shape[:-1] != lse.shape:
+    if not (computes(out) and computes(lse)) or out.shape[:-1] != lse.shape:
         raise ShapeError(
             f"out {list(out.shape)} {out.dtype}, lse {list(lse.shape)} {lse.dtype}",
-            "out [..., Dv] and lse [...], floating",
+            "out [..., Dv] and lse [...], floating, of 16 bits or more",
             "Each row of an output has one lse",
             "Pass what a call with return_lse=True returned",
         )
+
+
+def computes(x: Tensor) -> bool:
+    """Whether torch adds and multiplies in x's dtype: FP8 it only stores."""
+    return x.is_floating_point() and x.element_size() > 1

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from flash_mla.errors import DTypeError, ShapeError
+from flash_mla.kinds import explained_class
 
 __all__ = ["MLAProjection"]
 
 
+@explained_class
 @dataclass(frozen=True, eq=False)
 class MLAProjection:
     """The two halves of `kv_b_proj`; `from_weight` makes one of a checkpoint's matrix.

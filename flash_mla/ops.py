@@ -26,7 +26,7 @@ from flash_mla.calls import (
 )
 from flash_mla.gradients import backward
 from flash_mla.launch import launch
-from flash_mla.pages import check_pages_out, decode_over_pages, page_views
+from flash_mla.pages import PageCall, check_pages_out, decode_over_pages, page_views
 
 
 @torch.library.custom_op("flash_mla::flash_mla_with_kvcache", mutates_args=())
@@ -159,7 +159,7 @@ def pages_op(
         if out is not None:
             views = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
             descales = (q_descale, k_descale, v_descale)
-            check_pages_out(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+            check_pages_out(PageCall(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink), out)
         return decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, mask, layout=layout, k_rope_pages=k_rope_pages,
             v_head_dim=v_head_dim, causal=causal, check_values=check_values, softmax_scale=softmax_scale,
@@ -182,7 +182,9 @@ def fake_pages(
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
     """As `fake`, V being v_pages or the first columns of k_pages."""
-    v = k_pages[..., :v_head_dim] if v_pages is None else v_pages
+    v = v_pages
+    if v is None:
+        v = k_pages[..., :v_head_dim] if k_pages.dim() else k_pages
     return fake(q, k_pages, v)
 
 
@@ -190,9 +192,9 @@ refuse_op(pages_op, "decode_over_pages")
 
 
 def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of (out, lse), for q [B, Hq, rows, D] and v [..., Dv]."""
-    dtype = contract.out_dtype(q.dtype)
-    return q.new_empty((*q.shape[:3], v.shape[-1]), dtype=dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+    """Shapes and dtypes of (out, lse), for q [B, Hq, rows, D] and v [..., Dv]; of other ranks, which the op refuses."""
+    dtype, Dv = contract.out_dtype(q.dtype), v.shape[-1] if v.dim() else 0
+    return q.new_empty((*q.shape[:3], Dv), dtype=dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @mha_append_op.register_fake

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from flash_mla import contract
-from flash_mla.api import as_tensors, give_back
 from flash_mla.backends import choose
+from flash_mla.calls import as_tensors, give_back
 from flash_mla.contract import Descales, named
 from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
@@ -239,7 +239,7 @@ class View(NamedTuple):
         return pool.as_strided(self.shape, self.strides)
 
 
-class Call(NamedTuple):
+class Route(NamedTuple):
     """What a call that passed its checks leaves to one whose tensors differ from its own in values and places only.
 
     Attributes:
@@ -258,7 +258,22 @@ class Call(NamedTuple):
 
 
 # NOTE: 30 us less on the host than views and checks (EPYC, minima of a thread's time).
-CALLS = Passed[Call]()
+ROUTES = Passed[Route]()
+
+
+class PageCall(NamedTuple):
+    """A call over page views k, v and k_rope [B, Hk, num_blocks, page, columns]; the rest as the user named it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_rope: Tensor | None
+    table: Tensor
+    seq_lens: Tensor
+    mask: Tensor | None
+    softmax_scale: float | None
+    descales: Descales
+    attn_sink: Tensor | None
 
 
 def attend_pools(
@@ -294,34 +309,27 @@ def attend_pools(
         key = repeating(q, pools, block_table, seq_lens, softmax_scale, descales, attn_sink, out)
     if key is not None:
         key = (*key, layout, v_head_dim, causal, backend)
-        if (call := CALLS.get(key)) is not None:
+        if (route := ROUTES.get(key)) is not None:
+            k, v = route.k.of(k_pages), route.v.of(k_pages if v_pages is None else v_pages)
+            k_rope = None if k_rope_pages is None or route.k_rope is None else route.k_rope.of(k_rope_pages)
+            table = block_table.contiguous() if route.parts == 1 else table_of_blocks(block_table, route.parts)
+            call = PageCall(q, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, attn_sink)
             if out is not None and not out_is_new:
                 contract.refuse_learning_out(out)
-                check_pages_apart(out, q, *pools, block_table, seq_lens, None, descales, attn_sink)
-            k, v = call.k.of(k_pages), call.v.of(k_pages if v_pages is None else v_pages)
-            k_rope = None if k_rope_pages is None or call.k_rope is None else call.k_rope.of(k_rope_pages)
-            table = block_table.contiguous() if call.parts == 1 else table_of_blocks(block_table, call.parts)
-            return launch_pages(
-                call.plan, call.packed, q, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, attn_sink,
-                return_lse, out,
-            )  # fmt: skip
+                check_pages_apart(call, out)
+            return launch_pages(route.plan, route.packed, call, return_lse, out)
     k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
+    call = PageCall(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink)
     if out is not None and not out_is_new:
-        check_pages_out(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+        check_pages_out(call, out)
     if not causal and mask is None and q.shape[2] > 1:
-        return unfold(
-            q, k, v, k_rope, table, seq_lens, softmax_scale, descales, attn_sink, return_lse, out, backend, check_values
-        )
-    chosen, packed = attend_plan(
-        q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out, backend, check_values
-    )
+        return unfold(call, return_lse, out, backend, check_values)
+    chosen, packed = attend_plan(call, out, backend, check_values)
     if key is not None:
         rope = None if k_rope is None else View(k_rope.shape, k_rope.stride())
         parts = k_pages.shape[1 if layout == "NHD" else 2] // k.shape[3]
-        CALLS.keep(key, Call(chosen, packed, View(k.shape, k.stride()), View(v.shape, v.stride()), rope, parts))
-    return launch_pages(
-        chosen, packed, q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, return_lse, out
-    )
+        ROUTES.keep(key, Route(chosen, packed, View(k.shape, k.stride()), View(v.shape, v.stride()), rope, parts))
+    return launch_pages(chosen, packed, call, return_lse, out)
 
 
 def repeating(
@@ -347,52 +355,26 @@ def repeating(
     return (*key, v_pages is None, None if k_rope_pages is None and out is None else facts(k_rope_pages, out))
 
 
-def attend_plan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    out: Tensor | None,
-    backend: str | None,
-    check_values: bool,
-) -> tuple[Plan, bool]:
+def attend_plan(call: PageCall, out: Tensor | None, backend: str | None, check_values: bool) -> tuple[Plan, bool]:
     """The plan of a call over page views, and whether q and out are to be packed for it."""
-    problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+    problem = pages_problem(call, out)
     if out is not None and not contract.is_aligned(out):
         problem = problem._replace(aligned=False)
     chosen = pick(problem, backend)
     if check_values:
-        longest = contract.check_values(table, seq_lens, problem.Nblk, page=problem.page)
-        contract.check_mask_length("mask", mask, longest)
+        longest = contract.check_values(call.table, call.seq_lens, problem.Nblk, page=problem.page)
+        contract.check_mask_length("mask", call.mask, longest)
     return chosen, chosen.problem != problem
 
 
 def launch_pages(
-    chosen: Plan,
-    packed: bool,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
+    chosen: Plan, packed: bool, call: PageCall, return_lse: bool, out: Tensor | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The launch over page views; with `packed`, q is made contiguous first, and out is copied to."""
     result = launch(
-        chosen, "decode_over_pages", q=q.contiguous() if packed else q, k=k, v=v, k_rope=k_rope, block_table=table,
-        seq_lens=seq_lens, mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink,
+        chosen, "decode_over_pages", q=call.q.contiguous() if packed else call.q, k=call.k, v=call.v,
+        k_rope=call.k_rope, block_table=call.table, seq_lens=call.seq_lens, mask=call.mask,
+        softmax_scale=call.softmax_scale, descales=call.descales, attn_sink=call.attn_sink,
         out=None if packed else out, return_lse=return_lse,
     )  # fmt: skip
     if not packed or out is None:
@@ -402,20 +384,9 @@ def launch_pages(
     return out.copy_(result)
 
 
-def pages_problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    out: Tensor | None,
-) -> DecodeProblem:
-    """The problem of a call over page views; reads no value."""
+def pages_problem(call: PageCall, out: Tensor | None) -> DecodeProblem:
+    """The problem of the call; reads no value."""
+    q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink = call
     scale_sign = contract.check_scale(softmax_scale)
     B, Hq, S_q, D = q.shape
     Hk = k.shape[1]
@@ -436,46 +407,23 @@ def pages_problem(
     )  # fmt: skip
 
 
-def check_pages_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    out: Tensor,
-) -> None:
+def check_pages_out(call: PageCall, out: Tensor) -> None:
     """A caller's out: its shape, its layout, and that it shares memory with nothing."""
     contract.check_tensor("out", out)
     contract.check_rank("out", out.shape, 4, "[B, Hq, S_q, Dv]")
     if not out.is_contiguous():
         check_spread(out)
-    problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
-    contract.check_out(out, problem)
-    check_pages_apart(out, q, k, v, k_rope, table, seq_lens, mask, descales, attn_sink)
+    contract.check_out(out, pages_problem(call, out))
+    check_pages_apart(call, out)
 
 
-def check_pages_apart(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-) -> None:
-    """A caller's out shares memory with none of the others; k, v and k_rope are pools or views of them."""
-    q_descale, k_descale, v_descale = descales
+def check_pages_apart(call: PageCall, out: Tensor) -> None:
+    """A caller's out shares memory with none of the others."""
+    q_descale, k_descale, v_descale = call.descales
     contract.check_apart(
-        "out", out, q=q, k_pages=k, v_pages=v, k_rope_pages=k_rope, block_table=table, seq_lens=seq_lens, mask=mask,
-        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
+        "out", out, q=call.q, k_pages=call.k, v_pages=call.v, k_rope_pages=call.k_rope, block_table=call.table,
+        seq_lens=call.seq_lens, mask=call.mask, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+        attn_sink=call.attn_sink,
     )  # fmt: skip
 
 
@@ -506,35 +454,21 @@ def pick(problem: DecodeProblem, backend: str | None) -> Plan:
 
 
 def unfold(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    backend: str | None,
-    check_values: bool,
+    call: PageCall, return_lse: bool, out: Tensor | None, backend: str | None, check_values: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call without causality: its S_q queries see the same keys, as heads of one group do, and go in as such."""
+    q, sink = call.q, call.attn_sink
     B, Hq, S_q, D = q.shape
-    Hk, Dv = k.shape[1], v.shape[4]
+    Hk, Dv = call.k.shape[1], call.v.shape[4]
     contract.check_grouping(Hq, Hk)
-    contract.check_sink(attn_sink, Hq, q.device)
+    contract.check_sink(sink, Hq, q.device)
     ratio = Hq // Hk
     # [B, Hk * S_q * ratio, 1, D]: a view where Hk is 1 and q lies as [B, S_q, Hq, D]
     rows = q.unflatten(1, (Hk, ratio)).transpose(2, 3).reshape(B, Hk * S_q * ratio, 1, D)
-    sink = None if attn_sink is None else attn_sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
-    chosen, packed = attend_plan(
-        rows, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, sink, None, backend, check_values
-    )
-    result = launch_pages(
-        chosen, packed, rows, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, sink, True, None
-    )
+    sink = None if sink is None else sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
+    folded_call = call._replace(q=rows, attn_sink=sink)
+    chosen, packed = attend_plan(folded_call, None, backend, check_values)
+    result = launch_pages(chosen, packed, folded_call, True, None)
     assert isinstance(result, tuple)
     folded = (B, Hk, S_q, ratio)
     first = result[0].view(*folded, Dv).transpose(2, 3).flatten(1, 2)

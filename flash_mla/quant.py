@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_mla.errors import BlockTableError, DeviceError, DTypeError, LayoutError, ShapeError
+from flash_mla.kinds import explained, explained_class
 from flash_mla.problem import BLOCK, FP8
 
 E4M3_MAX = 448.0
@@ -28,6 +29,7 @@ SCALE_MIN = 1e-4
 """Least scale of a tile before it is rounded up to a power of two (so 2^-13), as in DeepSeek's quantiser."""
 
 
+@explained
 def quantise(x: Tensor, descale: float | Tensor | None = None, *, per_head: bool = False) -> tuple[Tensor, Tensor]:
     """FP8 copy of `x` and the descale factor that reads it back.
 
@@ -45,7 +47,7 @@ def quantise(x: Tensor, descale: float | Tensor | None = None, *, per_head: bool
         amax = sizes.amax(dim=-1) if sizes.shape[-1] else sizes.new_zeros(sizes.shape[:-1])
         factor = (amax / E4M3_MAX).clamp_min(TINY)
     else:
-        factor = torch.as_tensor(descale, dtype=torch.float32, device=x.device)
+        factor = _factor(descale, x)
     return _to_e4m3(x.float() / _per_row(factor, x)), factor
 
 
@@ -54,10 +56,10 @@ def finite_abs(x: Tensor) -> Tensor:
     return x.float().abs().nan_to_num(nan=0.0, posinf=0.0)
 
 
+@explained
 def dequantise(x: Tensor, descale: float | Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The real values of e4m3 `x` [B, H, ...], in `dtype`; descale as in `quantise`."""
-    factor = torch.as_tensor(descale, dtype=torch.float32, device=x.device)
-    return (x.float() * _per_row(factor, x)).to(dtype)
+    return (x.float() * _per_row(_factor(descale, x), x)).to(dtype)
 
 
 def mark_scaled(cache: Tensor) -> None:
@@ -82,6 +84,12 @@ def _check_tensor(name: str, value: object, device: torch.device | None = None) 
         raise DeviceError(given=f"{name} on {value.device}, pages on {device}", required=f"every tensor on {device}")
 
 
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 0:
+            raise ShapeError(f"{name} = {size}", f"{name} >= 0", f"`{name}` is negative", f"Pass a number of {name}")
+
+
 def _check_slots(slots: object, device: torch.device) -> None:
     _check_tensor("slots", slots, device)
     if isinstance(slots, Tensor) and slots.dtype not in (torch.int32, torch.int64):
@@ -98,9 +106,23 @@ def _to_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(FP8)
 
 
+def _factor(descale: float | Tensor, x: Tensor) -> Tensor:
+    """descale in FP32 beside x [B, H, ...]: [], [H] or [B|1, H|1]."""
+    factor = torch.as_tensor(descale, dtype=torch.float32, device=x.device)
+    leading = zip(factor.shape[::-1], x.shape[1::-1], strict=False)
+    if factor.dim() > min(x.dim(), 2) or any(size not in (1, of) for size, of in leading):
+        raise ShapeError(
+            given=f"descale {list(factor.shape)}, x {list(x.shape)}",
+            required="a float, or a descale that broadcasts to x's first two dims",
+            cause="A factor belongs to a request and a head",
+            fix="Pass a float, [H] or [B, H]",
+        )
+    return factor
+
+
 def _per_row(factor: Tensor, x: Tensor) -> Tensor:
     """factor [] | [H] | [B|1, H|1] in the dims of x [B, H, ...]."""
-    return factor[(...,) + (None,) * (x.dim() - 2)] if factor.dim() else factor
+    return factor[(...,) + (None,) * (x.dim() - 2)] if factor.dim() and x.dim() > 2 else factor
 
 
 def gather_rows(rows: Tensor, slots: Tensor) -> Tensor:
@@ -143,6 +165,7 @@ class Parts(NamedTuple):
     rope: Tensor
 
 
+@explained_class
 @dataclass(frozen=True)
 class RowFormat:
     """How one token's latent lies in a page of an FP8 cache.
@@ -184,10 +207,12 @@ class RowFormat:
 
     def page_bytes(self, page: int = BLOCK) -> int:
         """Bytes from one page to the next."""
+        _check_sizes(page=page)
         return -(-page * self.row_bytes // self.page_multiple) * self.page_multiple
 
     def empty(self, num_blocks: int, page: int = BLOCK, device: torch.device | str | None = None) -> Tensor:
         """Uninitialised pages [num_blocks, page, 1, row_bytes] e4m3, at the format's page pitch."""
+        _check_sizes(num_blocks=num_blocks)
         memory = torch.empty(num_blocks, self.page_bytes(page), dtype=torch.uint8, device=device)
         return memory[:, : page * self.row_bytes].view(num_blocks, page, 1, self.row_bytes).view(FP8)
 
@@ -227,7 +252,7 @@ class RowFormat:
         self.check(pages)
         for name, part in (("k_nope", k_nope), ("k_rope", k_rope)):
             _check_tensor(name, part, pages.device)
-            if part.dim() != 2 or len(part) != len(k_nope):
+            if part.dim() != 2 or len(part) != len(k_nope) or part.dtype != torch.bfloat16:
                 raise self._rows_error(part, f"{name} [N, ..], the same N in both,")
         rows = torch.cat([k_nope, k_rope], dim=-1)
         _check_slots(slots, pages.device)
@@ -288,7 +313,9 @@ class RowFormat:
         return stride >= self.page_bytes(page) and stride % self.page_multiple == 0
 
     def parts(self, pages: Tensor) -> Parts:
-        """Byte views [num_blocks, page, ..] of what checked pages hold."""
+        """Byte views [num_blocks, page, ..] of what checked pages, [num_blocks, page, row_bytes] too, hold."""
+        if pages.element_size() != 1 or pages.dim() < 3 or pages.shape[2:].numel() != self.row_bytes:
+            self.check(pages)
         data, scales = self._stretches(pages)
         codes, *between, rope = data.split(self._columns(), dim=-1)
         return Parts(codes, between[0] if between else scales, rope)

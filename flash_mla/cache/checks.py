@@ -34,7 +34,8 @@ def integers(
 def check_rows(name: str, rows: Tensor, storage: Tensor, R: int, T: int) -> None:
     """New rows [R, Hk, T, D] fit the cache's array of K or V."""
     expected = (R, storage.shape[1], T, storage.shape[-1])
-    shape = list(rows.shape) if isinstance(rows, Tensor) else f"is a {type(rows).__name__}"
+    dense = isinstance(rows, Tensor) and rows.layout == torch.strided
+    shape = list(rows.shape) if dense else f"is a {getattr(rows, 'layout', type(rows).__name__)}"
     if shape != [*expected]:
         raise ShapeError(
             given=f"{name} {shape}",

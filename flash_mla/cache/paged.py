@@ -32,6 +32,7 @@ from flash_mla.errors import (
     SequenceLengthError,
     ShapeError,
 )
+from flash_mla.kinds import explained_class
 from flash_mla.problem import BLOCK, DTYPES, FP8
 from flash_mla.quant import mark_scaled
 
@@ -60,6 +61,7 @@ class Change:
     put_back: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
+@explained_class
 class PagedKVCache:
     """Keys and values of B requests in 64-token blocks, ready for `flash_mla_with_kvcache`.
 
@@ -111,25 +113,23 @@ class PagedKVCache:
     ) -> None:
         v_dim = head_dim if v_head_dim is None else v_head_dim
         sizes = (batch, num_kv_heads, head_dim, v_dim, max_seq_len, 1 if pool_blocks is None else pool_blocks)
-        if any(type(n) is not int or n < 1 for n in sizes) or (latent and v_dim > head_dim):
+        if any(type(n) is not int or not 1 <= n < 2**31 for n in sizes) or (latent and v_dim > head_dim):
             raise ShapeError(
                 given=f"{batch=}, {num_kv_heads=}, {head_dim=}, v_head_dim={v_dim}, {latent=}, "
                 f"{max_seq_len=}, {pool_blocks=}",
-                required="each an integer of at least 1; a latent's v_head_dim at most its head_dim",
+                required="each an integer from 1 to 2^31 - 1; a latent's v_head_dim at most its head_dim",
             )
         if dtype not in DTYPES:
             raise DTypeError(
                 given=f"{dtype=}", required=" | ".join(map(str, DTYPES)), cause="No backend reads a cache of this dtype"
             )
         table_blocks = -(-max_seq_len // BLOCK)
-        num_blocks = table_blocks if pool_blocks is None else pool_blocks
+        num_blocks, slabs = (table_blocks, batch) if pool_blocks is None else (pool_blocks, 1)
         self._latent = latent
         self._is_slabs = pool_blocks is None
-        self._allocators = [BlockAllocator(num_blocks) for _ in range(batch if pool_blocks is None else 1)]
-        self._blocks: list[list[int]] = [[] for _ in range(batch)]
-        self._lengths = [0] * batch
-        shape = (len(self._allocators), num_kv_heads, num_blocks, BLOCK)
-        # NOTE: tensors made in inference mode could never be written outside of it
+        shape = (slabs, num_kv_heads, num_blocks, BLOCK)
+        # NOTE: tensors made in inference mode could never be written outside of it; first, so that what memory cannot
+        # hold fails here and not in lists of as many blocks
         with torch.inference_mode(False):
             self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
             self.k_descale, self.v_descale = None, None
@@ -139,11 +139,14 @@ class PagedKVCache:
                 self.v_descale = self.k_descale
                 if not latent:
                     self.v_descale = head_factors("v_descale", v_descale, num_kv_heads, self.seq_lens.device)
-            self._bind(
-                torch.zeros(batch, table_blocks, dtype=torch.int32, device=device),
-                k := torch.empty(*shape, head_dim, dtype=dtype, device=device),
-                k[..., :v_dim] if latent else torch.empty(*shape, v_dim, dtype=dtype, device=device),
-            )
+            table = torch.zeros(batch, table_blocks, dtype=torch.int32, device=device)
+            k = torch.empty(*shape, head_dim, dtype=dtype, device=device)
+            v = k[..., :v_dim] if latent else torch.empty(*shape, v_dim, dtype=dtype, device=device)
+        self._allocators = [BlockAllocator(num_blocks) for _ in range(slabs)]
+        self._blocks: list[list[int]] = [[] for _ in range(batch)]
+        self._lengths = [0] * batch
+        with torch.inference_mode(False):
+            self._bind(table, k, v)
 
     @classmethod
     def mla(cls, batch: int, head_dim: int = 576, v_head_dim: int = 512, **storage: Any) -> PagedKVCache:
@@ -369,10 +372,10 @@ class PagedKVCache:
 
         Tokens stay in their blocks. The caches and the table are new tensors, so capture graphs again.
         """
-        if type(blocks) is not int or blocks < 1:
+        if type(blocks) is not int or not 1 <= blocks < 2**31:
             raise ShapeError(
                 given=f"grow({blocks!r})",
-                required="blocks, an integer of at least 1",
+                required="blocks, an integer from 1 to 2^31 - 1",
                 cause="grow only adds blocks",
                 fix="free(requests) gives blocks back",
             )

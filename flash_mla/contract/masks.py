@@ -16,11 +16,11 @@ def check_mask(name: str, mask: Tensor | None, B: int, Hq: int, rows: int, layou
     if mask is None:
         return "none"
     check_tensor(name, mask)
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+    if mask.dtype != torch.bool and not (mask.is_floating_point() and mask.element_size() > 1):
         raise MaskShapeError(
             f"{name} {mask.dtype}",
-            "bool (True = attend) or a floating dtype (added to the scaled scores)",
-            f"`{name}` is neither bool nor floating",
+            "bool (True = attend) or a floating dtype of 16 bits or more (added to the scaled scores)",
+            f"`{name}` is neither bool nor what scores can be added to",
             f"Call {name}.bool()",
         )
     if mask.dim() != 4:

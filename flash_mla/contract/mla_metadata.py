@@ -124,7 +124,7 @@ def check_metadata(metadata: MLAMetadata, q: Tensor, k_cache: Tensor, v_cache: T
             "`metadata` does not come from flash_mla.get_mla_metadata",
             "Pass get_mla_metadata(q.shape, k_cache.shape, block_table, seq_lens), or none",
         )
-    table_blocks, Dv = block_table.shape[-1], v_cache.shape[-1]
+    table_blocks, Dv = (x.shape[-1] if x.dim() else None for x in (block_table, v_cache))
     if (
         q.shape == metadata.q_shape
         and k_cache.shape == metadata.kv_shape

@@ -35,6 +35,7 @@ from flash_mla.distributed.split import (
     tail_table,
 )
 from flash_mla.errors import HeadGroupingError, MaskShapeError, SequenceLengthError, ShapeError
+from flash_mla.kinds import explained_class
 from flash_mla.launch import launch
 from flash_mla.merge import apply_sink, merge
 from flash_mla.plan import plan
@@ -73,6 +74,7 @@ class DecodeStep:
     parts: tuple[Keys, ...]
 
 
+@explained_class
 class ShardedAttention:
     """Attention whose cache is dealt out over the ranks of a mesh dim by blocks, and whose heads over another's.
 
@@ -264,6 +266,11 @@ class ShardedAttention:
 
     def shard_prompt(self, x: Tensor, dim: int) -> Tensor:
         """The rows along `dim`, a prompt's tokens, that this rank of `context` computes: its two chunks, in order."""
+        contract.check_tensor("x", x)
+        if not -x.dim() <= dim < x.dim():
+            raise ShapeError(
+                f"x {list(x.shape)}, dim = {dim}", "a dim of x", "x has no such dim", "Name the tokens' dim"
+            )
         first, second = prompt_chunks(x.shape[dim], self.context.rank, self.context.size)
         return torch.cat([x.narrow(dim, part.start, part.stop - part.start) for part in (first, second)], dim)
 

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from flash_mla.cache import PagedKVCache
-from flash_mla.contract import check_rank, check_tensor
+from flash_mla.contract import check_rank, check_tensor, named
 from flash_mla.distributed.attention import ShardedAttention
 from flash_mla.distributed.split import local_lengths
 from flash_mla.errors import SequenceLengthError, ShapeError
+from flash_mla.kinds import explained_class
 from flash_mla.problem import BLOCK
 
 
+@explained_class
 class ContextCache:
     """This rank's blocks of every request in a PagedKVCache, and the lengths of whole requests.
 
@@ -64,8 +66,12 @@ class ContextCache:
             num_tokens: [R], how many of the T tokens each request takes; omitted, all T.
             requests: the R different batch indices; omitted, all B.
         """
-        check_tensor("k", k)
-        check_rank("k", k.shape, 4, "[R, Hk, T, D]")
+        for name, x in (("k", k), ("v", v)):
+            if x is not None or name == "k":
+                check_tensor(name, x)
+                check_rank(name, x.shape, 4, "[R, Hk, T, D]")  # type: ignore[union-attr]
+        if v is not None and v.shape[:3] != k.shape[:3]:
+            raise ShapeError(given=named(k=k, v=v), required="k [R, Hk, T, D], v [R, Hk, T, Dv]")
         rows = self._requests(requests)
         counts = [k.shape[2]] * len(rows) if num_tokens is None else [*num_tokens]
         if len(counts) != len(rows) or any(not 0 <= count <= k.shape[2] for count in counts):
