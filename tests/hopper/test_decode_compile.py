@@ -62,15 +62,19 @@ def test_mla_decode(dtype: str, D: int, cluster: int, tmp_path: Path) -> None:
     assert sass.count(r"WARPGROUP\.DEPBAR") < 16
 
 
-def test_decode_of_a_mask_in_pieces(tmp_path: Path) -> None:
-    """What a mask and a split by the request alone add to both kernels: no spill, no product more."""
-    from flash_mla.kernels.hopper.gqa_decode import kernel as gqa
-    from flash_mla.kernels.hopper.mla_decode import kernel as mla
+def test_mla_decode_of_a_mask_in_pieces(tmp_path: Path) -> None:
+    """What a mask and a split by the request alone add: no spill, no product more."""
+    from flash_mla.kernels.hopper.mla_decode.kernel import build
 
-    sass = compiled(mla.build, MlaConfig("bf16", 576, 2, piece=64, masked=True), tmp_path / "mla")
+    sass = compiled(build, MlaConfig("bf16", 576, 2, piece=64, masked=True), tmp_path)
     assert sass.spills == (0, 0, 0)
     assert sass.count("HGMMA") == 3 * 576 // 16 + 3 * 2 * 4
-    sass = compiled(gqa.build, GqaConfig("bf16", 128, 128, 8, False, "bf16", piece=16, masked=True), tmp_path / "gqa")
+
+
+def test_gqa_decode_of_a_mask_in_pieces(tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.gqa_decode.kernel import build
+
+    sass = compiled(build, GqaConfig("bf16", 128, 128, 8, False, "bf16", piece=16, masked=True), tmp_path)
     assert sass.spills == (0, 0, 0)
     assert sass.count("HGMMA") == 16
 
