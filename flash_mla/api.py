@@ -31,6 +31,7 @@ from flash_mla.contract import MLAMetadata
 from flash_mla.entry import entry
 from flash_mla.launch import launch
 from flash_mla.layout import BlockSparseLayout
+from flash_mla.problem import Options
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -76,7 +77,8 @@ def flash_mla_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
     metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
     k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
-    return_lse: Literal[False] = False, out: Tensor | None = ..., backend: str | None = ...,
+    return_lse: Literal[False] = False, out: Tensor | None = ..., tail_mask: Tensor | None = ...,
+    batch_invariant: bool = ..., backend: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -85,7 +87,8 @@ def flash_mla_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
     metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
     k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
-    return_lse: Literal[True], out: Tensor | None = ..., backend: str | None = ...,
+    return_lse: Literal[True], out: Tensor | None = ..., tail_mask: Tensor | None = ...,
+    batch_invariant: bool = ..., backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -94,7 +97,8 @@ def flash_mla_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, mask: Tensor | None = ...,
     metadata: MLAMetadata | None = ..., *, softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
     k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
-    return_lse: bool, out: Tensor | None = ..., backend: str | None = ...,
+    return_lse: bool, out: Tensor | None = ..., tail_mask: Tensor | None = ...,
+    batch_invariant: bool = ..., backend: str | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -115,12 +119,14 @@ def flash_mla_with_kvcache(
     attn_sink: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
+    tail_mask: Tensor | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode: attention of S_q new tokens a request over its paged cache.
 
     Args:
-        q: [B, Hq, S_q, D] contiguous; S_q 1, or 2..8 for speculative decoding. FP8 (e4m3), BF16, FP16 or FP32.
+        q: [B, Hq, S_q, D] contiguous; S_q 1, or more in speculative decoding. FP8 (e4m3), BF16, FP16 or FP32.
         k_cache: [B, Hk, Nblk, 64, D] of q's dtype, or FP8 under BF16 or FP16 q; a block is contiguous, leading dims
             strided (batch stride 0: pool).
         v_cache: [B, Hk, Nblk, 64, Dv] likewise; for MLA the view k_cache[..., :Dv], whose rows are then read once.
@@ -139,6 +145,11 @@ def flash_mla_with_kvcache(
         attn_sink: [Hq] FP32, one extra logit a head that takes weight and gives no value. Default none.
         return_lse: also return the natural-log sum of exponentials (without the sink). Default False.
         out: [B, Hq, S_q, Dv] contiguous to write into, apart from every other tensor. Default: a new tensor.
+        tail_mask: [B|1, Hq|1, S_q, S_q], bool or floating, in place of mask: over the S_q newest tokens (a tree of
+            drafts), column j being the key seq_lens[b] - S_q + j; earlier keys are all seen. Default none.
+        batch_invariant: a request's rows are the same bits alone and in any batch: its keys are split by their number
+            alone, not so that all requests together fill the machine. What else chooses a kernel must stay: S_q, heads,
+            widths, dtypes, mask or none, backend, device. Default False, which is faster where requests are few.
         backend: "hopper", "triton" or "cpu", which then never falls back. Default: the first that can.
 
     Returns:
@@ -148,6 +159,7 @@ def flash_mla_with_kvcache(
     Raises:
         FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
+    mask, tail = contract.one_mask(mask, tail_mask), tail_mask is not None
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
         if metadata is not None:
@@ -155,13 +167,14 @@ def flash_mla_with_kvcache(
         check_values = metadata is None
         result = torch.ops.flash_mla.flash_mla_with_kvcache(
             q, k_cache, v_cache, block_table, seq_lens, mask, softmax_scale, *as_tensors(descales, q), attn_sink,
-            check_values, backend, out,
+            tail, batch_invariant, check_values, backend, out,
         )  # fmt: skip
         return give_back(result, return_lse, out)
 
     chosen = plan_decode(
-        q, k_cache, v_cache, block_table, seq_lens, mask, metadata, softmax_scale, descales, attn_sink, backend, out
-    )
+        q, k_cache, v_cache, block_table, seq_lens, mask, metadata, softmax_scale, descales, attn_sink, backend, out,
+        options=Options(tail, batch_invariant),
+    )  # fmt: skip
     return launch(
         chosen, "flash_mla_with_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
         mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=out, return_lse=return_lse,

@@ -14,7 +14,7 @@ from flash_mla import contract
 from flash_mla.contract import Descales, MLAMetadata
 from flash_mla.launch import launch
 from flash_mla.plan import Plan, plan
-from flash_mla.problem import AppendArgs
+from flash_mla.problem import PLAIN, AppendArgs, Options
 
 # --- Decode -----------------------------------------------------------------------------------------------------------
 
@@ -33,9 +33,12 @@ def plan_decode(
     backend: str | None,
     out: Tensor | None,
     check_values: bool = True,
+    options: Options = PLAIN,
 ) -> Plan:
     """Every check of a `flash_mla_with_kvcache` call, and its plan. Values are checked where nobody has."""
-    problem = contract.decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale)
+    problem = contract.decode(
+        q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, softmax_scale, options
+    )
     if softmax_scale is None and problem.alias:
         contract.warn_default_scale(problem.D, problem.Dv, stacklevel=4)
     if out is not None:
@@ -50,7 +53,7 @@ def plan_decode(
             contract.check_metadata(metadata, q, k_cache, v_cache, block_table)
     elif check_values:
         longest = contract.check_values(block_table, seq_lens, problem.Nblk)
-        contract.check_mask_length("mask", mask, longest)
+        contract.check_mask_length("mask", None if options.tail else mask, longest)
     return chosen
 
 

@@ -26,7 +26,8 @@ from flash_mla.calls import (
 )
 from flash_mla.gradients import backward
 from flash_mla.launch import launch
-from flash_mla.pages import check_pages_out, decode_over_pages, page_views
+from flash_mla.pages import PageCall, check_pages_out, decode_over_pages, page_views
+from flash_mla.problem import Options
 
 
 @torch.library.custom_op("flash_mla::flash_mla_with_kvcache", mutates_args=())
@@ -42,16 +43,18 @@ def decode_op(
     k_descale: Tensor | None,
     v_descale: Tensor | None,
     attn_sink: Tensor | None,
+    tail: bool,
+    batch_invariant: bool,
     check_values: bool,
     backend: str | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """flash_mla_with_kvcache; check_values says whether the call had no metadata."""
+    """flash_mla_with_kvcache; check_values says whether the call had no metadata, tail that mask is its tail_mask."""
     descales = (q_descale, k_descale, v_descale)
     with torch.no_grad():
         chosen = plan_decode(
             q, k_cache, v_cache, block_table, seq_lens, mask, None, softmax_scale, descales, attn_sink, backend, out,
-            check_values,
+            check_values, Options(tail, batch_invariant),
         )  # fmt: skip
         return launch(
             chosen, "flash_mla_with_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
@@ -151,20 +154,24 @@ def pages_op(
     k_descale: Tensor | None,
     v_descale: Tensor | None,
     attn_sink: Tensor | None,
+    tail: bool,
+    batch_invariant: bool,
     backend: str | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """decode_over_pages."""
+    """decode_over_pages; tail says that mask is its tail_mask."""
     with torch.no_grad():
         if out is not None:
             views = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
             descales = (q_descale, k_descale, v_descale)
-            check_pages_out(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+            options = Options(tail, batch_invariant)
+            check_pages_out(PageCall(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, options), out)
         return decode_over_pages(
-            q, k_pages, v_pages, block_table, seq_lens, mask, layout=layout, k_rope_pages=k_rope_pages,
-            v_head_dim=v_head_dim, causal=causal, check_values=check_values, softmax_scale=softmax_scale,
-            q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink, return_lse=True,
-            backend=backend,
+            q, k_pages, v_pages, block_table, seq_lens, None if tail else mask, layout=layout,
+            k_rope_pages=k_rope_pages, v_head_dim=v_head_dim, causal=causal, check_values=check_values,
+            softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+            attn_sink=attn_sink, return_lse=True,
+            tail_mask=mask if tail else None, batch_invariant=batch_invariant, backend=backend,
         )  # type: ignore[return-value]  # fmt: skip
 
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from flash_mla import contract
-from flash_mla.api import as_tensors, give_back
 from flash_mla.backends import choose
+from flash_mla.calls import as_tensors, give_back
 from flash_mla.contract import Descales, named
 from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.launch import launch
 from flash_mla.passed import Passed, facts
 from flash_mla.plan import Plan, plan
-from flash_mla.problem import BLOCK, DecodeProblem
+from flash_mla.problem import BLOCK, PLAIN, DecodeProblem, Options
 
 __all__ = ["decode_over_pages"]
 
@@ -38,7 +38,7 @@ def decode_over_pages(
     causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
     q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
     v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[False] = False,
-    out: Tensor | None = ..., backend: str | None = ...,
+    out: Tensor | None = ..., tail_mask: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def decode_over_pages(
     causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
     q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
     v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: Literal[True],
-    out: Tensor | None = ..., backend: str | None = ...,
+    out: Tensor | None = ..., tail_mask: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def decode_over_pages(
     causal: bool = ..., check_values: bool = ..., softmax_scale: float | None = ...,
     q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
     v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ..., return_lse: bool, out: Tensor | None = ...,
-    backend: str | None = ...,
+    tail_mask: Tensor | None = ..., batch_invariant: bool = ..., backend: str | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -85,6 +85,8 @@ def decode_over_pages(
     attn_sink: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
+    tail_mask: Tensor | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode over a pool of pages that all requests share, in the layout of a serving engine. Nothing is copied.
@@ -99,7 +101,7 @@ def decode_over_pages(
         v_pages: likewise with Dv columns. None: V is the first v_head_dim columns of k_pages (MLA), read once.
         block_table: [B, max_pages] int32 or int64: token t of request b is in page block_table[b, t // page].
         seq_lens: [B] int32 or int64, tokens in the cache, the new ones included. 0: out 0, lse -inf.
-        mask: as in flash_mla_with_kvcache.
+        mask, tail_mask, batch_invariant: as in flash_mla_with_kvcache.
         layout: "NHD" (default) or "HND", of all three pools.
         k_rope_pages: K's last columns where the latent is split: k_pages then holds the first Dv (ckv), this one the
             D - Dv others (kpe), and V is k_pages. Default None.
@@ -116,16 +118,18 @@ def decode_over_pages(
     Raises:
         FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
+    mask, tail = contract.one_mask(mask, tail_mask), tail_mask is not None
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling():
         result = torch.ops.flash_mla.decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, mask, layout, k_rope_pages, v_head_dim, causal, check_values,
-            softmax_scale, *as_tensors(descales, q), attn_sink, backend, out,
+            softmax_scale, *as_tensors(descales, q), attn_sink, tail, batch_invariant, backend, out,
         )  # fmt: skip
         return give_back(result, return_lse, out)
     result = attend_pools(
         q, k_pages, v_pages, k_rope_pages, block_table, seq_lens, mask, softmax_scale, descales, attn_sink, return_lse,
         out, backend, check_values, layout=layout, v_head_dim=v_head_dim, causal=causal,
+        options=Options(tail, batch_invariant),
     )  # fmt: skip
     if softmax_scale is None and v_pages is None:
         contract.warn_default_scale(q.shape[3], v_head_dim or k_pages.shape[3], stacklevel=3)
@@ -239,7 +243,7 @@ class View(NamedTuple):
         return pool.as_strided(self.shape, self.strides)
 
 
-class Call(NamedTuple):
+class Route(NamedTuple):
     """What a call that passed its checks leaves to one whose tensors differ from its own in values and places only.
 
     Attributes:
@@ -258,7 +262,23 @@ class Call(NamedTuple):
 
 
 # NOTE: 30 us less on the host than views and checks (EPYC, minima of a thread's time).
-CALLS = Passed[Call]()
+ROUTES = Passed[Route]()
+
+
+class PageCall(NamedTuple):
+    """A call over page views k, v and k_rope [B, Hk, num_blocks, page, columns]; the rest as the user named it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_rope: Tensor | None
+    table: Tensor
+    seq_lens: Tensor
+    mask: Tensor | None
+    softmax_scale: float | None
+    descales: Descales
+    attn_sink: Tensor | None
+    options: Options = PLAIN
 
 
 def attend_pools(
@@ -280,6 +300,7 @@ def attend_pools(
     layout: str = "NHD",
     v_head_dim: int | None = None,
     causal: bool = True,
+    options: Options = PLAIN,
     out_is_new: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """decode_over_pages but for its default scale's warning; `out_is_new`: out is nobody else's, and of the right kind.
@@ -291,37 +312,30 @@ def attend_pools(
     # NOTE: 512.0 == 512, as a key too
     if mask is None and not check_values and (v_head_dim is None or type(v_head_dim) is int):
         pools = (k_pages, v_pages, k_rope_pages)
-        key = repeating(q, pools, block_table, seq_lens, softmax_scale, descales, attn_sink, out)
+        key = repeating(q, pools, block_table, seq_lens, softmax_scale, descales, attn_sink, out, options)
     if key is not None:
         key = (*key, layout, v_head_dim, causal, backend)
-        if (call := CALLS.get(key)) is not None:
+        if (route := ROUTES.get(key)) is not None:
+            k, v = route.k.of(k_pages), route.v.of(k_pages if v_pages is None else v_pages)
+            k_rope = None if k_rope_pages is None or route.k_rope is None else route.k_rope.of(k_rope_pages)
+            table = block_table.contiguous() if route.parts == 1 else table_of_blocks(block_table, route.parts)
+            call = PageCall(q, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, attn_sink, options)
             if out is not None and not out_is_new:
                 contract.refuse_learning_out(out)
-                check_pages_apart(out, q, *pools, block_table, seq_lens, None, descales, attn_sink)
-            k, v = call.k.of(k_pages), call.v.of(k_pages if v_pages is None else v_pages)
-            k_rope = None if k_rope_pages is None or call.k_rope is None else call.k_rope.of(k_rope_pages)
-            table = block_table.contiguous() if call.parts == 1 else table_of_blocks(block_table, call.parts)
-            return launch_pages(
-                call.plan, call.packed, q, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, attn_sink,
-                return_lse, out,
-            )  # fmt: skip
+                check_pages_apart(call, out)
+            return launch_pages(route.plan, route.packed, call, return_lse, out)
     k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
+    call = PageCall(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, options)
     if out is not None and not out_is_new:
-        check_pages_out(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+        check_pages_out(call, out)
     if not causal and mask is None and q.shape[2] > 1:
-        return unfold(
-            q, k, v, k_rope, table, seq_lens, softmax_scale, descales, attn_sink, return_lse, out, backend, check_values
-        )
-    chosen, packed = attend_plan(
-        q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out, backend, check_values
-    )
+        return unfold(call, return_lse, out, backend, check_values)
+    chosen, packed = attend_plan(call, out, backend, check_values)
     if key is not None:
         rope = None if k_rope is None else View(k_rope.shape, k_rope.stride())
         parts = k_pages.shape[1 if layout == "NHD" else 2] // k.shape[3]
-        CALLS.keep(key, Call(chosen, packed, View(k.shape, k.stride()), View(v.shape, v.stride()), rope, parts))
-    return launch_pages(
-        chosen, packed, q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, return_lse, out
-    )
+        ROUTES.keep(key, Route(chosen, packed, View(k.shape, k.stride()), View(v.shape, v.stride()), rope, parts))
+    return launch_pages(chosen, packed, call, return_lse, out)
 
 
 def repeating(
@@ -333,6 +347,7 @@ def repeating(
     descales: Descales,
     attn_sink: Tensor | None,
     out: Tensor | None,
+    options: Options,
 ) -> tuple[object, ...] | None:
     """All that the checks of a call without a mask look at, as a key; None where they have to look again."""
     if softmax_scale is not None and not (type(softmax_scale) is float and 0.0 < softmax_scale < math.inf):
@@ -340,59 +355,33 @@ def repeating(
     k_pages, v_pages, k_rope_pages = pools
     key = contract.passing(
         q, k_pages, k_pages if v_pages is None else v_pages, block_table, seq_lens, descales, attn_sink,
-        scale_sign=1,
+        scale_sign=1, options=options,
     )  # fmt: skip
     if key is None:
         return None
     return (*key, v_pages is None, None if k_rope_pages is None and out is None else facts(k_rope_pages, out))
 
 
-def attend_plan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    out: Tensor | None,
-    backend: str | None,
-    check_values: bool,
-) -> tuple[Plan, bool]:
+def attend_plan(call: PageCall, out: Tensor | None, backend: str | None, check_values: bool) -> tuple[Plan, bool]:
     """The plan of a call over page views, and whether q and out are to be packed for it."""
-    problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
+    problem = pages_problem(call, out)
     if out is not None and not contract.is_aligned(out):
         problem = problem._replace(aligned=False)
     chosen = pick(problem, backend)
     if check_values:
-        longest = contract.check_values(table, seq_lens, problem.Nblk, page=problem.page)
-        contract.check_mask_length("mask", mask, longest)
+        longest = contract.check_values(call.table, call.seq_lens, problem.Nblk, page=problem.page)
+        contract.check_mask_length("mask", None if call.options.tail else call.mask, longest)
     return chosen, chosen.problem != problem
 
 
 def launch_pages(
-    chosen: Plan,
-    packed: bool,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
+    chosen: Plan, packed: bool, call: PageCall, return_lse: bool, out: Tensor | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The launch over page views; with `packed`, q is made contiguous first, and out is copied to."""
     result = launch(
-        chosen, "decode_over_pages", q=q.contiguous() if packed else q, k=k, v=v, k_rope=k_rope, block_table=table,
-        seq_lens=seq_lens, mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink,
+        chosen, "decode_over_pages", q=call.q.contiguous() if packed else call.q, k=call.k, v=call.v,
+        k_rope=call.k_rope, block_table=call.table, seq_lens=call.seq_lens, mask=call.mask,
+        softmax_scale=call.softmax_scale, descales=call.descales, attn_sink=call.attn_sink,
         out=None if packed else out, return_lse=return_lse,
     )  # fmt: skip
     if not packed or out is None:
@@ -402,20 +391,9 @@ def launch_pages(
     return out.copy_(result)
 
 
-def pages_problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    out: Tensor | None,
-) -> DecodeProblem:
-    """The problem of a call over page views; reads no value."""
+def pages_problem(call: PageCall, out: Tensor | None) -> DecodeProblem:
+    """The problem of the call; reads no value."""
+    q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, options = call
     scale_sign = contract.check_scale(softmax_scale)
     B, Hq, S_q, D = q.shape
     Hk = k.shape[1]
@@ -430,52 +408,30 @@ def pages_problem(
     contract.check_sink(attn_sink, Hq, q.device)
     return contract.decode_problem(
         q, k, v, table, k_rope, alias=contract.is_alias(k, v),
-        mask=contract.check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, L]"),
+        mask=contract.check_decode_mask(mask, options.tail, B, Hq, S_q),
         descale=contract.check_descales(descales, B, Hk, q.device), sink=attn_sink is not None,
         scale_sign=scale_sign, out_strides=None if out is None or out.is_contiguous() else out.stride(),
+        **options._asdict(),
     )  # fmt: skip
 
 
-def check_pages_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    out: Tensor,
-) -> None:
+def check_pages_out(call: PageCall, out: Tensor) -> None:
     """A caller's out: its shape, its layout, and that it shares memory with nothing."""
     contract.check_tensor("out", out)
     contract.check_rank("out", out.shape, 4, "[B, Hq, S_q, Dv]")
     if not out.is_contiguous():
         check_spread(out)
-    problem = pages_problem(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, out)
-    contract.check_out(out, problem)
-    check_pages_apart(out, q, k, v, k_rope, table, seq_lens, mask, descales, attn_sink)
+    contract.check_out(out, pages_problem(call, out))
+    check_pages_apart(call, out)
 
 
-def check_pages_apart(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-) -> None:
-    """A caller's out shares memory with none of the others; k, v and k_rope are pools or views of them."""
-    q_descale, k_descale, v_descale = descales
+def check_pages_apart(call: PageCall, out: Tensor) -> None:
+    """A caller's out shares memory with none of the others."""
+    q_descale, k_descale, v_descale = call.descales
     contract.check_apart(
-        "out", out, q=q, k_pages=k, v_pages=v, k_rope_pages=k_rope, block_table=table, seq_lens=seq_lens, mask=mask,
-        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attn_sink=attn_sink,
+        "out", out, q=call.q, k_pages=call.k, v_pages=call.v, k_rope_pages=call.k_rope, block_table=call.table,
+        seq_lens=call.seq_lens, mask=call.mask, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+        attn_sink=call.attn_sink,
     )  # fmt: skip
 
 
@@ -506,38 +462,24 @@ def pick(problem: DecodeProblem, backend: str | None) -> Plan:
 
 
 def unfold(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    table: Tensor,
-    seq_lens: Tensor,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    backend: str | None,
-    check_values: bool,
+    call: PageCall, return_lse: bool, out: Tensor | None, backend: str | None, check_values: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call without causality: its S_q queries see the same keys, as heads of one group do, and go in as such."""
+    q, sink = call.q, call.attn_sink
     B, Hq, S_q, D = q.shape
-    Hk, Dv = k.shape[1], v.shape[4]
+    Hk, Dv = call.k.shape[1], call.v.shape[4]
     contract.check_grouping(Hq, Hk)
-    contract.check_sink(attn_sink, Hq, q.device)
+    contract.check_sink(sink, Hq, q.device)
     ratio = Hq // Hk
     # [B, Hk * S_q * ratio, 1, D]: a view where Hk is 1 and q lies as [B, S_q, Hq, D]
     rows = q.unflatten(1, (Hk, ratio)).transpose(2, 3).reshape(B, Hk * S_q * ratio, 1, D)
-    sink = None if attn_sink is None else attn_sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
+    sink = None if sink is None else sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
+    folded_call = call._replace(q=rows, attn_sink=sink)
     # likewise a view there
     given = None if out is None else out.unflatten(1, (Hk, ratio)).transpose(2, 3)
     inside = None if given is None or not given.is_contiguous() else given.view(B, Hk * S_q * ratio, 1, Dv)
-    chosen, packed = attend_plan(
-        rows, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, sink, inside, backend, check_values
-    )
-    result = launch_pages(
-        chosen, packed, rows, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, sink, True, inside
-    )
+    chosen, packed = attend_plan(folded_call, inside, backend, check_values)
+    result = launch_pages(chosen, packed, folded_call, True, inside)
     assert isinstance(result, tuple)
     folded = (B, Hk, S_q, ratio)
     first = result[0].view(*folded, Dv).transpose(2, 3).flatten(1, 2)

@@ -34,6 +34,16 @@ ALIGNMENT = 16
 MaskKind = Literal["none", "bool", "float"]
 
 
+class Options(NamedTuple):
+    """What a decode call asks for beside its tensors: fields of DecodeProblem."""
+
+    tail: bool = False
+    batch_invariant: bool = False
+
+
+PLAIN = Options()
+
+
 class DecodeProblem(NamedTuple):
     """A decode call: S_q query tokens a request against its paged cache.
 
@@ -43,6 +53,9 @@ class DecodeProblem(NamedTuple):
     says that there is a descale of q, k or v. `scale_sign` is the sign of softmax_scale: -1, 0 or 1. `aligned`: q, K, V
     and out all begin on ALIGNMENT bytes. `rope_strides` is given for a split latent: K's last D - Dv columns then lie
     in a page view of their own, and K's view holds the first Dv. `out_strides` is given where out is not contiguous.
+    `batch_invariant`: a request's rows must be the same bits whatever else is in the call, the other requests and their
+    number, the width of the table, where pages lie. `tail`: the mask is over the S_q newest tokens alone, earlier keys
+    are all seen.
     """
 
     device: torch.device
@@ -69,6 +82,8 @@ class DecodeProblem(NamedTuple):
     page: int = BLOCK
     rope_strides: tuple[int, ...] | None = None
     out_strides: tuple[int, ...] | None = None
+    batch_invariant: bool = False
+    tail: bool = False
 
     @property
     def ratio(self) -> int:
@@ -91,7 +106,8 @@ class DecodeArgs(NamedTuple):
 
     q [B, Hq, S_q, D]; k [B, Hk, Nblk, page, D] and v [B, Hk, Nblk, page, Dv] page views; block_table [B, table_blocks]
     and seq_lens [B], int32 or int64, of any value: a launch clamps both before it narrows them; mask [B, Hq, S_q, L]
-    bool or floating, expanded (stride 0 on broadcast dims), keys past its end are hidden; q_descale, k_descale,
+    bool or floating, expanded (stride 0 on broadcast dims), keys past its end are hidden; of a tail mask L is S_q, and
+    its first key is seq_lens[b] - S_q; q_descale, k_descale,
     v_descale [B, Hk] FP32, expanded; attn_sink [Hq] FP32; out [B, Hq, S_q, Dv], contiguous but for out_strides; lse
     [B, Hq, S_q] FP32 contiguous, natural log; k_rope [B, Hk, Nblk, page, D - Dv] of a split latent, whose k has Dv
     columns, or None.
@@ -111,6 +127,16 @@ class DecodeArgs(NamedTuple):
     out: Tensor
     lse: Tensor | None
     k_rope: Tensor | None = None
+
+    def whole_mask(self, keys: int) -> Tensor:
+        """A tail mask [B, Hq, S_q, S_q] as the mask [B, Hq, S_q, keys] over all keys."""
+        assert self.mask is not None
+        S_q = self.mask.shape[-1]
+        tail = self.mask[:, :1] if self.mask.stride(1) == 0 else self.mask
+        column = torch.arange(keys, device=tail.device) - (self.seq_lens.long() - S_q)[:, None]  # [B, keys]
+        column = column[:, None, None].expand(-1, *tail.shape[1:3], -1)
+        seen = tail.gather(-1, column.clamp(0, S_q - 1))
+        return seen.masked_fill(column < 0, tail.dtype == torch.bool).expand(-1, self.mask.shape[1], -1, -1)
 
 
 class PrefillProblem(NamedTuple):

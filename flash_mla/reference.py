@@ -79,6 +79,7 @@ def decode_reference(
     k_descale: float | Tensor | None = None,
     v_descale: float | Tensor | None = None,
     attn_sink: Tensor | None = None,
+    tail_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`flash_mla_with_kvcache` in float64: out [B, Hq, S_q, Dv], lse [B, Hq, S_q]."""
     B, Hq, S_q, D = q.shape
@@ -94,8 +95,13 @@ def decode_reference(
             k = gather(k_cache, block_table[b], b, hk, length) * descale(k_descale, b, hk, (B, Hk))
             v = gather(v_cache, block_table[b], b, hk, length) * descale(v_descale, b, hk, (B, Hk))
             rows = q[b, h].double() * descale(q_descale, b, hk, (B, Hk))
-            keep, bias = split_mask(mask, b, h, (B, Hq, S_q))
-            if mask is None:
+            whole = mask
+            if tail_mask is not None:
+                tail = tail_mask[min(b, tail_mask.shape[0] - 1), min(h, tail_mask.shape[1] - 1)]  # [S_q, S_q]
+                seen = tail.new_full((S_q, max(length - S_q, 0)), tail.dtype == torch.bool)
+                whole = torch.cat([seen, tail[:, max(S_q - length, 0) :]], 1).expand(B, Hq, -1, -1)
+            keep, bias = split_mask(whole, b, h, (B, Hq, S_q))
+            if whole is None:
                 keep = t[None] <= length - S_q + torch.arange(S_q, device=q.device)[:, None]
             keep = torch.ones(S_q, length, dtype=torch.bool, device=q.device) if keep is None else keep[:, :length]
             bias = None if bias is None else bias[:, :length]

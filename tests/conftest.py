@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from flash_mla.backends.cpu import engine
+from flash_mla.pages import pick
 from flash_mla.plan import plan
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -55,6 +56,12 @@ def cpu_engine(request):
             patch.setattr(engine, "missing", lambda: "llvmlite is hidden by a test")
         else:
             assert engine.missing() is None
-        plan.cache_clear()
+        forget_plans()
         yield request.param
+    forget_plans()
+
+
+def forget_plans():
+    """A plan holds the backend's module that was chosen."""
     plan.cache_clear()
+    pick.cache_clear()

@@ -36,7 +36,7 @@ def decode_op_arguments(case, check_values=True):
     x = case.call().arguments
     names = ("q", "k_cache", "v_cache", "block_table", "seq_lens", "mask", "softmax_scale")
     descales = ("q_descale", "k_descale", "v_descale")
-    return (*(x[n] for n in names), *(x[n] for n in descales), x["attn_sink"], check_values, None, None)
+    return (*(x[n] for n in names), *(x[n] for n in descales), x["attn_sink"], False, False, check_values, None, None)
 
 
 DECODE = {

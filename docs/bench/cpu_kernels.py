@@ -27,6 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from flash_mla import deepseek, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata
 from flash_mla.backends.cpu import engine
 from flash_mla.bench.timing import device_name
+from flash_mla.indexer import topk_indices
 from flash_mla.kernels.cpu import config, store
 from flash_mla.kernels.cpu.ir import F32, I32, I64, POINTER, Code, vector
 from flash_mla.plan import plan
@@ -187,6 +188,12 @@ def sparse(name: str, Hq: int, S: int, topk: int = 2048) -> None:
     show(name, {"ours": call, "torch": through_torch(call)}, 2.0 * Hq * topk * 1088, 656.0 * topk)
 
 
+def select(name: str, rows: int, N: int, k: int = 2048) -> None:
+    scores = torch.randn(rows, N)
+    calls = {"ours": lambda: topk_indices(scores, k), "torch.topk": lambda: scores.topk(k)}
+    show(name, calls, 0.0, 4.0 * rows * N)
+
+
 def long(name: str, S: int) -> None:
     """One request of S tokens, MLA, 16 heads; and how much the peak of memory rises beside the cache."""
     n = S // 64
@@ -224,6 +231,8 @@ def cases() -> Iterator[tuple[str, Callable[[str], None]]]:
         for S in (8192, 131072):
             name = f"sparse fp8_ds_mla, {heads} heads, topk 2048, s_kv {S}"
             yield name, partial(sparse, Hq=heads, S=S)
+    for rows, N in ((1, 8192), (1, 131072), (16, 32768)):
+        yield f"top-k 2048 of {N} scores, {rows} rows", partial(select, rows=rows, N=N)
 
 
 if __name__ == "__main__":

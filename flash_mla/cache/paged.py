@@ -250,6 +250,8 @@ class PagedKVCache:
         attn_sink: Tensor | None = None,
         return_lse: bool = False,
         out: Tensor | None = None,
+        tail_mask: Tensor | None = None,
+        batch_invariant: bool = False,
         backend: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of the newest S_q tokens of every request, whose rows were appended, over all of its tokens.
@@ -259,7 +261,8 @@ class PagedKVCache:
 
         Args:
             q: [B, Hq, S_q, D] contiguous, in the cache's dtype, or BF16 or FP16 over an FP8 cache.
-            mask, softmax_scale, q_descale, attn_sink, return_lse, out, backend: as in `flash_mla_with_kvcache`.
+            mask, softmax_scale, q_descale, attn_sink, return_lse, out, tail_mask, batch_invariant, backend: as in
+                `flash_mla_with_kvcache`.
 
         Returns:
             out [B, Hq, S_q, Dv] in q's dtype (BF16 for FP8), or (out, lse [B, Hq, S_q] FP32).
@@ -279,7 +282,8 @@ class PagedKVCache:
         return flash_mla_with_kvcache(
             q, self.k_cache, self.v_cache, self.block_table, self.seq_lens, mask, metadata,
             softmax_scale=softmax_scale, q_descale=q_descale, k_descale=self.k_descale, v_descale=self.v_descale,
-            attn_sink=attn_sink, return_lse=return_lse, out=out, backend=backend,
+            attn_sink=attn_sink, return_lse=return_lse, out=out, tail_mask=tail_mask, batch_invariant=batch_invariant,
+            backend=backend,
         )  # fmt: skip
 
     def fork(self, source: int, target: int) -> None:

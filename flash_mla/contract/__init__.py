@@ -16,7 +16,13 @@ from flash_mla.contract.caches import (
     is_alias,
 )
 from flash_mla.contract.decode_call import decode, decode_problem, passing
-from flash_mla.contract.masks import check_mask, check_mask_length, settle_causal, sparse_blocks
+from flash_mla.contract.masks import (
+    check_decode_mask,
+    check_mask_length,
+    one_mask,
+    settle_causal,
+    sparse_blocks,
+)
 from flash_mla.contract.memory import check_apart, check_out, refuse_learning_out
 from flash_mla.contract.mla_metadata import MLAMetadata, check_metadata, check_shape, metadata
 from flash_mla.contract.order import DEEPSEEK_NAMES, deepseek_order, refuse_deepseek_order
@@ -43,13 +49,13 @@ __all__ = [
     "MLAMetadata",
     "check_apart",
     "check_decode_dtypes",
+    "check_decode_mask",
     "check_descales",
     "check_dtypes",
     "check_grouping",
     "check_head_dims",
     "check_index",
     "check_last_dim",
-    "check_mask",
     "check_mask_length",
     "check_metadata",
     "check_monotonic",
@@ -72,6 +78,7 @@ __all__ = [
     "metadata",
     "mha",
     "named",
+    "one_mask",
     "out_dtype",
     "passing",
     "prefill",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from flash_mla.contract.caches import check_caches, check_decode_dtypes, check_ranks, check_seq_lens_shape, check_table
-from flash_mla.contract.masks import check_mask
+from flash_mla.contract.masks import check_decode_mask
 from flash_mla.contract.order import refuse_deepseek_order
 from flash_mla.contract.scales import (
     NO_DESCALES,
@@ -20,7 +20,7 @@ from flash_mla.contract.scales import (
 from flash_mla.contract.tensors import check_on, check_tensor, is_aligned, named, out_dtype
 from flash_mla.errors import LayoutError
 from flash_mla.passed import Passed
-from flash_mla.problem import ALIGNMENT, FP8, DecodeProblem
+from flash_mla.problem import ALIGNMENT, FP8, PLAIN, DecodeProblem, Options
 from flash_mla.quant import needs_descale
 
 
@@ -34,6 +34,7 @@ def decode(
     descales: Descales = NO_DESCALES,
     attn_sink: Tensor | None = None,
     softmax_scale: float | None = None,
+    options: Options = PLAIN,
 ) -> DecodeProblem:
     """The problem of a `flash_mla_with_kvcache` call; reads no value.
 
@@ -43,13 +44,13 @@ def decode(
     key = (
         None
         if mask is not None
-        else passing(q, k_cache, v_cache, block_table, seq_lens, descales, attn_sink, scale_sign)
+        else passing(q, k_cache, v_cache, block_table, seq_lens, descales, attn_sink, scale_sign, options)
     )
     problem = None if key is None else PASSED.get(key)
     if problem is not None:
         return problem
     refuse_deepseek_order(q, k_cache, v_cache)
-    problem = checked_decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, scale_sign)
+    problem = checked_decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, scale_sign, options)
     return problem if key is None else PASSED.keep(key, problem)
 
 
@@ -66,6 +67,7 @@ def passing(
     descales: Descales,
     attn_sink: Tensor | None,
     scale_sign: int,
+    options: Options,
 ) -> tuple[object, ...] | None:
     """All that the checks of a call look at, as a key; None where an argument is not what it should be."""
     try:
@@ -85,7 +87,7 @@ def passing(
             else:  # a number, whose value counts
                 return None
     marked = k_cache.dtype == FP8 and (needs_descale(k_cache), needs_descale(v_cache))
-    return (*tensors, k_start == v_start, (q_start | k_start | v_start) % ALIGNMENT, marked, more, scale_sign)
+    return (*tensors, k_start == v_start, (q_start | k_start | v_start) % ALIGNMENT, marked, more, scale_sign, options)
 
 
 def checked_decode(
@@ -98,6 +100,7 @@ def checked_decode(
     descales: Descales,
     attn_sink: Tensor | None,
     scale_sign: int,
+    options: Options,
 ) -> DecodeProblem:
     """As `decode`, every check made."""
     check_tensor("q", q)
@@ -122,10 +125,11 @@ def checked_decode(
         v_cache,
         block_table,
         alias=alias,
-        mask=check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, P+T]"),
+        mask=check_decode_mask(mask, options.tail, B, Hq, S_q),
         descale=check_descales(descales, B, k_cache.shape[1], q.device),
         sink=attn_sink is not None,
         scale_sign=scale_sign,
+        **options._asdict(),
     )
 
 

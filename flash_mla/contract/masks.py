@@ -41,6 +41,33 @@ def check_mask(name: str, mask: Tensor | None, B: int, Hq: int, rows: int, layou
     return "bool" if mask.dtype == torch.bool else "float"
 
 
+def one_mask(mask: Tensor | None, tail_mask: Tensor | None) -> Tensor | None:
+    """The mask of a decode call, of which there is one at most."""
+    if mask is not None and tail_mask is not None:
+        raise MaskShapeError(
+            "mask and tail_mask",
+            "one of them, or none",
+            "`tail_mask` is the mask over the new tokens alone, whose earlier keys are all seen",
+            "Leave one out; a mask over all keys is `mask`",
+        )
+    return mask if tail_mask is None else tail_mask
+
+
+def check_decode_mask(mask: Tensor | None, tail: bool, B: int, Hq: int, S_q: int) -> MaskKind:
+    """The kind of a decode's mask, over all keys or, a `tail` mask, over the S_q newest tokens."""
+    if not tail or mask is None:
+        return check_mask("mask", mask, B, Hq, S_q, "[B, 1, 1, P+T]")
+    kind = check_mask("tail_mask", mask, B, Hq, S_q, "[B|1, Hq|1, S_q, S_q]")
+    if mask.shape[2:] != (S_q, S_q):
+        raise MaskShapeError(
+            named(tail_mask=mask),
+            f"tail_mask [B|1, Hq|1, {S_q}, {S_q}]",
+            "`tail_mask` is over the S_q new tokens alone",
+            "Pass a square over them; a mask over all keys is `mask`",
+        )
+    return kind
+
+
 def check_mask_length(name: str, mask: Tensor | None, keys: int) -> None:
     if mask is not None and mask.shape[-1] < keys:
         raise MaskShapeError(

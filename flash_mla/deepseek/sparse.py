@@ -150,7 +150,7 @@ class Pool(NamedTuple):
         return SparseKeys(cache, self.indices, None if self.lengths is None else self.lengths.contiguous())
 
 
-PASSED: Passed[Plan] = Passed()
+PASSED: Passed[SparseProblem] = Passed()
 
 
 def sparse(
@@ -201,8 +201,8 @@ def plan_sparse(
     if not traced():
         tensors = facts(q, attn_sink, *(x for pool in pools for x in pool[1:]))
         key = (tensors, formatted, type(Dv), Dv, sign, max_logits, backend)
-        if (chosen := PASSED.get(key)) is not None:
-            return chosen
+        if (known := PASSED.get(key)) is not None:
+            return plan(known, backend)
     fmt = row_format(q, pools[0].cache) if formatted else None
     for pool in pools:
         pool.check(q, fmt)
@@ -215,8 +215,11 @@ def plan_sparse(
             "V lies inside K",
         )
     keys = [pool.keys(formatted) for pool in pools]
-    chosen = plan(sparse_problem(q, fmt, keys, Dv, sign, attn_sink, max_logits), backend)
-    return chosen if key is None else PASSED.keep(key, chosen)
+    problem = sparse_problem(q, fmt, keys, Dv, sign, attn_sink, max_logits)
+    chosen = plan(problem, backend)
+    if key is not None:
+        PASSED.keep(key, problem)
+    return chosen
 
 
 def sparse_problem(

@@ -135,6 +135,28 @@ def test_any_number_of_threads_gives_the_same_bits(case, threads, monkeypatch):
     assert verdict.passed, verdict.failures
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, FP8], ids=str)
+@pytest.mark.parametrize("shape", [(8, 2, 64, None), (16, 1, 96, 64), (40, 1, 64, None)], ids=["gqa", "mla", "many"])
+def test_a_request_gives_the_same_bits_alone_and_in_any_batch(shape, dtype):
+    """Splits follow from a request's own length: not from other requests, nor from the width of the table."""
+    Hq, Hk, D, Dv = shape
+    lengths = (2600, 0, 130, 1200, 4000, 1)
+    case = DecodeCase("decode/batch", lengths, Hq=Hq, Hk=Hk, D=D, Dv=Dv, alias=Dv is not None, dtype=dtype)
+    x = case.call().arguments | {"softmax_scale": 0.1}
+    whole = flash_mla_with_kvcache(**x, return_lse=True)
+    for requests in ([0], [3], [3, 4], [5, 0, 2]):
+        own = dict(x)
+        for name in ("q", "k_cache", "v_cache", "block_table", "seq_lens"):
+            own[name] = x[name][requests]
+        if Dv is not None:
+            own["v_cache"] = own["k_cache"][..., :Dv]
+        columns = -(-int(own["seq_lens"].max()) // 64)
+        own["block_table"] = own["block_table"][:, :columns].contiguous()
+        part = flash_mla_with_kvcache(**own, return_lse=True)
+        for a, b in zip(whole, part, strict=True):
+            assert torch.equal(a[requests], b)
+
+
 @pytest.mark.parametrize("byte", [0x7F, 0xFF], ids=["huge", "nan"])
 @pytest.mark.parametrize(
     "case",
@@ -315,3 +337,18 @@ def test_pages_of_other_sizes_and_split_latents(page, dtype, split):
     weights = scores.masked_fill(unused[..., 0][:, None], -math.inf).softmax(-1)
     verdict = check(out[:, :, 0], None, weights @ rows[..., :Dv].double(), torch.zeros(B, Hq).double(), dtype)
     assert verdict.passed, verdict.failures
+
+
+def test_a_sparse_call_that_is_remembered_asks_for_its_plan(monkeypatch):
+    """What serves may change under a call that passed its checks: here the kernels, then torch's ops."""
+    form = FORMATS["fp8_ds_mla"]
+    pages = form.quantise(torch.randn(2, 64, 1, 576).bfloat16())
+    q, indices = torch.randn(1, 1, 16, 576).bfloat16(), torch.arange(64, dtype=torch.int32).view(1, 1, 64)
+    schedule, served = deepseek.get_mla_metadata()[0], []
+    monkeypatch.setattr(engine.Sparse, "launch", lambda self, args: served.append("kernels"))
+    for reason in (None, "left out"):
+        monkeypatch.setattr(engine, "missing", lambda reason=reason: reason)
+        plan.cache_clear()
+        deepseek.flash_mla_with_kvcache(q, pages, None, None, 512, schedule, is_fp8_kvcache=True, indices=indices)
+    plan.cache_clear()
+    assert served == ["kernels"]

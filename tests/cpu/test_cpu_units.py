@@ -58,9 +58,10 @@ def test_products_are_the_instruction(unit, spec):
 
 def test_a_unit_takes_what_fills_it():
     tiles, dots = TARGETS["amx"][0], TARGETS["avx512bf16"][0]
-    assert config.unit_of(tiles, "bf16", "bf16", 72, 64, 64) == "avx512bf16"
-    assert config.unit_of(tiles, "bf16", "bf16", 64, 64, 16) == "avx512bf16"
+    assert config.unit_of(tiles, "bf16", "bf16", 72, 64, 64) == "fma"
+    assert config.unit_of(tiles, "bf16", "bf16", 64, 64, 16) == "fma"
     assert config.unit_of(tiles, "bf16", "fp8", 64, 64, 64) == "fma"
+    assert config.unit_of(replace(tiles, cpu="znver7"), "bf16", "bf16", 72, 64, 64) == "avx512bf16"
     assert config.unit_of(dots, "f16", "f16", 64, 64, 64) == "fma"
     assert Target("x86_64-pc-linux", "haswell", "+avx2,+avx512bf16").units == ("fma",)
 
@@ -85,9 +86,10 @@ def test_tiles_are_used_with_the_systems_leave_alone(answer, monkeypatch):
     monkeypatch.setattr(config.ctypes, "CDLL", lambda name: Library())
     monkeypatch.setattr(llvm, "get_host_cpu_features", Features)
     monkeypatch.setattr(llvm, "get_process_triple", lambda: "x86_64-unknown-linux-gnu")
+    monkeypatch.setattr(llvm, "get_host_cpu_name", lambda: "emeraldrapids")
     found = config.host.__wrapped__()
     assert asked == [(158, 0x1023, 18)]
-    assert found.units == ("avx512bf16", "fma") if answer else ("amx", "avx512bf16", "fma")
+    assert found.units == (("fma",) if answer else ("amx", "fma"))
     assert config.lacks(found) is None
 
 

@@ -33,6 +33,11 @@ NEEDS = [
 """Marks of a test that compiles."""
 
 
+def gates(first: list[Any], more: list[Any]) -> list[Any]:
+    """Configs to parametrize by: .ci/run builds the first, each path of a kernel; `make gates` all, 10 to 20 s each."""
+    return [*first, *(pytest.param(*(x if type(x) is tuple else (x,)), marks=pytest.mark.slow) for x in more)]
+
+
 @dataclass(frozen=True)
 class Sass:
     """The instructions of a cubin, and (registers, bytes of stack) of each kernel in it."""

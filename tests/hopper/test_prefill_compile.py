@@ -5,25 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sass import NEEDS, compiled
+from sass import NEEDS, compiled, gates
 
 from flash_mla.kernels.hopper.limits import REGISTERS, SMEM_BYTES
 from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
 
 pytestmark = NEEDS
 
-VARIANTS = [
-    (*width, paged, sparse) for width in WIDTHS for paged, sparse in ((False, False), (True, False), (False, True))
-]
+VARIANTS = gates(
+    [
+        *((*width, False, False) for width in WIDTHS),
+        (128, 128, True, False),
+        (128, 128, False, True),
+        (256, 256, False, True),
+    ],
+    [
+        (64, 64, True, False),
+        (64, 64, False, True),
+        (192, 128, True, False),
+        (192, 128, False, True),
+        (256, 256, True, False),
+    ],
+)
 """(D, Dv, paged, sparse) in BF16. FP16 differs in the type of an instruction; pages and a list together in the producer
 alone, and each is compiled."""
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_prefill(variant: tuple[int, int, bool, bool], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("D", "Dv", "paged", "sparse"), VARIANTS)
+def test_prefill(D: int, Dv: int, paged: bool, sparse: bool, tmp_path: Path) -> None:
     from flash_mla.kernels.hopper.prefill.kernel import build
 
-    config = Config("bf16", *variant)
+    config = Config("bf16", D, Dv, paged, sparse)
     assert config.smem_bytes() <= SMEM_BYTES
     sass = compiled(build, config, tmp_path)
     ((registers, _),) = sass.resources

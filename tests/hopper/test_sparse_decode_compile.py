@@ -5,24 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sass import NEEDS, compiled
+from sass import NEEDS, compiled, gates
 
 from flash_mla.kernels.hopper.sparse_decode.config import Config
 
 pytestmark = NEEDS
 
-CONFIGS = [
-    Config("fp8_ds_mla", 1, 64),
-    Config("fp8_ds_mla", 1, 64, cluster=2),
-    Config("fp8_ds_mla", 1, 8),
-    Config("fp8_ds_mla", 2, 16),
-    Config("model1", 2, 64),
-    Config("model1", 2, 64, cluster=2),
-    Config("v4.1", 1, 16),
-    Config("flat", 1, 64, cluster=2),
-    Config("bf16_576", 1, 64),
-    Config("bf16_512", 2, 16),
-]
+CONFIGS = gates(
+    [
+        Config("fp8_ds_mla", 1, 64),
+        Config("fp8_ds_mla", 1, 64, cluster=2),
+        Config("fp8_ds_mla", 1, 8),
+        Config("model1", 2, 64),
+        Config("v4.1", 1, 16),
+        Config("bf16_576", 1, 64),
+    ],
+    [
+        Config("fp8_ds_mla", 2, 16),
+        Config("model1", 2, 64, cluster=2),
+        Config("flat", 1, 64, cluster=2),
+        Config("bf16_512", 2, 16),
+    ],
+)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -110,3 +110,53 @@ def test_a_uniform_batch_is_not_split() -> None:
 @pytest.mark.parametrize(("length", "pairs"), [(0, 0), (1, 1), (128, 1), (129, 2), (4096, 32)])
 def test_pairs(length: int, pairs: int) -> None:
     assert split.pairs(length) == pairs
+
+
+def walk_pieces(lengths: list[int], groups: int, clusters: int, piece: int) -> list[tuple[Any, Any]]:
+    """(item, piece) of all clusters, as their roles find them."""
+    items = line(lengths, groups)
+    starts = [0]
+    for _, _, pairs in items:
+        starts.append(starts[-1] + split.weight(pairs, 1))
+    chunk, found = -(-starts[-1] // clusters), []
+    for cluster in range(clusters):
+        here = cluster * chunk
+        left = max(0, min(chunk, starts[-1] - here))
+        i = next((i for i in range(len(items)) if starts[i] <= here < starts[i + 1]), len(items))
+        offset = 0
+        if i < len(items):
+            pairs = items[i][2]
+            offset = split.begin_piece(pairs, here - starts[i], split.piece_pairs(pairs, piece))
+            left -= offset - (here - starts[i])
+            if offset >= max(pairs, 1):
+                i, offset = i + 1, 0
+        while left > 0:
+            pairs = items[i][2]
+            part = split.piece(pairs, offset, split.piece_pairs(pairs, piece))
+            assert part.steps > 0
+            found.append((items[i], part))
+            left -= part.steps
+            i, offset = (i, part.last) if part.last < pairs else (i + 1, 0)
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(0, 9000), min_size=1, max_size=40),
+    st.integers(1, 3),
+    st.integers(1, 70),
+    st.sampled_from([1, 4, 16]),
+)
+def test_pieces_follow_from_the_length_alone(lengths: list[int], groups: int, clusters: int, piece: int) -> None:
+    found = walk_pieces(lengths, groups, clusters, piece)
+    slots = split.piece_slots(-(-max(lengths) // 64), piece)
+    for item in line(lengths, groups):
+        pairs = item[2]
+        parts = [part for other, part in found if other == item]
+        assert [pair for part in parts for pair in range(part.first, part.last)] == list(range(pairs))
+        assert len(parts) == max(1, split.pieces_of(pairs, piece)) <= max(1, split.MOST_PIECES)
+        assert parts == [part for _, part in walk_pieces([lengths[item[0]]], 1, 1, piece)]
+        assert [part.slot for part in parts] == list(range(len(parts)))
+        assert all(part.whole == (len(parts) == 1) for part in parts)
+        assert len(parts) <= max(1, slots)
+    assert len(found) == sum(max(1, split.pieces_of(pairs, piece)) for _, _, pairs in line(lengths, groups))

@@ -245,7 +245,8 @@ def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
     tensors = decode_phase.tensors(config, args, meta(1, dtype=torch.float32))
     constants = decode.constants(
         config, q=args.q, k=args.k, v=args.v, k_rope=args.k_rope, block_table=args.block_table, mask=args.mask,
-        q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale, out=args.out, flip=False,
+        q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale, out=args.out,
+        flip=False, tail=False,
     )  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return config, compile_for(decode.decode_kernel, tensors | constants, options, target)

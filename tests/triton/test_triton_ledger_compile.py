@@ -97,7 +97,7 @@ def decode_allocated(target, dtype, D, Dv, mask, divisible, **changes) -> tuple[
     tensors = decode_phase.tensors(config, args, meta(1, dtype=torch.float32) if config.programs else None)
     constants = decode.constants(
         config, q=args.q, k=args.k, v=args.v, k_rope=None, block_table=args.block_table, mask=args.mask, q_descale=None,
-        k_descale=None, v_descale=None, out=args.out, flip=False,
+        k_descale=None, v_descale=None, out=args.out, flip=False, tail=False,
     )  # fmt: skip
     taken = allocated(decode.decode_kernel, tensors | constants, config, target, divisible)
     return taken, ledger(config, dtype, mask, target.wgmma and config.tile_m == 64)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,14 @@ def config(problem: DecodeProblem) -> None:
 @undisturbed
 def launch(problem: DecodeProblem, config: None, args: DecodeArgs) -> None:
     """Plan each request's reads, attend to them, merge, store."""
+    if problem.tail:
+        problem, args = problem._replace(tail=False), args._replace(mask=args.whole_mask(longest(problem, args)))
+    if problem.batch_invariant and problem.B > 1:
+        # a request alone is read in the same slices in every batch
+        alone = problem._replace(B=1)
+        for b in range(problem.B):
+            launch(alone, config, request_of(args, b))
+        return
     table = args.block_table.long().clamp(0, max(problem.Nblk - 1, 0))
     reads = plan_reads(problem, args, table)
     q = grouped_rows(problem, args).flatten(2, 3)  # [B, Hk, ratio * S_q, D]
@@ -68,6 +77,17 @@ def launch(problem: DecodeProblem, config: None, args: DecodeArgs) -> None:
     out, lse = merge_parts(problem, parts)
     rows = (problem.ratio, problem.S_q)
     store(args, slice(0, problem.B), out.unflatten(2, rows), lse.unflatten(2, rows))
+
+
+def longest(problem: DecodeProblem, args: DecodeArgs) -> int:
+    """Keys of the longest request, inside what the table covers."""
+    return min(max(int(args.seq_lens.max()), 1), problem.table_blocks * problem.page)
+
+
+def request_of(args: DecodeArgs, b: int) -> DecodeArgs:
+    """The arguments of request b alone."""
+    own: dict[str, Any] = {name: x[b : b + 1] for name, x in args._asdict().items() if isinstance(x, Tensor)}
+    return args._replace(**own | {"attn_sink": args.attn_sink})
 
 
 # --- Plan -------------------------------------------------------------------------------------------------------------
@@ -108,6 +128,7 @@ def readable_in_place(problem: DecodeProblem, args: DecodeArgs) -> bool:
     evenly = all(strides[2] == problem.page * strides[3] for strides in (problem.k_strides, problem.v_strides))
     plain = (
         problem.rope_strides is None
+        and not problem.batch_invariant  # runs depend on where pages lie
         and args.mask is None
         and compute_dtype(problem) == problem.dtype == problem.kv_dtype
     )

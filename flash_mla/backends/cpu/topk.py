@@ -85,7 +85,7 @@ class Select:
                 packed[at[f"{name}_wide"]] = bound.dtype == torch.int64
         threads = min(self.most, torch.get_num_threads())
         packed[at["memory_bytes"]] = entries.memory
-        packed[at["memory"]] = engine.MEMORY.reserve(threads * entries.memory, 0)[0]
+        packed[at["memory"]] = engine.MEMORY.reserve(threads * entries.memory)[0]
         entries.run(packed, threads)
         del kept
 

@@ -11,16 +11,31 @@ from torch import Tensor
 
 from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
 from flash_mla.backends.hopper.strides import query_row_stride
+from flash_mla.kernels.hopper import split
 from flash_mla.problem import DecodeArgs, DecodeProblem
 
 
 def refuse_queries(problem: DecodeProblem, most: int) -> str | None:
-    """Why the kernels cannot run so many query tokens (at most `most`), or this mask, or None."""
-    if problem.S_q > most:
-        return f"S_q = {problem.S_q}: at most {most} query tokens a request"
-    if problem.mask != "none":
-        return f"a {problem.mask} mask: only causal decode"
-    return None
+    """Why the kernels cannot run so many query tokens (at most `most`), or None."""
+    return f"S_q = {problem.S_q}: at most {most} query tokens a request" if problem.S_q > most else None
+
+
+def refuse_mask(problem: DecodeProblem) -> str | None:
+    """Why the kernels with masks cannot run this one, or None."""
+    return "a float mask: only bool ones" if problem.mask == "float" else None
+
+
+def bytes_of(mask: Tensor) -> Tensor:
+    """A bool mask [B, Hq, S_q, columns] as the kernels read it: one without a column hides all keys."""
+    return mask.view(torch.uint8) if mask.shape[-1] else mask.new_zeros(1, dtype=torch.uint8).expand(*mask.shape[:3], 1)
+
+
+def piece_slots(config: Any, problem: DecodeProblem) -> int:
+    """Partial results of a call whose requests are cut into pieces; 0 where they are not."""
+    if not config.piece:
+        return 0
+    groups = problem.Hk * -(-problem.ratio * problem.S_q // config.rows)
+    return problem.B * groups * split.piece_slots(problem.table_blocks, config.piece)
 
 
 def factor(problem: DecodeProblem, descale: Tensor | None, unread: Tensor) -> Tensor:
@@ -35,7 +50,8 @@ def factor(problem: DecodeProblem, descale: Tensor | None, unread: Tensor) -> Te
 def launch(kernel: Callable[..., None], config: Any, problem: DecodeProblem, args: DecodeArgs) -> None:
     """Fill args.out and args.lse with the kernel of a config. An int64 table or lengths are converted first."""
     clusters = multiprocessors(problem.device) // config.cluster
-    workspace = torch.empty(config.workspace_words(clusters), dtype=torch.float32, device=problem.device)
+    words = config.workspace_words(clusters, piece_slots(config, problem))
+    workspace = torch.empty(words, dtype=torch.float32, device=problem.device)
     lse = args.lse
     if lse is None:
         lse = torch.empty((problem.B, problem.Hq, problem.S_q), dtype=torch.float32, device=problem.device)
@@ -55,9 +71,11 @@ def launch(kernel: Callable[..., None], config: Any, problem: DecodeProblem, arg
             args.out,
             lse,
             workspace,
+            None if args.mask is None else bytes_of(args.mask),
             args.softmax_scale * math.log2(math.e),
             int(args.attn_sink is not None),
             query_row_stride(problem),
+            int(problem.tail),
             *requests,
             clusters,
         )

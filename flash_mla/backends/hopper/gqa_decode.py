@@ -7,7 +7,7 @@ import torch
 from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import DTYPES
 from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
-from flash_mla.kernels.hopper.gqa_decode.config import MAX_D, MAX_S_Q, TILES_N, WIDE_DV, Config
+from flash_mla.kernels.hopper.gqa_decode.config import MAX_D, MAX_S_Q, PIECE, TILES_N, WIDE_DV, Config
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
 
 
@@ -25,6 +25,7 @@ def refuse(problem: DecodeProblem) -> str | None:
     itemsize = problem.dtype.itemsize
     return (
         decode.refuse_queries(problem, MAX_S_Q)
+        or decode.refuse_mask(problem)
         or refuse_query(problem)
         or refuse_rows("k_cache", problem.k_strides, problem.D, itemsize)
         or refuse_rows("v_cache", problem.v_strides, problem.Dv, itemsize)
@@ -35,11 +36,13 @@ def config(problem: DecodeProblem) -> Config:
     """The kernel variant: the smallest tile that holds a KV head's rows, or several of the largest."""
     rows, tiles = problem.ratio * problem.S_q, TILES_N if problem.Dv <= WIDE_DV else TILES_N[:-1]
     tile_n = next((n for n in tiles if n >= rows), tiles[-1])
-    return Config(DTYPES[problem.dtype], problem.D, problem.Dv, tile_n, problem.descale)
+    piece = PIECE if problem.batch_invariant else 0
+    return Config(DTYPES[problem.dtype], problem.D, problem.Dv, tile_n, problem.descale, piece, problem.mask != "none")
 
 
 def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
-    """Fill args.out and args.lse. Allocates workspace: 2 * tile_n FP32 rows of Dv an SM (at most 17 MB on 132 SMs).
+    """Fill args.out and args.lse. Allocates workspace: 2 * tile_n FP32 rows of Dv an SM (at most 17 MB on 132 SMs); for
+    a batch-invariant call tile_n rows for each piece that a row of the table has room for, at most 16 a head.
 
     The first launch of a config loads its kernel, and the first ever on a machine compiles it.
     """

@@ -6,7 +6,7 @@ from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import HALVES
 from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
 from flash_mla.kernels.hopper.limits import TILE_M
-from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, WIDTHS, Config
+from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, PIECES, WIDTHS, Config
 from flash_mla.problem import DecodeArgs, DecodeProblem
 
 
@@ -18,7 +18,7 @@ def refuse(problem: DecodeProblem) -> str | None:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
     if problem.kv_dtype != problem.dtype:
         return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
-    if (reason := decode.refuse_queries(problem, MAX_S_Q)) is not None:
+    if (reason := decode.refuse_queries(problem, MAX_S_Q) or decode.refuse_mask(problem)) is not None:
         return reason
     if problem.descale:
         return "descales"
@@ -29,12 +29,15 @@ def refuse(problem: DecodeProblem) -> str | None:
 
 def config(problem: DecodeProblem) -> Config:
     """The kernel variant: two CTAs share K when there are two row tiles to share it."""
-    tiles = -(-problem.Hq * problem.S_q // TILE_M)
-    return Config(dtype=HALVES[problem.dtype], D=problem.D, cluster=2 if tiles % 2 == 0 else 1)
+    rows = problem.Hq * problem.S_q
+    cluster = 2 if -(-rows // TILE_M) % 2 == 0 else 1
+    piece = PIECES[2 if cluster == 2 else rows >= TILE_M] if problem.batch_invariant else 0
+    return Config(HALVES[problem.dtype], problem.D, cluster, piece, problem.mask != "none")
 
 
 def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
-    """Fill args.out and args.lse. Allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on 132 SMs).
+    """Fill args.out and args.lse. Allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on 132 SMs); of a batch-
+    invariant call 64 rows for each piece that a row of the table has room for, at most 16 (2 MB a request and tile).
 
     The first launch of a config loads its kernel, and the first ever on a machine compiles it.
     """

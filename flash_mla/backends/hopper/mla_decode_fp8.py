@@ -9,8 +9,8 @@ import torch
 from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import HALVES
 from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
-from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, WIDTHS
-from flash_mla.kernels.hopper.mla_decode_fp8.config import TILES_N, Config
+from flash_mla.kernels.hopper.mla_decode.config import WIDTHS
+from flash_mla.kernels.hopper.mla_decode_fp8.config import MAX_S_Q, TILES_N, Config
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
 
 QUERIES: dict[torch.dtype, Literal["fp8", "bf16", "fp16"]] = {FP8: "fp8", **HALVES}
@@ -27,6 +27,10 @@ def refuse(problem: DecodeProblem) -> str | None:
         )
     if (problem.D, problem.Dv) not in WIDTHS:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
+    if problem.mask != "none":
+        return f"a {problem.mask} mask: only causal decode"
+    if problem.batch_invariant:
+        return "batch_invariant: requests are split so that all together fill the machine"
     request, _, block, row, column = problem.k_strides
     return (
         decode.refuse_queries(problem, MAX_S_Q)

@@ -48,14 +48,16 @@ def config(problem: DecodeProblem, on: Target | None = None) -> DecodeConfig:
     chosen = decode.config(
         B=problem.B, Hq=problem.Hq, Hk=problem.Hk, S_q=problem.S_q, D=problem.D, Dv=problem.Dv,
         capacity=problem.table_blocks * problem.page, alias=problem.alias, mask=MASK_BYTES[problem.mask],
-        itemsize=problem.kv_dtype.itemsize, target=on,
+        itemsize=problem.kv_dtype.itemsize, target=on, batch_invariant=problem.batch_invariant,
     )  # fmt: skip
     if on.backend == "hip" and problem.mask == "float":
         # NOTE: Triton 3.6's AMD pipeliner destroys the mask's load ("operation destroyed but still has uses")
         chosen = dataclasses.replace(chosen, stages=1)
-    if chosen.programs < 2:
+    if chosen.programs < 2 or chosen.pieces == 1:
         return DecodeConfig(chosen, None)
-    return DecodeConfig(chosen, combine.config(items=problem.B * problem.Hk, programs=chosen.programs, Dv=problem.Dv))
+    items = problem.B * problem.Hk
+    merge = combine.config(items=items, programs=chosen.programs, Dv=problem.Dv, pieces=chosen.pieces)
+    return DecodeConfig(chosen, merge)
 
 
 @functools.lru_cache(maxsize=256)
@@ -151,7 +153,7 @@ def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) ->
         decode.constants(
             config.decode, q=args.q, k=args.k, v=args.v, k_rope=args.k_rope, block_table=args.block_table,
             mask=args.mask, q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale, out=args.out,
-            flip=problem.scale_sign < 0,
+            flip=problem.scale_sign < 0, tail=problem.tail,
         ),
         {"num_warps": config.decode.warps, "num_stages": config.decode.stages},
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -134,8 +135,18 @@ def lift(module: Any, out: Tensor) -> Tensor:
 def projection(module: Any, dtype: torch.dtype) -> MLAProjection:
     """A layer's kv_b_proj, in the dtype that attention computes in."""
     nope, rope = module.qk_nope_head_dim, module.qk_rope_head_dim
-    weight = module.kv_b_proj.weight.to(dtype)
-    return MLAProjection.from_weight(weight, len(weight) // (nope + module.v_head_dim), nope=nope, rope=rope)
+    weight = module.kv_b_proj.weight
+    held = HELD.get(module)
+    if held is not None and held.w_k.data_ptr() == weight.data_ptr() and held.w_k.dtype == dtype:
+        return held
+    made = MLAProjection.from_weight(weight.to(dtype), len(weight) // (nope + module.v_head_dim), nope=nope, rope=rope)
+    if weight.dtype == dtype and not torch.is_grad_enabled():
+        HELD[module] = made
+    return made
+
+
+HELD: WeakKeyDictionary[Any, MLAProjection] = WeakKeyDictionary()
+"""Projections whose halves are views of the layers' own weights: made once, not twice a layer and step."""
 
 
 AttentionInterface.register(ATTENTION, paged_attention)

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from flash_mla.cache import PagedKVCache
 from flash_mla.errors import ModelError, ShapeError
-from flash_mla.integrations.transformers.step import Step, Tokens
+from flash_mla.integrations.transformers.step import Step, Tokens, admit
 from flash_mla.problem import FP8
 
 if TYPE_CHECKING:
@@ -69,6 +69,11 @@ class PagedCache(Cache):
             self._tokens = tokens
             self.seen += tokens.count
         return self._step
+
+    def admit(self, tokens: Tokens) -> None:
+        """Blocks for one token a sequence, whose step is a captured one."""
+        admit(self.pages, tokens)
+        self.seen += tokens.count
 
     def layer(self, index: int) -> Layer:
         """One layer's views."""

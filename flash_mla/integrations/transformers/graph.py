@@ -3,7 +3,7 @@
     cache = paged_cache(model, batch=1, max_seq_len=4096, cuda_graph=True)
 
 The first step of one token a sequence is captured: the whole model, from token ids to logits, over static tensors. Each
-later step does on the host what a step needs (blocks for its tokens, the mask's padding), writes ids, positions, slots,
+later step does on the host what a step needs (blocks for its tokens, the mask's padding), writes ids, positions,
 lengths and tables in place, and replays. Prompts, steps of several tokens (chunks, drafts), steps that hold padding and
 calls with other arguments run as they do without a graph. Another batch, or a cache that grew, is captured again.
 
@@ -57,16 +57,17 @@ class DecodeGraph:
         self._capture = capture or capture_on_gpu
         self._made_for: tuple[Any, ...] | None = None
 
-    def run(self, forward: Callable[..., Any], ids: Tensor, position_ids: Tensor, step: Step) -> Tensor:
-        """Logits [B, 1, vocabulary] of one token a sequence, whose blocks `step` holds already."""
+    def run(self, forward: Callable[..., Any], ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Logits [B, 1, vocabulary] of one token a sequence, which has its block already."""
         pages = self.cache.pages
-        # the tables' and caches' addresses are in the graph, and a model may be moved or cast
-        made_for = (pages.block_table.data_ptr(), pages.k_cache.data_ptr(), ids.shape, forward)
+        # the addresses of lengths, tables and caches are in the graph, and a model may be moved or cast
+        places = (x.data_ptr() for x in (pages.seq_lens, pages.block_table, pages.k_cache))
+        made_for = (*places, ids.shape, forward)
         if made_for != self._made_for:
-            self._ids, self._position_ids, self._step = ids.clone(), position_ids.clone(), step
+            self._ids, self._position_ids = ids.clone(), position_ids.clone()
             self._made_for = None
             try:
-                self.step = step
+                self.step = Step.of_last_tokens(pages)
                 self._replay, self._logits = self._capture(lambda: self._forward(forward))
             except RuntimeError as error:
                 raise ModelError(
@@ -81,11 +82,12 @@ class DecodeGraph:
             self.captures += 1
         self._ids.copy_(ids)
         self._position_ids.copy_(position_ids)
-        self._step.slots.copy_(step.slots)
         self._replay()
         return self._logits.clone()
 
     def _forward(self, forward: Callable[..., Any]) -> Tensor:
+        assert self.step is not None
+        self.step.locate_last()
         return forward(
             input_ids=self._ids, position_ids=self._position_ids, past_key_values=self.cache, use_cache=True
         ).logits
@@ -103,11 +105,11 @@ def replay_or_run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     tokens = Tokens(len(ids), 1, mask)
     if tokens.counts is not None and any(count != 1 for _, count in tokens.counts):
         return forward(**kwargs)  # a sequence without a new token
-    step = cache.step(tokens)
+    cache.admit(tokens)
     position_ids = kwargs.get("position_ids")
     if position_ids is None:  # as the models do without padding
         position_ids = torch.full_like(ids, cache.seen - 1)
-    return CausalLMOutputWithPast(logits=graph.run(forward, ids, position_ids, step), past_key_values=cache)
+    return CausalLMOutputWithPast(logits=graph.run(forward, ids, position_ids), past_key_values=cache)
 
 
 def is_decode(cache: Any, kwargs: dict[str, Any]) -> bool:

@@ -55,6 +55,31 @@ def check_mask(mask: Tensor | None, batch: int, tokens: int) -> None:
         )
 
 
+def admit(pages: PagedKVCache, tokens: Tokens) -> Tensor | None:
+    """Give the requests blocks for their new tokens; these tokens' mask [B, P] bool, None without padding."""
+    B, P = tokens.batch, tokens.count
+    if len(pages.lengths) != B:
+        raise ShapeError(
+            given=f"a batch of {B}, a cache for {len(pages.lengths)}",
+            required="the same number of sequences",
+            cause="The cache was made for another batch (beam search: prompts x beams)",
+            fix=f"paged_cache(model, batch={B}, ...)",
+        )
+    counts, keep = [P] * B, None
+    if tokens.mask is not None and tokens.counts is not None:
+        held, counts = ([*numbers] for numbers in zip(*tokens.counts, strict=True))
+        if held != [*pages.lengths]:
+            raise ShapeError(
+                given=f"an attention_mask that keeps {held} earlier tokens, a cache that holds {[*pages.lengths]}",
+                required="the same tokens kept as in the passes before",
+                cause="The attention_mask of earlier tokens changed, or the cache holds other prompts",
+                fix="Call cache.reset() before new prompts",
+            )
+        keep = None if min(counts) == P else tokens.mask[:, -P:]
+    pages.extend(counts)
+    return keep
+
+
 class Step:
     """One forward pass; making it gives the requests their blocks.
 
@@ -67,38 +92,41 @@ class Step:
     """
 
     def __init__(self, pages: PagedKVCache, tokens: Tokens) -> None:
-        B, P = tokens.batch, tokens.count
-        if len(pages.lengths) != B:
-            raise ShapeError(
-                given=f"a batch of {B}, a cache for {len(pages.lengths)}",
-                required="the same number of sequences",
-                cause="The cache was made for another batch (beam search: prompts x beams)",
-                fix=f"paged_cache(model, batch={B}, ...)",
-            )
-        counts, keep = [P] * B, None
-        if tokens.mask is not None and tokens.counts is not None:
-            held, counts = ([*numbers] for numbers in zip(*tokens.counts, strict=True))
-            if held != [*pages.lengths]:
-                raise ShapeError(
-                    given=f"an attention_mask that keeps {held} earlier tokens, a cache that holds {[*pages.lengths]}",
-                    required="the same tokens kept as in the passes before",
-                    cause="The attention_mask of earlier tokens changed, or the cache holds other prompts",
-                    fix="Call cache.reset() before new prompts",
-                )
-            keep = None if min(counts) == P else tokens.mask[:, -P:]
-        device = pages.seq_lens.device
-        starts = pages.seq_lens.clone()
         self.is_first = not any(pages.lengths)
-        pages.extend(counts)
+        starts = pages.seq_lens.clone()
+        self.keep = admit(pages, tokens)
         self.longest = max(pages.lengths)
-        self._pages, self._tokens = pages, P
+        self._pages, self._tokens = pages, tokens.count
+        self._kept: Tensor | None = None
         self._calls: list[tuple[slice, Tensor, MLAMetadata]] = []
+        if tokens.count == 1 and self.keep is None:
+            self.locate_last()
+        else:
+            self._locate(starts)
 
+    @classmethod
+    def of_last_tokens(cls, pages: PagedKVCache) -> Step:
+        """The pass of every request's last token, which has its block; `locate_last` finds where these tokens lie."""
+        step = cls.__new__(cls)
+        step.is_first, step.keep, step.longest = False, None, max(pages.lengths)
+        step._pages, step._tokens, step._kept, step._calls = pages, 1, None, []
+        return step
+
+    def locate_last(self) -> None:
+        """Position and slot of every request's last token, from the lengths and tables on the device."""
+        position = (self._pages.seq_lens - 1).long().unsqueeze(1)
+        block = position // BLOCK
+        self.position = position
+        self.slots = torch.add(position, self._pages.block_table.gather(1, block) - block, alpha=BLOCK).flatten()
+
+    def _locate(self, starts: Tensor) -> None:
+        """Position and slots of all new tokens, which follow `starts` [B] earlier ones; how `align` orders them."""
+        pages, P, keep, device = self._pages, self._tokens, self.keep, starts.device
+        B = len(starts)
         arrival = torch.arange(P, device=device).expand(B, P) if keep is None else (keep.cumsum(-1) - 1).clamp(min=0)
         request = torch.arange(B, device=device)[:, None].expand(B, P).flatten()
         self.position = starts[:, None] + arrival
         position = self.position.flatten()
-        self.keep, self._kept = keep, None
         if keep is not None:
             # prefill is causal from the first row of a tile on, decode from the last one backwards
             self._order = keep.to(torch.int8).argsort(dim=-1, stable=True, descending=self.is_first)

@@ -119,7 +119,7 @@ class Decode:
 
 def by_request(x: Tensor, requests: int) -> Tensor:
     """[tokens, heads, D] -> [requests, heads, tokens of each, D], a view."""
-    return x.unflatten(0, (requests, -1)).transpose(1, 2)
+    return x.view(requests, -1, *x.shape[1:]).transpose(1, 2)
 
 
 class DecoderOnly:

@@ -11,6 +11,9 @@ x 16 FP32. Four tiles of C are worked on at a time, by two of A and two of B: a 
 
 D and Dv are multiples of 32. A tile reads 16 rows of K whatever the length: what lies past it enters scores of keys
 that nobody looks at. A page has them; of plain rows (`source` "rows") the last block is copied first.
+
+Measured on a core of an Intel Xeon (Emerald Rapids; AMX peak 2628 GFLOP/s, `32f9ca6`): MLA of 128 heads 400 GFLOP/s,
+5.2 times what FMAs of 16 lanes do and 1.6 times torch's flash op; causal prefill at D 128 355 GFLOP/s, 1.2 times SDPA.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ binds, so a row's loads are all in flight at once). Where there are so few that 
 Bound: it reads 4 * Dv * rows bytes a partial result, once, from L2.
 Launched with programmatic dependent launch, so its CTAs are resident when the last CTA of the decode kernel ends.
 The partial results are added in a fixed order: deterministic.
+
+Items that are cut into pieces are told by the lengths. A warp takes a row of one, always, so that its pieces are added
+in the same order in every batch.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import cutlass.utils as utils
 from cutlass import Boolean, Float32, Int32, const_expr
 
 from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.table import length_of
 
 WARPS = 8
 """Of a CTA."""
@@ -68,7 +72,7 @@ def combine_kernel(
     cute.arch.sync_threads()
 
     few = items * item_rows * parts <= 2 * CTAS
-    target = Target(out, lse, split_of, sink, has_sink, S_q, heads, empty_lse, cluster_rows)
+    target = Target(out, lse, sink, has_sink, S_q, heads, empty_lse, cluster_rows)
     if few:
         unit = cta
         while unit < items * item_rows * parts:
@@ -87,7 +91,8 @@ def combine_kernel(
                     cute.autovec_copy(sResult[None, lane, w], other)
                     for e in cutlass.range_constexpr(4):
                         result[e, 0] = result[e, 0] + other[e]
-                write_row(target, cluster, part_row, part, largest, total, result)
+                request, group = split_of[cluster, 0], split_of[cluster, 1]
+                write_row(target, request, group, part_row, part, largest, total, result)
             cute.arch.sync_threads()
             unit = unit + CTAS
     else:
@@ -98,8 +103,47 @@ def combine_kernel(
             pieces = split_of[cluster, 2] - cluster + 1
             result = cute.make_rmem_tensor(cute.make_layout((4, parts)), Float32)
             largest, total = add_pieces(out_partial, lse_partial, cluster, pieces, part_row, 0, 0, 1, result)
-            write_row(target, cluster, part_row, 0, largest, total, result)
+            request, group = split_of[cluster, 0], split_of[cluster, 1]
+            write_row(target, request, group, part_row, 0, largest, total, result)
             unit = unit + CTAS * WARPS
+
+
+@cute.kernel
+def combine_pieces_kernel(
+    out: cute.Tensor,  # [B, heads * rows, Dv]
+    lse: cute.Tensor,  # [B, heads * rows]
+    out_partial: cute.Tensor,  # [B * groups * piece slots, cluster rows, Dv]
+    lse_partial: cute.Tensor,  # [B * groups * piece slots, cluster rows], base 2
+    table: cute.Tensor,  # [B, table_blocks]
+    seq_lens: cute.Tensor,  # [B]
+    sink: cute.Tensor,  # [Hq]
+    has_sink: Int32,
+    S_q: Int32,
+    heads: Int32,
+    groups: Int32,
+    piece: cutlass.Constexpr,
+):
+    cta, _, _ = cute.arch.block_idx()
+    warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    cluster_rows = lse_partial.shape[1]
+    item_rows = cutlass.min(cluster_rows, lse.shape[1] // heads)
+    items = seq_lens.shape[0] * groups
+    slots = split.piece_slots(table.shape[1], piece, cutlass.min)
+    target = Target(out, lse, sink, has_sink, S_q, heads, -Float32.inf, cluster_rows)
+    cute.arch.griddepcontrol_wait()
+
+    unit = cta + CTAS * warp_id
+    while unit < items * item_rows:
+        item, part_row = unit // item_rows, unit % item_rows
+        request = item // groups
+        pieces = split.pieces_of(split.pairs(length_of(table, seq_lens, request)), piece, cutlass.max)
+        if pieces > 1:
+            result = cute.make_rmem_tensor(cute.make_layout((4, (out.shape[2] + 127) // 128)), Float32)
+            largest, total = add_pieces(
+                out_partial, lse_partial, item * slots, pieces, part_row, 0, 0, 1, result, together=True
+            )
+            write_row(target, request, item - request * groups, part_row, 0, largest, total, result)
+        unit = unit + CTAS * WARPS
 
 
 class Target(NamedTuple):
@@ -107,7 +151,6 @@ class Target(NamedTuple):
 
     out: cute.Tensor
     lse: cute.Tensor
-    split_of: cute.Tensor
     sink: cute.Tensor
     has_sink: Int32
     S_q: Int32
@@ -120,40 +163,41 @@ class Target(NamedTuple):
 def add_pieces(
     out_partial: cute.Tensor,
     lse_partial: cute.Tensor,
-    cluster,
+    begin,  # the cluster in which the item begins; of pieces that lie together, the slot of the first
     pieces,
     part_row,
     part,
     start,
     step: cutlass.Constexpr,
     result: cute.Tensor,  # [four columns, parts]: parts `part`, `part` + 1, ... of the row, 128 columns each
+    together: cutlass.Constexpr = False,  # the item's slots lie side by side
 ):
     """Sum pieces start, start + step, ... of a row, by a warp; return the largest lse and the weights of all pieces."""
     lane = cute.arch.lane_idx()
     parts = result.shape[1]
-    together = min(IN_FLIGHT // parts, 32 // step)
+    in_flight = min(IN_FLIGHT // parts, 32 // step)
     # a row without keys: keep 2^(-inf - largest) at 0
     largest = Float32(-1.0e30)
     for chunk in cutlass.range(0, pieces, 32, unroll=1):
-        largest = cute.arch.fmax(largest, lse_of(lse_partial, cluster, chunk + lane, pieces, part_row))
+        largest = cute.arch.fmax(largest, lse_of(lse_partial, begin, chunk + lane, pieces, part_row, together))
     for i in cutlass.range_constexpr(5):
         largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << i))
 
     total = Float32(0.0)
     result.fill(0.0)
-    values = cute.make_rmem_tensor(cute.make_layout((4, parts, together)), Float32)
+    values = cute.make_rmem_tensor(cute.make_layout((4, parts, in_flight)), Float32)
     for chunk in cutlass.range(0, pieces, 32, unroll=1):
-        lse = lse_of(lse_partial, cluster, chunk + lane, pieces, part_row)
+        lse = lse_of(lse_partial, begin, chunk + lane, pieces, part_row, together)
         own = cute.math.exp2(lse - largest, fastmath=True)
         total = total + own
-        for first in cutlass.range(start, cutlass.min(32, pieces - chunk), together * step, unroll=1):
-            for i in cutlass.range_constexpr(together):
+        for first in cutlass.range(start, cutlass.min(32, pieces - chunk), in_flight * step, unroll=1):
+            for i in cutlass.range_constexpr(in_flight):
                 piece = chunk + first + step * i
                 if piece < pieces:
-                    row = out_partial[slot_of(cluster, piece), part_row, None]
+                    row = out_partial[slot_of(begin, piece, together), part_row, None]
                     for p in cutlass.range_constexpr(parts):
                         cute.autovec_copy(four_columns(row, part + p), values[None, p, i])
-            for i in cutlass.range_constexpr(together):
+            for i in cutlass.range_constexpr(in_flight):
                 weight = cute.arch.shuffle_sync(own, offset=first + step * i)
                 if chunk + first + step * i < pieces:
                     for p in cutlass.range_constexpr(parts):
@@ -171,10 +215,9 @@ def four_columns(row: cute.Tensor, part) -> cute.Tensor:
 
 
 @cute.jit
-def write_row(target: Target, cluster, part_row, part, largest, total, result: cute.Tensor) -> None:
+def write_row(target: Target, request, group, part_row, part, largest, total, result: cute.Tensor) -> None:
     """Normalise a row, or parts of it, and write it; the warp with its first part writes its lse."""
     out, lse, rows = target.out, target.lse, target.lse.shape[1] // target.heads
-    request, group = target.split_of[cluster, 0], target.split_of[cluster, 1]
     # the groups of a request are the row tiles of its first KV head, of its second, ...
     tiles = (rows + target.cluster_rows - 1) // target.cluster_rows
     head_row = group % tiles * target.cluster_rows + part_row
@@ -196,19 +239,18 @@ def write_row(target: Target, cluster, part_row, part, largest, total, result: c
             cute.autovec_copy(rounded, four_columns(out[request, row, None], part + p))
 
 
-@cute.jit
-def slot_of(cluster, piece):
-    """Where a piece of the item that begins in a cluster lies."""
-    # NOTE: the first cluster ends inside the item (slot 1), the others start inside it (slot 0)
-    return split.SLOTS * (cluster + piece) + 1 - cutlass.min(piece, 1)
+def slot_of(begin, piece, together: bool):
+    """Where a piece of the item lies."""
+    # NOTE: the cluster in which it begins ends inside the item (slot 1), the others start inside it (slot 0)
+    return begin + piece if together else split.SLOTS * (begin + piece) + 1 - cutlass.min(piece, 1)
 
 
 @cute.jit
-def lse_of(lse_partial: cute.Tensor, cluster, piece, pieces, part_row):
+def lse_of(lse_partial: cute.Tensor, begin, piece, pieces, part_row, together: cutlass.Constexpr):
     """The lse of a row of a piece; -inf past the last."""
     value = -Float32.inf
     if piece < pieces:
-        value = lse_partial[slot_of(cluster, piece), part_row]
+        value = lse_partial[slot_of(begin, piece, together), part_row]
     return value
 
 
@@ -222,3 +264,19 @@ def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, h
     combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads, empty_lse).launch(
         grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream
     )
+
+
+@cute.jit
+def combine_partials(tensors, has_sink, S_q, heads, groups, stream, piece: cutlass.Constexpr):
+    """Launch what a decode call needs, whose items are cut where ranges end or, unless `piece` is 0, into pieces.
+
+    tensors: the call's; groups: items a request; the others as in `combine`.
+    """
+    out, lse, sink, partials = tensors.out, tensors.lse, tensors.sink, tensors.partials
+    if const_expr(piece == 0):
+        combine(out, lse, *partials, sink, has_sink, S_q, heads, stream)
+    else:
+        combine_pieces_kernel(
+            out, lse, partials.out, partials.lse, tensors.table, tensors.seq_lens, sink, has_sink, S_q, heads, groups,
+            piece,
+        ).launch(grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream)  # fmt: skip

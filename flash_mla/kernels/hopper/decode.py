@@ -8,7 +8,8 @@ A kernel is an object with `config`, `kernel`, the device function, and
 
 with `Tensors` between them. A config says what is the kernel's: `latent`, whether K is all there is, of one KV head, V
 its first columns; `factors`, whether it takes descales at all, and `descale`, whether they count; `rows`, query rows of
-a cluster; `q_unit`, elements of q in the 16 bytes of which TMA's strides are multiples.
+a cluster; `q_unit`, elements of q in the 16 bytes of which TMA's strides are multiples; `piece`, the pairs of blocks
+that a batch-invariant call cuts requests at (0: it is none); `masked`, whether there is a bool mask.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, Uint8, const_expr
 
 from flash_mla.kernels.hopper import symbolic
-from flash_mla.kernels.hopper.combine import combine
+from flash_mla.kernels.hopper.combine import combine_partials
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.launch import launch_persistent
 from flash_mla.kernels.hopper.limits import BLOCK
-from flash_mla.kernels.hopper.partials import Partials, packed_rows
+from flash_mla.kernels.hopper.masks import Mask
+from flash_mla.kernels.hopper.partials import Partials, packed_rows, piece_slots
 
 
 class Tensors(NamedTuple):
     """Global memory, all but q, k and v.
 
     table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; descales [B, Hk] FP32, None if the kernel takes
-    none; out [B, Hq * S_q, Dv]; lse [B, Hq * S_q] FP32, natural log.
+    none; out [B, Hq * S_q, Dv]; lse [B, Hq * S_q] FP32, natural log; mask: None where keys are causal.
     """
 
     table: cute.Tensor
@@ -42,6 +44,7 @@ class Tensors(NamedTuple):
     out: cute.Tensor
     lse: cute.Tensor
     partials: Partials
+    mask: Mask | None
 
 
 class Decode:
@@ -64,10 +67,12 @@ class Decode:
         v_descale: cute.Tensor,
         out: cute.Tensor,  # [B, Hq, S_q, Dv], contiguous
         lse: cute.Tensor,  # [B, Hq, S_q] FP32, contiguous
-        workspace: cute.Tensor,  # [config.workspace_words(clusters)] FP32
+        workspace: cute.Tensor,  # [config.workspace_words(clusters, ...)] FP32
+        seen: cute.Tensor,  # [B, Hq, S_q, columns] uint8; None if not config.masked
         scale_log2: Float32,
         has_sink: Int32,
         q_row: Int64,  # elements between the packed query rows of a KV head
+        tail: Int32,  # whether `seen` is over the S_q newest tokens alone
         k_requests: Int32,  # with pages of their own: B, or 1 where they share them
         v_requests: Int32,
         clusters: Int32,
@@ -80,6 +85,7 @@ class Decode:
         q_head = cute.assume(ratio * q.stride[1], divby=config.q_unit)
         layout = cute.make_layout((rows, config.D, heads, B), stride=(q_row, 1, q_head, q.stride[0]))
         packed_out, packed_lse = packed_rows(out, lse)
+        groups = (rows + (config.rows - 1)) // config.rows * heads
         tensors = Tensors(
             table=table,
             seq_lens=seq_lens,
@@ -89,7 +95,10 @@ class Decode:
             v_descale=v_descale,
             out=packed_out,
             lse=packed_lse,
-            partials=Partials.over(workspace, clusters, config.rows, config.Dv),
+            partials=Partials.over(
+                workspace, clusters, config.rows, config.Dv, piece_slots(table, groups, config.piece)
+            ),
+            mask=Mask(seen, tail) if const_expr(config.masked) else None,
         )
         loads = self.kernel.loads(
             cute.make_tensor(q.iterator, layout),
@@ -98,7 +107,7 @@ class Decode:
         )
         scalars = self.kernel.scalars(scale_log2, S_q, has_sink, rows, heads)
         launch_persistent(self.kernel.kernel(*loads, tensors, scalars), config, clusters, stream)
-        combine(packed_out, packed_lse, *tensors.partials, sink, has_sink, S_q, Int32(heads), stream)
+        combine_partials(tensors, has_sink, S_q, Int32(heads), groups, stream, config.piece)
 
 
 def pages(cache: cute.Tensor, requests) -> cute.Tensor:
@@ -136,9 +145,11 @@ def arguments(config: Any, q: str, cache: str, out: str) -> tuple:
         symbolic.tensor(DTYPES[out], (B, Hq, S_q, config.Dv), align=16),
         symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
+        symbolic.tensor(Uint8, (B, Hq, S_q, None), strided=True) if config.masked else None,
         Float32(1.0),
         Int32(0),
         Int64(config.q_unit),
+        Int32(0),
         Int32(1),
         Int32(1),
         Int32(1),

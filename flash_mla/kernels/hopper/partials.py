@@ -1,11 +1,15 @@
-"""Partial results of split items: where they lie in the workspace, and the note that tells `combine.py` of them."""
+"""Partial results of split items: where they lie in the workspace, and the note that tells `combine.py` of them.
+
+Of items that are cut into pieces there is no note: what pieces they have follows from the lengths.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, Int64
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.split import NOTE, SLOTS
@@ -16,8 +20,9 @@ from flash_mla.kernels.hopper.work import Work
 class Partials(NamedTuple):
     """What clusters leave for combine: views of one FP32 workspace of `split.workspace_words` words.
 
-    out [2 * clusters, rows, columns] and lse [2 * clusters, rows] FP32, base 2: two slots a cluster of `rows` rows;
-    split_of [clusters, 4] int32: the split item that begins in a cluster (request, group, last cluster; -1: none).
+    out [slots, rows, columns] and lse [slots, rows] FP32, base 2: two slots a cluster of `rows` rows, or as many for an
+    item as it may have pieces; split_of [clusters, 4] int32: the split item that begins in a cluster (request, group,
+    last cluster; -1: none).
     """
 
     out: cute.Tensor
@@ -25,14 +30,29 @@ class Partials(NamedTuple):
     split_of: cute.Tensor
 
     @staticmethod
-    def over(workspace: cute.Tensor, clusters, rows: int, columns: int) -> Partials:
-        slots, values = SLOTS * clusters, SLOTS * clusters * rows * columns
+    def over(workspace: cute.Tensor, clusters, rows: int, columns: int, piece_slots=None) -> Partials:
+        """piece_slots: partial results of a call in pieces; None: it has none."""
+        # NOTE: pieces grow with the batch: their offsets do not fit 32 bits
+        slots, row = (SLOTS * clusters, columns) if piece_slots is None else (piece_slots, Int64(columns))
+        values = slots * rows * row
         out, lse, notes = workspace.iterator, workspace.iterator + values, workspace.iterator + (values + slots * rows)
         return Partials(
-            cute.make_tensor(out, cute.make_layout((slots, rows, columns), stride=(rows * columns, columns, 1))),
+            cute.make_tensor(out, cute.make_layout((slots, rows, columns), stride=(rows * row, columns, 1))),
             cute.make_tensor(lse, cute.make_layout((slots, rows), stride=(rows, 1))),
             cute.make_tensor(cute.recast_ptr(notes, dtype=Int32), cute.make_layout((clusters, NOTE), stride=(NOTE, 1))),
         )
+
+
+def piece_slots(table: cute.Tensor, groups, piece: int):
+    """Partial results of a call in pieces of at least `piece` pairs; None where 0 says that it is none."""
+    return table.shape[0] * groups * split.piece_slots(table.shape[1], piece, cutlass.min) if piece else None
+
+
+def slot_of(place: Place, part: split.Segment, cluster_id, groups, table: cute.Tensor, piece: int):
+    """The slot of a segment's partial result."""
+    if piece == 0:
+        return SLOTS * cluster_id + part.slot
+    return (place.request * groups + place.group) * split.piece_slots(table.shape[1], piece, cutlass.min) + part.slot
 
 
 class Note(NamedTuple):

@@ -13,6 +13,10 @@ Splitting costs partial results, a second start, and the combine kernel's work. 
 little longer than the even split (a uniform batch that fills the machine), every item weighs as much as the heaviest,
 so that all ranges end where items end.
 
+Batch-invariant calls are cut elsewhere: an item at multiples of a piece, whose size follows from its own length alone.
+A cluster then computes the pieces that begin in its range, and each has a slot of its own: `combine.py` adds the same
+pieces in the same order whatever else is in the batch, and however many clusters there are.
+
 Every function takes Python ints (tests) or the DSL's Int32 (the kernels), with `least` and `most` for min and max.
 """
 
@@ -31,6 +35,8 @@ SLOTS = 2
 """Partial results that one cluster may leave."""
 NOTE = 4
 """Words of a cluster's note of its split item."""
+MOST_PIECES = 16
+"""Of an item."""
 
 
 def scan_words(warps: int) -> int:
@@ -38,9 +44,12 @@ def scan_words(warps: int) -> int:
     return 2 * warps + 2
 
 
-def workspace_words(clusters: int, rows: int, columns: int) -> int:
-    """32-bit words of a call's workspace: partial results of `rows` rows, their lse, notes of split items."""
-    return clusters * (SLOTS * rows * (columns + 1) + NOTE)
+def workspace_words(clusters: int, rows: int, columns: int, piece_slots: int = 0) -> int:
+    """32-bit words of a call's workspace: partial results of `rows` rows, their lse, notes of split items.
+
+    piece_slots: partial results of a call in pieces (0: it has none).
+    """
+    return (piece_slots or SLOTS * clusters) * rows * (columns + 1) + NOTE * clusters
 
 
 def pairs(length: Any) -> Any:
@@ -123,3 +132,33 @@ def segment(
 def last_cluster(item_start: Any, item_weight: Any, chunk_steps: Any) -> Any:
     """The cluster that computes the last step of an item."""
     return (item_start + item_weight - 1) // chunk_steps
+
+
+# --- Pieces -----------------------------------------------------------------------------------------------------------
+
+
+def piece_pairs(num_pairs: Any, piece: int, most: Callable[..., Any] = max) -> Any:
+    """Pairs of an item's pieces: at least `piece`, and more where there would be more than MOST_PIECES."""
+    return most((num_pairs + (MOST_PIECES - 1)) // MOST_PIECES, piece)
+
+
+def pieces_of(num_pairs: Any, piece: int, most: Callable[..., Any] = max) -> Any:
+    """Pieces of an item; an empty one has none."""
+    size = piece_pairs(num_pairs, piece, most)
+    return (num_pairs + size - 1) // size
+
+
+def piece_slots(table_blocks: Any, piece: int, least: Callable[..., Any] = min) -> Any:
+    """Pieces that an item may have, whose request has so many blocks in the table: their slots lie side by side."""
+    return least((table_blocks + (2 * piece - 1)) // (2 * piece), MOST_PIECES)
+
+
+def begin_piece(num_pairs: Any, offset: Any, size: Any, least: Callable[..., Any] = min, most: Any = max) -> Any:
+    """The step at which the first piece of an item begins that begins at step `offset` or later; its end if none."""
+    return least((offset + size - 1) // size * size, most(num_pairs, 1))
+
+
+def piece(num_pairs: Any, offset: Any, size: Any, least: Callable[..., Any] = min, most: Any = max) -> Segment:
+    """The piece of `size` pairs that begins at step `offset` of an item; slot: its number among the item's."""
+    last = least(offset + size, num_pairs)
+    return Segment(offset, last, num_pairs, most(last - offset, 1), num_pairs <= size, offset // size)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.table import length_of
@@ -69,6 +69,7 @@ def find_work(
     sScan: cute.Tensor,  # [split.scan_words(warps)] int32
     start: cutlass.Constexpr = 0,  # steps that beginning an item costs
     split_cost: cutlass.Constexpr = split.SPLIT_COST,
+    piece: cutlass.Constexpr = 0,  # pairs of a piece (see `walk`); 0: items are cut where ranges end
 ):
     """This cluster's range of the line of steps, found by all `warps` warps of a CTA.
 
@@ -104,7 +105,10 @@ def find_work(
             sums, heaviest = sScan[lane], sScan[warps + lane]
         base, total, heaviest = warp_sum(sums if lane < warp_id else 0), warp_sum(sums), warp_max(heaviest)
 
-    chunk, total, floor, start = choose(total, heaviest, B * groups, most_items, clusters, Int32(start), split_cost)
+    if const_expr(piece > 0):
+        chunk, floor, start = (total + clusters - 1) // clusters, Int32(1), Int32(0)
+    else:
+        chunk, total, floor, start = choose(total, heaviest, B * groups, most_items, clusters, Int32(start), split_cost)
     # where the range starts, and the request there
     here = cluster_id * chunk
     request, begin = Int32(0), Int32(0)

@@ -98,6 +98,8 @@ def attend(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     rest_rows=None,  # [TILE_N] likewise for the columns from D_MAIN on, as if column 0 lay there; None: k_rows
+    TAIL: tl.constexpr = False,
+    mask_first=0,  # TAIL: the token of the mask's first column; earlier ones are all seen
 ):
     """One key tile, one online-softmax step.
 
@@ -132,12 +134,22 @@ def attend(
     if TEST:
         keep = tokens[None, :] < limit[:, None]
         if MASK != "none":
-            seen = row_live[:, None] & (stored & (tokens < mask_len))[None, :]
-            mask_tile = mask_rows[:, None] + tokens.to(tl.int64)[None, :] * stride_mt
+            column = tokens - mask_first if TAIL else tokens
+            inside = stored & (column < mask_len)
+            if TAIL:
+                inside = inside & (column >= 0)
+            seen = row_live[:, None] & inside[None, :]
+            mask_tile = mask_rows[:, None] + column.to(tl.int64)[None, :] * stride_mt
             if MASK == "bool":
-                keep = keep & (tl.load(mask_tile, mask=seen, other=0) != 0)
+                allowed = tl.load(mask_tile, mask=seen, other=0) != 0
+                if TAIL:
+                    allowed = allowed | (column < 0)[None, :]
+                keep = keep & allowed
             else:
-                scores += bias(tl.load(mask_tile, mask=seen, other=float("-inf")))
+                added = bias(tl.load(mask_tile, mask=seen, other=float("-inf")))
+                if TAIL:
+                    added = tl.where((column < 0)[None, :], 0.0, added)
+                scores += added
         scores = tl.where(keep, scores, float("-inf"))
 
     # online softmax

@@ -16,8 +16,8 @@ one kernel with atomics would do 5.
 A block mask is walked by lists, as in prefill.py: of the kept columns of a block row, and (`columns_kernel`) of the
 kept rows of a block column. A False block costs nothing in either.
 
-Bound: FLOPs, 2 * P * S_kv * (4 D + 3 Dv) a head, half of that when causal. Compiled ahead of time for every GPU of
-tests/triton and run in the interpreter; not measured yet (docs/design/backward.md).
+Bound: FLOPs, 2 * P * S_kv * (4 D + 3 Dv) a head, half of that when causal. Measured beside cuDNN in
+docs/design/backward.md.
 """
 
 from __future__ import annotations
@@ -62,29 +62,37 @@ class Config:
     rows: int
 
 
-WIDE = (64, 128, 8)
+ACCUMULATOR = 2**15
+"""FP32 elements of dk and dv, or of dq, that 8 warps keep: half of the register file."""
 TILES = ((64, 64, 8), (32, 64, 8), (32, 32, 4), (16, 32, 4), (32, 16, 8), (16, 16, 8))
 """(rows of the operand that is walked, rows of the one that is kept, warps), best first where they fit. What is kept
 bounds the accumulators: 64 rows of D + Dv = 512 columns are 128 registers a thread of 8 warps."""
-ACCUMULATOR = 2**15
-"""FP32 elements of dk and dv, or of dq, that 8 warps keep: half of the register file. WIDE keeps half of that: with dk
-and dv of 128 rows of 128 columns each it spills 304 bytes a thread on sm_90, 792 on sm_100."""
+WIDE = (64, 128, 8)
+"""Before TILES where it fills half of ACCUMULATOR: with more it spills 792 bytes a thread on sm_100."""
+HOPPER = ((64, 128, 8, 3, 128), (64, 128, 8, 2, 192), (64, 64, 4, 2, 256), (32, 128, 8, 2, 320))
+"""Before both on Hopper without a mask: the same, stages, and columns of the accumulators at most. Each warpgroup then
+has 64 kept rows of its own; two share them in TILES. H200, 32 heads, 8192 tokens, causal: dk and dv of 128/128 at 445
+TFLOP/s beside 233 of (64, 64, 8, 3), of 192/128 at 344 beside 241; dq of 128 columns at 479 beside 385 in two stages,
+of 192 at 419 beside 230. What they spill, 224 bytes a thread at most, is mostly addresses, outside of the loops."""
 
 
 def config(*, P: int, S_kv: int, D: int, Dv: int, mask: int, block_mask: bool, itemsize: int, target: Target) -> Config:
     """The tiles for these dims: pure arithmetic, no device. mask: bytes of an element (tiles.MASK_BYTES)."""
     d_main, d_rest = head_tiles(D)
     d, dv_tile = d_main + d_rest, max(power_of_2(Dv), 16)
+    plain = itemsize < 4 and not mask and not block_mask
 
     def first(columns: int, length: int, walked: int) -> Tiles:
         """columns: of the accumulators; length, walked: rows there are to keep and to walk."""
-        wide = (WIDE,) if not block_mask and itemsize < 4 and WIDE[1] * columns * 2 <= ACCUMULATOR else ()
-        tries = [(*tiles, stages) for tiles in (*wide, *TILES) for stages in (3, 2, 1)]
-        found = tries[-1]
+        tries = [x[:4] for x in HOPPER if columns <= x[4]] if plain and target.wgmma else []
+        fitting = [x for x in TILES if x[1] * columns * 8 <= ACCUMULATOR * x[2]]
+        if itemsize < 4 and not block_mask and WIDE[1] * columns * 2 <= ACCUMULATOR:
+            fitting.insert(0, WIDE)
+        tries += [(*tiles, stages) for tiles in fitting for stages in (3, 2, 1)]
+        found = (*TILES[-1], 1)
         for move, keep, warps, stages in tries:
             small = keep > max(16, power_of_2(length)) or move > max(16, power_of_2(walked))
-            room = smem_bytes(move, keep, d, dv_tile, itemsize, stages, mask, target) <= target.smem
-            if not small and room and keep * columns * 8 <= ACCUMULATOR * warps:
+            if not small and smem_bytes(move, keep, d, dv_tile, itemsize, stages, mask, target) <= target.smem:
                 found = (move, keep, warps, stages)
                 break
         return Tiles(found[0], found[1], found[2], found[3])

@@ -2,7 +2,9 @@
 
 out = sum_i exp2(lse_i - max) out_i / sum_i exp2(lse_i - max), in the order of the shares, so that reruns are bitwise
 equal. Grid: (rows * column tiles, programs - 1). Program p looks at the boundary before share p + 1: if an item lies
-across it, and across no boundary before, the program merges one row of that item; otherwise it has nothing to do.
+across it, and across no boundary before, the program merges one row of that item; otherwise it has nothing to do. Where
+items are cut into pieces, the grid is (rows * column tiles, items), and a program merges the pieces of an item, if it
+has more than one.
 
 Bound: bytes of the partials, at most two items a share: 2 * programs * rows * Dv * 4.
 """
@@ -16,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_mla.kernels.triton.attend import LN2, sink_factor
-from flash_mla.kernels.triton.share import locate, request_length, units
+from flash_mla.kernels.triton.share import MOST_PIECES, PIECE, locate, piece_units, request_length, units
 from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.tiles import power_of_2
 
@@ -25,15 +27,18 @@ from flash_mla.kernels.triton.tiles import power_of_2
 
 @dataclass(frozen=True)
 class Config:
-    """tile_s partials by tile_c columns a step."""
+    """tile_s partials by tile_c columns a step; pieces: of an item, at most, where there are no shares."""
 
     tile_s: int
     tile_c: int
     warps: int = 4
+    pieces: int = 0
 
 
-def config(*, items: int, programs: int, Dv: int) -> Config:
+def config(*, items: int, programs: int, Dv: int, pieces: int = 0) -> Config:
     """Few items are cut many times: then more partials a step and fewer columns, so that loads overlap."""
+    if pieces:  # a tile decides in which order its partials are added
+        return Config(MOST_PIECES, min(max(power_of_2(Dv), 16), 4096 // MOST_PIECES), pieces=pieces)
     tile_s = min(32, max(4, power_of_2(-(-programs // max(items, 1)) + 1)))
     return Config(tile_s, min(max(power_of_2(Dv), 16), 4096 // tile_s))
 
@@ -52,45 +57,61 @@ def combine_kernel(
     Hk,
     capacity,
     partial_rows,
+    pieces,
     stride_ob, stride_oh, stride_os,
     S_Q: tl.constexpr,
     RATIO: tl.constexpr,
     DV: tl.constexpr,
     DV_TILE: tl.constexpr,
     PDL: tl.constexpr,
+    PIECE: tl.constexpr,  # as in decode_kernel
     TILE_S: tl.constexpr,
     TILE_C: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (DV + TILE_C - 1) // TILE_C
     row = tl.program_id(0) // COLUMN_TILES
     columns = tl.program_id(0) % COLUMN_TILES * TILE_C + tl.arange(0, TILE_C)
-    first = tl.program_id(1)
-    programs = tl.num_programs(1) + 1
-
-    # is an item cut here, and for the first time?
-    total, share, b, request_start = locate(seq_lens_ptr, B, capacity, Hk, programs, first + 1)
-    boundary = (first + 1) * share
-    if boundary >= total:
-        return
-    size = units(request_length(seq_lens_ptr, b, capacity))
-    kv_head = (boundary - request_start) // size
-    item_start = request_start + kv_head * size
-    if (item_start == boundary) | (item_start < first * share):
-        return
-    last = (item_start + size - 1) // share
+    if PIECE > 0:
+        # the slots of an item's pieces lie side by side
+        item = tl.program_id(1)
+        b = item // Hk
+        kv_head = item % Hk
+        size = units(request_length(seq_lens_ptr, b, capacity))
+        each = piece_units(size, PIECE, TILE_S)
+        if size <= each:
+            return
+        programs = tl.num_programs(1) * pieces
+        first = item * pieces
+        last = first + (size - 1) // each
+    else:
+        first = tl.program_id(1)
+        programs = tl.num_programs(1) + 1
+        # is an item cut here, and for the first time?
+        total, share, b, request_start = locate(seq_lens_ptr, B, capacity, Hk, programs, first + 1)
+        boundary = (first + 1) * share
+        if boundary >= total:
+            return
+        size = units(request_length(seq_lens_ptr, b, capacity))
+        kv_head = (boundary - request_start) // size
+        item_start = request_start + kv_head * size
+        if (item_start == boundary) | (item_start < first * share):
+            return
+        last = (item_start + size - 1) // share
 
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     # merge
-    lse_partial_ptr = partial_ptr + tl.cast(2 * programs * partial_rows, tl.int64) * DV_TILE
+    SLOTS: tl.constexpr = 1 if PIECE > 0 else 2
+    lse_partial_ptr = partial_ptr + tl.cast(SLOTS * programs * partial_rows, tl.int64) * DV_TILE
     row_max = float("-inf")
     row_sum = 0.0
     acc = tl.zeros([TILE_C], tl.float32)
     for start in tl.range(first, last + 1, TILE_S):
         program = start + tl.arange(0, TILE_S)
-        # only in its first share may the item not be the share's first
-        slot = 2 * program + ((program == first) & (item_start > first * share)).to(tl.int32)
+        slot = program
+        if PIECE == 0:  # only in its first share may the item not be the share's first
+            slot = 2 * program + ((program == first) & (item_start > first * share)).to(tl.int32)
         slot_row = slot.to(tl.int64) * partial_rows + row  # [TILE_S]
         lse2 = tl.load(lse_partial_ptr + slot_row, mask=program <= last, other=float("-inf"))
         part = tl.load(
@@ -124,8 +145,8 @@ def combine_kernel(
 
 
 def grid(config: Config, rows: int, Dv: int, programs: int) -> tuple[int, int, int]:
-    """(rows * column tiles, boundaries, 1)."""
-    return rows * -(-Dv // config.tile_c), programs - 1, 1
+    """(rows * column tiles, boundaries or items, 1)."""
+    return rows * -(-Dv // config.tile_c), programs // config.pieces if config.pieces else programs - 1, 1
 
 
 def constants(
@@ -148,12 +169,14 @@ def constants(
         Hk=Hk,
         capacity=capacity,
         partial_rows=partial_rows,
+        pieces=config.pieces,
         **strides("o", "bhs", out),
         S_Q=S_q,
         RATIO=ratio,
         DV=Dv,
         DV_TILE=dv_tile,
         PDL=pdl,
+        PIECE=PIECE if config.pieces else 0,
         TILE_S=config.tile_s,
         TILE_C=config.tile_c,
     )

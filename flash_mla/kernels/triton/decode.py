@@ -5,7 +5,8 @@ share run side by side, so that their reads of the same K meet in L2. With SPLIT
 work units (see share.py) into equal shares whatever the lengths; a program walks the items of its share, writes an item
 that it holds whole straight to `out`, and any other as a partial (out, lse) in FP32: an item that began before the
 share in slot 2 * program, one that runs past its end in slot 2 * program + 1 (its slot 2 * program if it is also the
-program's first). Without SPLIT a program is one item.
+program's first). Without SPLIT a program is one item; with PIECES a piece of one (see share.py), whose slot has the
+program's number.
 
 Bound: bytes of K and V, B * S * (D + Dv) * Hk * itemsize, of which MLA's alias reads only D: V is the first Dv columns
 of the K tile that is already on the chip. At 16 rows a KV byte of BF16 meets about 32 FLOP, far below the GPU's ratio;
@@ -25,7 +26,18 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
-from flash_mla.kernels.triton.share import BLOCK, block_id, locate, request_length, slot, units
+from flash_mla.kernels.triton.share import (
+    BLOCK,
+    MOST_PIECES,
+    PIECE,
+    block_id,
+    locate,
+    piece_units,
+    pieces,
+    request_length,
+    slot,
+    units,
+)
 from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import cut_columns, mask_kind, power_of_2, precision, smem_bytes, widening
@@ -39,7 +51,8 @@ class Config:
 
     tile_m query rows by tile_n tokens, which divide 64 and are in one page or in whole ones; d_main + d_rest columns of
     K, dv_tile of V; reuse says V is taken from the K tile; programs is 0 where every item is one program; pdl lets the
-    combine start before decode has ended (programmatic dependent launch, NVIDIA from sm_90).
+    combine start before decode has ended (programmatic dependent launch, NVIDIA from sm_90); pieces: of an item in a
+    batch-invariant call, 0 in others.
     """
 
     tile_m: int
@@ -54,6 +67,7 @@ class Config:
     pdl: bool
     warps: int
     stages: int
+    pieces: int = 0
 
 
 PIPELINED = ((4, 64), (3, 64), (4, 32), (3, 32), (4, 16), (3, 16))
@@ -74,6 +88,7 @@ def config(
     mask: int,
     itemsize: int,
     target: Target,
+    batch_invariant: bool = False,
 ) -> Config:
     """The tiles for these dims: pure arithmetic, no device.
 
@@ -81,6 +96,7 @@ def config(
         capacity: tokens that a row of the table covers.
         mask: bytes of an element (tiles.MASK_BYTES).
         itemsize: bytes of an element of K; q's may be 2 where it is 1.
+        batch_invariant: the tiles are then the same for every B and capacity, as they are otherwise too.
     """
     rows = S_q * (Hq // Hk)
     columns = cut_columns(D, Dv, alias, itemsize, target)
@@ -117,12 +133,16 @@ def config(
     blocks = -(-capacity // 64)
     if blocks == 1 or B * Hk >= programs * blocks:
         programs = 0
+    most_pieces = pieces(capacity) if batch_invariant else 0
+    if batch_invariant:
+        programs = B * Hk * most_pieces
     # an early combine saves 7 us of 23 where decode leaves SMs idle (H200, one request of 1024 tokens), and costs 37 us
     # of 73 where it does not (32768 tokens): the combine's programs then take decode's place
     idle = B * Hk * blocks <= target.multiprocessors
     pdl = target.backend == "cuda" and target.arch >= 90 and idle
     return Config(
         tile_m, tile_n, *columns, widening(itemsize, target, once=True), products, programs, pdl, warps, stages,
+        most_pieces,
     )  # fmt: skip
 
 
@@ -169,7 +189,10 @@ def decode_kernel(
     PAGE: tl.constexpr,
     FLIP: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool", "float"
+    TAIL: tl.constexpr,  # its first column is the first of the S_Q newest tokens
     SPLIT: tl.constexpr,
+    PIECE: tl.constexpr,  # units of a piece at least; 0: shares
+    MOST_PIECES: tl.constexpr,
     PDL: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -194,8 +217,18 @@ def decode_kernel(
     if PDL:  # the combine may start: it waits for this kernel's end before it reads anything but lengths
         tl.extra.cuda.gdc_launch_dependents()
 
-    # find the share: units [unit, end)
-    if SPLIT:
+    # find the share, the piece or the item: units [unit, end)
+    if PIECE > 0:
+        most = tl.num_programs(1) // (B * Hk)
+        b = program // most // Hk
+        size = units(request_length(seq_lens_ptr, b, capacity))
+        request_start = 0
+        item = program // most % Hk * size
+        each = piece_units(size, PIECE, MOST_PIECES)
+        unit = item + tl.minimum(program % most * each, size)
+        end = tl.minimum(unit + each, item + size)
+        share_start = unit
+    elif SPLIT:
         programs = tl.num_programs(1)
         total, share, b, request_start = locate(seq_lens_ptr, B, capacity, Hk, programs, program)
         share_start = program * share
@@ -278,7 +311,7 @@ def decode_kernel(
                 tokens=t + offs_n, end=seq_len, limit=limit, mask_rows=mask_rows, mask_len=mask_len,
                 stride_mt=stride_mt, row_live=row_live, offs_d=offs_d, offs_r=offs_r, offs_v=offs_v, D=D, DV=DV,
                 MASK=MASK, TEST=True, D_REST=D_REST, REUSE=REUSE, FLIP=FLIP, WIDEN=WIDEN, PRECISION=PRECISION,
-                rest_rows=rest_rows,
+                rest_rows=rest_rows, TAIL=TAIL, mask_first=seq_len - S_Q,
             )  # fmt: skip
 
         # write the item, or this share's part of it
@@ -290,11 +323,12 @@ def decode_kernel(
             cut = (unit > item_start) | (stop < item_end)
             if cut:
                 partial_rows = tl.num_programs(0) * TILE_M
-                part = 2 * program + (unit > share_start).to(tl.int32)
+                SLOTS: tl.constexpr = 1 if PIECE > 0 else 2
+                part = SLOTS * program + (unit > share_start).to(tl.int32)
                 slot_row = (part * partial_rows + rows).to(tl.int64)  # [TILE_M]
                 part_tile = partial_ptr + slot_row[:, None] * DV_TILE + offs_v[None, :]
                 tl.store(part_tile, out, mask=row_live[:, None] & (offs_v < DV)[None, :])
-                lse_partial_ptr = partial_ptr + tl.cast(2 * tl.num_programs(1) * partial_rows, tl.int64) * DV_TILE
+                lse_partial_ptr = partial_ptr + tl.cast(SLOTS * tl.num_programs(1) * partial_rows, tl.int64) * DV_TILE
                 tl.store(lse_partial_ptr + slot_row, lse2, mask=row_live)
             written = row_live & (cut == 0)
         if sink_ptr is not None:
@@ -321,8 +355,9 @@ def grid(config: Config, rows: int, items: int) -> tuple[int, int, int]:
 
 
 def partial_numel(config: Config, rows: int) -> int:
-    """FP32 elements of the workspace: two slots a program, a row of DV_TILE and its lse each."""
-    return 2 * config.programs * -(-rows // config.tile_m) * config.tile_m * (config.dv_tile + 1)
+    """FP32 elements of the workspace: two slots a program (a piece: one), a row of DV_TILE and its lse each."""
+    slots = config.programs * (1 if config.pieces else 2)
+    return slots * -(-rows // config.tile_m) * config.tile_m * (config.dv_tile + 1)
 
 
 def constants(
@@ -339,6 +374,7 @@ def constants(
     v_descale: Tensor | None,
     out: Tensor,
     flip: bool,
+    tail: bool,
 ) -> dict[str, int | bool | str]:
     """decode_kernel's arguments after softmax_scale: all that one problem fixes."""
     B, Hq, S_q, D = q.shape
@@ -350,7 +386,8 @@ def constants(
         **strides("qd", "bh", q_descale), **strides("kd", "bh", k_descale), **strides("vd", "bh", v_descale),
         S_Q=S_q, RATIO=Hq // Hk, D=D, DV=Dv, STRIDE_KT=k.stride(3), STRIDE_VT=v.stride(3),
         STRIDE_RT=0 if k_rope is None else k_rope.stride(3), PAGE=page, FLIP=flip, MASK=mask_kind(mask),
-        SPLIT=config.programs > 0, PDL=config.pdl, TILE_M=config.tile_m, TILE_N=config.tile_n, D_MAIN=config.d_main,
-        D_REST=config.d_rest, DV_TILE=config.dv_tile, REUSE=config.reuse, WIDEN=config.widen,
+        TAIL=tail, SPLIT=config.programs > 0, PIECE=PIECE if config.pieces else 0, MOST_PIECES=MOST_PIECES,
+        PDL=config.pdl, TILE_M=config.tile_m, TILE_N=config.tile_n, D_MAIN=config.d_main, D_REST=config.d_rest,
+        DV_TILE=config.dv_tile, REUSE=config.reuse, WIDEN=config.widen,
         WIDEN_Q=config.widen if q.element_size() == 1 else "", PRECISION=config.precision,
     )  # fmt: skip

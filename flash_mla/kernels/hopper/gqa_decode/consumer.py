@@ -19,6 +19,7 @@ from flash_mla.kernels.hopper.gqa_decode.config import CHUNK_BYTES, CONSUMER_WAR
 from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars, Shared
 from flash_mla.kernels.hopper.lanes import column_of, row_of
 from flash_mla.kernels.hopper.limits import BLOCK, ROW_BYTES, TILE_M, WARPGROUP
+from flash_mla.kernels.hopper.masks import Mask, needs_mask, sees
 from flash_mla.kernels.hopper.softmax import LAZY, LOW
 from flash_mla.kernels.hopper.transpose import transpose_load
 from flash_mla.kernels.hopper.walk import Done
@@ -146,6 +147,16 @@ class Consumer:
                 self.S[i] = self.S[i] if 8 * half <= room else -Float32.inf
 
     @cute.jit
+    def mask_by(self, mask: Mask, request, row0, key0, first, length) -> None:
+        """S = -inf where a mask, whose first column is key `first`, hides a key; the tile starts at row `row0`."""
+        for c in cutlass.range_constexpr(self.config.tile_n // 4):
+            line = mask.line(request, row0 + self.row(c))
+            for half in cutlass.range_constexpr(2):
+                i = 4 * (c // 2) + c % 2 + 2 * half
+                key = key0 + self.key + 8 * half
+                self.S[i] = self.S[i] if sees(line, key, first, length) else -Float32.inf
+
+    @cute.jit
     def exponentials(self):
         """P = 2^(S - max) in the operand's dtype, its sums before rounding; returns the largest exponent."""
         largest = -Float32.inf
@@ -242,7 +253,9 @@ class Consumer:
 
 
 @cute.jit
-def consume(consumer: Consumer, scalars: Scalars, item: Item, scale, first, last, length, done: Done) -> None:
+def consume(
+    consumer: Consumer, scalars: Scalars, item: Item, scale, first, last, length, done: Done, mask: Mask | None
+) -> None:
     """This warpgroup's blocks of [first, last): every second one. `done`: what the CTA did before."""
     config, shared, side = consumer.config, consumer.shared, consumer.side
     q_stage = done.segments % config.q_stages
@@ -251,16 +264,27 @@ def consume(consumer: Consumer, scalars: Scalars, item: Item, scale, first, last
         number = done.items + block - first
         stage, turn, buffer = number % config.stages, number // config.stages, 2 * side + block // 2 % 2
         # scores
+        if const_expr(config.stages % 2 == 1):
+            # NOTE: the other warpgroup had this stage last. Until its block has landed, the parity of our round still
+            # tells of the round before it; its release says that it has
+            shared.k.acquire(stage, turn)
         shared.k.wait(stage, turn)
         consumer.scores(stage, q_stage, scale)
         shared.k.release(stage)
         key0 = block * BLOCK
-        if key0 + BLOCK > length - scalars.S_q + 1:
+        if const_expr(config.masked):
+            column0 = mask.first(length)
+            if needs_mask(key0, column0):
+                row0 = item.head * scalars.rows + item.tile * config.tile_n
+                consumer.mask_by(mask, item.request, row0, key0, column0, length)
+        elif key0 + BLOCK > length - scalars.S_q + 1:
             consumer.mask(key0, length, item.tile * config.tile_n, scalars.S_q)
 
         consumer.weigh(buffer)
 
         # output
+        if const_expr(config.stages % 2 == 1):
+            shared.v.acquire(stage, turn)
         shared.v.wait(stage, turn)
         if length - key0 < BLOCK:
             consumer.clear_values(stage, length - key0)

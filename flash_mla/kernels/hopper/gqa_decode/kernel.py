@@ -115,7 +115,8 @@ class GqaDecode:
         if warp_id == 0:
             open_channels(shared.channels, (load_q.atom, load_k.atom, load_v.atom))
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
-        work = find_work(table, seq_lens, groups, cta, ctas, WARPS, shared.sScan)
+        piece = config.piece
+        work = find_work(table, seq_lens, groups, cta, ctas, WARPS, shared.sScan, piece=piece)
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp_id >= CONSUMER_WARPS:
@@ -123,14 +124,14 @@ class GqaDecode:
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMER_WARPS:
                 producer = Producer.over(shared, table, scalars, load_q, load_k, load_v)
-                walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing())
-            elif warp_id == CONSUMER_WARPS + 1:
+                walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing(), piece)
+            elif warp_id == CONSUMER_WARPS + 1 and const_expr(piece == 0):
                 note_split(tensors.partials, work, table, seq_lens, groups, cta)
         else:
             if const_expr(config.wide):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             segments = Segments(Consumer.over(shared, warp_id // 4, tidx % WARPGROUP), tensors, scalars, cta)
-            walk(work, table, seq_lens, groups, segments.compute, Done.nothing())
+            walk(work, table, seq_lens, groups, segments.compute, Done.nothing(), piece)
         for channel in shared.channels:
             channel.check()
 

@@ -16,6 +16,7 @@ from flash_mla.kernels.hopper.gqa_decode.config import CONSUMERS, Bar
 from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer, consume
 from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars
 from flash_mla.kernels.hopper.limits import TILE_M
+from flash_mla.kernels.hopper.partials import slot_of
 from flash_mla.kernels.hopper.walk import Done, Place, block_range
 
 
@@ -40,8 +41,10 @@ class Segments:
                 scale = scale * q_scale * tensors.k_descale[item.request, item.head]
                 v_scale = tensors.v_descale[item.request, item.head]
             self.consumer.start()
-            consume(self.consumer, scalars, item, scale, first, last, length, done)
-            self.write_result(item, v_scale, part.whole, split.SLOTS * self.cta + part.slot)
+            consume(self.consumer, scalars, item, scale, first, last, length, done, tensors.mask)
+            piece = self.consumer.config.piece
+            slot = slot_of(place, part, self.cta, scalars.groups, tensors.table, piece)
+            self.write_result(item, v_scale, part.whole, slot)
             done = done.plus(last - first)
         else:
             self.write_nothing(item)

@@ -11,7 +11,7 @@ from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, REGISTERS, STAGED, TIL
 
 WIDTHS = ((576, 512), (512, 512))
 """(D, Dv): the latent with and without a rope part."""
-MAX_S_Q = 8
+MAX_S_Q = 128
 DV = 512
 HALF = DV // 2
 """Output columns of a consumer warpgroup."""
@@ -30,6 +30,10 @@ assert CONSUMERS * CONSUMER_REGISTERS + (THREADS - CONSUMERS) * PRODUCER_REGISTE
 
 START = 2
 """Steps of 128 tokens that beginning an item costs, 3.4 us each."""
+PIECES = (16, 32, 64)
+"""Pairs of blocks in a piece of a batch-invariant call: of less than 64 query rows, of more, and of a cluster of two.
+What a piece costs (a start, a partial result) goes with the rows, and its work with the pairs: 128 heads of 8192 tokens
+took 1.15 times as long in pieces of 32."""
 
 
 class Bar(IntEnum):
@@ -46,12 +50,16 @@ class Bar(IntEnum):
 class Config:
     """What is compiled: everything else is an argument of the kernel.
 
-    dtype of q, k and out; D, the width of K's rows (576, or 512 without a rope part); cluster, the CTAs that share K.
+    dtype of q, k and out; D, the width of K's rows (576, or 512 without a rope part); cluster, the CTAs that share K;
+    piece, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); masked, whether there is a
+    bool mask.
     """
 
     dtype: Literal["bf16", "fp16"]
     D: int
     cluster: int
+    piece: int = 0
+    masked: bool = False
 
     Dv = DV
     latent, factors = True, False
@@ -73,9 +81,9 @@ class Config:
         """Chunks that travel through a stage: four of V, and the rope chunk with stages 1 and 2."""
         return 4 + (stage in (1, 2) and self.chunks == K_CHUNKS)
 
-    def workspace_words(self, clusters: int) -> int:
+    def workspace_words(self, clusters: int, piece_slots: int = 0) -> int:
         """32-bit words of workspace: partial results, their lse, notes of split items."""
-        return split.workspace_words(clusters, self.rows, DV)
+        return split.workspace_words(clusters, self.rows, DV, piece_slots)
 
     def smem_bytes(self) -> int:
         """Shared memory of a CTA: Q, two K buffers, max and sum of each row, staged out, work search, barriers."""

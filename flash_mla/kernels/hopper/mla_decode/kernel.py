@@ -120,7 +120,8 @@ class MlaDecode:
         if warp_id == CONSUMER_WARPS + 1:
             prefetch_table(tensors.table, cluster_id, clusters)
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
-        work = find_work(table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START)
+        piece = config.piece
+        work = find_work(table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START, piece=piece)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -129,20 +130,21 @@ class MlaDecode:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMER_WARPS:
                 producer = Producer.over(shared, table, rank, *load_q, *load_k, pages)
-                producer.outlive_peers(walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing()))
+                done = walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing(), piece)
+                producer.outlive_peers(done)
             elif warp_id == CONSUMER_WARPS + 1:  # noqa: SIM102
-                if rank == 0:
+                if rank == 0 and const_expr(piece == 0):
                     note_split(tensors.partials, work, table, seq_lens, groups, cluster_id)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             tidx, _, _ = cute.arch.thread_idx()
             if warp_id < CONSUMER_WARPS // 2:
                 left = Segments(Consumer.over(shared, 0, tidx, scalars.scale_log2), tensors, scalars, rank, cluster_id)
-                walk(work, table, seq_lens, groups, left.compute, Done.nothing())
+                walk(work, table, seq_lens, groups, left.compute, Done.nothing(), piece)
             else:
                 tid = tidx - WARPGROUP
                 right = Segments(Consumer.over(shared, 1, tid, scalars.scale_log2), tensors, scalars, rank, cluster_id)
-                walk(work, table, seq_lens, groups, right.compute, Done.nothing())
+                walk(work, table, seq_lens, groups, right.compute, Done.nothing(), piece)
         for channel in shared.channels:
             channel.check()
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.limits import BLOCK
+from flash_mla.kernels.hopper.masks import Mask, needs_mask, sees
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
 
@@ -38,6 +39,27 @@ class Causal:
         """The even (0) or odd (1) block of a pair."""
         valid = self.length - own_block(consumer, pair) + BLOCK * (consumer.side - block)
         consumer.clear_values(block, valid, turn)
+
+
+@dataclass(frozen=True)
+class Masked(Causal):
+    """The keys that a mask shows to the rows from `row0` of a request on."""
+
+    mask: Mask
+    request: Int32
+    row0: Int32
+
+    @cute.jit
+    def hide(self, consumer: Consumer, pair) -> None:
+        """The consumer's own block of a pair."""
+        key0, first, rows, S = own_block(consumer, pair), self.mask.first(self.length), consumer.rows, consumer.S
+        if needs_mask(key0, first):
+            for r in cutlass.range_constexpr(2):
+                line = self.mask.line(self.request, self.row0 + rows.first + 8 * r)
+                for j in cutlass.range_constexpr(cute.size(S) // 4):
+                    for e in cutlass.range_constexpr(2):
+                        i, key = 4 * j + 2 * r + e, key0 + rows.column + 8 * j + e
+                        S[i] = S[i] if sees(line, key, first, self.length) else -Float32.inf
 
 
 def own_block(consumer: Consumer, pair):

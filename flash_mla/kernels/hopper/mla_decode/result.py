@@ -16,8 +16,9 @@ from flash_mla.kernels.hopper.lanes import quad_sum
 from flash_mla.kernels.hopper.limits import STAGED, TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import CONSUMERS, HALF, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
-from flash_mla.kernels.hopper.mla_decode.pairs import Causal, consume_left, consume_right
+from flash_mla.kernels.hopper.mla_decode.pairs import Causal, Masked, consume_left, consume_right
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars
+from flash_mla.kernels.hopper.partials import slot_of
 from flash_mla.kernels.hopper.staging import store_rows
 from flash_mla.kernels.hopper.walk import Done, Place
 
@@ -41,12 +42,15 @@ class Segments:
             consumer.start(row0, length, S_q)
             consumer.shared.q.wait(0, done.segments)
             keys = Causal(length, S_q)
+            if const_expr(consumer.config.masked):
+                keys = Masked(length, S_q, self.tensors.mask, place.request, row0)
             if const_expr(consumer.side == 0):
                 consume_left(consumer, keys, part.first, part.last, done.items)
             else:
                 consume_right(consumer, keys, part.first, part.last, done.items)
             done = done.plus(part.last - part.first)
-            slot = split.SLOTS * self.cluster_id + part.slot
+            table, groups, piece = self.tensors.table, self.scalars.groups, consumer.config.piece
+            slot = slot_of(place, part, self.cluster_id, groups, table, piece)
             self.write_result(place.request, row0, part.whole, slot)
         elif const_expr(consumer.side == 0):  # noqa: SIM102
             if part.whole:

@@ -34,6 +34,7 @@ SCORES_REGISTERS, VALUES_REGISTERS, PRODUCER_REGISTERS = 120, 184, 24
 """A thread of the scores warpgroup, the two values warpgroups and the producer's. At 152 and 168 the values spill."""
 assert WARPGROUP * (SCORES_REGISTERS + 2 * VALUES_REGISTERS + PRODUCER_REGISTERS) <= REGISTERS
 
+MAX_S_Q = 8
 MAX_STAGES = 6
 """Blocks of K in flight, at most."""
 P_STAGES = 2
@@ -65,6 +66,7 @@ class Config:
 
     Dv = DV
     latent, factors = True, True
+    piece, masked = 0, False
     threads = THREADS
 
     @property
@@ -138,9 +140,9 @@ class Config:
         """Blocks of K in flight: what fits."""
         return min(MAX_STAGES, (SMEM_BYTES - ALIGNMENT - self.fixed_bytes) // (BLOCK * self.D))
 
-    def workspace_words(self, clusters: int) -> int:
+    def workspace_words(self, clusters: int, piece_slots: int = 0) -> int:
         """32-bit words of workspace: partial results, their lse, notes of split items."""
-        return split.workspace_words(clusters, self.rows, DV)
+        return split.workspace_words(clusters, self.rows, DV, piece_slots)
 
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
