@@ -10,7 +10,7 @@ WORKERS = -n 2 --dist worksteal
 # Whose newest releases `make newest` takes.
 NEWEST = (torch|triton|transformers)
 
-.PHONY: demo test lint types unit kernels gates newest engines hub docs bench clean
+.PHONY: demo test lint types unit kernels gates sanitize newest engines hub docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/flash-mla demo $(TEXT)
@@ -48,6 +48,11 @@ newest:
 	.venv-newest/bin/pip list | grep -E "^$(NEWEST) "
 	.venv-newest/bin/pytest $(WORKERS) -m "not compile"
 	.venv-newest/bin/pytest $(WORKERS) -m "compile and not slow"
+
+# Small calls of the GPU kernels, then under compute-sanitizer (of the CUDA toolkit); see docs/design/gqa-decode.md.
+sanitize: .venv/demo.stamp
+	$(BIN)/python tests/gpu/sanitize.py
+	for tool in memcheck synccheck racecheck; do compute-sanitizer --tool $$tool $(BIN)/python tests/gpu/sanitize.py; done
 
 # The plugin's classes inside vLLM, then its real engine on this CPU, with our attention and with its own.
 engines: .venv-engines/stamp

@@ -267,6 +267,7 @@ LONG = (700, 513, 1)
 def decode_cases() -> list[DecodeCase]:
     mla = DecodeCase("decode/mla", LONG, Hq=16, Hk=1, D=576, Dv=512, alias=True)
     gqa = DecodeCase("decode/gqa", RAGGED, Hq=8, Hk=2, D=128)
+    many = replace(gqa, S_q=300, lengths=(700, 7, 0, 300))
     cases = []
     for name, dtype in DTYPES.items():
         descale: Descale | None = "tensor" if dtype == FP8 else None
@@ -321,6 +322,8 @@ def decode_cases() -> list[DecodeCase]:
         replace(mla, name="decode/descale-mla", descale="float"),
         replace(gqa, name="decode/fp8-no-descale", dtype=FP8),
         replace(gqa, name="decode/fp8-float", dtype=FP8, descale="float"),
+        replace(many, name="decode/queries-300", sink=True),
+        replace(many, name="decode/fp8-queries-300", dtype=FP8, descale="tensor"),
         replace(mla, name="decode/fp8-mla-sink", dtype=FP8, descale="tensor", sink=True, S_q=2),
         replace(mla, name="decode/fp8-mla-queries-8", dtype=FP8, descale="tensor", S_q=8, lengths=(700, 7, 0)),
         replace(mla, name="decode/fp8-mla-no-rope", dtype=FP8, descale="float", D=512),
@@ -373,12 +376,15 @@ def prefill_cases() -> list[PrefillCase]:
     for D, Dv in ((64, 64), (128, 128), (192, 128), (256, 256)):
         # several tiles of every kernel
         long = PrefillCase("", 700, Hq=4, Hk=2, D=D, Dv=Dv)
+        fp8 = replace(long, dtype=FP8, descale="tensor")
         cases += [
             replace(long, name=f"prefill/long-{D}-{Dv}"),
             replace(long, name=f"prefill/long-{D}-{Dv}-ragged", lengths=(700, 333), causal=False),
             replace(long, name=f"prefill/long-{D}-{Dv}-sparse", sparse="heads", causal=False),
             replace(long, name=f"prefill/long-{D}-{Dv}-sparse-causal", sparse="heads", causal=True),
             replace(long, name=f"prefill/long-{D}-{Dv}-mask", mask="bool"),
+            replace(fp8, name=f"prefill/long-{D}-{Dv}-fp8", sink=True),
+            replace(fp8, name=f"prefill/long-{D}-{Dv}-fp8-ragged", lengths=(700, 333), causal=False),
         ]
     cases += [
         replace(base, name="prefill/mask-float-128", mask="float", D=128),
@@ -413,6 +419,7 @@ def mha_cases() -> list[MhaCase]:
         ]
     base = MhaCase("", 130)
     chunk = replace(base, P=70, starts=(100, 64))
+    fp8 = replace(base, dtype=FP8, descale="tensor", D=192, Dv=128)
     masks: tuple[MaskShape, ...] = ("bool", "float", "bool-heads", "float-heads")
     for mask in masks:
         cases += [
@@ -439,5 +446,7 @@ def mha_cases() -> list[MhaCase]:
         replace(base, name="mha/latent", D=576, Dv=512, alias=True, write=False),
         replace(chunk, name="mha/latent-chunk", D=576, Dv=512, alias=True, write=False, layout="pool"),
         replace(chunk, name="mha/fp8-pool", dtype=FP8, descale="float", layout="pool"),
+        replace(fp8, name="mha/fp8-long", P=700),
+        replace(fp8, name="mha/fp8-long-chunk", P=300, starts=(450, 64), layout="pool"),
     ]
     return cases

@@ -23,6 +23,8 @@ PAGED = MhaCase("paged", 700, B=3, H=5, D=128, device="cuda", backend="hopper")
 CASES = {f"ragged-{D}-{Dv}": replace(RAGGED, D=D, Dv=Dv) for D, Dv in WIDTHS}
 CASES |= {f"full-{D}-{Dv}": replace(LONG, D=D, Dv=Dv, causal=False) for D, Dv in WIDTHS}
 CASES |= {f"listed-{D}-{Dv}": replace(LONG, D=D, Dv=Dv, sparse="heads", causal=True) for D, Dv in WIDTHS}
+CASES |= {f"fp8-{D}-{Dv}": replace(RAGGED, D=D, Dv=Dv, dtype=FP8, descale="tensor", sink=True) for D, Dv in WIDTHS}
+CASES |= {f"fp8-full-{D}-{Dv}": replace(LONG, D=D, Dv=Dv, dtype=FP8, causal=False) for D, Dv in WIDTHS}
 CASES |= {
     # more tiles than CTAs, of more heads than a section has
     "many-heads": replace(LONG, B=2, Hq=64, Hk=64, P=700),
@@ -31,7 +33,9 @@ CASES |= {
     "many-requests": replace(LONG, B=40, Hq=4, Hk=1, P=200, lengths=tuple(5 * i for i in range(40))),
     "one-tile": replace(LONG, B=1, Hq=1, Hk=1, P=1),
     "fp16": replace(RAGGED, dtype=torch.float16, sink=True),
-    "fp8": replace(RAGGED, dtype=FP8, descale="tensor"),
+    "fp8-many-groups": replace(LONG, B=3, Hq=128, Hk=16, P=450, dtype=FP8, descale="float"),
+    "fp8-listed": replace(LONG, sparse="heads", causal=True, dtype=FP8, descale="tensor"),
+    "fp8-sliced": replace(RAGGED, sliced=True, dtype=FP8),
     "descale": replace(RAGGED, descale="tensor", sink=True),
     "sliced": replace(RAGGED, sliced=True),
     "mask": replace(RAGGED, mask="bool-heads", causal=True, sink=True),
@@ -41,6 +45,9 @@ CASES |= {
     "paged-pool": replace(PAGED, layout="pool", write=False),
     "paged-chunk": replace(PAGED, P=300, starts=(450, 0, 63)),
     "paged-192": replace(PAGED, D=192, Dv=128, starts=(1, 64, 500)),
+    "paged-fp8": replace(PAGED, dtype=FP8, descale="tensor"),
+    "paged-fp8-pool": replace(PAGED, dtype=FP8, descale="float", layout="pool", write=False),
+    "paged-fp8-192": replace(PAGED, D=192, Dv=128, starts=(1, 64, 500), dtype=FP8, causal=False),
     "paged-mask": replace(PAGED, mask="bool-heads", causal=True),
 }
 

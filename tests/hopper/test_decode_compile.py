@@ -20,16 +20,26 @@ CONFIGS = gates(
 )
 GQA_CONFIGS = gates(
     [
-        ("bf16", 128, 128, 8),
-        ("bf16", 128, 128, 64),
-        ("bf16", 256, 256, 8),
-        ("bf16", 192, 128, 16),
-        ("bf16", 72, 8, 8),
-        ("fp8", 128, 128, 8),
-        ("fp8", 256, 256, 32),
+        ("bf16", "bf16", 128, 128, 8),
+        ("bf16", "bf16", 128, 128, 64),
+        ("bf16", "bf16", 256, 256, 8),
+        ("bf16", "bf16", 192, 128, 16),
+        ("bf16", "bf16", 72, 8, 8),
+        ("fp8", "fp8", 128, 128, 8),
+        ("fp8", "fp8", 256, 256, 32),
+        ("bf16", "fp8", 128, 128, 8),
+        ("fp16", "fp8", 256, 256, 32),
     ],
-    [("bf16", 256, 256, 32), ("fp16", 64, 64, 64), ("bf16", 96, 96, 8), ("fp8", 128, 128, 64)],
+    [
+        ("bf16", "bf16", 256, 256, 32),
+        ("fp16", "fp16", 64, 64, 64),
+        ("bf16", "bf16", 96, 96, 8),
+        ("fp8", "fp8", 128, 128, 64),
+        ("bf16", "fp8", 128, 128, 32),
+        ("bf16", "fp8", 72, 8, 16),
+    ],
 )
+"""(q, K and V, D, Dv, tile_n)"""
 MLA_FP8_CONFIGS = gates(
     [("fp8", 576, 64, 2), ("fp8", 576, 64, 1), ("fp8", 576, 16, 1), ("bf16", 576, 64, 2), ("bf16", 576, 16, 1)],
     [("fp8", 576, 32, 1), ("fp8", 512, 64, 2), ("bf16", 576, 32, 1), ("fp16", 512, 64, 1)],
@@ -60,7 +70,7 @@ def test_decode_of_a_mask_in_pieces(tmp_path: Path) -> None:
     sass = compiled(mla.build, MlaConfig("bf16", 576, 2, piece=64, masked=True), tmp_path / "mla")
     assert sass.spills == (0, 0, 0)
     assert sass.count("HGMMA") == 3 * 576 // 16 + 3 * 2 * 4
-    sass = compiled(gqa.build, GqaConfig("bf16", 128, 128, 8, False, piece=16, masked=True), tmp_path / "gqa")
+    sass = compiled(gqa.build, GqaConfig("bf16", 128, 128, 8, False, "bf16", piece=16, masked=True), tmp_path / "gqa")
     assert sass.spills == (0, 0, 0)
     assert sass.count("HGMMA") == 16
 
@@ -85,11 +95,11 @@ def test_mla_decode_fp8(q: str, D: int, tile_n: int, cluster: int, tmp_path: Pat
     assert sass.count("LDSM") == 8
 
 
-@pytest.mark.parametrize(("dtype", "D", "Dv", "tile_n"), GQA_CONFIGS)
-def test_gqa_decode(dtype: str, D: int, Dv: int, tile_n: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("q", "dtype", "D", "Dv", "tile_n"), GQA_CONFIGS)
+def test_gqa_decode(q: str, dtype: str, D: int, Dv: int, tile_n: int, tmp_path: Path) -> None:
     from flash_mla.kernels.hopper.gqa_decode.kernel import build
 
-    config = GqaConfig(dtype, D, Dv, tile_n, descale=dtype == "fp8")  # type: ignore[arg-type]
+    config = GqaConfig(dtype, D, Dv, tile_n, descale=dtype == "fp8", q=q)  # type: ignore[arg-type]
     assert config.stages >= 2, "loads and products must overlap"
     assert config.smem_bytes() <= SMEM_BYTES
     sass = compiled(build, config, tmp_path)

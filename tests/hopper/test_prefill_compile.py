@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from sass import NEEDS, compiled, gates
 
-from flash_mla.kernels.hopper.limits import REGISTERS, SMEM_BYTES
-from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
+from flash_mla.kernels.hopper.limits import REGISTERS, SMEM_BYTES, WARPGROUP
+from flash_mla.kernels.hopper.prefill.config import TRANSPOSERS, WIDTHS, Config
 
 pytestmark = NEEDS
 
@@ -29,6 +29,11 @@ VARIANTS = gates(
 )
 """(D, Dv, paged, sparse) in BF16. FP16 differs in the type of an instruction; pages and a list together in the producer
 alone, and each is compiled."""
+FP8_VARIANTS = gates(
+    [(64, 64, False), (128, 128, False), (256, 256, False)],
+    [(192, 128, False), (64, 64, True), (128, 128, True), (192, 128, True), (256, 256, True)],
+)
+"""(D, Dv, paged) in FP8."""
 
 
 @pytest.mark.parametrize(("D", "Dv", "paged", "sparse"), VARIANTS)
@@ -51,6 +56,27 @@ def test_prefill(D: int, Dv: int, paged: bool, sparse: bool, tmp_path: Path) -> 
     # NOTE: serialised wgmma shows as one arrive and one wait an instruction
     assert sass.count(r"WARPGROUP\.ARRIVE") <= 8
     assert sass.count(r"WARPGROUP\.DEPBAR") <= 8
+
+
+@pytest.mark.parametrize(("D", "Dv", "paged"), FP8_VARIANTS)
+def test_prefill_fp8(D: int, Dv: int, paged: bool, tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.prefill.kernel import build
+
+    config = Config("fp8", D, Dv, paged, sparse=False)
+    assert config.smem_bytes() <= SMEM_BYTES
+    assert WARPGROUP * (config.consumers * config.registers[0] + config.registers[1]) <= REGISTERS
+    sass = compiled(build, config, tmp_path)
+    ((registers, _),) = sass.resources
+    assert registers == REGISTERS // config.threads // 8 * 8
+    assert sass.spills == (0, 0, 0)
+    # steps as in 16 bits, of 32 elements an instruction
+    assert sass.count("QGMMA") == 4 * (config.D // 32 + config.tile_n // 32)
+    assert sass.count("HGMMA") == 0
+    assert sass.count(r"WARPGROUP\.ARRIVE") <= 8
+    assert sass.count(r"WARPGROUP\.DEPBAR") <= 8
+    # V turned: 16 columns of 32 keys a load and a store
+    turns = config.tile_n // 32 * config.Dv // 16 // TRANSPOSERS
+    assert sass.count(r"LDSM\.16\.MT88\.4") == turns
 
 
 def test_pack_mask(tmp_path: Path) -> None:

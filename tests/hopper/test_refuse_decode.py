@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flash_mla.backends import hopper
-from flash_mla.backends.hopper import device, gqa_decode, mla_decode, mla_decode_fp8
+from flash_mla.backends.hopper import device, gqa_decode, long_decode, mla_decode, mla_decode_fp8
+from flash_mla.kernels.hopper.prefill.config import Config as PrefillConfig
 from flash_mla.problem import FP8, DecodeProblem
 
 
@@ -51,6 +52,23 @@ def latent(**changes: object) -> DecodeProblem:
     facts = {"B": B, "Hq": Hq, "Hk": 1, "D": D, "Dv": 512, "q_strides": (Hq * D, D, D, 1)}
     fp8 = {"dtype": FP8, "kv_dtype": FP8, "k_strides": pool, "v_strides": pool, "alias": True}
     return problem(**facts, **fp8)._replace(**changes)  # type: ignore[arg-type]
+
+
+def test_many_query_tokens_go_to_the_prefill_kernel() -> None:
+    many = problem(S_q=300, q_strides=(32 * 300 * 128, 300 * 128, 128, 1))
+    assert hopper.phase(many) is long_decode
+    assert hopper.phase(many._replace(S_q=8)) is gqa_decode
+    for taken in (many, many._replace(dtype=FP8, kv_dtype=FP8, descale=True), many._replace(sink=True)):
+        assert long_decode.refuse(taken) is None
+    assert long_decode.config(many._replace(dtype=FP8, kv_dtype=FP8)) == PrefillConfig("fp8", 128, 128, True, False)
+    for changes, words in (
+        ({"kv_dtype": FP8}, "one dtype"),
+        ({"mask": "bool"}, "a bool mask"),
+        ({"scale_sign": -1}, "not above 0"),
+        ({"D": 96}, "D = 96"),
+        ({"k_strides": (0, 0, 64 * 128, 128, 2)}, "k strides"),
+    ):
+        assert words in str(long_decode.refuse(many._replace(**changes)))
 
 
 BF16_QUERIES = {"dtype": torch.bfloat16, "out_dtype": torch.bfloat16}
@@ -109,6 +127,7 @@ ENGINE = (0, 128, 64 * 8 * 128, 8 * 128, 1)
         {},
         {"dtype": torch.float16, "kv_dtype": torch.float16, "out_dtype": torch.float16},
         {"dtype": FP8, "kv_dtype": FP8, "descale": True},
+        {"kv_dtype": FP8},
         {"k_strides": ENGINE, "v_strides": ENGINE},
         {"sink": True},
         {"mask": "bool"},
@@ -127,7 +146,10 @@ def test_takes(changes: dict) -> None:
         ({"dtype": torch.float32, "kv_dtype": torch.float32, "out_dtype": torch.float32}, "BF16, FP16 and FP8"),
         ({"D": 576}, "at most 256"),
         ({"Dv": 512}, "at most 256"),
-        ({"kv_dtype": FP8}, "one dtype"),
+        ({"dtype": FP8, "descale": True}, "cache: FP8"),
+        ({"kv_dtype": FP8, "D": 68}, "a multiple of 8"),
+        ({"kv_dtype": FP8, "mask": "bool"}, "a mask or batch_invariant"),
+        ({"kv_dtype": FP8, "batch_invariant": True}, "a mask or batch_invariant"),
         ({"S_q": 129}, "at most 128 query tokens"),
         ({"mask": "float"}, "a float mask"),
         ({"q_strides": (32 * 128, 128, 32 * 128, 1), "S_q": 2}, "evenly spaced"),
@@ -166,7 +188,14 @@ def test_facts_that_no_kernel_takes(changes: dict, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "tile_n"),
-    [({}, 8), ({"Hk": 32}, 8), ({"Hk": 1}, 32), ({"Hk": 1, "S_q": 3}, 64), ({"Hk": 1, "S_q": 3, "Dv": 256}, 32)],
+    [
+        ({}, 8),
+        ({"Hk": 32}, 8),
+        ({"Hk": 1}, 32),
+        ({"Hk": 1, "S_q": 3}, 64),
+        ({"Hk": 1, "S_q": 3, "Dv": 256}, 32),
+        ({"Hk": 1, "S_q": 3, "kv_dtype": FP8}, 32),
+    ],
 )
 def test_config_holds_the_rows_of_a_kv_head(changes: dict, tile_n: int) -> None:
     assert gqa_decode.config(problem(**changes)).tile_n == tile_n

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from flash_mla.backends.hopper import prefill
+from flash_mla.kernels.hopper.prefill.config import Config
 from flash_mla.problem import FP8, PrefillProblem
 
 PROBLEM = PrefillProblem(
@@ -41,6 +44,8 @@ PAGES = {"paged": True, "k_strides": (0, 128, 64 * 256, 256, 1), "v_strides": (0
         {},
         {"dtype": torch.float16},
         {"dtype": FP8, "descale": True},
+        {"dtype": FP8, "mask": "bool"},
+        {"dtype": FP8, **PAGES},
         {"D": 192, "q_strides": (4 * 100 * 192, 100 * 192, 192, 1), "k_strides": (2 * 100 * 192, 100 * 192, 192, 1)},
         {"mask": "bool", "block_mask": True},
         PAGES,
@@ -54,7 +59,9 @@ def test_takes(changes: dict) -> None:
     ("changes", "reason"),
     [
         ({"dtype": torch.float32}, "float32"),
-        ({"dtype": FP8, **PAGES}, "FP8 pages"),
+        ({"dtype": FP8, **PAGES, "mask": "bool"}, "FP8 pages"),
+        ({"dtype": FP8, **PAGES, "v_strides": (0, 128, 64 * 264, 264, 1)}, "multiples of 16"),
+        ({"dtype": FP8, "out_dtype": torch.float16}, "gives BF16"),
         ({"D": 576, "Dv": 512}, "576"),
         ({"D": 64, "Dv": 128}, "D = 64, Dv = 128"),
         ({"mask": "float"}, "floating mask"),
@@ -77,10 +84,21 @@ def test_narrow_leaves_one_element_of_broadcast_dims() -> None:
     assert prefill.narrow(y).shape == (4, 1, 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [({}, "fp8"), (PAGES, "fp8"), ({"mask": "bool"}, "bf16"), ({"k_strides": (26400, 13200, 132, 1)}, "bf16")],
+)
+def test_config_of_fp8(changes: dict, dtype: str) -> None:
+    """FP8 is computed as it is; what the variant does not take, in BF16."""
+    assert prefill.config(PROBLEM._replace(dtype=FP8, **changes)).dtype == dtype
+
+
 def test_readable_widens() -> None:
-    x = torch.arange(32, dtype=torch.bfloat16).view(1, 1, 2, 16)
-    assert prefill.readable(x).data_ptr() == x.data_ptr()
-    wide = prefill.readable(x.to(FP8))
+    x, fp8 = torch.arange(32.0).view(1, 1, 2, 16), Config("fp8", 64, 64, False, False)
+    bf16 = replace(fp8, dtype="bf16")
+    for dtype, config in ((torch.bfloat16, bf16), (FP8, fp8)):
+        assert prefill.readable(x.to(dtype), config).dtype == dtype
+    wide = prefill.readable(x.to(FP8), bf16)
     assert wide.dtype == torch.bfloat16
     assert torch.equal(wide, x.to(FP8).to(torch.bfloat16))
 

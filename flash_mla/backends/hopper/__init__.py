@@ -10,6 +10,7 @@ from flash_mla.backends import Phase, module
 from flash_mla.backends.hopper.device import available as available
 from flash_mla.backends.hopper.device import is_latent
 from flash_mla.backends.hopper.device import refuse as refuse
+from flash_mla.kernels.hopper.gqa_decode.config import MAX_S_Q
 from flash_mla.problem import FP8, DecodeProblem, PrefillProblem, Problem, SparseProblem
 
 
@@ -17,7 +18,7 @@ def phase(problem: Problem) -> Phase | str:
     """The module that such problems go to, or why there is none."""
     if isinstance(problem, DecodeProblem):
         if not is_latent(problem):
-            return module("hopper", "gqa_decode")
+            return module("hopper", "gqa_decode" if problem.S_q <= MAX_S_Q else "long_decode")
         return module("hopper", "mla_decode_fp8" if problem.kv_dtype == FP8 else "mla_decode")
     if isinstance(problem, PrefillProblem):
         return module("hopper", "prefill")

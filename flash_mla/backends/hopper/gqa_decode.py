@@ -7,7 +7,7 @@ import torch
 from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import DTYPES
 from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
-from flash_mla.kernels.hopper.gqa_decode.config import MAX_D, MAX_S_Q, PIECE, TILES_N, WIDE_DV, Config
+from flash_mla.kernels.hopper.gqa_decode.config import MAX_D, MAX_S_Q, PIECE, Q_VECTOR, TILES_N, WIDE_DV, Config
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
 
 
@@ -18,11 +18,16 @@ def refuse(problem: DecodeProblem) -> str | None:
         return (
             f"dtype {problem.dtype} -> {problem.out_dtype}: the kernel takes BF16, FP16 and FP8, and gives BF16 for FP8"
         )
+    two_terms = problem.kv_dtype != problem.dtype
+    if two_terms and (problem.kv_dtype != FP8 or problem.D % Q_VECTOR):
+        return (
+            f"q {problem.dtype} of D = {problem.D} over a {problem.kv_dtype} cache: FP8, and D a multiple of {Q_VECTOR}"
+        )
+    if two_terms and (problem.mask != "none" or problem.batch_invariant):
+        return f"q {problem.dtype} over a {problem.kv_dtype} cache with a mask or batch_invariant"
     if max(problem.D, problem.Dv) > MAX_D:
         return f"D = {problem.D}, Dv = {problem.Dv}: at most {MAX_D}"
-    if problem.kv_dtype != problem.dtype:
-        return f"q {problem.dtype} over a {problem.kv_dtype} cache: both must have one dtype"
-    itemsize = problem.dtype.itemsize
+    itemsize = problem.kv_dtype.itemsize
     return (
         decode.refuse_queries(problem, MAX_S_Q)
         or decode.refuse_mask(problem)
@@ -34,10 +39,19 @@ def refuse(problem: DecodeProblem) -> str | None:
 
 def config(problem: DecodeProblem) -> Config:
     """The kernel variant: the smallest tile that holds a KV head's rows, or several of the largest."""
-    rows, tiles = problem.ratio * problem.S_q, TILES_N if problem.Dv <= WIDE_DV else TILES_N[:-1]
+    rows, two_terms = problem.ratio * problem.S_q, problem.kv_dtype != problem.dtype
+    tiles = TILES_N[:-1] if two_terms or problem.Dv > WIDE_DV else TILES_N
     tile_n = next((n for n in tiles if n >= rows), tiles[-1])
-    piece = PIECE if problem.batch_invariant else 0
-    return Config(DTYPES[problem.dtype], problem.D, problem.Dv, tile_n, problem.descale, piece, problem.mask != "none")
+    return Config(
+        dtype=DTYPES[problem.kv_dtype],
+        D=problem.D,
+        Dv=problem.Dv,
+        tile_n=tile_n,
+        descale=problem.descale,
+        q=DTYPES[problem.dtype],
+        piece=PIECE if problem.batch_invariant else 0,
+        masked=problem.mask != "none",
+    )
 
 
 def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:

@@ -4,39 +4,40 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import HALVES, int32, multiprocessors
+from flash_mla.backends.hopper.device import DTYPES, int32, multiprocessors
 from flash_mla.backends.hopper.strides import refuse_rows
 from flash_mla.kernels.hopper.prefill import schedule
 from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
 from flash_mla.problem import BLOCK, FP8, PrefillArgs, PrefillProblem
-
-DTYPES: dict[torch.dtype, Literal["bf16", "fp16"]] = {**HALVES, FP8: "bf16"}
-"""What the kernel computes in. Every e4m3 is a BF16: FP8 inputs are converted beforehand, descales applied within."""
 
 
 def refuse(problem: PrefillProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""
     if problem.dtype not in DTYPES:
         return f"dtype {problem.dtype}: the kernel takes BF16, FP16 and FP8 (e4m3)"
-    if problem.dtype == FP8 and problem.paged:
-        return "FP8 pages: a cache is not converted for one call"
+    if problem.dtype == FP8 and problem.out_dtype != torch.bfloat16:
+        return f"FP8 -> {problem.out_dtype}: the kernel gives BF16"
     if (problem.D, problem.Dv) not in WIDTHS:
         widths = ", ".join(f"{D}/{Dv}" for D, Dv in WIDTHS)
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes {widths}"
     if problem.mask == "float":
         return "a floating mask: the kernel takes bool masks and block layouts"
-    return refuse_strides(problem)
+    reason = refuse_strides(problem)
+    if reason is None and problem.dtype == FP8 and is_sparse(problem):
+        reason = "a mask or a block layout: the kernel takes them in 16 bits"
+    if reason is not None and problem.dtype == FP8:
+        # NOTE: contiguous k and v are converted; a cache is not, for one call
+        return f"FP8 pages: {reason}" if problem.paged else None
+    return reason
 
 
 def refuse_strides(problem: PrefillProblem) -> str | None:
     """Why TMA cannot read these layouts, or None."""
-    if problem.dtype == FP8:
-        return None
     layouts = (
         ("q", problem.q_strides, problem.D),
         ("k", problem.k_strides, problem.D),
@@ -46,10 +47,17 @@ def refuse_strides(problem: PrefillProblem) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
+def is_sparse(problem: PrefillProblem) -> bool:
+    """Whether blocks are listed."""
+    return problem.block_mask or problem.mask == "bool"
+
+
 def config(problem: PrefillProblem) -> Config:
-    """The kernel variant."""
-    sparse = problem.block_mask or problem.mask == "bool"
-    return Config(dtype=DTYPES[problem.dtype], D=problem.D, Dv=problem.Dv, paged=problem.paged, sparse=sparse)
+    """The kernel variant. FP8 is converted to BF16, which holds every e4m3, where the FP8 variant does not take it."""
+    sparse, dtype = is_sparse(problem), DTYPES[problem.dtype]
+    if dtype == "fp8" and (sparse or refuse_strides(problem) is not None):
+        dtype = "bf16"
+    return Config(dtype=dtype, D=problem.D, Dv=problem.Dv, paged=problem.paged, sparse=sparse)
 
 
 def narrow(x: Tensor) -> Tensor:
@@ -60,10 +68,10 @@ def narrow(x: Tensor) -> Tensor:
     return x
 
 
-def readable(x: Tensor) -> Tensor:
-    """x as TMA reads it: 16 bits an element."""
+def readable(x: Tensor, config: Config) -> Tensor:
+    """x as the kernel reads it."""
     x = narrow(x)
-    return x.contiguous().to(torch.bfloat16) if x.dtype == FP8 else x
+    return x.contiguous().to(torch.bfloat16) if x.dtype == FP8 and config.dtype != "fp8" else x
 
 
 def factors(problem: PrefillProblem, *descales: Tensor | None) -> Tensor:
@@ -145,7 +153,7 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
         "block_map": block_map,
         "mask_bits": mask_bits,
     }
-    kv_bytes = 2 * problem.S_kv * (problem.D + problem.Dv)
+    kv_bytes = config.itemsize * problem.S_kv * (problem.D + problem.Dv)
     order = schedule.order(kv_bytes, problem.ratio, B * Hq, -(-P // config.tile_m), problem.causal, ctas)
     scalars: dict[str, Any] = {
         "scale_log2": args.softmax_scale * math.log2(math.e),
@@ -161,9 +169,9 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
     }
     with torch.cuda.device(problem.device):
         kernel(
-            readable(q),
-            readable(args.k),
-            readable(args.v),
+            readable(q, config),
+            readable(args.k, config),
+            readable(args.v, config),
             args.out,
             Tensors(**tensors),
             Scalars(**scalars),

@@ -26,7 +26,7 @@ MAX_S_Q = 128
 TILES_N = (8, 16, 32, 64)
 """Query rows of a CTA."""
 WIDE_DV = 128
-"""Dv that a tile of 64 rows may have: O of a wider one does not fit into the registers."""
+"""Dv that a tile of 64 rows may have, of queries in one term: O of a wider one does not fit into the registers."""
 
 CHUNK_BYTES = BLOCK * ROW_BYTES
 WARPS, CONSUMER_WARPS = 12, 8
@@ -35,6 +35,10 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 assert CONSUMERS * CONSUMER_REGISTERS + (THREADS - CONSUMERS) * PRODUCER_REGISTERS <= REGISTERS
 PIECE = 16
 """Pairs of blocks in a piece of a batch-invariant call."""
+Q_VECTOR = 8
+"""Elements of q in 16 bytes, which a lane of those warps loads at a time."""
+QUERY_WARPS = 2
+"""Warps that make two rows of every query, beside the two of the producer's warpgroup that have other things to do."""
 MAX_STAGES = 12
 MAX_Q_STAGES = 4
 
@@ -50,9 +54,9 @@ class Bar(IntEnum):
 class Config:
     """What is compiled: everything else is an argument of the kernel.
 
-    dtype of q, k and v (out: the same, BF16 for FP8); D, Dv; tile_n, the query rows of a CTA; descale: whether q, k and
-    v have factors; piece: the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); masked:
-    there is a bool mask.
+    dtype of k and v; D, Dv; tile_n, the query rows of a CTA; descale: whether q, k and v have factors; q, the dtype of
+    the queries: that of k and v, or 16 bits over FP8 (out: the same, BF16 for FP8); piece: the pairs of blocks that a
+    batch-invariant call cuts requests at (0: it is none); masked: there is a bool mask.
     """
 
     dtype: Literal["bf16", "fp16", "fp8"]
@@ -60,6 +64,7 @@ class Config:
     Dv: int
     tile_n: int
     descale: bool
+    q: Literal["bf16", "fp16", "fp8"]
     piece: int = 0
     masked: bool = False
 
@@ -67,13 +72,23 @@ class Config:
     cluster, threads = 1, THREADS
 
     @property
-    def fp8(self) -> bool:
-        return self.dtype == "fp8"
-
-    @property
     def out(self) -> Literal["bf16", "fp16"]:
         """The dtype of out."""
-        return "bf16" if self.dtype == "fp8" else self.dtype
+        return "bf16" if self.q == "fp8" else self.q
+
+    @property
+    def q_terms(self) -> int:
+        """Rows of the caches' dtype whose sum is a query."""
+        return 1 if self.q == self.dtype else 2
+
+    @property
+    def q_rows(self) -> int:
+        """Rows of a tile of Q in shared memory."""
+        return self.tile_n * self.q_terms
+
+    @property
+    def fp8(self) -> bool:
+        return self.dtype == "fp8"
 
     @property
     def product(self) -> Literal["bf16", "fp16"]:
@@ -118,7 +133,7 @@ class Config:
     @property
     def fixed_bytes(self) -> int:
         """Shared memory of a CTA without the stages: Q, P, row sums and maxima, work search, barriers."""
-        q = self.q_stages * self.k_chunks * self.tile_n * ROW_BYTES
+        q = self.q_stages * (self.k_chunks * self.q_rows * ROW_BYTES + 4 * self.tile_n * (self.q_terms - 1))
         p = 2 * 2 * self.tile_n * BLOCK * 2
         rows = 4 * (CONSUMER_WARPS + 2) * self.tile_n
         return q + p + rows + 4 * split.scan_words(WARPS) + barrier_bytes(MAX_STAGES, MAX_STAGES, MAX_Q_STAGES)
@@ -135,8 +150,8 @@ class Config:
 
     @property
     def q_unit(self) -> int:
-        """Elements of which TMA's strides are multiples."""
-        return TMA_BYTES if self.fp8 else TMA_BYTES // 2
+        """Elements of which the strides of q are multiples."""
+        return TMA_BYTES if self.q == "fp8" else TMA_BYTES // 2
 
     @property
     def rows(self) -> int:

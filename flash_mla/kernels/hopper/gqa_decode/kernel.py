@@ -12,11 +12,14 @@ Softmax is then 64 * tile_n / 128 elements a thread and a block: 4 at tile_n 8.
 
 Roles (384 threads; up to 168 registers; where O is large the consumers take 232 and leave 40):
     warpgroups 0, 1   alternate blocks of the range, each with its own max, sum and O; merged at the end of the segment
-    warp 8            TMA of Q, K and V; then notes the split item for combine
+    warp 8            TMA of Q, K and V
+    warp 9            notes the split item for combine
+    warps 10, 11      16-bit queries over FP8
 
 Channels, producer -> consumers (full arrivals / empty arrivals):
     K, V   warp 8 -> warpgroup 0 or 1   `stages` stages of one block    1 + bytes / 4 warps
     Q      warp 8 -> warpgroups 0, 1    `q_stages` stages of one tile   1 + bytes / 8 warps
+           warps 10, 11 -> the same                                     2 / 8 warps
 
 Steady state of a warpgroup, a block: S^T | P against the max so far -> shared memory | one barrier, which also tells
 whether any score exceeds that max by 2^8 (`LAZY`) | O^T. Only when one does, the max is found (shuffles and an exchange
@@ -26,10 +29,13 @@ FP8: K q^T as it is; V is converted to FP16 on its way to registers, as the A op
 ldmatrix of 16-bit pairs gives a thread two neighbouring columns of V for two neighbouring keys; a byte permutation
 separates them. So row r of 16 rows of O^T is column 2 r, or 2 (r - 8) + 1, undone where O is stored.
 
-Supports BF16, FP16, FP8 (e4m3); D and Dv up to 256; any Hq / Hk and S_q; any strides that TMA takes (multiples of 16
-bytes), a shared pool too; ragged lengths, 0 included; causal among the S_q tokens; descales and sinks. Unused slots
-may hold NaN: the scores past the end are masked and the V rows zeroed. Block ids are forced inside the cache, lengths
-inside the table.
+16-bit queries over FP8 are two e4m3 rows each (`queries.py`), made by warps 10 and 11 and added up in the scores: K q^T
+has 2 tile_n columns then, and is read once as ever.
+
+Supports BF16, FP16, FP8 (e4m3), BF16 and FP16 queries over FP8; D and Dv up to 256; any Hq / Hk and S_q; any strides
+that TMA takes (multiples of 16 bytes), a shared pool too; ragged lengths, 0 included; causal among the S_q tokens;
+descales and sinks. Unused slots may hold NaN: the scores past the end are masked and the V rows zeroed. Block ids are
+forced inside the cache, lengths inside the table.
 
 Measured: docs/design/gqa-decode.md.
 """
@@ -50,12 +56,15 @@ from flash_mla.kernels.hopper.gqa_decode.config import (
     MAX_Q_STAGES,
     MAX_STAGES,
     PRODUCER_REGISTERS,
+    QUERY_WARPS,
     THREADS,
     WARPS,
     Config,
 )
 from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer
 from flash_mla.kernels.hopper.gqa_decode.producer import Producer, prefetch_table
+from flash_mla.kernels.hopper.gqa_decode.queries import Consumer as TwoTermConsumer
+from flash_mla.kernels.hopper.gqa_decode.queries import Queries
 from flash_mla.kernels.hopper.gqa_decode.result import Segments
 from flash_mla.kernels.hopper.gqa_decode.shared import Scalars, Shared
 from flash_mla.kernels.hopper.limits import BLOCK, WARPGROUP
@@ -74,17 +83,18 @@ class GqaDecode:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def loads(self, q: cute.Tensor, k: cute.Tensor, v: cute.Tensor) -> tuple[Tma, Tma, Tma]:
-        """TMA of Q, K and V."""
+    def loads(self, q: cute.Tensor, k: cute.Tensor, v: cute.Tensor) -> tuple[cute.Tensor, Tma | None, Tma, Tma]:
+        """Q for warps that make two rows of each, and TMA of Q, if it is not for them, K and V."""
         columns = self.config.chunk
-        return load_of(q, self.config.tile_n, columns), load_of(k, BLOCK, columns), load_of(v, BLOCK, columns)
+        load_q = load_of(q, self.config.tile_n, columns) if self.config.q_terms == 1 else None
+        return q, load_q, load_of(k, BLOCK, columns), load_of(v, BLOCK, columns)
 
     def scalars(self, scale_log2, S_q, has_sink, rows, heads) -> Scalars:
         N = self.config.tile_n
         return Scalars(scale_log2, S_q, has_sink, rows, (rows + (N - 1)) // N, heads)
 
     @cute.kernel
-    def kernel(self, load_q: Tma, load_k: Tma, load_v: Tma, tensors: Tensors, scalars: Scalars):
+    def kernel(self, q: cute.Tensor, load_q: Tma | None, load_k: Tma, load_v: Tma, tensors: Tensors, scalars: Scalars):
         config = self.config
         dtype = DTYPES[config.dtype]
         chunk_elements = BLOCK * config.chunk
@@ -92,7 +102,7 @@ class GqaDecode:
         @cute.struct
         class Storage:
             sQ: cute.struct.Align[
-                cute.struct.MemRange[dtype, config.q_stages * config.k_chunks * config.tile_n * config.chunk], 1024
+                cute.struct.MemRange[dtype, config.q_stages * config.k_chunks * config.q_rows * config.chunk], 1024
             ]
             sK: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.k_chunks * chunk_elements], 1024]
             sV: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.v_chunks * chunk_elements], 1024]
@@ -100,6 +110,7 @@ class GqaDecode:
             sSum: cute.struct.MemRange[Float32, CONSUMER_WARPS * config.tile_n]
             sMax: cute.struct.MemRange[Float32, 2 * config.tile_n]
             sScan: cute.struct.MemRange[Int32, scan_words(WARPS)]
+            sUnit: cute.struct.MemRange[Float32, config.q_stages * config.tile_n * (config.q_terms - 1)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(MAX_Q_STAGES)]
             k_barriers: cute.struct.MemRange[Int64, Channel.words(MAX_STAGES)]
             v_barriers: cute.struct.MemRange[Int64, Channel.words(MAX_STAGES)]
@@ -113,7 +124,7 @@ class GqaDecode:
         # barriers, and the work of this CTA
         prefetch_table(tensors.table, cta * THREADS + tidx)
         if warp_id == 0:
-            open_channels(shared.channels, (load_q.atom, load_k.atom, load_v.atom))
+            open_channels(shared.channels, tuple(load.atom for load in (load_q, load_k, load_v) if load is not None))
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
         piece = config.piece
         work = find_work(table, seq_lens, groups, cta, ctas, WARPS, shared.sScan, piece=piece)
@@ -125,12 +136,17 @@ class GqaDecode:
             if warp_id == CONSUMER_WARPS:
                 producer = Producer.over(shared, table, scalars, load_q, load_k, load_v)
                 walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing(), piece)
-            elif warp_id == CONSUMER_WARPS + 1 and const_expr(piece == 0):
-                note_split(tensors.partials, work, table, seq_lens, groups, cta)
+            elif warp_id == CONSUMER_WARPS + 1:
+                if const_expr(piece == 0):
+                    note_split(tensors.partials, work, table, seq_lens, groups, cta)
+            elif const_expr(config.q_terms == 2):
+                queries = Queries.over(shared, scalars, q, warp_id - (WARPS - QUERY_WARPS))
+                walk(work, table, seq_lens, groups, queries.load_segment, Done.nothing(), piece)
         else:
             if const_expr(config.wide):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            segments = Segments(Consumer.over(shared, warp_id // 4, tidx % WARPGROUP), tensors, scalars, cta)
+            kind = Consumer if const_expr(config.q_terms == 1) else TwoTermConsumer
+            segments = Segments(kind.over(shared, warp_id // 4, tidx % WARPGROUP), tensors, scalars, cta)
             walk(work, table, seq_lens, groups, segments.compute, Done.nothing(), piece)
         for channel in shared.channels:
             channel.check()
@@ -141,4 +157,4 @@ class GqaDecode:
 
 def build(config: Config, options: str = ""):
     """Compile the kernel and its combine."""
-    return decode.build(GqaDecode(config), config.dtype, config.dtype, config.out, options)
+    return decode.build(GqaDecode(config), config.q, config.dtype, config.out, options)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import Tma, tma_boxes
@@ -30,9 +30,9 @@ class Producer:
     shared: Shared
     table: cute.Tensor
     scalars: Scalars
-    tma: tuple[cute.CopyAtom, cute.CopyAtom, cute.CopyAtom]
-    sQ: cute.Tensor
-    gQ: cute.Tensor
+    tma: tuple[cute.CopyAtom | None, cute.CopyAtom, cute.CopyAtom]
+    sQ: cute.Tensor | None
+    gQ: cute.Tensor | None
     sK: cute.Tensor
     gK: cute.Tensor
     sV: cute.Tensor
@@ -49,12 +49,15 @@ class Producer:
             return tma_boxes(load.atom, smem.iterator, many, load.tensor, (rows, config.chunk), coordinate)
 
         tiles, page = (None, None, None, None), (0, None, None, None, None)
-        sQ, gQ = boxes(q, shared.sQ, config.tile_n, config.q_stages * config.k_chunks, tiles)
+        sQ = gQ = None
+        if q is not None:
+            sQ, gQ = boxes(q, shared.sQ, config.tile_n, config.q_stages * config.k_chunks, tiles)
+            shared.q.written_by("producer")
         sK, gK = boxes(k, shared.sK, BLOCK, config.stages * config.k_chunks, page)
         sV, gV = boxes(v, shared.sV, BLOCK, config.stages * config.v_chunks, page)
-        for channel in shared.channels:
+        for channel in (shared.k, shared.v):
             channel.written_by("producer")
-        tma, (_, _, _, blocks, requests) = (q.atom, k.atom, v.atom), k.tensor.shape
+        tma, (_, _, _, blocks, requests) = (None if q is None else q.atom, k.atom, v.atom), k.tensor.shape
         return Producer(config, shared, table, scalars, tma, sQ, gQ, sK, gK, sV, gV, blocks, requests)
 
     @cute.jit
@@ -64,7 +67,8 @@ class Producer:
         if part.last > part.first:
             item = Item.at(place, self.scalars)
             first, last = block_range(part, length)
-            self.load_q(item, done.segments)
+            if const_expr(config.q_terms == 1):
+                self.load_q(item, done.segments)
             request = cutlass.min(item.request, self.requests - 1)
             ids = Int32(0)
             for block in cutlass.range(first, last, unroll=1):

@@ -11,7 +11,7 @@ from cutlass import Float32, Int32
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.gqa_decode.config import CONSUMER_WARPS, WARPS, Config
+from flash_mla.kernels.hopper.gqa_decode.config import CONSUMER_WARPS, QUERY_WARPS, WARPS, Config
 from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.walk import Place
@@ -54,7 +54,8 @@ class Item(NamedTuple):
 class Shared:
     """Views of a CTA's shared memory (frozen, like every group of trace-time objects: branches may then use it).
 
-    sQ [tile_n, D, q stage], sK [64, D, stage], sV [64, Dv, stage], sP [tile_n, 64, buffer] with buffer = 2 * warpgroup
+    sQ [q_rows, D, q stage], with sUnit [tile_n, q stage], what the scores of two-term queries are to be multiplied by;
+    sK [64, D, stage], sV [64, Dv, stage], sP [tile_n, 64, buffer] with buffer = 2 * warpgroup
     + parity; sSum [tile_n, warp], sMax [tile_n, warpgroup]; exchange: sP's memory, where O is merged.
     """
 
@@ -67,6 +68,7 @@ class Shared:
     sSum: cute.Tensor
     sMax: cute.Tensor
     sScan: cute.Tensor
+    sUnit: cute.Tensor | None
     q: Channel
     k: Channel
     v: Channel
@@ -82,7 +84,7 @@ class Shared:
         q, k, v = (x.data_ptr() for x in (storage.q_barriers, storage.k_barriers, storage.v_barriers))
         return Shared(
             config=config,
-            sQ=view(storage.sQ, config.tile_n, config.chunk * config.k_chunks, config.q_stages, dtype),
+            sQ=view(storage.sQ, config.q_rows, config.chunk * config.k_chunks, config.q_stages, dtype),
             sK=view(storage.sK, BLOCK, config.chunk * config.k_chunks, stages, dtype),
             sV=view(storage.sV, BLOCK, config.chunk * config.v_chunks, stages, dtype),
             sP=view(storage.sP, config.tile_n, BLOCK, 4, DTYPES[config.product]),
@@ -93,7 +95,12 @@ class Shared:
             sSum=storage.sSum.get_tensor(cute.make_layout((config.tile_n, CONSUMER_WARPS))),
             sMax=storage.sMax.get_tensor(cute.make_layout((config.tile_n, 2))),
             sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(WARPS))),
-            q=Channel.over("Q", q, config.q_stages, readers=CONSUMER_WARPS),
+            sUnit=None
+            if config.q_terms == 1
+            else storage.sUnit.get_tensor(cute.make_layout((config.tile_n, config.q_stages))),
+            q=Channel.over(
+                "Q", q, config.q_stages, readers=CONSUMER_WARPS, writers=1 if config.q_terms == 1 else QUERY_WARPS
+            ),
             k=Channel.over("K", k, stages, readers=CONSUMER_WARPS // 2),
             v=Channel.over("V", v, stages, readers=CONSUMER_WARPS // 2),
         )

@@ -1,19 +1,14 @@
-"""16-bit queries over an FP8 cache: each row as the sum of two e4m3 rows.
-
-Four bits of a number and four more of the rest are the eight bits of a BF16, so the scores are those of BF16 queries
-(of FP16 ones up to 2^-9) from e4m3 products. A row is first multiplied by a power of two that takes its largest number
-to 2^7 .. 2^8; what then lies below 2^-9 is lost: 2^-17 of the largest.
-"""
+"""16-bit queries over an FP8 cache: each row as the sum of two e4m3 rows (`e4m3.split_row`)."""
 
 from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, const_expr
+from cutlass import const_expr
 
+from flash_mla.kernels.hopper.e4m3 import split_row
 from flash_mla.kernels.hopper.limits import TILE_M
 from flash_mla.kernels.hopper.mla_decode_fp8.config import CHUNK, DV, ROPE, WARPS_A_GROUP
-from flash_mla.kernels.hopper.mla_decode_fp8.e4m3 import pack_twice
 from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared
 
 QUERY_WARPS = 2 * WARPS_A_GROUP
@@ -22,17 +17,6 @@ TOGETHER = 4
 """Rows whose loads a warp has in flight."""
 PIECE = 8
 """Elements of a 16-byte load."""
-
-
-@cute.jit
-def powers(peak):
-    """The power of two that takes `peak` to 2^7 .. 2^8, and its inverse."""
-    return cute.arch.inline_ptx(
-        "{ .reg .s32 e, d; shr.u32 e, {$r0}, 23; max.s32 e, e, 8; min.s32 e, e, 254; sub.s32 d, 261, e; "
-        "shl.b32 d, d, 23; sub.s32 e, e, 7; shl.b32 e, e, 23; mov.b32 {$w0}, d; mov.b32 {$w1}, e; }",
-        write_only_types=[Float32, Float32],
-        read_only_args=[peak],
-    )
 
 
 @cute.jit
@@ -64,25 +48,12 @@ def load_query(shared: Shared, q: cute.Tensor, request, row0, warp_id) -> None:
 @cute.jit
 def store_row(shared: Shared, values: cute.Tensor, row, lane):
     """One row as two of e4m3, the first at row `row` of sQ; returns the power of two by which they are too small."""
-    peak = Float32(0.0)
-    for p in cutlass.range_constexpr(values.shape[1]):
-        for i in cutlass.range_constexpr(PIECE):
-            number = values[i, p].to(Float32)
-            peak = cute.arch.fmax(peak, cute.arch.fmax(number, -number))
-    for i in cutlass.range_constexpr(5):
-        peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=1 << i))
-    factor, unit = powers(peak)
+    high, low, unit = split_row(values)
     # the second term: eight rows further on, or in a tile of its own
     second = row + (8 if const_expr(shared.config.q_tiles == 1) else TILE_M)
     for p in cutlass.range_constexpr(values.shape[1]):
-        high, low = [], []
-        for half in cutlass.range_constexpr(2):
-            numbers = [values[4 * half + i, p].to(Float32) * factor for i in range(4)]
-            words = pack_twice(*numbers)
-            high.append(words[0])
-            low.append(words[1])
-        store_piece(shared, 32 * p + lane, row, high)
-        store_piece(shared, 32 * p + lane, second, low)
+        store_piece(shared, 32 * p + lane, row, high[2 * p : 2 * p + 2])
+        store_piece(shared, 32 * p + lane, second, low[2 * p : 2 * p + 2])
     return unit
 
 

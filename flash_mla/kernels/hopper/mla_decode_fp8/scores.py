@@ -12,22 +12,13 @@ from cutlass import Float8E4M3FN, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from flash_mla.kernels.hopper import packing, split
+from flash_mla.kernels.hopper.e4m3 import move_reference, pack, pack_twice, sum_pairs
 from flash_mla.kernels.hopper.lanes import quad_sum
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M
 from flash_mla.kernels.hopper.mla_decode_fp8.config import DV, P_STAGES, WARPS_A_GROUP
-from flash_mla.kernels.hopper.mla_decode_fp8.e4m3 import pack, pack_twice, sum_pairs
 from flash_mla.kernels.hopper.mla_decode_fp8.role import Role
 from flash_mla.kernels.hopper.softmax import LOW, Rows
 from flash_mla.kernels.hopper.walk import Done, Place, block_range
-
-PEAK = 6.0
-"""Where a row's reference puts the largest P of a block when it moves: below 2^7, and the largest of all at 2^6."""
-HIGHEST = 8.75
-"""e4m3 ends at 448 = 2^8.8: a block whose largest P would lie above 2^8.75 moves the reference up."""
-LOWEST = 0.0
-"""A block whose largest P would lie below 2^0 moves it down: e4m3 has four bits from 2^-6 on."""
-FAR = 30.0
-"""But not to a block whose largest score is 2^-30 of the largest so far."""
 
 
 @dataclass(frozen=True)
@@ -160,29 +151,18 @@ class Scores(Role):
         if masked:
             self.rows.mask(self.S, key0)
         for r in cutlass.range_constexpr(self.config.thread_rows):
-            self.move_reference(r)
+            move_reference(self.rows, self.top, r, self.rows.peak(self.S, r))
+            self.rows.sum[r] = self.rows.sum[r] * self.rows.factor[r]
+            self.rounded[r] = self.rounded[r] * self.rows.factor[r]
         p.acquire(stage, number // P_STAGES)
         self.note_factors(stage)
-        if self.active():
+        # NOTE: no branch where all warps have rows, so that ptxas may mix the exponentials with what is before them
+        if const_expr(self.config.tile_n == TILE_M):  # noqa: SIM114
+            self.store(stage)
+        elif self.active():
             self.store(stage)
         cute.arch.fence_view_async_shared()
         p.arrive_warp(stage)
-
-    @cute.jit
-    def move_reference(self, r: cutlass.Constexpr) -> None:
-        """Move a row's reference to a new maximum, or if this block's P would leave what e4m3 holds well.
-
-        It stays whole powers of two away from the largest score, whose P is exact then: the errors are 4 % smaller.
-        """
-        rows, before = self.rows, self.top[r]
-        peak, old = rows.peak(self.S, r), rows.max[r]
-        top = cute.arch.fmax(before, peak)
-        low = peak < old + LOWEST and peak > top - FAR
-        moves = peak > before or peak > old + HIGHEST or low
-        rows.move_max(r, top - cute.math.floor(top - peak) - PEAK if moves else old)
-        self.top[r] = top
-        rows.sum[r] = rows.sum[r] * rows.factor[r]
-        self.rounded[r] = self.rounded[r] * rows.factor[r]
 
     @cute.jit
     def note_factors(self, stage) -> None:

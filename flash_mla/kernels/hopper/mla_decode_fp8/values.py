@@ -12,10 +12,10 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.barriers import sync
+from flash_mla.kernels.hopper.e4m3 import separate
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.mla_decode.config import HALF
 from flash_mla.kernels.hopper.mla_decode_fp8.config import CHUNK, CHUNKS, P_STAGES, WARPS_A_GROUP, Bar
-from flash_mla.kernels.hopper.mla_decode_fp8.e4m3 import separate
 from flash_mla.kernels.hopper.mla_decode_fp8.query import load_query
 from flash_mla.kernels.hopper.mla_decode_fp8.role import Role
 from flash_mla.kernels.hopper.transpose import transpose_load

@@ -6,13 +6,21 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
-from flash_mla.kernels.hopper.limits import BLOCK, STAGED, TILE_M, WARPGROUP, barrier_bytes, smem_bytes
+from flash_mla.kernels.hopper.limits import BLOCK, ROW_BYTES, STAGED, TILE_M, WARPGROUP, barrier_bytes, smem_bytes
 
 TASK, TASK_STAGES = 8, 2
 """Words of a tile's description; descriptions in flight."""
 
 REGISTERS = {1: (216, 40), 2: (240, 24), 3: (160, 32)}
 """A consumer's and the last warpgroup's, by consumer warpgroups."""
+REGISTERS_FP8 = {2: (216, 72), 3: (144, 80)}
+"""The same where warps of the last warpgroup transpose V."""
+TRANSPOSERS = 2
+"""Warps that transpose V."""
+V_STAGES = 2
+"""Blocks of V in flight before they are transposed."""
+ZEROS = 16
+"""Bytes of zeros that stand for V past a request's keys."""
 
 
 class Bar(IntEnum):
@@ -39,6 +47,13 @@ TILES = {
 }
 """By (D, Dv), where all keys count."""
 WIDTHS = tuple(TILES)
+TILES_FP8 = {
+    (64, 64): Sizes(192, 128, 2, 3),
+    (128, 128): Sizes(128, 128, 2, 3),
+    (192, 128): Sizes(128, 128, 2, 2),
+    (256, 256): Sizes(128, 64, 2, 3),
+}
+"""By (D, Dv), where q, k and v are e4m3."""
 SPARSE_TILES = {
     (64, 64): Sizes(64, 64, 2, 2),
     (128, 128): Sizes(64, 64, 2, 2),
@@ -56,19 +71,48 @@ NOWHERE = 1 << 30
 class Config:
     """What is compiled: everything else is an argument of the kernel.
 
-    dtype of q, k, v and out; D and Dv, their widths; paged: k and v are cache pages behind a table; sparse: a map says
-    which 64 x 64 blocks count.
+    dtype of q, k, v and out (of FP8: BF16); D and Dv, their widths; paged: k and v are cache pages behind a table;
+    sparse: a map says which 64 x 64 blocks count (not in FP8).
     """
 
-    dtype: Literal["bf16", "fp16"]
+    dtype: Literal["bf16", "fp16", "fp8"]
     D: int
     Dv: int
     paged: bool
     sparse: bool
 
     @property
+    def fp8(self) -> bool:
+        """Whether products are of e4m3: then V is transposed on its way, since wgmma takes such operands K-major."""
+        return self.dtype == "fp8"
+
+    @property
+    def out(self) -> Literal["bf16", "fp16"]:
+        """The dtype of out."""
+        return "bf16" if self.dtype == "fp8" else self.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of q, k and v."""
+        return 1 if self.fp8 else 2
+
+    @property
+    def step(self) -> int:
+        """Elements that one wgmma sums over."""
+        return 32 // self.itemsize
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row in a chunk of shared memory."""
+        return ROW_BYTES if columns * self.itemsize % ROW_BYTES == 0 else ROW_BYTES // 2
+
+    def chunk(self, columns: int) -> int:
+        """Columns of a chunk of rows of so many."""
+        return self.row_bytes(columns) // self.itemsize
+
+    @property
     def sizes(self) -> Sizes:
-        return (SPARSE_TILES if self.sparse else TILES)[self.D, self.Dv]
+        tiles = TILES_FP8 if self.fp8 else SPARSE_TILES if self.sparse else TILES
+        return tiles[self.D, self.Dv]
 
     @property
     def tile_m(self) -> int:
@@ -90,9 +134,29 @@ class Config:
         return self.sizes.stages
 
     @property
+    def v_stages(self) -> int:
+        """Blocks of V in flight that TMA brings."""
+        return V_STAGES if self.fp8 else self.stages
+
+    @property
+    def turned_stages(self) -> int:
+        """Blocks of transposed V in flight."""
+        return self.stages if self.fp8 else 0
+
+    @property
+    def transposers(self) -> int:
+        """Warps that transpose V."""
+        return TRANSPOSERS if self.fp8 else 0
+
+    @property
+    def helpers(self) -> int:
+        """Warps beside the consumers' that are told of tiles: those that transpose, or the one that stores."""
+        return self.transposers + (not self.staged)
+
+    @property
     def staged(self) -> bool:
-        """Whether consumers write out through a staging of their warps: where its place in Q is the next tile's."""
-        return self.q_stages == 1
+        """Whether consumers write out through a staging of their warps: where it has no place in Q of its own."""
+        return self.q_stages == 1 or self.fp8
 
     @property
     def consumers(self) -> int:
@@ -102,6 +166,11 @@ class Config:
     @property
     def threads(self) -> int:
         return WARPGROUP * (self.consumers + 1)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread: a consumer's, the last warpgroup's."""
+        return (REGISTERS_FP8 if self.fp8 else REGISTERS)[self.consumers]
 
     @property
     def box_rows(self) -> int:
@@ -124,10 +193,13 @@ class Config:
         return 4 * self.consumers * STAGED if self.staged else 0
 
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA: Q, K, V, staged out, descriptions of tiles and blocks, barriers."""
-        q = 2 * self.q_stages * self.tile_m * self.D
-        kv = 2 * self.stages * self.tile_n * (self.D + self.Dv)
-        staged = 2 * self.staged_elements
+        """Shared memory of a CTA: Q, K, V as it comes and transposed, zeros, staged out, descriptions, barriers."""
+        q = self.itemsize * self.q_stages * self.tile_m * self.D
+        k = self.itemsize * self.stages * self.tile_n * self.D
+        v = self.itemsize * (self.v_stages + self.turned_stages) * self.tile_n * self.Dv
+        zeros, staged = ZEROS * self.fp8, 2 * self.staged_elements
         descriptions = 4 * (TASK_STAGES * TASK + self.stages)
-        barriers = barrier_bytes(TASK_STAGES, self.q_stages, self.stages, self.stages, self.q_stages)
-        return smem_bytes(q, kv, staged, descriptions, barriers)
+        barriers = barrier_bytes(
+            TASK_STAGES, self.q_stages, self.stages, self.v_stages, self.turned_stages, self.q_stages
+        )
+        return smem_bytes(q, k, v, zeros, staged, descriptions, barriers)

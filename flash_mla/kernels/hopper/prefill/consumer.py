@@ -14,11 +14,12 @@ from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 from flash_mla.kernels.hopper.barriers import arrive, sync
 from flash_mla.kernels.hopper.boxes import zero_rows
 from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.e4m3 import move_reference, word
 from flash_mla.kernels.hopper.lanes import quad_sum
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.prefill.config import BITS, ROW_LIMITS, Bar, Config
-from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Task, Tensors, receive
-from flash_mla.kernels.hopper.softmax import LAZY, Rows
+from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Task, Tensors
+from flash_mla.kernels.hopper.softmax import LAZY, LOW, Rows
 from flash_mla.kernels.hopper.staging import store_rows
 
 
@@ -46,25 +47,27 @@ class Consumer:
     P: cute.Tensor
     scale: cute.Tensor
     rows: Rows
+    top: cute.Tensor
 
     @staticmethod
     def over(shared: Shared, wg, tid) -> Consumer:
         """tid: of the thread among all consumers."""
         config = shared.config
-        dtype, atoms = DTYPES[config.dtype], (config.consumers, 1, 1)
+        dtype, step, atoms = DTYPES[config.dtype], config.step, (config.consumers, 1, 1)
         K, MN = OperandMajorMode.K, OperandMajorMode.MN
         registers = warpgroup.OperandSource.RMEM
         qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, atoms, (TILE_M, config.tile_n))
         # NOTE: a wgmma of 256 columns does not fit the 128 registers of a thread at entry where blocks are listed
         columns = min(config.Dv, 128) if config.sparse else config.Dv
-        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, MN, Float32, atoms, (TILE_M, columns), registers)
+        major = K if config.fp8 else MN
+        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, major, Float32, atoms, (TILE_M, columns), registers)
         # NOTE: from the warpgroup's number, not the thread's, so that descriptors stay in uniform registers
         qk_slice, pv_slice = qk.get_slice(WARPGROUP * wg), pv.get_slice(WARPGROUP * wg)
         sV = shared.sV
-        sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
-        store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), dtype)
+        sVt = shared.sVt if config.fp8 else cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
+        store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), DTYPES[config.out])
         role, warps = "consumers", 4 * config.consumers
-        for channel in (shared.tasks, shared.k, shared.v, *([shared.q] if config.staged else [])):
+        for channel in (shared.tasks, shared.k, shared.values, *([shared.q] if config.staged else [])):
             channel.read_by(role, warps)
         shared.out.written_by(role, warps)
         return Consumer(
@@ -80,9 +83,10 @@ class Consumer:
             store=cute.make_tiled_copy_C(store, pv).get_slice(tid),
             O=cute.make_rmem_tensor(pv.partition_shape_C((config.tile_m, config.Dv)), Float32),
             S=cute.make_rmem_tensor(qk.partition_shape_C((config.tile_m, config.tile_n)), Float32),
-            P=cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, config.tile_n // 16)), dtype),
+            P=cute.make_rmem_tensor(cute.make_layout(((step // 8, 2, 2), 1, config.tile_n // step)), dtype),
             scale=cute.make_rmem_tensor(1, Float32),
             rows=Rows.over(tid),
+            top=cute.make_rmem_tensor(2, Float32),
         )
 
     @cute.jit
@@ -93,6 +97,7 @@ class Consumer:
             scale = scale * tensors.score_scale[tile.request, tile.kv_head]
         self.scale[0] = scale
         self.rows.start()
+        self.top.fill(LOW)
         for r in cutlass.range_constexpr(2):
             last_key = tile.length - 1
             if scalars.causal != 0:
@@ -116,7 +121,7 @@ class Consumer:
         atom = cute.make_mma_atom(self.qk.op)
         atom.set(warpgroup.Field.ACCUMULATE, False)
         warpgroup.fence()
-        for k in cutlass.range_constexpr(self.config.D // 16):
+        for k in cutlass.range_constexpr(self.config.D // self.config.step):
             cute.gemm(atom, self.S, self.rQ[None, None, k, q_stage], self.rK[None, None, k, stage], self.S)
             atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
@@ -127,7 +132,7 @@ class Consumer:
         atom = cute.make_mma_atom(self.pv.op)
         atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.fence()
-        for k in cutlass.range_constexpr(self.config.tile_n // 16):
+        for k in cutlass.range_constexpr(self.config.tile_n // self.config.step):
             cute.gemm(atom, self.O, self.P[None, None, k], self.rV[None, None, k, stage], self.O)
         warpgroup.commit_group()
 
@@ -161,7 +166,10 @@ class Consumer:
         S = self.S
         for r in cutlass.range_constexpr(2):
             peak = self.rows.peak(S, r) * self.scale[0]
-            self.rows.move_max(r, peak if peak > self.rows.max[r] + LAZY else self.rows.max[r])
+            if const_expr(self.config.fp8):
+                move_reference(self.rows, self.top, r, peak)
+            else:
+                self.rows.move_max(r, peak if peak > self.rows.max[r] + LAZY else self.rows.max[r])
         for r in cutlass.range_constexpr(2):
             total = self.rows.sum[r] * self.rows.factor[r]
             for j in cutlass.range_constexpr(self.config.tile_n // 8):
@@ -174,6 +182,12 @@ class Consumer:
     @cute.jit
     def round(self) -> None:
         """P = S in the operand's dtype."""
+        if const_expr(self.config.fp8):
+            words = cute.recast_tensor(self.P, Int32)
+            for i in cutlass.range_constexpr(self.config.tile_n // 8):
+                first = 8 * (i // 2) + 2 * (i % 2)
+                words[i] = word(*(self.S[first + at] for at in (0, 1, 4, 5)))
+            return
         for k in cutlass.range_constexpr(self.config.tile_n // 16):
             S = cute.make_tensor(self.S.iterator + 8 * k, cute.make_layout(8))
             P = cute.make_tensor(self.P.iterator + 8 * k, cute.make_layout(8))
@@ -183,6 +197,8 @@ class Consumer:
     def clear_values(self, valid, count) -> None:
         """Zero the V rows of block number `count` from row `valid` on: P is 0 there, but 0 * NaN is NaN."""
         tile_n, shared = self.config.tile_n, self.shared
+        if const_expr(self.config.fp8):
+            return
         if valid < tile_n:
             stage = count % self.config.stages
             shared.v.wait(stage, count // self.config.stages)
@@ -216,181 +232,13 @@ class Consumer:
             target = out[tile.request, tile.head - tile.request * scalars.Hq, None, None]
             store_rows(O, scale, self.shared.staged + self.tid // 32 * STAGED, target, tile.row0, 0, self.tid)
         else:
-            rounded = cute.make_rmem_tensor(O.layout, DTYPES[self.config.dtype])
+            rounded = cute.make_rmem_tensor(O.layout, DTYPES[self.config.out])
             for i in cutlass.range_constexpr(self.config.Dv // 2):
                 O[i] = O[i] * scale[(i // 2) % 2]
-            rounded.store(O.load().to(DTYPES[self.config.dtype]))
+            rounded.store(O.load().to(DTYPES[self.config.out]))
             # NOTE: the rows of Q that these overwrite, all four warps' wgmma have read by now
             sync(Bar.WARPGROUP + self.wg, WARPGROUP)
             sO = self.shared.sO[None, None, q_stage]
             cute.copy(self.store, self.store.retile(rounded), self.store.partition_D(sO))
             cute.arch.fence_view_async_shared()
             self.shared.out.arrive_warp(q_stage)
-
-
-@cute.jit
-def next_block(
-    consumer: Consumer,
-    tensors: Tensors,
-    Hq,
-    tile: Task,
-    count,
-    q_stage,
-    word,
-    masked: cutlass.Constexpr,
-    crossing: cutlass.Constexpr,
-) -> Int32:
-    """P V of block number `count` beside the scores and softmax of the next, a block of `tile`.
-
-    word: the next block's first key; where blocks are listed, the list says it, with its flags. Returned. crossing: the
-    block is the first of the next tile, whose factor is none of this tile's O.
-    """
-    k, v, following, stages = consumer.shared.k, consumer.shared.v, count + 1, consumer.config.stages
-    k.wait(following % stages, following // stages)
-    if const_expr(consumer.config.sparse):
-        word = consumer.shared.sKeys[following % stages]
-    consumer.take_turn()
-    consumer.scores(q_stage, following % stages)
-    v.wait(count % stages, count // stages)
-    consumer.values(count % stages)
-    consumer.pass_turn()
-    warpgroup.wait_group(1)
-    k.release(following % stages)
-    if const_expr(consumer.config.sparse):
-        consumer.mask_listed(tensors, Hq, tile, word)
-    elif const_expr(masked):
-        consumer.rows.mask(consumer.S, word)
-    consumer.softmax()
-    warpgroup.wait_group(0)
-    v.release(count % stages)
-    consumer.round()
-    if const_expr(not crossing):
-        consumer.rows.rescale(consumer.O)
-    return word
-
-
-@cute.jit
-def first_block(consumer: Consumer, tensors: Tensors, Hq, tile: Task, count, q_stage) -> Int32:
-    """Scores and softmax of a tile's first block, with nothing beside them. Returns its word as `next_block` does."""
-    k, stages, word = consumer.shared.k, consumer.config.stages, Int32(0)
-    k.wait(count % stages, count // stages)
-    if const_expr(consumer.config.sparse):
-        word = consumer.shared.sKeys[count % stages]
-    consumer.take_turn()
-    consumer.scores(q_stage, count % stages)
-    consumer.pass_turn()
-    warpgroup.wait_group(0)
-    k.release(count % stages)
-    if const_expr(consumer.config.sparse):
-        consumer.mask_listed(tensors, Hq, tile, word)
-    else:
-        consumer.rows.mask(consumer.S, word)
-    consumer.softmax()
-    consumer.round()
-    return word
-
-
-@cute.jit
-def last_block(consumer: Consumer, count) -> None:
-    """P V of a tile's last block, with nothing beside it."""
-    v, stages = consumer.shared.v, consumer.config.stages
-    v.wait(count % stages, count // stages)
-    consumer.take_turn()
-    consumer.values(count % stages)
-    consumer.pass_turn()
-    warpgroup.wait_group(0)
-    v.release(count % stages)
-
-
-@cute.jit
-def cross(
-    consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Scalars, tile: Task, following: Task, count, done
-) -> Int32:
-    """P V of the last block of a tile, then its result under the scores of the next tile's first block, which is
-    `following`. For one Q stage, whose next Q is on its way meanwhile; `done` tiles were computed. Returns a word as
-    `next_block` does.
-    """
-    k, v, stages, word = consumer.shared.k, consumer.shared.v, consumer.config.stages, Int32(0)
-    row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-    v.wait(count % stages, count // stages)
-    consumer.values(count % stages)
-    consumer.shared.q.wait(0, done)
-    k.wait((count + 1) % stages, (count + 1) // stages)
-    if const_expr(consumer.config.sparse):
-        word = consumer.shared.sKeys[(count + 1) % stages]
-    consumer.scores(0, (count + 1) % stages)
-    warpgroup.wait_group(1)
-    v.release(count % stages)
-    for r in cutlass.range_constexpr(2):
-        row_max[r], row_sum[r] = consumer.rows.max[r], consumer.rows.sum[r]
-    consumer.write(out, tensors, scalars, tile, 0, row_max, row_sum)
-    consumer.O.fill(0.0)
-    consumer.begin(tensors, scalars, following)
-    warpgroup.wait_group(0)
-    k.release((count + 1) % stages)
-    if const_expr(consumer.config.sparse):
-        consumer.mask_listed(tensors, scalars.Hq, following, word)
-    else:
-        consumer.rows.mask(consumer.S, word)
-    consumer.softmax()
-    consumer.round()
-    return word
-
-
-@cute.jit
-def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Scalars) -> None:
-    """Compute tile after tile."""
-    config, shared = consumer.config, consumer.shared
-    q_stages, tile_n, Hq = config.q_stages, config.tile_n, scalars.Hq
-    if const_expr(config.turns):  # noqa: SIM102
-        if consumer.wg == config.consumers - 1:
-            consumer.pass_turn()
-    row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-    count, done, word = Int32(0), Int32(0), Int32(0)
-    row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
-    if blocks != 0:
-        tile = Task(row0, head, request, kv_head, length, start, blocks, whole)
-        consumer.O.fill(0.0)
-        consumer.begin(tensors, scalars, tile)
-        shared.q.wait(0, 0)
-        word = first_block(consumer, tensors, Hq, tile, count, 0)
-    while blocks != 0:
-        # all blocks of the tile but the last
-        tile = Task(row0, head, request, kv_head, length, start, blocks, whole)
-        q_stage, end = done % q_stages, blocks - 1
-        if const_expr(config.sparse):
-            for n in cutlass.range(end, unroll=1):
-                word = next_block(consumer, tensors, Hq, tile, count + n, q_stage, word, True, False)
-        else:
-            clear = cutlass.max(whole - 1, 0)
-            for n in cutlass.range(clear, unroll=1):
-                next_block(consumer, tensors, Hq, tile, count + n, q_stage, Int32(0), False, False)
-            for n in cutlass.range(clear, end, unroll=1):
-                next_block(consumer, tensors, Hq, tile, count + n, q_stage, (n + 1) * tile_n, True, False)
-            word = end * tile_n
-        count, done = count + end, done + 1
-        if const_expr(config.staged):
-            shared.q.release(0)  # all scores of the tile are made
-
-        # the last, beside the first of the next tile where that tile's Q is there
-        row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
-        following = Task(row0, head, request, kv_head, length, start, blocks, whole)
-        for r in cutlass.range_constexpr(2):
-            row_max[r], row_sum[r] = consumer.rows.max[r], consumer.rows.sum[r]
-        consumer.clear_values(tile.length - word // BLOCK * BLOCK, count)
-        if const_expr(config.staged):
-            if blocks != 0:
-                word = cross(consumer, out, tensors, scalars, tile, following, count, done)
-            else:
-                last_block(consumer, count)
-                consumer.write(out, tensors, scalars, tile, q_stage, row_max, row_sum)
-        else:
-            if blocks != 0:
-                shared.q.wait(done % q_stages, done // q_stages)
-                consumer.begin(tensors, scalars, following)
-                word = next_block(consumer, tensors, Hq, following, count, done % q_stages, Int32(0), True, True)
-            else:
-                last_block(consumer, count)
-            consumer.write(out, tensors, scalars, tile, q_stage, row_max, row_sum)
-            consumer.O.fill(0.0)
-        count = count + 1

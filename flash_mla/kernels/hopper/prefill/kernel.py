@@ -12,13 +12,16 @@ takes as long as they do. 64 KB in 2048 cycles from each SM are 7 TB/s of L2 rea
 Roles (entry registers: 65536 / threads, rounded down to 8):
     consumer warpgroups, 1 to 3   64 rows each: S = Q K^T, softmax, O += P V, lse     `consumer.py`
     warp 0 of the last warpgroup  takes tiles; TMA of Q, K, V                         `producer.py`
-    warp 1 of the last warpgroup  TMA of out, where two Q stages fit                  `store`, below
+    warp 1 of the last warpgroup  TMA of out, where two Q stages fit, not in FP8      `store`, below
+    its warps 2 and 3             in FP8: V transposed                                `transposer.py`
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
-    tasks  producer -> all        2 stages   1 / consumer warps and the storing warp
+    tasks  producer -> all        2 stages   1 / consumer warps and the storing or the two transposing ones
     Q      producer -> consumers  q_stages   1 + bytes / 1, by the storing warp: out lies in place of the dead Q;
-                                             one stage: consumer warps
+                                             one stage, and FP8: consumer warps
     K, V   producer -> consumers  stages     1 + bytes / consumer warps
+           in FP8: V -> transposing warps    2 stages, 1 + bytes / 2
+    turned transposing warps -> consumers    stages, 2 / consumer warps: V in FP8
     out    consumers -> storing warp         consumer warps; refilling Q empties it
 
 Steady state of a consumer warpgroup, block n of a tile:
@@ -26,8 +29,8 @@ Steady state of a consumer warpgroup, block n of a tile:
     P V[n] and under the products of the other warpgroups
 With two Q stages this runs on across tiles: beside P V of a tile's last block goes Q K^T of the next tile's first, and
 out is written under the products of the others. With one (192/128 and 256/256, whose Q is too large), the next tile's Q
-is on its way under the last P V, and out is written under the scores that it gives. The running max moves only when a
-block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after normalisation.
+is on its way under the last P V, and out is written under the scores that it gives; in FP8 too, from two stages. The
+running max moves only when a block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after normalisation.
 
 Sparse: a map names the 64 x 64 blocks that count. A tile is then 64 rows of one consumer warpgroup, with a list of its
 own, and two CTAs share an SM, each hiding what the other waits for. The producer reads the tile's row of the map, 32
@@ -36,10 +39,15 @@ KB from L2 for 2.1 MFLOP, twice the bytes a FLOP of a dense tile. A bool mask is
 (`pack_mask.py`), which gives a map, too: blocks where no key counts are skipped, and the bits are read only where some
 keys do.
 
-Supports BF16 and FP16; D/Dv 64/64, 128/128, 192/128, 256/256; any row and key counts; any strides that TMA takes; GQA;
-ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a table; maps and bool masks; factors of
-the scores and of V for each request and KV head. Unused slots may hold NaN: scores past the end are masked and V rows
-zeroed. Block ids are forced inside the cache, lengths inside the table.
+FP8: both products are of e4m3, twice as fast, so that exp2 takes as long as they do at D 128. wgmma takes e4m3 with the
+keys of a column of V side by side, so two warps transpose V on its way, 32 KB more traffic of shared memory for a block
+of 128 keys. P is packed from a thread's own scores, whose keys are the order of the transposed V. P = 2^(S - reference)
+as in decode (`e4m3.py`): small weights survive in the range of e4m3. out is divided by the sums before rounding.
+
+Supports BF16, FP16 and FP8 (no lists; out BF16); D/Dv 64/64, 128/128, 192/128, 256/256; any row and key counts; any
+strides that TMA takes; GQA; ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a table; maps
+and bool masks; factors of the scores and of V for each request and KV head. Unused slots may hold NaN: scores past the
+end are masked and V rows zeroed. Block ids are forced inside the cache, lengths inside the table.
 
 Measured: docs/design/prefill.md.
 """
@@ -58,10 +66,12 @@ from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
 from flash_mla.kernels.hopper.memory import allocate
-from flash_mla.kernels.hopper.prefill.config import REGISTERS, TASK, TASK_STAGES, Config
-from flash_mla.kernels.hopper.prefill.consumer import Consumer, consume
+from flash_mla.kernels.hopper.prefill.config import TASK, TASK_STAGES, TRANSPOSERS, ZEROS, Config
+from flash_mla.kernels.hopper.prefill.consumer import Consumer
 from flash_mla.kernels.hopper.prefill.producer import Producer
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Tensors, receive
+from flash_mla.kernels.hopper.prefill.steps import consume
+from flash_mla.kernels.hopper.prefill.transposer import Transposer
 
 # ---------------------------------------------------------------------------------------------------------- Kernel
 
@@ -100,9 +110,9 @@ class Prefill:
             return cute.make_tensor(x.iterator, cute.select(x.layout, mode=order))
 
         tmas = Tmas(
-            q=load_of(rows_first(q, False), config.tile_m, CHUNK),
-            k=load_of(rows_first(k, config.paged), config.box_rows, CHUNK),
-            v=load_of(rows_first(v, config.paged), config.box_rows, CHUNK),
+            q=load_of(rows_first(q, False), config.tile_m, config.chunk(config.D)),
+            k=load_of(rows_first(k, config.paged), config.box_rows, config.chunk(config.D)),
+            v=load_of(rows_first(v, config.paged), config.box_rows, config.chunk(config.Dv)),
             out=store_of(rows_first(out, False), config.tile_m, CHUNK),
         )
         self.kernel(tmas, out, tensors, scalars).launch(
@@ -125,14 +135,17 @@ class Prefill:
         class Storage:
             sQ: cute.struct.Align[cute.struct.MemRange[dtype, config.q_stages * config.tile_m * config.D], 1024]
             sK: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.D], 1024]
-            sV: cute.struct.Align[cute.struct.MemRange[dtype, config.stages * config.tile_n * config.Dv], 1024]
-            staged: cute.struct.Align[cute.struct.MemRange[dtype, config.staged_elements], 128]
+            sV: cute.struct.Align[cute.struct.MemRange[dtype, config.v_stages * config.tile_n * config.Dv], 1024]
+            sVt: cute.struct.Align[cute.struct.MemRange[dtype, config.turned_stages * config.tile_n * config.Dv], 1024]
+            staged: cute.struct.Align[cute.struct.MemRange[DTYPES[config.out], config.staged_elements], 128]
+            zeros: cute.struct.Align[cute.struct.MemRange[Int32, ZEROS // 4 * config.fp8], 16]
             sTask: cute.struct.MemRange[Int32, TASK_STAGES * TASK]
             sKeys: cute.struct.MemRange[Int32, config.stages]
             task_barriers: cute.struct.MemRange[Int64, Channel.words(TASK_STAGES)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
             k_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]
-            v_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]
+            v_barriers: cute.struct.MemRange[Int64, Channel.words(config.v_stages)]
+            turned_barriers: cute.struct.MemRange[Int64, Channel.words(config.turned_stages)]
             out_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
 
         shared = Shared.over(config, allocate(Storage, config))
@@ -142,15 +155,18 @@ class Prefill:
             open_channels(shared.channels, tuple(tma.atom for tma in tmas))
         cute.arch.sync_threads()
 
-        registers, few_registers = REGISTERS[config.consumers]
+        registers, few_registers = config.registers
         producer_warp = 4 * config.consumers
         if warp_id >= producer_warp:
             cute.arch.setmaxregister_decrease(few_registers)
             if warp_id == producer_warp:
                 Producer.over(shared, *tmas.q, *tmas.k, *tmas.v).run(tensors, scalars, tmas.q.tensor)
-            elif const_expr(not config.staged):  # noqa: SIM102
+            elif const_expr(not config.staged):
                 if warp_id == producer_warp + 1:
                     self.store(shared, *tmas.out, scalars)
+            elif const_expr(config.fp8):  # noqa: SIM102
+                if warp_id > 4 * config.consumers + 3 - TRANSPOSERS:
+                    Transposer.over(shared, warp_id - (4 * config.consumers + 4 - TRANSPOSERS)).run()
         else:
             cute.arch.setmaxregister_increase(registers)
             tidx, _, _ = cute.arch.thread_idx()
@@ -188,10 +204,9 @@ class Prefill:
 
 def arguments(config: Config) -> tuple:
     """Symbolic arguments of `Prefill.__call__`."""
-    dtype = DTYPES[config.dtype]
 
-    def tensor(*tail: int) -> cute.Tensor:
-        return symbolic.tensor(dtype, (None, None, None, *tail), tma=range(2 + len(tail)))
+    def tensor(*tail: int, dtype: str = config.dtype) -> cute.Tensor:
+        return symbolic.tensor(DTYPES[dtype], (None, None, None, *tail), tma=range(2 + len(tail)))
 
     def keys(columns: int) -> cute.Tensor:
         return tensor(BLOCK, columns) if config.paged else tensor(columns)
@@ -212,7 +227,8 @@ def arguments(config: Config) -> tuple:
         mask_bits=symbolic.tensor(Int32, [None] * 4),
     )
     scalars = Scalars(Float32(1.0), *(Int32(1) for _ in Scalars._fields[1:]))
-    return tensor(config.D), keys(config.D), keys(config.Dv), tensor(config.Dv), tensors, scalars, Int32(1)
+    out = tensor(config.Dv, dtype=config.out)
+    return tensor(config.D), keys(config.D), keys(config.Dv), out, tensors, scalars, Int32(1)
 
 
 def build(config: Config, options: str = ""):

@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from flash_mla.kernels.hopper.boxes import tma_boxes
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
+from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.prefill import schedule
 from flash_mla.kernels.hopper.prefill.config import BITS, NOWHERE, ROW_LIMITS, TASK_STAGES, Config
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Task, Tensors
@@ -57,16 +57,17 @@ class Producer:
         config = shared.config
 
         def boxes(tma, sX, rows: int, box_rows: int, columns: int, stages: int, tensor, coordinate):
-            counts = (rows // box_rows, columns // CHUNK, stages)
-            many = cute.make_layout(counts, stride=(box_rows * CHUNK, rows * CHUNK, rows * columns))
-            return tma_boxes(tma, sX.iterator, many, tensor, (box_rows, CHUNK), coordinate)
+            chunk = config.chunk(columns)
+            counts = (rows // box_rows, columns // chunk, stages)
+            many = cute.make_layout(counts, stride=(box_rows * chunk, rows * chunk, rows * columns))
+            return tma_boxes(tma, sX.iterator, many, tensor, (box_rows, chunk), coordinate)
 
         free = (None, None, None, None)
         key = (0, *free) if config.paged else free
         m, n, box = config.tile_m, config.tile_n, config.box_rows
         sQ, gQ = boxes(tma_q, shared.sQ, m, m, config.D, config.q_stages, tQ, free)
         sK, gK = boxes(tma_k, shared.sK, n, box, config.D, config.stages, tK, key)
-        sV, gV = boxes(tma_v, shared.sV, n, box, config.Dv, config.stages, tV, key)
+        sV, gV = boxes(tma_v, shared.sV, n, box, config.Dv, config.v_stages, tV, key)
         for channel in (shared.tasks, shared.q, shared.k, shared.v):
             channel.written_by("producer")
         return Producer(config, shared, tma_q, tma_k, tma_v, sQ, gQ, sK, gK, sV, gV)
@@ -78,8 +79,8 @@ class Producer:
         stage = count % stages
         q.acquire(stage, count // stages)
         with cute.arch.elect_one():
-            q.expect(stage, 2 * self.config.tile_m * self.config.D)
-        for chunk in cutlass.range_constexpr(self.config.D // CHUNK):
+            q.expect(stage, self.config.itemsize * self.config.tile_m * self.config.D)
+        for chunk in cutlass.range_constexpr(self.config.D // self.config.chunk(self.config.D)):
             source = self.gQ[None, row_tile, chunk, head, request]
             cute.copy(self.tma_q, source, self.sQ[None, (0, chunk, stage)], tma_bar_ptr=q.bar(stage))
 
@@ -93,17 +94,18 @@ class Producer:
         channel = shared.v if const_expr(values) else shared.k
         tma, sX, gX = (self.tma_v, self.sV, self.gV) if const_expr(values) else (self.tma_k, self.sK, self.gK)
         columns = config.Dv if const_expr(values) else config.D
+        stages = config.v_stages if const_expr(values) else config.stages
         # NOTE: a broadcast dim has one element
         head = cutlass.min(source.kv_head, cute.size(gX, mode=[3]) - 1)
         request = cutlass.min(source.request, cute.size(gX, mode=[4]) - 1)
-        stage, sKeys = count % config.stages, shared.sKeys
-        channel.acquire(stage, count // config.stages)
+        stage, sKeys = count % stages, shared.sKeys
+        channel.acquire(stage, count // stages)
         with cute.arch.elect_one():
             if const_expr(config.sparse and not values):
                 sKeys[stage] = word
-            channel.expect(stage, 2 * config.tile_n * columns)
+            channel.expect(stage, config.itemsize * config.tile_n * columns)
         bar = channel.bar(stage)
-        for chunk in cutlass.range_constexpr(columns // CHUNK):
+        for chunk in cutlass.range_constexpr(columns // config.chunk(columns)):
             if const_expr(config.paged):
                 for i in cutlass.range_constexpr(config.tile_n // BLOCK):
                     target = sX[None, (i, chunk, stage)]

@@ -11,7 +11,7 @@ from cutlass import Float32, Int32
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.prefill.config import TASK, TASK_STAGES, Config
+from flash_mla.kernels.hopper.prefill.config import TASK, TASK_STAGES, TRANSPOSERS, Config
 
 
 class Tensors(NamedTuple):
@@ -57,8 +57,9 @@ class Scalars(NamedTuple):
 class Shared:
     """Views of a CTA's shared memory (frozen, like every group of trace-time objects: branches may then use it).
 
-    sQ [TILE_M, D, q_stages]; sO [TILE_M, Dv, q_stages], over it; sK [TILE_N, D, stages]; sV [TILE_N, Dv, stages];
-    staged: STAGED elements of out for each consumer warp, where out does not go over Q.
+    sQ [TILE_M, D, q_stages]; sO [TILE_M, Dv, q_stages], over it; sK [TILE_N, D, stages]; sV [TILE_N, Dv, v_stages];
+    staged: STAGED elements of out for each consumer warp, where out does not go over Q. sVt [Dv, TILE_N, stages]: V in
+    FP8, transposed, the keys in the order of `transposer.py`, and zeros: of a piece of its columns.
     """
 
     config: Config
@@ -66,6 +67,8 @@ class Shared:
     sO: cute.Tensor
     sK: cute.Tensor
     sV: cute.Tensor
+    sVt: cute.Tensor | None
+    zeros: cute.Pointer
     staged: cute.Pointer
     sTask: cute.Tensor
     sKeys: cute.Tensor
@@ -73,6 +76,7 @@ class Shared:
     q: Channel
     k: Channel
     v: Channel
+    turned: Channel
     out: Channel
 
     @staticmethod
@@ -80,7 +84,7 @@ class Shared:
         dtype, warps = DTYPES[config.dtype], 4 * config.consumers
 
         def rows(memory, count: int, columns: int, stages: int) -> cute.Tensor:
-            layout = row_layout(dtype, count, columns, stages)
+            layout = row_layout(dtype, count, columns, stages, config.row_bytes(columns))
             return memory.get_tensor(layout.outer, swizzle=layout.inner)
 
         def channel(name: str, barriers, stages: int, **counts: int) -> Channel:
@@ -89,28 +93,39 @@ class Shared:
         sQ = rows(storage.sQ, config.tile_m, config.D, config.q_stages)
         # NOTE: chunk after chunk, so that a warpgroup's rows of out lie where its own rows of Q lay
         stages = cute.make_layout(config.q_stages, stride=config.tile_m * config.D)
-        sO = cute.make_tensor(sQ.iterator, cute.append(row_layout(dtype, config.tile_m, config.Dv).outer, stages))
+        out_rows = row_layout(dtype, config.tile_m, config.Dv, row_bytes=config.row_bytes(config.Dv))
+        sO = cute.make_tensor(sQ.iterator, cute.append(out_rows.outer, stages))
         return Shared(
             config=config,
             sQ=sQ,
             sO=sO,
             sK=rows(storage.sK, config.tile_n, config.D, config.stages),
-            sV=rows(storage.sV, config.tile_n, config.Dv, config.stages),
+            sV=rows(storage.sV, config.tile_n, config.Dv, config.v_stages),
+            sVt=rows(storage.sVt, config.Dv, config.tile_n, config.stages) if config.fp8 else None,
+            zeros=storage.zeros.data_ptr(),
             staged=storage.staged.data_ptr(),
             sTask=storage.sTask.get_tensor(cute.make_layout((TASK, TASK_STAGES))),
             sKeys=storage.sKeys.get_tensor(cute.make_layout(config.stages)),
-            tasks=channel("tasks", storage.task_barriers, TASK_STAGES, readers=warps + (not config.staged)),
+            tasks=channel("tasks", storage.task_barriers, TASK_STAGES, readers=warps + config.helpers),
             q=channel("Q", storage.q_barriers, config.q_stages, readers=warps if config.staged else 1),
             k=channel("K", storage.k_barriers, config.stages, readers=warps),
-            v=channel("V", storage.v_barriers, config.stages, readers=warps),
+            v=channel("V", storage.v_barriers, config.v_stages, readers=config.transposers or warps),
+            turned=channel(
+                "V transposed", storage.turned_barriers, config.turned_stages, writers=TRANSPOSERS, readers=warps
+            ),
             # refilling Q empties it
             out=channel("out", storage.out_barriers, config.q_stages, writers=warps, readers=0),
         )
 
     @property
     def channels(self) -> tuple[Channel, ...]:
-        all_roles = (self.tasks, self.q, self.k, self.v)
-        return all_roles if self.config.staged else (*all_roles, self.out)
+        all_configs = (self.tasks, self.q, self.k, self.v, self.turned)
+        return all_configs if self.config.staged else (*all_configs, self.out)
+
+    @property
+    def values(self) -> Channel:
+        """V as the consumers take it."""
+        return self.turned if self.config.fp8 else self.v
 
 
 class Task(NamedTuple):

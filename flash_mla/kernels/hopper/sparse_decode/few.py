@@ -70,6 +70,7 @@ class Shared(shared.Shared):
             sSum=storage.sSum.get_tensor(cute.make_layout((heads, CONSUMER_WARPS))),
             sMax=storage.sMax.get_tensor(cute.make_layout((heads, 2))),
             sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(config.warps))),
+            sUnit=None,
             q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
             k=k,
             v=k,
