@@ -475,12 +475,15 @@ def unfold(
     rows = q.unflatten(1, (Hk, ratio)).transpose(2, 3).reshape(B, Hk * S_q * ratio, 1, D)
     sink = None if sink is None else sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
     folded_call = call._replace(q=rows, attn_sink=sink)
-    chosen, packed = attend_plan(folded_call, None, backend, check_values)
-    result = launch_pages(chosen, packed, folded_call, True, None)
+    # likewise a view there
+    given = None if out is None else out.unflatten(1, (Hk, ratio)).transpose(2, 3)
+    inside = None if given is None or not given.is_contiguous() else given.view(B, Hk * S_q * ratio, 1, Dv)
+    chosen, packed = attend_plan(folded_call, inside, backend, check_values)
+    result = launch_pages(chosen, packed, folded_call, True, inside)
     assert isinstance(result, tuple)
     folded = (B, Hk, S_q, ratio)
     first = result[0].view(*folded, Dv).transpose(2, 3).flatten(1, 2)
     lse = result[1].view(folded).transpose(2, 3).flatten(1, 2)
     if out is not None:
-        first = out.copy_(first)
+        first = out if inside is not None else out.copy_(first)
     return (first, lse) if return_lse else first

@@ -60,7 +60,7 @@ def test_takes(changes: dict) -> None:
     [
         ({"dtype": torch.float32}, "float32"),
         ({"dtype": FP8, **PAGES, "mask": "bool"}, "FP8 pages"),
-        ({"dtype": FP8, **PAGES, "v_strides": (0, 128, 64 * 264, 264, 1)}, "multiples of 16"),
+        ({"dtype": FP8, **PAGES, "v_strides": (0, 128, 64 * 264, 264, 1)}, "FP8 pages: a v stride"),
         ({"dtype": FP8, "out_dtype": torch.float16}, "gives BF16"),
         ({"D": 576, "Dv": 512}, "576"),
         ({"D": 64, "Dv": 128}, "D = 64, Dv = 128"),
@@ -86,10 +86,10 @@ def test_narrow_leaves_one_element_of_broadcast_dims() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "dtype"),
-    [({}, "fp8"), (PAGES, "fp8"), ({"mask": "bool"}, "bf16"), ({"k_strides": (26400, 13200, 132, 1)}, "bf16")],
+    [({}, "bf16"), (PAGES, "fp8"), ({"mask": "bool"}, "bf16"), ({"k_strides": (26400, 13200, 132, 1)}, "bf16")],
 )
 def test_config_of_fp8(changes: dict, dtype: str) -> None:
-    """FP8 is computed as it is; what the variant does not take, in BF16."""
+    """FP8 pages are computed as they are; FP8 that lies end to end, in BF16."""
     assert prefill.config(PROBLEM._replace(dtype=FP8, **changes)).dtype == dtype
 
 
