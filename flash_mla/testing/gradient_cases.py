@@ -155,7 +155,7 @@ def gradient_cases() -> list[GradientCase | SparseGradientCase]:
             cases += [tokens, replace(tokens, name=f"{tokens.name}-all", sink=True, lengths=True, expanded=True)]
     tokens = SparseGradientCase("")
     cases += [
-        replace(tokens, name="gradient/token-sparse-heads-128", Hq=128, topk=128, S_kv=95),
+        replace(tokens, name="gradient/token-sparse-heads-128", S_q=2, Hq=128, topk=70, S_kv=95),
         replace(tokens, name="gradient/token-sparse-heads-3", Hq=3, topk=1, sink=True),
         replace(tokens, name="gradient/token-sparse-512", D=512, Hq=64, topk=130),
         replace(tokens, name="gradient/token-sparse-narrow", D=72, Dv=40, S_q=20, lengths=True),
