@@ -267,7 +267,7 @@ LONG = (700, 513, 1)
 def decode_cases() -> list[DecodeCase]:
     mla = DecodeCase("decode/mla", LONG, Hq=16, Hk=1, D=576, Dv=512, alias=True)
     gqa = DecodeCase("decode/gqa", RAGGED, Hq=8, Hk=2, D=128)
-    many = replace(gqa, S_q=300, lengths=(700, 7, 0, 300))
+    many = replace(gqa, S_q=130, lengths=(300, 7, 0, 130))
     cases = []
     for name, dtype in DTYPES.items():
         descale: Descale | None = "tensor" if dtype == FP8 else None
@@ -322,8 +322,8 @@ def decode_cases() -> list[DecodeCase]:
         replace(mla, name="decode/descale-mla", descale="float"),
         replace(gqa, name="decode/fp8-no-descale", dtype=FP8),
         replace(gqa, name="decode/fp8-float", dtype=FP8, descale="float"),
-        replace(many, name="decode/queries-300", sink=True),
-        replace(many, name="decode/fp8-queries-300", dtype=FP8, descale="tensor"),
+        replace(many, name="decode/queries-130", sink=True),
+        replace(many, name="decode/fp8-queries-130", dtype=FP8, descale="tensor"),
         replace(mla, name="decode/fp8-mla-sink", dtype=FP8, descale="tensor", sink=True, S_q=2),
         replace(mla, name="decode/fp8-mla-queries-8", dtype=FP8, descale="tensor", S_q=8, lengths=(700, 7, 0)),
         replace(mla, name="decode/fp8-mla-no-rope", dtype=FP8, descale="float", D=512),
