@@ -247,14 +247,12 @@ class Route(NamedTuple):
     """What a call that passed its checks leaves to one whose tensors differ from its own in values and places only.
 
     Attributes:
-        plan: of the problem, or of the same one with q and out packed.
-        packed: whether it is the latter.
+        problem: whose plan is asked for again, so that a backend that comes or goes is noticed.
         k, v, k_rope: the page views.
         parts: blocks that a page was cut into.
     """
 
-    plan: Plan
-    packed: bool
+    problem: DecodeProblem
     k: View
     v: View
     k_rope: View | None
@@ -323,19 +321,19 @@ def attend_pools(
             if out is not None and not out_is_new:
                 contract.refuse_learning_out(out)
                 check_pages_apart(call, out)
-            return launch_pages(route.plan, route.packed, call, return_lse, out)
+            return launch_pages(pick(route.problem, backend), route.problem, call, return_lse, out)
     k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
     call = PageCall(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, options)
     if out is not None and not out_is_new:
         check_pages_out(call, out)
     if not causal and mask is None and q.shape[2] > 1:
         return unfold(call, return_lse, out, backend, check_values)
-    chosen, packed = attend_plan(call, out, backend, check_values)
+    chosen, problem = attend_plan(call, out, backend, check_values)
     if key is not None:
         rope = None if k_rope is None else View(k_rope.shape, k_rope.stride())
         parts = k_pages.shape[1 if layout == "NHD" else 2] // k.shape[3]
-        ROUTES.keep(key, Route(chosen, packed, View(k.shape, k.stride()), View(v.shape, v.stride()), rope, parts))
-    return launch_pages(chosen, packed, call, return_lse, out)
+        ROUTES.keep(key, Route(problem, View(k.shape, k.stride()), View(v.shape, v.stride()), rope, parts))
+    return launch_pages(chosen, problem, call, return_lse, out)
 
 
 def repeating(
@@ -362,8 +360,10 @@ def repeating(
     return (*key, v_pages is None, None if k_rope_pages is None and out is None else facts(k_rope_pages, out))
 
 
-def attend_plan(call: PageCall, out: Tensor | None, backend: str | None, check_values: bool) -> tuple[Plan, bool]:
-    """The plan of a call over page views, and whether q and out are to be packed for it."""
+def attend_plan(
+    call: PageCall, out: Tensor | None, backend: str | None, check_values: bool
+) -> tuple[Plan, DecodeProblem]:
+    """The plan of a call over page views, and the call's problem: the plan's own may have q and out packed."""
     problem = pages_problem(call, out)
     if out is not None and not contract.is_aligned(out):
         problem = problem._replace(aligned=False)
@@ -371,13 +371,14 @@ def attend_plan(call: PageCall, out: Tensor | None, backend: str | None, check_v
     if check_values:
         longest = contract.check_values(call.table, call.seq_lens, problem.Nblk, page=problem.page)
         contract.check_mask_length("mask", None if call.options.tail else call.mask, longest)
-    return chosen, chosen.problem != problem
+    return chosen, problem
 
 
 def launch_pages(
-    chosen: Plan, packed: bool, call: PageCall, return_lse: bool, out: Tensor | None
+    chosen: Plan, problem: DecodeProblem, call: PageCall, return_lse: bool, out: Tensor | None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The launch over page views; with `packed`, q is made contiguous first, and out is copied to."""
+    """The launch over page views; where the plan is of a packed `problem`, q is made contiguous, out copied to."""
+    packed = chosen.problem != problem
     result = launch(
         chosen, "decode_over_pages", q=call.q.contiguous() if packed else call.q, k=call.k, v=call.v,
         k_rope=call.k_rope, block_table=call.table, seq_lens=call.seq_lens, mask=call.mask,
@@ -478,8 +479,8 @@ def unfold(
     # likewise a view there
     given = None if out is None else out.unflatten(1, (Hk, ratio)).transpose(2, 3)
     inside = None if given is None or not given.is_contiguous() else given.view(B, Hk * S_q * ratio, 1, Dv)
-    chosen, packed = attend_plan(folded_call, inside, backend, check_values)
-    result = launch_pages(chosen, packed, folded_call, True, inside)
+    chosen, problem = attend_plan(folded_call, inside, backend, check_values)
+    result = launch_pages(chosen, problem, folded_call, True, inside)
     assert isinstance(result, tuple)
     folded = (B, Hk, S_q, ratio)
     first = result[0].view(*folded, Dv).transpose(2, 3).flatten(1, 2)

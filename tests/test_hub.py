@@ -88,7 +88,7 @@ call = (q, cache.k_cache, cache.v_cache, cache.block_table, cache.seq_lens)
 true = torch.nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
 torch.testing.assert_close(module.flash_mla_with_kvcache(*call), true, rtol=1e-4, atol=1e-4)
 op = getattr(torch.ops, id).flash_mla_with_kvcache
-out, _ = op(*call, None, None, None, None, None, None, True, None, None)
+out, _ = op(*call, *[None] * 6, tail=False, batch_invariant=False, check_values=True, backend=None, out=None)
 torch.testing.assert_close(out, true, rtol=1e-4, atol=1e-4)
 """
 
