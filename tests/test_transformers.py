@@ -188,6 +188,12 @@ def test_metadata_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == 5, "one for each decode step of two layers"
 
 
+class FixedAttention(transformers.LlamaForCausalLM):
+    """A model that calls no AttentionInterface, as GPT-J before transformers 5.24."""
+
+    _supports_attention_backend = False
+
+
 def test_errors_say_what_to_do() -> None:
     model, inputs = build("DeepseekV3"), prompts([8, 12])
     options = {"max_new_tokens": 4, "do_sample": False}
@@ -207,7 +213,7 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(ShapeError, match="crop"):
         cache.crop(-17)
     with pytest.raises(ModelError, match="cannot be switched"):
-        paged_cache(transformers.GPTJForCausalLM(transformers.GPTJConfig(n_embd=32, n_layer=1, n_head=2)), 1, 64)
+        paged_cache(FixedAttention(transformers.LlamaConfig(hidden_size=32, num_hidden_layers=1)), 1, 64)
     falcon = transformers.FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(ModelError, match="cannot be switched"):
         paged_cache(transformers.FalconForCausalLM(falcon), 1, 64)

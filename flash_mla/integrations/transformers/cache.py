@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flash_mla.cache import PagedKVCache
 from flash_mla.errors import ModelError, ShapeError
@@ -135,6 +136,15 @@ class PagedCache(Cache):
         raise not_offered("batch_select_indices", "Make a cache for the smaller batch")
 
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What models call their cache: past_key_values up to transformers 5.23, and cache from 5.24 on, which takes both."""
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among a model's arguments, by either name; None without one."""
+    return next((x for x in (kwargs.get("past_key_values"), kwargs.get("cache")) if x is not None), None)
+
+
 def not_offered(method: str, fix: str) -> ModelError:
     return ModelError(
         given=f"PagedCache.{method}",
@@ -148,6 +158,7 @@ class PagedLayer(CacheLayerMixin):
     """One layer of a PagedCache; it only hands rows on, see NewTokens."""
 
     is_sliding = False
+    is_croppable = True  # asked for by transformers 5.24 on
     supports_early_init = False
 
     def __init__(self, cache: PagedCache, index: int) -> None:

@@ -21,12 +21,14 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flash_mla.errors import DeviceError, ModelError
+from flash_mla.integrations.transformers.cache import CACHE, cache_of
 from flash_mla.integrations.transformers.step import Step, Tokens, check_mask
 
 if TYPE_CHECKING:
     from flash_mla.integrations.transformers.cache import PagedCache
 
-KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
+KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"}
+KNOWN |= {"past_key_values", "cache"}
 """Arguments of a forward that a replay stands for; any other, unless None or False, runs without the graph."""
 WARM_UPS = 2  # runs before the capture: kernels compile and workspaces grow outside of it
 
@@ -88,16 +90,15 @@ class DecodeGraph:
     def _forward(self, forward: Callable[..., Any]) -> Tensor:
         assert self.step is not None
         self.step.locate_last()
-        return forward(
-            input_ids=self._ids, position_ids=self._position_ids, past_key_values=self.cache, use_cache=True
-        ).logits
+        cache = {CACHE: self.cache}
+        return forward(input_ids=self._ids, position_ids=self._position_ids, use_cache=True, **cache).logits
 
 
 def replay_or_run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A model's forward; a step of decode over a cache with a graph replays it."""
     if args and "input_ids" not in kwargs:
         kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = cache_of(kwargs)
     graph: DecodeGraph | None = getattr(cache, "graph", None)
     if args or graph is None or graph.step is not None or not is_decode(cache, kwargs):
         return forward(*args, **kwargs)
@@ -109,7 +110,7 @@ def replay_or_run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     position_ids = kwargs.get("position_ids")
     if position_ids is None:  # as the models do without padding
         position_ids = torch.full_like(ids, cache.seen - 1)
-    return CausalLMOutputWithPast(logits=graph.run(forward, ids, position_ids), past_key_values=cache)
+    return CausalLMOutputWithPast(logits=graph.run(forward, ids, position_ids), **{CACHE: cache})
 
 
 def is_decode(cache: Any, kwargs: dict[str, Any]) -> bool:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from flash_mla.errors import ModelError
-from flash_mla.integrations.transformers.cache import PagedCache
+from flash_mla.integrations.transformers.cache import PagedCache, cache_of
 
 
 def note_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward pre-hook: remember which tokens enter the cache."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if not isinstance(cache, PagedCache):
         return
     ids = kwargs.get("input_ids", args[0] if args else None)
@@ -26,7 +26,7 @@ def note_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def prepare_checked(prepare: Callable[..., Any], input_ids: Any, *args: Any, **kwargs: Any) -> Any:
     """A model's prepare_inputs_for_generation; the first of a generation checks the prompt against the cache."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if isinstance(cache, PagedCache) and kwargs.get("is_first_iteration") and isinstance(input_ids, Tensor):
         check_prompt(cache, input_ids, kwargs.get("attention_mask"))
     return prepare(input_ids, *args, **kwargs)

@@ -23,19 +23,21 @@ MODELS = ("deepseek_v32", "glm_moe_dsa")
 `indices` on."""
 
 
-def index_or_pass(forward: Callable[..., Tensor], *args: Any, past_key_values: Any = None, **kwargs: Any) -> Tensor:
+def index_or_pass(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """An indexer's forward that, over a paged cache, sees each request's own tokens from 0 on.
 
     Returns:
         [B, P, k] int32 token numbers, as the indexer gives them.
     """
-    if isinstance(past_key_values, PagedCache):
-        tokens = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tokens))
-        step = past_key_values.step(tokens)
+    given = (*args, *kwargs.values())
+    cache = next((x for x in given if isinstance(x, PagedCache)), None)
+    if cache is not None:
+        tokens = next(x for x in given if isinstance(x, Tokens))
+        step = cache.step(tokens)
         visible = torch.arange(step.longest, device=step.position.device) <= step.position[..., None]  # [B, P, longest]
         args = tuple(visible if x is tokens else x for x in args)
         kwargs = {name: visible if x is tokens else x for name, x in kwargs.items()}
-    return forward(*args, past_key_values=past_key_values, **kwargs)
+    return forward(*args, **kwargs)
 
 
 def attend_picked(step: Step, q: Tensor, layer: Layer, picked: Tensor, scale: float) -> Tensor:
