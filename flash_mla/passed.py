@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from flash_mla.problem import ALIGNMENT
@@ -46,8 +45,3 @@ def facts(*tensors: Tensor | None) -> tuple[Hashable, ...]:
     return tuple(
         None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT) for x in tensors
     )
-
-
-def traced() -> bool:
-    """Whether a graph is being traced, whose tensors have no address: such calls are checked each time."""
-    return torch.compiler.is_compiling()

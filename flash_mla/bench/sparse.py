@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,20 @@ def sparse_prefill_out(*, backend: str | None = None, **arguments: Any) -> Tenso
     return deepseek.flash_mla_sparse_fwd(**arguments, backend=backend)[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Where a case runs: on this device, by this backend."""
+
+    device: str = "cpu"
+    backend: str | None = None
+
+    def on(self, device: str, backend: str | None) -> Self:
+        """The same case on that device and backend."""
+        return replace(self, device=device, backend=backend)
+
+
 @dataclass(frozen=True)
-class SparseDecodeBench:
+class SparseDecodeBench(Placed):
     """Decode over indices: B requests of S tokens, S_q queries each, that name topk rows of a pool.
 
     format: of the rows, or None for BF16.
@@ -59,8 +71,6 @@ class SparseDecodeBench:
     topk: int
     format: str | None
     devices: tuple[str, ...]
-    device: str = "cpu"
-    backend: str | None = None
 
     group = "decode, sparse"
 
@@ -81,9 +91,6 @@ class SparseDecodeBench:
         """q and out, and for each query its rows and their indices."""
         row = 2 * D if self.format is None else FORMATS[self.format].row_bytes
         return self.B * self.S_q * (2 * self.Hq * (D + DV) + self.topk * (row + 4))
-
-    def on(self, device: str, backend: str | None) -> SparseDecodeBench:
-        return replace(self, device=device, backend=backend)
 
     def arguments(self) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
@@ -131,7 +138,7 @@ class SparseDecodeBench:
 
 
 @dataclass(frozen=True)
-class SparsePrefillBench:
+class SparsePrefillBench(Placed):
     """Prefill over indices: s_q tokens that name topk of s_kv BF16 rows each."""
 
     s_q: int
@@ -139,8 +146,6 @@ class SparsePrefillBench:
     s_kv: int
     topk: int
     devices: tuple[str, ...]
-    device: str = "cpu"
-    backend: str | None = None
 
     group = "prefill, sparse"
     dtype = "BF16"
@@ -157,9 +162,6 @@ class SparsePrefillBench:
     def bytes(self) -> int:
         """q, out and, for each token, its rows and their indices; rows that tokens share may be read once."""
         return 2 * self.s_q * self.Hq * (D + DV) + 2 * self.s_kv * D + 4 * self.s_q * self.topk
-
-    def on(self, device: str, backend: str | None) -> SparsePrefillBench:
-        return replace(self, device=device, backend=backend)
 
     def arguments(self) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
@@ -196,15 +198,13 @@ class SparsePrefillBench:
 
 
 @dataclass(frozen=True)
-class IndexBench:
+class IndexBench(Placed):
     """Index scores of s_q queries of H heads against s_kv e4m3 keys, all seen; D 128, as DeepSeek-V3.2 has them."""
 
     s_q: int
     H: int
     s_kv: int
     devices: tuple[str, ...]
-    device: str = "cpu"
-    backend: str | None = None
 
     group = "index"
     dtype = "FP8"
@@ -221,9 +221,6 @@ class IndexBench:
     def bytes(self) -> int:
         """Queries and weights, keys and scales, scores."""
         return self.s_q * self.H * (INDEX_D + 4) + self.s_kv * (INDEX_D + 4) + 4 * self.s_q * self.s_kv
-
-    def on(self, device: str, backend: str | None) -> IndexBench:
-        return replace(self, device=device, backend=backend)
 
     def arguments(self) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
@@ -262,15 +259,13 @@ class IndexBench:
 
 
 @dataclass(frozen=True)
-class TopkBench:
+class TopkBench(Placed):
     """The greatest topk of N scores in each row. A comparison is no FLOP: only bytes are counted."""
 
     rows: int
     N: int
     topk: int
     devices: tuple[str, ...]
-    device: str = "cpu"
-    backend: str | None = None
 
     group = "index"
     dtype = "FP32"
@@ -283,9 +278,6 @@ class TopkBench:
     @property
     def bytes(self) -> int:
         return 4 * self.rows * (self.N + self.topk)
-
-    def on(self, device: str, backend: str | None) -> TopkBench:
-        return replace(self, device=device, backend=backend)
 
     def arguments(self) -> dict[str, Any]:
         scores = torch.randn(self.rows, self.N, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_mla.contract import check_head_dims, check_index, check_on, check_rank, check_tensor, named, out_dtype
 from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
-from flash_mla.deepseek.sparse import Pool, sparse
+from flash_mla.deepseek.sparse import Pool, SparseCall, sparse
 from flash_mla.entry import entry
 from flash_mla.errors import DTypeError, ShapeError
 from flash_mla.pages import attend_pools
@@ -120,10 +120,11 @@ def flash_mla_with_kvcache(
             "both or neither, and extra_topk_length only with them",
             "A cache is read through its indices",
         )
-    pools = [Pool("", k_cache, indices, topk_length)]
+    pools: tuple[Pool, ...] = (Pool("", k_cache, indices, topk_length),)
     if extra_k_cache is not None and extra_indices_in_kvcache is not None:
-        pools.append(Pool("extra_", extra_k_cache, extra_indices_in_kvcache, extra_topk_length))
-    out, lse, _ = sparse(q, pools, is_fp8_kvcache, head_dim_v, softmax_scale, attn_sink, False, backend)
+        pools += (Pool("extra_", extra_k_cache, extra_indices_in_kvcache, extra_topk_length),)
+    call = SparseCall(q, pools, is_fp8_kvcache, head_dim_v, softmax_scale, attn_sink)
+    out, lse, _ = sparse(call, backend)
     return out, lse.transpose(1, 2)
 
 
@@ -191,7 +192,8 @@ def dense_rows(
     t = torch.arange(rows.shape[1] * page, device=q.device)
     seen = t < last.expand(B, S_q).unsqueeze(2)  # [b, s_q, tokens]
     indices = torch.where(seen, rows.flatten(1).unsqueeze(1), -1).to(torch.int32)
-    out, lse, _ = sparse(q, [Pool("", k_cache, indices, lengths)], True, Dv, softmax_scale, attn_sink, False, backend)
+    call = SparseCall(q, (Pool("", k_cache, indices, lengths),), True, Dv, softmax_scale, attn_sink)
+    out, lse, _ = sparse(call, backend)
     return out, lse.transpose(1, 2)
 
 

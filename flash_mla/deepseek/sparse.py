@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ from flash_mla.contract import (
 from flash_mla.deepseek.checks import check_query, check_same_dtype
 from flash_mla.entry import entry
 from flash_mla.errors import HeadGroupingError, ShapeError
-from flash_mla.passed import Passed, facts, traced
+from flash_mla.passed import Passed, facts
 from flash_mla.plan import Plan, plan
 from flash_mla.problem import (
     FP8,
@@ -150,22 +150,26 @@ class Pool(NamedTuple):
         return SparseKeys(cache, self.indices, None if self.lengths is None else self.lengths.contiguous())
 
 
+class SparseCall(NamedTuple):
+    """A sparse call as the user named it; `formatted`: the rows have a format. But for backend."""
+
+    q: Tensor
+    pools: tuple[Pool, ...]
+    formatted: bool
+    Dv: int
+    softmax_scale: float | None
+    attn_sink: Tensor | None
+    max_logits: bool = False
+
+
 PASSED: Passed[SparseProblem] = Passed()
 
 
-def sparse(
-    q: Tensor,
-    pools: Sequence[Pool],
-    formatted: bool,
-    Dv: int,
-    softmax_scale: float | None,
-    attn_sink: Tensor | None,
-    max_logits: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Plan and launch: (out [B, S_q, Hq, Dv], lse [B, S_q, Hq], max_logits). `formatted`: the rows have a format."""
+def sparse(call: SparseCall, backend: str | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Plan and launch: (out [B, S_q, Hq, Dv], lse [B, S_q, Hq], max_logits)."""
+    q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits = call
     B, S_q, Hq, D = q.shape
-    chosen = plan_sparse(q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits, backend)
+    chosen = plan_sparse(call, backend)
     keys = tuple(pool.keys(formatted) for pool in pools)
     args = SparseArgs(
         q=q,
@@ -185,20 +189,12 @@ def sparse(
     return out, lse, args.max_logits
 
 
-def plan_sparse(
-    q: Tensor,
-    pools: Sequence[Pool],
-    formatted: bool,
-    Dv: int,
-    softmax_scale: float | None,
-    attn_sink: Tensor | None,
-    max_logits: bool,
-    backend: str | None,
-) -> Plan:
+def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
     """The plan of a call, every check made where it did not pass before."""
+    q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits = call
     sign = check_scale(softmax_scale)
     key: Hashable = None
-    if not traced():
+    if not torch.compiler.is_compiling():  # a traced tensor has no address
         tensors = facts(q, attn_sink, *(x for pool in pools for x in pool[1:]))
         key = (tensors, formatted, type(Dv), Dv, sign, max_logits, backend)
         if (known := PASSED.get(key)) is not None:
@@ -277,7 +273,7 @@ def sparse_prefill(
     """(out, max_logits, lse) of flash_mla_sparse_fwd."""
     q = q.unsqueeze(1)
     pool = Pool("", kv.unsqueeze(0), indices, topk_length)
-    out, lse, max_logits = sparse(q, [pool], False, d_v, sm_scale, attn_sink, True, backend)
+    out, lse, max_logits = sparse(SparseCall(q, (pool,), False, d_v, sm_scale, attn_sink, max_logits=True), backend)
     assert max_logits is not None
     return out.squeeze(1), max_logits.squeeze(1), lse.squeeze(1)
 
