@@ -51,6 +51,7 @@ from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES, START
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer as ManyConsumer
+from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.partials import Partials, note_split
 from flash_mla.kernels.hopper.sparse_decode import few, many
 from flash_mla.kernels.hopper.sparse_decode.config import (
@@ -153,7 +154,7 @@ class SparseDecode:
         load_q = load_of(gQ, config.tile_heads, CHUNK)
         launch_persistent(self.kernel(load_q, caches, tokens, S_q, results, scalars), config, clusters, stream)
         one = Int32(1)
-        combine(results.out, results.lse, *results.partials, sink, has_sink, one, one, stream, empty_lse)
+        combine(results.out, results.lse, *results.partials, sink, has_sink, Packing(one), one, stream, empty_lse)
 
     @cute.kernel
     def kernel(
