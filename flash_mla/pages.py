@@ -8,7 +8,6 @@ read. No cache is copied, whatever its size.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Literal, NamedTuple, overload
 
@@ -348,7 +347,7 @@ def repeating(
     options: Options,
 ) -> tuple[object, ...] | None:
     """All that the checks of a call without a mask look at, as a key; None where they have to look again."""
-    if softmax_scale is not None and not (type(softmax_scale) is float and 0.0 < softmax_scale < math.inf):
+    if contract.check_scale(softmax_scale) <= 0:
         return None
     k_pages, v_pages, k_rope_pages = pools
     key = contract.passing(

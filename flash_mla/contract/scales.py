@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from numbers import Real
 
@@ -18,7 +17,8 @@ NO_DESCALES: Descales = (None, None, None)
 
 
 def is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that FP32, in which scores are kept, holds; not NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
 
 
 def check_scale(softmax_scale: float | None) -> int:
@@ -28,8 +28,8 @@ def check_scale(softmax_scale: float | None) -> int:
     if not is_finite(softmax_scale):
         raise ShapeError(
             f"softmax_scale = {softmax_scale!r}"[:200],
-            "a finite real number, or None for D ** -0.5",
-            f"`softmax_scale` is a {type(softmax_scale).__name__} and no finite number",
+            "a finite real number, as FP32 holds it, or None for D ** -0.5",
+            f"`softmax_scale` is a {type(softmax_scale).__name__} and no number that is finite in FP32",
             "Pass a float",
         )
     return int(softmax_scale > 0) - int(softmax_scale < 0)

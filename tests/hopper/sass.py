@@ -57,7 +57,6 @@ class Sass:
 
 def compiled(build: Callable[..., Any], config: object, folder: Path) -> Sass:
     """Build a config; the kernel itself refuses where its ledger or the arrivals of its channels are wrong."""
-    folder.mkdir(exist_ok=True)
     build(config, f"--keep-cubin --dump-dir={folder}")
     (cubin,) = folder.glob("*.cubin")
     text = subprocess.run([str(CUOBJDUMP), "-sass", cubin], capture_output=True, text=True, check=True).stdout

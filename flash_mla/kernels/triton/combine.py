@@ -2,10 +2,10 @@
 
 A partial is out_i, the largest score max_i of its keys in base 2, and the sum sum_i of their weights:
 out = sum_i w_i out_i / sum_i w_i with w_i = sum_i exp2(max_i - max), in the order of the shares, so that reruns are
-bitwise equal. Grid: (rows * column tiles, programs - 1). Program p looks at the boundary before share p + 1: if an item lies
-across it, and across no boundary before, the program merges one row of that item; otherwise it has nothing to do. Where
-items are cut into pieces, the grid is (rows * column tiles, items), and a program merges the pieces of an item, if it
-has more than one.
+bitwise equal. Grid: (rows * column tiles, programs - 1). Program p looks at the boundary before share p + 1: if an item
+lies across it, and across no boundary before, the program merges one row of that item; otherwise it has nothing to do.
+Where items are cut into pieces, the grid is (rows * column tiles, items), and a program merges the pieces of an item,
+if it has more than one.
 
 Bound: bytes of the partials, at most two items a share: 2 * programs * rows * Dv * 4.
 

@@ -3,10 +3,10 @@
 Grid: (M tiles, programs). The S_q * ratio query rows that share a KV head are packed into M tiles; the M tiles of one
 share run side by side, so that their reads of the same K meet in L2. With SPLIT, `programs` programs cut the line of
 work units (see share.py) into equal shares whatever the lengths; a program walks the items of its share, writes an item
-that it holds whole straight to `out`, and any other as a partial result in FP32 (`combine.py`): an item that began before the
-share in slot 2 * program, one that runs past its end in slot 2 * program + 1 (its slot 2 * program if it is also the
-program's first). Without SPLIT a program is one item; with PIECES a piece of one (see share.py), whose slot has the
-program's number.
+that it holds whole straight to `out`, and any other as a partial result in FP32 (`combine.py`): an item that began
+before the share in slot 2 * program, one that runs past its end in slot 2 * program + 1 (its slot 2 * program if it is
+also the program's first). Without SPLIT a program is one item; with PIECES a piece of one (see share.py), whose slot
+has the program's number.
 
 Bound: bytes of K and V, B * S * (D + Dv) * Hk * itemsize, of which MLA's alias reads only D: V is the first Dv columns
 of the K tile that is already on the chip. At 16 rows a KV byte of BF16 meets about 32 FLOP, far below the GPU's ratio;
@@ -357,7 +357,7 @@ def grid(config: Config, rows: int, items: int) -> tuple[int, int, int]:
 
 
 def partial_numel(config: Config, rows: int) -> int:
-    """FP32 elements of the workspace: two slots a program (a piece: one), a row of DV_TILE, its maximum and its sum each."""
+    """FP32 elements of the workspace: two slots a program (a piece: one), each a row, its maximum and its sum."""
     slots = config.programs * (1 if config.pieces else 2)
     return slots * -(-rows // config.tile_m) * config.tile_m * (config.dv_tile + 2)
 
