@@ -61,6 +61,7 @@ from flash_mla.kernels.hopper.sparse_decode.config import (
     Config,
 )
 from flash_mla.kernels.hopper.sparse_decode.producer import Producer
+from flash_mla.kernels.hopper.sparse_decode.ring import RingProducer
 from flash_mla.kernels.hopper.sparse_decode.rows import Cache, Lengths
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.walk import Done, walk
@@ -144,7 +145,7 @@ class SparseDecode:
             )
         results = Results(
             sink=sink,
-            out=cute.make_tensor(out.iterator, cute.make_layout((tokens, Hq, DV), stride=(Hq * DV, DV, 1))),
+            out=cute.make_tensor(out.iterator, cute.make_layout((tokens, Hq, DV), stride=(Int64(Hq) * DV, DV, 1))),
             lse=cute.make_tensor(lse.iterator, cute.make_layout((tokens, Hq), stride=(Hq, 1))),
             partials=Partials.over(workspace, clusters, config.tile_rows, DV),
         )
@@ -203,7 +204,8 @@ class SparseDecode:
             warp = warp_id - CONSUMER_WARPS
             if warp == 0 and rank == 0:
                 note_split(results.partials, work, lengths, lengths, scalars.groups, cluster_id)
-            Producer.over(shared, lengths, rank, warp, *load_q).run(scalars.groups, work)
+            producers = RingProducer if config.ringed else Producer
+            producers.over(shared, lengths, rank, warp, *load_q).run(scalars.groups, work)
         else:
             if const_expr(config.registers[0] > config.entry_registers):
                 cute.arch.setmaxregister_increase(config.registers[0])
