@@ -15,15 +15,15 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, const_expr
 
+from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.limits import ROW_BYTES, WARP
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS
 from flash_mla.kernels.hopper.sparse_decode.config import CHUNK_BYTES, GRANULE, GRANULES, Config
 from flash_mla.kernels.hopper.sparse_decode.producer import Producer
 from flash_mla.kernels.hopper.sparse_decode.rows import e8m0_value, four_values, store_vector
 from flash_mla.kernels.hopper.walk import Done, Place
-from flash_mla.kernels.hopper import split
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,16 @@ class RingProducer(Producer):
             if WARP * step + self.lane < GRANULE * pieces:
                 piece = WARP * step + self.lane - pieces * (row + behind)
                 copy_async(target + 16 * (WARP * step + self.lane), address + 16 * piece, 16, address != 0)
-        if const_expr(layout.split):
+        if const_expr(layout.apart):
             address = cute.arch.shuffle_sync(self.row[slot], offset=first + self.lane % GRANULE)
             apart = cute.arch.shuffle_sync(self.apart[slot], offset=first + self.lane % GRANULE)
             if self.lane < GRANULE:
-                copy_async(target + 16 * GRANULE * pieces + 8 * self.lane, address + apart, 8, address != 0)
+                copy_async(
+                    target + 16 * GRANULE * pieces + layout.apart * self.lane,
+                    address + apart,
+                    layout.apart,
+                    address != 0,
+                )
         cute.arch.cp_async_commit_group()
 
     # rows that are there
@@ -80,10 +85,10 @@ class RingProducer(Producer):
         layout, row = self.config.layout, self.lane // 8
         base = source + row * (16 * self.config.row_pieces)
         scales = base + layout.scale_at
-        if const_expr(layout.split):
-            scales = source + 16 * GRANULE * self.config.row_pieces + 8 * row
+        if const_expr(layout.apart):
+            scales = source + 16 * GRANULE * self.config.row_pieces + layout.apart * row
         if const_expr(layout.scale is not None):
-            for i in cutlass.range_constexpr(2 if layout.split else 4):
+            for i in cutlass.range_constexpr(layout.apart // 4 or 4):
                 self.scales[i] = read_word(scales + 4 * i)
         for i in cutlass.range_constexpr(self.config.code_steps):
             words = read_vector(base + 16 * (self.lane % 8), 128 * i)
@@ -101,7 +106,8 @@ class RingProducer(Producer):
         if const_expr(layout.scale is None):
             return None
         if const_expr(layout.scale == "fp32"):
-            return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[self.scales[i]])
+            word = self.scales[layout.scale_word(2 * i)]
+            return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[word])
         if const_expr(layout.group == 64):
             return e8m0_value(self.scales[i // 2], 2 * (i % 2) + self.lane % 8 // 4)
         return e8m0_value(self.scales[i], self.lane % 8 // 2)
@@ -121,16 +127,18 @@ class RingProducer(Producer):
             scale = self.scale_of(i)
             w = [self.words[j, i] for j in range(4)]
             swapped = upper != 0
-            w = [w[2] if swapped else w[0], w[3] if swapped else w[1], w[0] if swapped else w[2], w[1] if swapped else w[3]]
+            w = [
+                w[2] if swapped else w[0],
+                w[3] if swapped else w[1],
+                w[0] if swapped else w[2],
+                w[1] if swapped else w[3],
+            ]
             a, b = four_values(w[0], scale)
             c, d = four_values(w[1], scale)
             e, f = four_values(w[2], scale)
             g, h = four_values(w[3], scale)
             offset = buffer + CHUNK_BYTES * 2 * i
-            if const_expr(2 * i + 1 < layout.codes):
-                store_vector(first, offset, (a, b, c, d))
-                store_vector(second, offset, (e, f, g, h))
-            elif upper == 0:
+            if const_expr(2 * i + 1 < layout.codes) or upper == 0:
                 store_vector(first, offset, (a, b, c, d))
                 store_vector(second, offset, (e, f, g, h))
         if const_expr(layout.wide == 1):
@@ -202,7 +210,7 @@ class RingProducer(Producer):
 
 @cute.jit
 def copy_async(target, source, num_bytes: cutlass.Constexpr, live) -> None:
-    """Start to copy 8 or 16 bytes to shared memory; zeros unless `live`."""
+    """Start to copy 4, 8 or 16 bytes to shared memory; zeros unless `live`."""
     size = Int32(num_bytes) if live else Int32(0)
     cute.arch.inline_ptx(
         f"cp.async.{'cg' if num_bytes == 16 else 'ca'}.shared.global [{{$r0}}], [{{$r1}}], {num_bytes}, {{$r2}};",
@@ -221,6 +229,4 @@ def read_vector(address, offset: int):
 
 def read_word(address):
     """4 bytes of shared memory."""
-    return cute.arch.inline_ptx(
-        "ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address]
-    )
+    return cute.arch.inline_ptx("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
