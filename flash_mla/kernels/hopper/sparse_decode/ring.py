@@ -1,8 +1,8 @@
 """The producer warps of sparse decode with few heads and FP8 rows: raw rows on their way while others are converted.
 
-A warp has a ring of its own in shared memory, of granules of 4 rows as they lie in the cache. Rows arrive by `cp.async`,
-16 bytes a lane, lanes along the rows; so bytes on their way take no registers. A granule is read to registers, its
-place is given to the granule `config.ring` further on, and then it is converted.
+A warp has a ring of its own in shared memory, of granules of 4 rows as they lie in the cache. Rows arrive by
+`cp.async`, 16 bytes a lane, lanes along the rows; so bytes on their way take no registers. A granule is read to
+registers, its place is given to the granule `config.ring` further on, and then it is converted.
 
 Lane l converts pieces of row l / 8 of a granule: in step i the 16 codes from 128 i + 16 (l % 8), two 16-byte pieces of
 BF16. Lanes 4 to 7 of 8, which have the next chunk, store their second piece first: so 8 lanes write 128 different bytes
@@ -118,6 +118,7 @@ class RingProducer(Producer):
         layout = self.config.layout
         row = GRANULE * (granule % 2) + self.lane // 8
         upper = self.lane % 8 // 4
+        swapped = upper != 0
         buffer = CHUNK_BYTES * (granule // 2 * K_CHUNKS)
         base = self.shared.k_buffers.toint() + (8 * self.warp + row) * ROW_BYTES
         # lanes of the upper chunk of a step store their second piece first
@@ -125,22 +126,18 @@ class RingProducer(Producer):
         first, second = base + CHUNK_BYTES * upper + 16 * place, base + CHUNK_BYTES * upper + 16 * (place ^ 1)
         for i in cutlass.range_constexpr(self.config.code_steps):
             scale = self.scale_of(i)
-            w = [self.words[j, i] for j in range(4)]
-            swapped = upper != 0
-            w = [
-                w[2] if swapped else w[0],
-                w[3] if swapped else w[1],
-                w[0] if swapped else w[2],
-                w[1] if swapped else w[3],
-            ]
-            a, b = four_values(w[0], scale)
-            c, d = four_values(w[1], scale)
-            e, f = four_values(w[2], scale)
-            g, h = four_values(w[3], scale)
+            words = [self.words[j, i] for j in range(4)]
+            near = (words[2] if swapped else words[0], words[3] if swapped else words[1])
+            far = (words[0] if swapped else words[2], words[1] if swapped else words[3])
+            stored = (*four_values(near[0], scale), *four_values(near[1], scale))
+            behind = (*four_values(far[0], scale), *four_values(far[1], scale))
             offset = buffer + CHUNK_BYTES * 2 * i
-            if const_expr(2 * i + 1 < layout.codes) or upper == 0:
-                store_vector(first, offset, (a, b, c, d))
-                store_vector(second, offset, (e, f, g, h))
+            if const_expr(2 * i + 1 < layout.codes):  # noqa: SIM114
+                store_vector(first, offset, stored)
+                store_vector(second, offset, behind)
+            elif upper == 0:
+                store_vector(first, offset, stored)
+                store_vector(second, offset, behind)
         if const_expr(layout.wide == 1):
             words = tuple(self.words[j, self.config.code_steps] for j in range(4))
             store_vector(base + 16 * ((self.lane % 8) ^ row), buffer + CHUNK_BYTES * layout.codes, words)
