@@ -132,6 +132,7 @@ class Config:
     def registers(self) -> tuple[int, int]:
         """Of a consumer's and of a producer's thread."""
         if self.ringed:
+            # NOTE: at 128 each the consumers of 16 heads spill
             return 144, 112
         if self.producer_warps == 8:
             return self.entry_registers, self.entry_registers
