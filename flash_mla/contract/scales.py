@@ -13,6 +13,8 @@ from flash_mla.contract.tensors import check_on, check_tensor, named
 from flash_mla.errors import DTypeError, ScaleWarning, ShapeError, describe
 from flash_mla.quant import needs_descale
 
+MOST = torch.finfo(torch.float32).max
+
 
 def is_finite(value: object) -> bool:
     """Whether it is a number that FP32, in which scores are kept, holds; not NaN."""
