@@ -128,11 +128,15 @@ class Outputs(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What it asks for: the order of rows; heads; whether `sink` counts."""
+    """What it asks for: heads; whether `sink` counts."""
 
-    packing: Packing
     rows: Int32
     has_sink: Int32
+
+    @property
+    def packing(self) -> Packing:
+        """A head is a row."""
+        return Packing(1)
 
     @property
     def empty_lse(self):
@@ -153,7 +157,7 @@ class Tiles:
     def over(shared: Shared, side, tid, tensors: Tensors, scalars: Scalars) -> Tiles:
         consumer = Consumer.over(shared, side, tid)
         outputs = Outputs(tensors.out, tensors.lse, tensors.sink, tensors)
-        counts = Counts(Packing(1), tensors.out.shape[1], scalars.has_sink)
+        counts = Counts(tensors.out.shape[1], scalars.has_sink)
         return Tiles(consumer, tensors, scalars, result.Segments(consumer, outputs, counts, Int32(0)))
 
     @cute.jit
