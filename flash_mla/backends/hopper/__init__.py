@@ -11,7 +11,7 @@ from flash_mla.backends.hopper.device import available as available
 from flash_mla.backends.hopper.device import is_latent
 from flash_mla.backends.hopper.device import refuse as refuse
 from flash_mla.kernels.hopper.gqa_decode.config import MAX_S_Q
-from flash_mla.problem import FP8, DecodeProblem, PrefillProblem, Problem, SparseProblem
+from flash_mla.problem import FP8, BackwardProblem, DecodeProblem, PrefillProblem, Problem, SparseProblem
 
 
 def phase(problem: Problem) -> Phase | str:
@@ -22,6 +22,8 @@ def phase(problem: Problem) -> Phase | str:
         return module("hopper", "mla_decode_fp8" if problem.kv_dtype == FP8 else "mla_decode")
     if isinstance(problem, PrefillProblem):
         return module("hopper", "prefill")
+    if isinstance(problem, BackwardProblem):
+        return module("hopper", "backward")
     if not isinstance(problem, SparseProblem):
-        return "there is no kernel in CuTe DSL for the indexer, nor for a backward"
+        return "there is no kernel in CuTe DSL for the indexer, nor for a sparse backward"
     return module("hopper", "sparse_prefill" if problem.max_logits else "sparse_decode")

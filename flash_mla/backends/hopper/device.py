@@ -56,8 +56,10 @@ def refuse(problem: Problem) -> str | None:
         return reason
     if isinstance(problem, (IndexProblem, TopkProblem)):
         return "there is no kernel in CuTe DSL for the index; Triton's is bound by the same units"
-    if isinstance(problem, (BackwardProblem, SparseBackwardProblem)):
-        return "there is no backward in CuTe DSL"
+    if isinstance(problem, SparseBackwardProblem):
+        return "there is no sparse backward in CuTe DSL"
+    if isinstance(problem, BackwardProblem):
+        return None  # any scale will do, and what TMA cannot read is copied
     if problem.scale_sign <= 0 and not scales_first(problem):
         return "softmax_scale is not above 0: the running maximum is kept before scaling"
     if not problem.aligned:
