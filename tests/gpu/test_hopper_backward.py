@@ -47,4 +47,4 @@ def test_backward(name: str, workspace: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(backward, "launch", lambda *args: (launches.append(args), launch(*args)))
     result = run(CASES[name])
     assert result.passed, str(result)
-    assert len(launches) == 1
+    assert launches, "another backend computed it"

@@ -98,7 +98,6 @@ def test_prepare_and_columns_compile(target: str) -> None:
     on = TARGETS[target]
     forward, args = prefill_case(**CASES["d192_128"])
     problem = BackwardProblem(forward._replace(sink=True))
-    config = phase.config(problem, on)
     with torch.device("meta"):
         prepared = phase.empty_prepared(problem)
     like = BackwardArgs(

@@ -65,7 +65,9 @@ def launch(problem: BackwardProblem, config: Config, args: BackwardArgs) -> None
     assert args.dq is not None and args.dk is not None and args.dv is not None
     q, k, v, d_out = (readable(x) for x in (args.q, args.k, args.v, args.d_out))
     written = (args.dq, args.dk, args.dv)
-    dq, dk, dv = (x if readable(x) is x else torch.empty_like(x, memory_format=torch.contiguous_format) for x in written)
+    dq, dk, dv = (
+        x if readable(x) is x else torch.empty_like(x, memory_format=torch.contiguous_format) for x in written
+    )
     with torch.cuda.device(problem.device):
         prepared = prepare(problem, args)
         live = prepared.live.amax(2).view(-1)

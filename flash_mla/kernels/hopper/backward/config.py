@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
     key_stages: int
 
 
-SIZES = {(128, 128): Sizes(64, 3, 3), (192, 128): Sizes(32, 2, 2)}
+SIZES = {(128, 128): Sizes(64, 3, 3), (192, 128): Sizes(32, 3, 2)}
 """By (D, Dv). NOTE: dK and dV of 192/128 take 160 registers of a thread, S and dP of 64 queries 64 more."""
 WIDTHS = tuple(SIZES)
 

@@ -1,4 +1,41 @@
-"""dK and dV on Hopper, and dS for `queries_kernel.py`."""
+"""The backward of prefill on Hopper, first kernel: dK and dV, and dS for the second, `queries_kernel.py`.
+
+With p = exp2(scale * log2(e) * q k - lse2), the rows' lse2, g (`shift`) and f (`left`, with a sink) from the Triton
+backward's `prepare_kernel`:
+
+    dV = (f p)^T dO      dS = p (f dO V^T - g)      dK = scale dS^T Q      dQ = scale dS K
+
+Grid: one CTA a tile of 128 keys of a KV head, a head's first keys, which most queries see, first; a head's CTAs run
+together, so that Q and dO come from L2. A CTA walks the 64-row tiles of queries that see its keys, of every head of the
+group: nobody adds to what another CTA writes, and the bits are the same in every run.
+
+Bound: FLOPs, of five products in the two kernels, 2 * P * S_kv * (3 D + 2 Dv) a head, half of that when causal. A tile
+of 128 x 64 costs 2048 cycles at D = Dv = 128, in which exp2 takes 512, and shared memory gives wgmma 96 bytes a cycle
+of 128. dS goes through global memory, 2 bytes a score, once each way: 2.1 GB for 32 heads of 8192 causal tokens. That
+costs the second kernel 0.6 ms, where S and dP computed again would cost it two products.
+
+Roles (168 registers at entry):
+    consumer warpgroups 0, 1     64 keys each: S^T = K Q^T, dP^T = V dO^T, then dV += P^T dO and dK += dS^T Q with P and
+                                 dS in registers; dS to the workspace; dK and dV   `keys_consumer.py`
+    warp 0 of the last           TMA of K, V, Q, dO; the rows' numbers             `keys_producer.py`
+
+Channels, producer -> consumers (full arrivals / empty arrivals):
+    K, V   1 stage    1 + bytes / never freed
+    Q      3 stages   1 + bytes, and 1 of the warp for lse2, g, f / consumer warps
+    dout   3 stages   1 + bytes / consumer warps
+
+Steady state of a consumer warpgroup: issue S^T and dP^T | P under dP^T | issue dV | dS under dV | issue dK | dS stored
+under dK. The other warpgroup's products fill what is left.
+
+dS of 128 keys and 64 queries is one piece of the workspace, 8 x 8 blocks, each of 8 keys with their 8 queries side by
+side: a warp's registers are then whole blocks, stored 128 bytes at a time, and the piece is an operand of wgmma as it
+lies.
+
+Supports BF16 and FP16; D/Dv 128/128 and 192/128; any row and key counts; GQA; ragged lengths, 0 included; causal from
+any start; sinks. Rows past a head's last gradient and keys past a request's length may hold NaN.
+
+Measured: docs/design/backward.md.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +53,8 @@ from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.limits import CHUNK, STAGED, smem_bytes
-import cutlass.utils as utils
+from flash_mla.kernels.hopper.limits import CHUNK, STAGED
+from flash_mla.kernels.hopper.memory import allocate
 
 
 class Tmas(NamedTuple):
@@ -65,6 +102,7 @@ class Keys:
             block=(THREADS, 1, 1),
             smem=self.config.keys_bytes(),
             min_blocks_per_mp=1,
+            # NOTE: without it the DSL asks a driver for the default, and compiling wants a GPU
             preferred_smem_carveout=100,
             stream=stream,
         )
@@ -86,8 +124,7 @@ class Keys:
             q_barriers: cute.struct.MemRange[Int64, Channel.words(stages)]
             o_barriers: cute.struct.MemRange[Int64, Channel.words(stages)]
 
-        assert smem_bytes(Storage.size_in_bytes()) == config.keys_bytes(), (Storage.size_in_bytes(), config.keys_bytes())
-        shared = KeysShared.over(config, utils.SmemAllocator().allocate(Storage))
+        shared = KeysShared.over(config, allocate(Storage, config, config.keys_bytes()))
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_id == 0:
             open_channels(shared.channels, tuple(tma.atom for tma in tmas))

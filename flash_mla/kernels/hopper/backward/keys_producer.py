@@ -67,7 +67,7 @@ class Producer:
 
     @cute.jit
     def load_queries(self, tensors: Tensors, query_tile, line, head, request, live, count) -> None:
-        """Query tile number `count` of the CTA, and its rows' numbers; line: of the head in lse2 (request * Hq + head)."""
+        """Query tile number `count` of the CTA, and its rows' numbers; line: request * Hq + head."""
         config, q, d_out = self.config, self.shared.q, self.shared.d_out
         stages = config.sizes.query_stages
         stage, round = count % stages, count // stages
