@@ -14,7 +14,7 @@ from flash_mla.kernels.hopper.limits import REGISTERS, SMEM_BYTES, WARPGROUP
 pytestmark = NEEDS
 
 STACK = {128: 0, 192: 56}
-"""Bytes that a thread of the keys' kernel spills, by D. NOTE: at 192/128, of addresses; a load or two of them in the loop."""
+"""Bytes that a thread of the keys' kernel spills, by D. At 192/128, of addresses, outside the loop but for two."""
 
 
 @pytest.mark.parametrize(("D", "sink"), gates([(128, False)], [(128, True), (192, False), (192, True)]))

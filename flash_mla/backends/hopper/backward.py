@@ -62,12 +62,9 @@ def launch(problem: BackwardProblem, config: Config, args: BackwardArgs) -> None
     queries = store.load("backward_queries", Config(config.dtype, config.D, config.Dv), queries_kernel.build)
     forward = problem.forward
     B, Hq, Hk, P, S_kv = forward.B, forward.Hq, forward.Hk, forward.P, forward.S_kv
-    assert args.dq is not None and args.dk is not None and args.dv is not None
     q, k, v, d_out = (readable(x) for x in (args.q, args.k, args.v, args.d_out))
-    written = (args.dq, args.dk, args.dv)
-    dq, dk, dv = (
-        x if readable(x) is x else torch.empty_like(x, memory_format=torch.contiguous_format) for x in written
-    )
+    written = [x for x in args.gradients[:3] if x is not None]
+    dq, dk, dv = (x if readable(x) is x else x.new_empty(x.shape) for x in written)
     with torch.cuda.device(problem.device):
         prepared = prepare(problem, args)
         live = prepared.live.amax(2).view(-1)
@@ -97,8 +94,8 @@ def launch(problem: BackwardProblem, config: Config, args: BackwardArgs) -> None
             "has_start": int(args.start_pos is not None),
         }
         for first in range(0, B * Hk, together):
-            heads = min(together, B * Hk - first)
-            shared = Tensors(**tensors), Scalars(**scalars, first=first)
+            heads, scalars["first"] = min(together, B * Hk - first), first
+            shared = Tensors(**tensors), Scalars(**scalars)
             keys(q, k, v, d_out, dk, dv, *shared, heads * across)
             queries(k, dq, *shared, heads * forward.ratio * -(-down // CONSUMERS))
     for x, result in zip(written, (dq, dk, dv), strict=True):
