@@ -21,10 +21,10 @@ from flash_mla.calls import as_tensors, give_back
 from flash_mla.contract import Descales, named
 from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
-from flash_mla.launch import launch
+from flash_mla.launch import expand_descale, launch
 from flash_mla.passed import Passed, facts
 from flash_mla.plan import Plan, plan
-from flash_mla.problem import BLOCK, PLAIN, DecodeProblem, Options
+from flash_mla.problem import BLOCK, PLAIN, DecodeArgs, DecodeProblem, Options
 
 __all__ = ["decode_over_pages"]
 
@@ -334,6 +334,66 @@ def attend_pools(
         parts = k_pages.shape[1 if layout == "NHD" else 2] // k.shape[3]
         ROUTES.keep(key, Route(problem, View(k.shape, k.stride()), View(v.shape, v.stride()), rope, parts))
     return launch_pages(chosen, problem, call, return_lse, out)
+
+
+class Bound(NamedTuple):
+    """A decode over a pool of latents, bound to the pool: its views and its plan, for calls that differ in values.
+
+    Attributes:
+        k, v: page views of the pool, which they keep alive.
+        descales: of q, k and v, [B, 1] each, or None.
+        parts: blocks that a page was cut into.
+        packed: the plan is of q and out packed.
+    """
+
+    plan: Plan
+    k: Tensor
+    v: Tensor
+    descales: tuple[Tensor | None, ...]
+    softmax_scale: float
+    parts: int
+    packed: bool
+
+    def attend(
+        self, q: Tensor, block_table: Tensor, seq_lens: Tensor, out: Tensor, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(out, lse or None) of a call with the facts of the one that was bound; out is written."""
+        packed = self.packed
+        lse = out.new_empty(out.shape[:3], dtype=torch.float32) if return_lse else None
+        written = out.new_empty(out.shape) if packed else out
+        table = block_table.contiguous() if self.parts == 1 else table_of_blocks(block_table, self.parts)
+        q_descale, k_descale, v_descale = self.descales
+        args = DecodeArgs(
+            q.contiguous() if packed else q, self.k, self.v, table, seq_lens.contiguous(), None, q_descale, k_descale,
+            v_descale, None, self.softmax_scale, written, lse,
+        )  # fmt: skip
+        self.plan.launch(args)
+        return out.copy_(written) if packed else out, lse
+
+
+def bind(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    descales: Descales,
+    out: Tensor,
+    *,
+    v_head_dim: int,
+    options: Options = PLAIN,
+) -> Bound:
+    """Check a causal decode of q [B, Hq, S_q, D] over latents [num_blocks, page, D] into out, and bind it.
+
+    Arguments and errors are decode_over_pages' own; no value is read.
+    """
+    pool = pages.unsqueeze(2)
+    k, v, _, table = page_views(q, pool, None, None, block_table, "NHD", v_head_dim)
+    call = PageCall(q, k, v, None, table, seq_lens, None, softmax_scale, descales, None, options)
+    check_pages_out(call, out)
+    chosen, problem = attend_plan(call, out, None, False)
+    factors = tuple(expand_descale(x, problem) for x in descales)
+    return Bound(chosen, k, v, factors, softmax_scale, pages.shape[1] // k.shape[3], chosen.problem != problem)
 
 
 def repeating(

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 docs/bench/two_cards.py                # B 8, S 131072, 128 heads, BF16
     torchrun --nproc-per-node 2 docs/bench/two_cards.py --device cpu --batch 2 --tokens 1000 --heads 8
 
-Every rank holds the whole cache, and for the sharded calls a copy of its own blocks. On GPUs each round of a case is ten
-replays of a CUDA graph between two events; the time of a case is the median of its rounds on the slowest rank.
+Every rank holds the whole cache, and for the sharded calls a copy of its own blocks. On GPUs each round of a case is
+ten replays of a CUDA graph between two events; the time of a case is the median of its rounds on the slowest rank.
 `exchange` is pack and all-gather of (out, lse) alone, `merge` the average of the parts alone: both are inside of the
 decodes too.
 
