@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
 from flash_mla.deepseek import flash_attn_varlen_func
-from flash_mla.pages import Bound, attend_pools, bind
+from flash_mla.pages import Bound, PoolCall, attend_pools, bind
 from flash_mla.passed import Passed, facts
 from flash_mla.problem import FP8, Options
 
@@ -115,41 +115,35 @@ class Decode:
         out = q.new_empty((tokens, q.shape[1], self.kv_lora_rank), dtype=torch.bfloat16 if q.dtype == FP8 else q.dtype)
         # [requests, heads, tokens of each, columns], views
         q, given = (x.unsqueeze(2) if tokens == requests else by_request(x, requests) for x in (q, out))
-        if not attn_metadata.causal and tokens != requests:
-            _, lse = attend_pools(
-                q, cache.unsqueeze(2), None, None, table, seq_lens, None, self.scale,
-                (q_descale, kv_descale, kv_descale), None, True, given, None, False, v_head_dim=self.kv_lora_rank,
-                causal=False, options=options(), out_is_new=True,
-            )  # fmt: skip
+        descales = (q_descale, kv_descale, kv_descale)
+        if tokens == requests or attn_metadata.causal:
+            bound = self.bound(q, cache, table, seq_lens, descales, given)
+            lse = bound.attend(q, table, seq_lens, given, self.need_to_return_lse_for_decode)
         else:
-            bound = self.bound(q, cache, table, seq_lens, (q_descale, kv_descale, kv_descale), given)
-            _, lse = bound.attend(q, table, seq_lens, given, self.need_to_return_lse_for_decode)
+            call = self.call(q, cache, table, seq_lens, descales)._replace(causal=False)
+            _, lse = attend_pools(call, True, given, out_is_new=True)
         return out, None if lse is None else lse.transpose(1, 2).flatten(0, 1)
+
+    def call(self, q: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, descales: Factors) -> PoolCall:
+        return PoolCall(
+            q, cache.unsqueeze(2), None, None, table, seq_lens, v_head_dim=self.kv_lora_rank, softmax_scale=self.scale,
+            descales=descales, options=Options(batch_invariant=envs.VLLM_BATCH_INVARIANT is True),
+        )  # fmt: skip
 
     def bound(self, q: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, descales: Factors, out: Tensor) -> Bound:
         """The call, bound before where its facts were the same; a pool that is another forgets those of the last."""
         if (pool := cache.data_ptr()) != self._pool or not pool:
             self._pool, self._bound = pool, Passed()
-        places = [x.data_ptr() for x in descales if x is not None]
-        key = (facts(q, cache, table, seq_lens, *descales), *places)
-        found = self._bound.get(key)
-        if found is None:
-            found = bind(
-                q, cache, table, seq_lens, self.scale, descales, out, v_head_dim=self.kv_lora_rank, options=options()
-            )
-            self._bound.keep(key, found)
-        return found
+        key = (facts(q, cache, table, seq_lens, *descales), *[x.data_ptr() for x in descales if x is not None])
+        if (found := self._bound.get(key)) is not None:
+            return found
+        return self._bound.keep(key, bind(self.call(q, cache, table, seq_lens, descales), out))
 
 
 def by_request(x: Tensor, requests: int) -> Tensor:
     """[tokens, heads, D] -> [requests, heads, tokens of each, D], a view."""
     tokens, (row, head, column) = x.shape[0] // requests, x.stride()
     return x.as_strided((requests, x.shape[1], tokens, x.shape[2]), (tokens * row, head, row, column))
-
-
-def options() -> Options:
-    """What vLLM asks of every call: VLLM_BATCH_INVARIANT."""
-    return Options(batch_invariant=envs.VLLM_BATCH_INVARIANT is True)
 
 
 class DecoderOnly:
