@@ -90,8 +90,8 @@ class ShardedAttention:
 
     NOTE: that is so over gloo. NCCL's exchanges run on the GPU and the host does not wait for them, so that nothing is
     raised, with TORCH_NCCL_BLOCKING_WAIT neither (torch 2.11, two H200s): after the group's timeout NCCL's watchdog
-    writes to stderr which exchange of which rank waits, and ends the process when it has dumped its state (17 s later it
-    had not yet). In a group of both, "cpu:gloo,cuda:nccl", `step` would compare arguments over gloo, and find a rank
+    writes to stderr which exchange of which rank waits, and ends the process when it has dumped its state (17 s later
+    it had not yet). In a group of both, "cpu:gloo,cuda:nccl", `step` would compare arguments over gloo, and find a rank
     that was lost between two steps; that has not run on GPUs.
     """
 
