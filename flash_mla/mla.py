@@ -129,4 +129,4 @@ def by_head(x: Tensor, weight: Tensor) -> Tensor:
     B, H, P, n = x.shape
     # NOTE: einsum makes the same call, after 24 views that cost a launch-bound step 20 us
     rows = torch.bmm(x.transpose(0, 1).reshape(H, B * P, n), weight)
-    return rows.view(H, B, P, -1).transpose(0, 1)
+    return rows.view(H, B, P, weight.shape[2]).transpose(0, 1)
