@@ -95,18 +95,16 @@ class Tensors(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """scale * log2(e); whether `sink` counts; groups of heads a token; heads; lse of a row without keys."""
+    """scale * log2(e); whether `sink` counts; groups of heads a token; heads; the order of rows, one a head; lse of a
+    row without keys.
+    """
 
     scale_log2: Float32
     has_sink: Int32
     groups: Int32
     rows: Int32
+    packing: Packing
     empty_lse: Float32
-
-    @property
-    def packing(self) -> Packing:
-        """A head is a row."""
-        return Packing(1)
 
 
 class SparseDecode:
@@ -155,12 +153,11 @@ class SparseDecode:
             partials=Partials.over(workspace, clusters, config.tile_rows, DV),
         )
         groups = (Hq + (config.tile_rows - 1)) // config.tile_rows
-        scalars = Scalars(scale_log2, has_sink, groups, Hq, empty_lse)
+        packing = Packing(Int32(1))
+        scalars = Scalars(scale_log2, has_sink, groups, Hq, packing, empty_lse)
         load_q = load_of(gQ, config.tile_heads, CHUNK)
         launch_persistent(self.kernel(load_q, caches, tokens, S_q, results, scalars), config, clusters, stream)
-        combine(
-            results.out, results.lse, *results.partials, sink, has_sink, Packing(Int32(1)), Int32(1), stream, empty_lse
-        )
+        combine(results.out, results.lse, *results.partials, sink, has_sink, packing, Int32(1), stream, empty_lse)
 
     @cute.kernel
     def kernel(
