@@ -21,9 +21,10 @@ from flash_mla.contract import NO_DESCALES, DecodeCall, Descales, named
 from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.heads import as_heads, by_token, from_heads
+from flash_mla.launch import expand_descale
 from flash_mla.passed import Passed
 from flash_mla.plan import Plan, plan
-from flash_mla.problem import BLOCK, PLAIN, DecodeProblem, Options
+from flash_mla.problem import BLOCK, PLAIN, DecodeArgs, DecodeProblem, Options
 
 __all__ = ["decode_over_pages"]
 
@@ -418,6 +419,58 @@ def pick(problem: DecodeProblem, backend: str | None) -> Plan:
         return plan(problem, backend)
     best = plan(packed, backend)
     return best if isinstance(choose(best.name, problem), str) else plan(problem, best.name)
+
+
+# --- Calls of a server's layer ----------------------------------------------------------------------------------------
+
+
+class Bound(NamedTuple):
+    """A call bound to its pool: what a layer of a server keeps, to attend again with other values of the same shapes.
+
+    Attributes:
+        plan: of the call's problem, or of the same one with q and out packed.
+        k, v: page views of the pool, which they keep alive.
+        descales: of q, k and v, [B, Hk] each, or None.
+        parts: blocks that a page was cut into.
+        packed: q is made contiguous, and out copied to.
+    """
+
+    plan: Plan
+    k: Tensor
+    v: Tensor
+    descales: tuple[Tensor | None, ...]
+    softmax_scale: float
+    parts: int
+    packed: bool
+
+    def attend(self, q: Tensor, block_table: Tensor, seq_lens: Tensor, out: Tensor, return_lse: bool) -> Tensor | None:
+        """Write out [B, Hq, S_q, Dv] of a call with the facts of the one that was bound; its lse if asked for."""
+        packed = self.packed
+        lse = out.new_empty(out.shape[:3], dtype=torch.float32) if return_lse else None
+        written = out.new_empty(out.shape) if packed else out
+        table = block_table.contiguous() if self.parts == 1 else table_of_blocks(block_table, self.parts)
+        q_descale, k_descale, v_descale = self.descales
+        args = DecodeArgs(
+            q.contiguous() if packed else q, self.k, self.v, table, seq_lens.contiguous(), None, q_descale, k_descale,
+            v_descale, None, self.softmax_scale, written, lse,
+        )  # fmt: skip
+        self.plan.launch(args)
+        if packed:
+            out.copy_(written)
+        return lse
+
+
+def bind(call: PoolCall, out: Tensor) -> Bound:
+    """Check a causal call without mask, sink, rope pool or default scale, and bind it; no value is read.
+
+    out: [B, Hq, S_q, Dv], nobody else's, and like that of all calls to come.
+    """
+    chosen, problem, views, _ = plan_pools(call, None, out, False, out_is_new=True)
+    assert call.softmax_scale is not None
+    descales = tuple(expand_descale(x, problem) for x in call.descales)
+    parts = call.k_pages.shape[1 if call.layout == "NHD" else 2] // problem.page
+    packed = chosen.problem != problem
+    return Bound(chosen, views.k_cache, views.v_cache, descales, call.softmax_scale, parts, packed)
 
 
 # --- Without causality ------------------------------------------------------------------------------------------------

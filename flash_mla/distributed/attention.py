@@ -89,9 +89,11 @@ class ShardedAttention:
     the dim, in the same order. A rank that dies, or does not come within the process group's timeout, gives the others
     a RankError; what they hold stays as it is.
 
-    NOTE: that is so over gloo. Under NCCL an error of a collective reaches the host only where the group waits for it
-    (TORCH_NCCL_BLOCKING_WAIT=1), and a test of that on two H200s did not end within 79 s; why is not known. By default
-    NCCL's watchdog ends the process after the timeout.
+    NOTE: that is so over gloo. NCCL's exchanges run on the GPU and the host does not wait for them, so that nothing is
+    raised, with TORCH_NCCL_BLOCKING_WAIT neither (torch 2.11, two H200s): after the group's timeout NCCL's watchdog
+    writes to stderr which exchange of which rank waits, and ends the process when it has dumped its state (17 s later
+    it had not yet). In a group of both, "cpu:gloo,cuda:nccl", `step` would compare arguments over gloo, and find a rank
+    that was lost between two steps; that has not run on GPUs.
     """
 
     def __init__(self, mesh: DeviceMesh, *, context: str | None = None, heads: str | None = None) -> None:
@@ -243,12 +245,13 @@ class ShardedAttention:
             out, lse = attend_own(q, k_cache, v_cache, block_table, step, options)
             dtype = out.dtype
             if size > 1:
-                packed = pack(out, lse)  # [B, Hq, S_q, bytes]
                 if scatter_heads:
-                    parts = self.context.all_to_all(packed.unflatten(1, (size, -1)).transpose(0, 1))
+                    # [ranks, B, Hq / ranks, S_q, ..], each rank's heads together
+                    own = (x.unflatten(1, (size, -1)).transpose(0, 1) for x in (out, lse))
+                    parts = self.context.all_to_all(pack(*own))
                     attn_sink = None if attn_sink is None else attn_sink.unflatten(0, (size, -1))[rank]
                 else:
-                    parts = self.context.all_gather(packed)
+                    parts = self.context.all_gather(pack(out, lse))
                 out, lse = merge_rounded(*unpack(parts, dtype), attn_sink)
             elif attn_sink is not None:
                 out = apply_sink(out.float(), lse, attn_sink[:, None]).to(dtype)

@@ -10,7 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flash_mla.problem import ALIGNMENT, BLOCK, FP8, DecodeProblem, PrefillProblem, Problem, SparseProblem
+from flash_mla.problem import (
+    ALIGNMENT,
+    BLOCK,
+    FP8,
+    BackwardProblem,
+    DecodeProblem,
+    PrefillProblem,
+    Problem,
+    SparseProblem,
+)
 
 HALVES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """torch's 16-bit dtypes and their names in the kernels' configs."""
@@ -44,8 +53,10 @@ def refuse(problem: Problem) -> str | None:
     """Why no Hopper kernel runs on this device or with these facts, or None."""
     if (reason := refuse_device(problem.device)) is not None:
         return reason
+    if isinstance(problem, BackwardProblem):
+        return None  # any scale will do, and what TMA cannot read is copied
     if not isinstance(problem, DecodeProblem | PrefillProblem | SparseProblem):
-        return "CuTe DSL kernels are forward only, and attention only: the index is bound by the same units in Triton"
+        return "there is no kernel in CuTe DSL for the index, bound by the same units in Triton, nor a sparse backward"
     if problem.scale_sign <= 0 and not scales_first(problem):
         return "softmax_scale is not above 0: the running maximum is kept before scaling"
     if not problem.aligned:
