@@ -27,7 +27,7 @@ LAYERS = (
     "__main__",
 )
 ROOMS = {
-    "cache": ("checks rows", "paged", "__init__"),
+    "cache": ("checks ledger rows", "paged", "__init__"),
     "contract": (
         "given tensors",
         "caches masks memory order scales values",
