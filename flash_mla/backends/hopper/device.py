@@ -56,7 +56,7 @@ def refuse(problem: Problem) -> str | None:
     if isinstance(problem, BackwardProblem):
         return None  # any scale will do, and what TMA cannot read is copied
     if not isinstance(problem, DecodeProblem | PrefillProblem | SparseProblem):
-        return "CuTe DSL kernels compute attention and its dense backward: Triton serves the rest"
+        return "there is no kernel in CuTe DSL for the index, bound by the same units in Triton, nor a sparse backward"
     if problem.scale_sign <= 0 and not scales_first(problem):
         return "softmax_scale is not above 0: the running maximum is kept before scaling"
     if not problem.aligned:

@@ -48,7 +48,7 @@ from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
-from flash_mla.kernels.hopper.launch import launch_persistent, place
+from flash_mla.kernels.hopper.launch import launch_persistent, place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES, START
@@ -184,7 +184,7 @@ class SparseDecode:
         lengths = Lengths(caches, tokens, S_q)
         tensors = Tensors(lengths, lengths, *results)
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        rank, cluster_id, clusters = place(config.cluster)
+        rank, cluster_id, clusters = place_of_cta(config.cluster)
 
         # barriers, and the work of this cluster
         if warp_id == 0:
