@@ -20,6 +20,8 @@ from flash_mla.kernels.cpu.formats import ROWS, SIZE
 
 BLOCK = 64
 """Keys of a block: one online softmax step."""
+TILE_BLOCKS = 4
+"""Blocks of a softmax step on AMX."""
 
 X86 = ("avx2", "fma", "f16c")
 """What an x86 processor must have: FMA on 8 lanes, and FP16 to FP32 in one instruction."""
@@ -161,6 +163,11 @@ class Spec:
         return min(self.page, BLOCK)
 
     @property
+    def keys(self) -> int:
+        """Keys of a softmax step: a block's; on AMX those of several blocks (`tiles.py`)."""
+        return TILE_BLOCKS * BLOCK if self.unit == "amx" else BLOCK
+
+    @property
     def held(self) -> str:
         """The element type that products read."""
         return "f32" if self.kv == "fp8" or self.kv in ROWS else self.kv
@@ -191,7 +198,7 @@ class Spec:
     @property
     def width(self) -> int:
         """Keys of scores: of a block, and what a tile of keys or a vector may go past them."""
-        return max(-(-BLOCK // self.tile_n) * self.tile_n, BLOCK + self.lanes)
+        return max(-(-self.keys // self.tile_n) * self.tile_n, self.keys + self.lanes)
 
     @property
     def state(self) -> int:
@@ -214,6 +221,7 @@ class Spec:
             "scores": 4 * self.rows * self.width,
             "bias": 4 * self.tile_m * self.width if self.mask else 0,
             "factor": self.state,
+            "peak": self.state,
             "limit": self.state,
             "low": 8 * self.vectors,
             "high": 8 * self.vectors,
@@ -221,9 +229,10 @@ class Spec:
             "k": staged * self.D,
             "v": 0 if self.alias else staged * self.Dv,
             "wide": 4 * BLOCK * self.padded(self.D) if self.many and not self.pairs else 0,
-            "pairs": 2 * BLOCK * self.padded(self.Dv) if self.pairs else 0,
+            "pairs": 2 * self.keys * self.padded(self.Dv) if self.pairs else 0,
             "copy": 2 * BLOCK * self.D if self.unit == "amx" and self.source == "rows" else 0,
-            "weights": 2 * BLOCK * self.rows if self.unit == "amx" else 0,
+            "weights": 2 * self.keys * self.rows if self.unit == "amx" else 0,
+            "reach": 8 * self.tiles if self.unit == "amx" else 0,
             "tiles": 64 if self.unit == "amx" else 0,
             "addresses": 2 * 8 * (BLOCK + 8) if self.source == "sparse" else 0,
         }

@@ -141,7 +141,8 @@ class Item:
                 start = self.row("mask", row).cast("ptrtoint", I64)
                 (m["mask_rows"] + r * 8).store(start, 8)
         with g.loop(0, self.live_vectors) as t:
-            (m["max"] + t * (4 * W)).store(self.lowest, 4)
+            for name in ("max", "peak"):
+                (m[name] + t * (4 * W)).store(self.lowest, 4)
             (m["sum"] + t * (4 * W)).store(self.zero, 4)
             if s.source != "sparse":
                 limits = [(m["limit"] + t * (4 * W) + 4 * r).load(I32, 4) for r in range(s.deep)]
