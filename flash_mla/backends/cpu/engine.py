@@ -125,7 +125,7 @@ def spec(problem: Attention, rows: int, **more: Any) -> Spec:
         held = span if unit == "amx" else -(-span // TILE_ROWS) * TILE_ROWS
     else:
         unit = "fma"
-        tile_m, tile_n = tile(rows, host())
+        tile_m, tile_n = tile(rows, host(), more["kv"])
         held = min(-(-rows // tile_m) * tile_m, ROWS)
     return Spec(
         D=D,

@@ -155,7 +155,7 @@ class Spec:
     @property
     def staged(self) -> bool:
         """Whether rows are copied to the thread's memory first: decoded there, or gathered."""
-        return self.source == "sparse" or self.kv == "fp8" or self.rope > 0
+        return self.source == "sparse" or self.rope > 0 or (self.kv == "fp8" and (self.many or self.tiles > 1))
 
     @property
     def block(self) -> int:
@@ -170,7 +170,9 @@ class Spec:
     @property
     def held(self) -> str:
         """The element type that products read."""
-        return "f32" if self.kv == "fp8" or self.kv in ROWS else self.kv
+        if self.kv == "fp8":
+            return "f32" if self.staged else "code"
+        return "f32" if self.kv in ROWS else self.kv
 
     @property
     def chunk(self) -> int:
@@ -243,11 +245,13 @@ class Spec:
         return parts, -(-at // 4096) * 4096 + 64  # NOTE: threads' memories a page and a line apart
 
 
-def tile(rows: int, target: Target) -> tuple[int, int]:
+def tile(rows: int, target: Target, kv: str) -> tuple[int, int]:
     """(tile_m, tile_n) for so many query rows of a KV head, few of them."""
     tile_m = 4 if rows > 2 else rows
     if tile_m == 4:
-        return 4, 3 if target.registers == 16 else 6
+        # NOTE: e4m3 is decoded with three constants: beside 12 accumulators they spill
+        few = 2 if kv == "fp8" and rows <= 4 else 3
+        return 4, few if target.registers == 16 else 6
     return tile_m, 4
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from flash_mla.kernels.cpu.attend import Attend
 from flash_mla.kernels.cpu.config import BLOCK
-from flash_mla.kernels.cpu.formats import SIZE, chunk, tail, widen
+from flash_mla.kernels.cpu.formats import SIZE, SPLIT, chunk, tail, widen
 from flash_mla.kernels.cpu.ir import F32, Value
 from flash_mla.kernels.cpu.lanes import exp, halve, lane_sums, rotate_max
 from flash_mla.kernels.cpu.walk import Block
@@ -29,15 +29,14 @@ class Few(Attend):
     def load_q(self) -> None:
         """Widen q to [tile, chunk, tile_m, 2W]."""
         g, s, m, W = self.g, self.spec, self.m, self.spec.lanes
-        pairs = "bf16" if s.held == "bf16" else None  # columns in the order of K's chunks
         with g.loop(0, self.live_tiles * s.tile_m) as r:
             source = self.row("q", (self.r0 + r).min(self.a["R"] - 1))
             to = m["q"] + ((r // s.tile_m) * (s.padded(s.D) * s.tile_m) + r % s.tile_m * s.chunk) * 4
             with g.loop(0, s.D // s.chunk) as c:
-                for half in (0, 1):
-                    at = source + c * (s.chunk * SIZE[s.q])
-                    x = chunk(at, s.q, W, half) if pairs or s.q != "bf16" else widen(at + half * W * 2, "bf16", W)
-                    (to + c * (s.chunk * s.tile_m * 4) + half * W * 4).store(x, 4)
+                x = widen(source + c * (s.chunk * SIZE[s.q]), s.q, s.chunk)
+                for half in (0, 1):  # columns in the order of K's chunks
+                    lanes = range(half, s.chunk, 2) if s.held in SPLIT else range(half * W, half * W + W)
+                    (to + c * (s.chunk * s.tile_m * 4) + half * W * 4).store(x.shuffle(lanes), 4)
             for half in self.tail_halves(s.D):
                 whole = s.D // s.chunk
                 x = tail(source + whole * s.chunk * SIZE[s.q], s.q, W, half, s.D % s.chunk)

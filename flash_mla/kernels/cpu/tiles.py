@@ -119,10 +119,9 @@ class Tiles(Pairs):
             with g.loop(0, s.D, 2 * SIDE) as d:
                 for n in range(2):
                     self.tile_load(A[n], key + g.wide(k_row) * (n * SIDE) + d * 2, k_row)
-                for v in range(self.across):
-                    self.tile_load(B[v], q + d // 2 * width + v * 64, width)
-                for n in range(2):
                     for v in range(self.across):
+                        if n == 0:
+                            self.tile_load(B[v], q + d // 2 * width + v * 64, width)
                         self.tile_multiply(n * self.across + v, A[n], B[v])
             for n in range(2):
                 for v in range(self.across):
@@ -182,13 +181,13 @@ class Tiles(Pairs):
         for a, half, place in places:
             self.tile_load(2 * a + half, place, width)
         with g.loop(0, reach, 2 * SIDE) as j:
+            pairs = m["pairs"] + (c * s.keys + j) // 2 * width
             for a in range(self.across):
                 self.tile_load(A[a], m["weights"] + (first + a * SIDE) * line + j * 2, line)
-            pairs = m["pairs"] + (c * s.keys + j) // 2 * width
-            for half in (0, 1):
-                self.tile_load(B[half], pairs + half * 64, width)
-            for a, half, _ in places:
-                self.tile_multiply(2 * a + half, A[a], B[half])
+                for half in (0, 1):
+                    if a == 0:
+                        self.tile_load(B[half], pairs + half * 64, width)
+                    self.tile_multiply(2 * a + half, A[a], B[half])
         for a, half, place in places:
             self.tile_store(2 * a + half, place, width)
 
