@@ -49,12 +49,11 @@ NAMES = {
 
 ROWS = 32
 """Most rows of an item: q and O of 32 MLA rows are 140 KiB, beside 74 KiB of K a block, in an L2 of 512 KiB."""
-MANY = 24
-"""Rows of an item from which on they lie in lanes."""
-MANY_PAIRS = 16
-"""The same where an instruction multiplies pairs of BF16: K is not widened, so that fewer rows pay for it."""
-MANY_ROWS = 96
-"""Most rows of such an item: K is widened once for all of them; q, O, scores and K take 170 KiB at D 128."""
+MANY = {"fma": 24, "avx512bf16": 16, "neon": 16, "amx": 8}
+"""Rows of an item from which on they lie in lanes, by unit: pairs of BF16 are not widened, so that fewer rows pay."""
+MANY_ROWS = {"fma": (96, 48), "avx512bf16": (96, 48), "neon": (96, 48), "amx": (192, 128)}
+"""Most rows of such an item, for D up to 256 and above: K is widened once for all of them; q, O, scores and K take 170
+KiB at 96 rows of D 128. AMX's are on cores with 2 MiB of L2."""
 TILE_ROWS = 12
 """What its rows are a multiple of: whole tiles of values, of 6 or 12 rows (`Spec.tile_rows`)."""
 ITEMS = 32
@@ -117,10 +116,10 @@ def spec(problem: Attention, rows: int, **more: Any) -> Spec:
     # NOTE: rows of K of a latent that are shared by 128 heads gain nothing: q, O and K fill L2 either way
     wide = isinstance(problem, DecodeProblem) and D > 256 and unit == "fma"
     span = 0
-    if rows >= (MANY if unit == "fma" else MANY_PAIRS) and not wide:
+    if rows >= MANY[unit] and not wide:
         even = bool(more.get("layout")) or not isinstance(problem, PrefillProblem)
         tile_m, tile_n = wide_tile(host(), unit, rows, even)
-        span = BLOCK if more.get("layout") else MANY_ROWS if D <= 256 else MANY_ROWS // 2
+        span = BLOCK if more.get("layout") else MANY_ROWS[unit][D > 256]
         span = -(-min(span, rows) // tile_m) * tile_m
         held = span if unit == "amx" else -(-span // TILE_ROWS) * TILE_ROWS
     else:
