@@ -16,10 +16,9 @@ from torch import Tensor
 from flash_mla import contract
 from flash_mla.autograd import Prefill, learning
 from flash_mla.calls import (
-    MhaCall,
-    PrefillCall,
     append_mha,
     as_tensors,
+    attend_decode,
     attend_mha,
     attend_prefill,
     give_back,
@@ -27,9 +26,8 @@ from flash_mla.calls import (
     plan_mha,
     plan_prefill,
 )
-from flash_mla.contract import MLAMetadata
+from flash_mla.contract import DecodeCall, MhaCall, MLAMetadata, PrefillCall
 from flash_mla.entry import entry
-from flash_mla.launch import launch
 from flash_mla.layout import BlockSparseLayout
 from flash_mla.problem import Options
 
@@ -171,14 +169,11 @@ def flash_mla_with_kvcache(
         )  # fmt: skip
         return give_back(result, return_lse, out)
 
-    chosen = plan_decode(
-        q, k_cache, v_cache, block_table, seq_lens, mask, metadata, softmax_scale, descales, attn_sink, backend, out,
-        options=Options(tail, batch_invariant),
+    options = Options(tail, batch_invariant)
+    call = DecodeCall(
+        q, k_cache, v_cache, block_table, seq_lens, mask, softmax_scale, descales, attn_sink, options
     )  # fmt: skip
-    return launch(
-        chosen, "flash_mla_with_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
-        mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=out, return_lse=return_lse,
-    )  # fmt: skip
+    return attend_decode(plan_decode(call, metadata, backend, out), call, out, return_lse)
 
 
 @overload

@@ -15,18 +15,17 @@ from torch import Tensor
 from flash_mla import contract
 from flash_mla.autograd import NO_SECOND_BACKWARD, one_by_one, prefill_backward, refuse_op, save_prefill
 from flash_mla.calls import (
-    MhaCall,
-    PrefillCall,
     append_mha,
+    attend_decode,
     attend_mha,
     attend_prefill,
     plan_decode,
     plan_mha,
     plan_prefill,
 )
+from flash_mla.contract import DecodeCall, MhaCall, PrefillCall
 from flash_mla.gradients import backward
-from flash_mla.launch import launch
-from flash_mla.pages import PageCall, check_pages_out, decode_over_pages, page_views
+from flash_mla.pages import PoolCall, attend_pools, plan_pools
 from flash_mla.problem import Options
 
 
@@ -50,16 +49,11 @@ def decode_op(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """flash_mla_with_kvcache; check_values says whether the call had no metadata, tail that mask is its tail_mask."""
-    descales = (q_descale, k_descale, v_descale)
+    descales, options = (q_descale, k_descale, v_descale), Options(tail, batch_invariant)
+    call = DecodeCall(q, k_cache, v_cache, block_table, seq_lens, mask, softmax_scale, descales, attn_sink, options)
     with torch.no_grad():
-        chosen = plan_decode(
-            q, k_cache, v_cache, block_table, seq_lens, mask, None, softmax_scale, descales, attn_sink, backend, out,
-            check_values, Options(tail, batch_invariant),
-        )  # fmt: skip
-        return launch(
-            chosen, "flash_mla_with_kvcache", q=q, k=k_cache, v=v_cache, block_table=block_table, seq_lens=seq_lens,
-            mask=mask, softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=None, return_lse=True,
-        )  # type: ignore[return-value]  # fmt: skip
+        chosen = plan_decode(call, None, backend, out, check_values)
+        return attend_decode(chosen, call, None, True)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("flash_mla::flash_mla_prefill", mutates_args=())
@@ -160,19 +154,14 @@ def pages_op(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """decode_over_pages; tail says that mask is its tail_mask."""
+    call = PoolCall(
+        q, k_pages, v_pages, k_rope_pages, block_table, seq_lens, mask, layout, v_head_dim, causal, softmax_scale,
+        (q_descale, k_descale, v_descale), attn_sink, Options(tail, batch_invariant),
+    )  # fmt: skip
     with torch.no_grad():
         if out is not None:
-            views = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
-            descales = (q_descale, k_descale, v_descale)
-            options = Options(tail, batch_invariant)
-            check_pages_out(PageCall(q, *views, seq_lens, mask, softmax_scale, descales, attn_sink, options), out)
-        return decode_over_pages(
-            q, k_pages, v_pages, block_table, seq_lens, None if tail else mask, layout=layout,
-            k_rope_pages=k_rope_pages, v_head_dim=v_head_dim, causal=causal, check_values=check_values,
-            softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-            attn_sink=attn_sink, return_lse=True,
-            tail_mask=mask if tail else None, batch_invariant=batch_invariant, backend=backend,
-        )  # type: ignore[return-value]  # fmt: skip
+            plan_pools(call, backend, out, check_values=False)
+        return attend_pools(call, True, None, backend, check_values=check_values)  # type: ignore[return-value]
 
 
 @pages_op.register_fake

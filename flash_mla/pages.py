@@ -8,7 +8,6 @@ read. No cache is copied, whatever its size.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Literal, NamedTuple, overload
 
@@ -17,12 +16,11 @@ from torch import Tensor
 
 from flash_mla import contract
 from flash_mla.backends import choose
-from flash_mla.calls import as_tensors, give_back
-from flash_mla.contract import Descales, named
+from flash_mla.calls import as_tensors, attend_decode, give_back
+from flash_mla.contract import NO_DESCALES, DecodeCall, Descales, named
 from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
-from flash_mla.launch import launch
-from flash_mla.passed import Passed, facts
+from flash_mla.passed import Passed
 from flash_mla.plan import Plan, plan
 from flash_mla.problem import BLOCK, PLAIN, DecodeProblem, Options
 
@@ -126,29 +124,41 @@ def decode_over_pages(
             softmax_scale, *as_tensors(descales, q), attn_sink, tail, batch_invariant, backend, out,
         )  # fmt: skip
         return give_back(result, return_lse, out)
-    result = attend_pools(
-        q, k_pages, v_pages, k_rope_pages, block_table, seq_lens, mask, softmax_scale, descales, attn_sink, return_lse,
-        out, backend, check_values, layout=layout, v_head_dim=v_head_dim, causal=causal,
-        options=Options(tail, batch_invariant),
+    call = PoolCall(
+        q, k_pages, v_pages, k_rope_pages, block_table, seq_lens, mask, layout, v_head_dim, causal, softmax_scale,
+        descales, attn_sink, Options(tail, batch_invariant),
     )  # fmt: skip
+    result = attend_pools(call, return_lse, out, backend, check_values=check_values)
     if softmax_scale is None and v_pages is None:
         contract.warn_default_scale(q.shape[3], v_head_dim or k_pages.shape[3], stacklevel=3)
     return result
 
 
+class PoolCall(NamedTuple):
+    """A `decode_over_pages` call as the user gave it, but for check_values, backend and out."""
+
+    q: Tensor
+    k_pages: Tensor
+    v_pages: Tensor | None
+    k_rope_pages: Tensor | None
+    block_table: Tensor
+    seq_lens: Tensor
+    mask: Tensor | None = None
+    layout: str = "NHD"
+    v_head_dim: int | None = None
+    causal: bool = True
+    softmax_scale: float | None = None
+    descales: Descales = NO_DESCALES
+    attn_sink: Tensor | None = None
+    options: Options = PLAIN
+
+
 # --- Views ------------------------------------------------------------------------------------------------------------
 
 
-def page_views(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor | None,
-    k_rope_pages: Tensor | None,
-    block_table: Tensor,
-    layout: str,
-    v_head_dim: int | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def page_views(call: PoolCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(k, v, k_rope, table): page views [B, Hk, num_blocks, page, columns] of checked pools, and their table."""
+    q, k_pages, v_pages, k_rope_pages, block_table, _, _, layout, v_head_dim, *_ = call
     if layout not in LAYOUTS:
         raise ShapeError(f"layout = {layout!r}"[:200], "'NHD' or 'HND'", "`layout` names no layout", "Pass one of them")
     contract.check_tensor("q", q)
@@ -230,7 +240,7 @@ def table_of_blocks(table: Tensor, parts: int) -> Tensor:
     return (table.long().unsqueeze(2) * parts + torch.arange(parts, device=table.device)).flatten(1)
 
 
-# --- Calls ------------------------------------------------------------------------------------------------------------
+# --- Checks -----------------------------------------------------------------------------------------------------------
 
 
 class View(NamedTuple):
@@ -263,139 +273,46 @@ class Route(NamedTuple):
 ROUTES = Passed[Route]()
 
 
-class PageCall(NamedTuple):
-    """A call over page views k, v and k_rope [B, Hk, num_blocks, page, columns]; the rest as the user named it."""
+def checked(call: PoolCall, out: Tensor | None) -> tuple[DecodeProblem, DecodeCall]:
+    """The problem of a call, and the call over page views; reads no value, and of out only how it lies.
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_rope: Tensor | None
-    table: Tensor
-    seq_lens: Tensor
-    mask: Tensor | None
-    softmax_scale: float | None
-    descales: Descales
-    attn_sink: Tensor | None
-    options: Options = PLAIN
-
-
-def attend_pools(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor | None,
-    k_rope_pages: Tensor | None,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    backend: str | None,
-    check_values: bool,
-    *,
-    layout: str = "NHD",
-    v_head_dim: int | None = None,
-    causal: bool = True,
-    options: Options = PLAIN,
-    out_is_new: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """decode_over_pages but for its default scale's warning; `out_is_new`: out is nobody else's, and of the right kind.
-
-    A call without a mask and without values to check is not checked again where the shapes, strides, dtypes and devices
-    of all its tensors passed before.
+    A call without a mask is not checked again where the shapes, strides, dtypes and devices of all its tensors passed
+    before.
     """
-    key = None
-    # NOTE: 512.0 == 512, as a key too
-    if mask is None and not check_values and (v_head_dim is None or type(v_head_dim) is int):
-        pools = (k_pages, v_pages, k_rope_pages)
-        key = repeating(q, pools, block_table, seq_lens, softmax_scale, descales, attn_sink, out, options)
+    q, k_pages, v_pages, k_rope_pages, block_table, seq_lens, mask, layout, v_head_dim, causal, *_ = call
+    scale_sign = contract.check_scale(call.softmax_scale)
+    # page views take the pools' places below
+    views = DecodeCall(
+        q, k_pages, k_pages if v_pages is None else v_pages, block_table, seq_lens, mask, call.softmax_scale,
+        call.descales, call.attn_sink, call.options,
+    )  # fmt: skip
+    key = contract.facts_of(views, scale_sign, k_rope_pages, out)
     if key is not None:
-        key = (*key, layout, v_head_dim, causal, backend)
+        key = (key, v_pages is None, layout, type(v_head_dim), v_head_dim, causal)  # NOTE: 512.0 == 512, as a key too
         if (route := ROUTES.get(key)) is not None:
-            k, v = route.k.of(k_pages), route.v.of(k_pages if v_pages is None else v_pages)
             k_rope = None if k_rope_pages is None or route.k_rope is None else route.k_rope.of(k_rope_pages)
             table = block_table.contiguous() if route.parts == 1 else table_of_blocks(block_table, route.parts)
-            call = PageCall(q, k, v, k_rope, table, seq_lens, None, softmax_scale, descales, attn_sink, options)
-            if out is not None and not out_is_new:
-                contract.refuse_learning_out(out)
-                check_pages_apart(call, out)
-            return launch_pages(pick(route.problem, backend), route.problem, call, return_lse, out)
-    k, v, k_rope, table = page_views(q, k_pages, v_pages, k_rope_pages, block_table, layout, v_head_dim)
-    call = PageCall(q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, options)
-    if out is not None and not out_is_new:
-        check_pages_out(call, out)
-    if not causal and mask is None and q.shape[2] > 1:
-        return unfold(call, return_lse, out, backend, check_values)
-    chosen, problem = attend_plan(call, out, backend, check_values)
+            k, v = route.k.of(views.k_cache), route.v.of(views.v_cache)
+            return route.problem, views._replace(k_cache=k, v_cache=v, block_table=table, k_rope=k_rope)
+    k, v, k_rope, table = page_views(call)
+    views = views._replace(k_cache=k, v_cache=v, block_table=table, k_rope=k_rope)
+    problem = pages_problem(views, scale_sign)
+    if out is not None:
+        contract.check_tensor("out", out)
+        if not out.is_contiguous():
+            check_spread(out)
+            problem = problem._replace(out_strides=out.stride())
+        problem = problem._replace(aligned=problem.aligned and contract.is_aligned(out))
     if key is not None:
         rope = None if k_rope is None else View(k_rope.shape, k_rope.stride())
         parts = k_pages.shape[1 if layout == "NHD" else 2] // k.shape[3]
         ROUTES.keep(key, Route(problem, View(k.shape, k.stride()), View(v.shape, v.stride()), rope, parts))
-    return launch_pages(chosen, problem, call, return_lse, out)
+    return problem, views
 
 
-def repeating(
-    q: Tensor,
-    pools: tuple[Tensor, Tensor | None, Tensor | None],
-    block_table: Tensor,
-    seq_lens: Tensor,
-    softmax_scale: float | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    out: Tensor | None,
-    options: Options,
-) -> tuple[object, ...] | None:
-    """All that the checks of a call without a mask look at, as a key; None where they have to look again."""
-    if softmax_scale is not None and not (type(softmax_scale) is float and 0.0 < softmax_scale < math.inf):
-        return None
-    k_pages, v_pages, k_rope_pages = pools
-    key = contract.passing(
-        q, k_pages, k_pages if v_pages is None else v_pages, block_table, seq_lens, descales, attn_sink,
-        scale_sign=1, options=options,
-    )  # fmt: skip
-    if key is None:
-        return None
-    return (*key, v_pages is None, None if k_rope_pages is None and out is None else facts(k_rope_pages, out))
-
-
-def attend_plan(
-    call: PageCall, out: Tensor | None, backend: str | None, check_values: bool
-) -> tuple[Plan, DecodeProblem]:
-    """The plan of a call over page views, and the call's problem: the plan's own may have q and out packed."""
-    problem = pages_problem(call, out)
-    if out is not None and not contract.is_aligned(out):
-        problem = problem._replace(aligned=False)
-    chosen = pick(problem, backend)
-    if check_values:
-        longest = contract.check_values(call.table, call.seq_lens, problem.Nblk, page=problem.page)
-        contract.check_mask_length("mask", None if call.options.tail else call.mask, longest)
-    return chosen, problem
-
-
-def launch_pages(
-    chosen: Plan, problem: DecodeProblem, call: PageCall, return_lse: bool, out: Tensor | None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The launch over page views; where the plan is of a packed `problem`, q is made contiguous, out copied to."""
-    packed = chosen.problem != problem
-    result = launch(
-        chosen, "decode_over_pages", q=call.q.contiguous() if packed else call.q, k=call.k, v=call.v,
-        k_rope=call.k_rope, block_table=call.table, seq_lens=call.seq_lens, mask=call.mask,
-        softmax_scale=call.softmax_scale, descales=call.descales, attn_sink=call.attn_sink,
-        out=None if packed else out, return_lse=return_lse,
-    )  # fmt: skip
-    if not packed or out is None:
-        return result
-    if isinstance(result, tuple):
-        return out.copy_(result[0]), result[1]
-    return out.copy_(result)
-
-
-def pages_problem(call: PageCall, out: Tensor | None) -> DecodeProblem:
-    """The problem of the call; reads no value."""
-    q, k, v, k_rope, table, seq_lens, mask, softmax_scale, descales, attn_sink, options = call
-    scale_sign = contract.check_scale(softmax_scale)
+def pages_problem(call: DecodeCall, scale_sign: int) -> DecodeProblem:
+    """The problem of a call over page views without out; reads no value."""
+    q, k, v, table, seq_lens, mask, _, descales, attn_sink, options, k_rope = call
     B, Hq, S_q, D = q.shape
     Hk = k.shape[1]
     contract.check_tensor("seq_lens", seq_lens)
@@ -411,28 +328,7 @@ def pages_problem(call: PageCall, out: Tensor | None) -> DecodeProblem:
         q, k, v, table, k_rope, alias=contract.is_alias(k, v),
         mask=contract.check_decode_mask(mask, options.tail, B, Hq, S_q),
         descale=contract.check_descales(descales, B, Hk, q.device), sink=attn_sink is not None,
-        scale_sign=scale_sign, out_strides=None if out is None or out.is_contiguous() else out.stride(),
-        **options._asdict(),
-    )  # fmt: skip
-
-
-def check_pages_out(call: PageCall, out: Tensor) -> None:
-    """A caller's out: its shape, its layout, and that it shares memory with nothing."""
-    contract.check_tensor("out", out)
-    contract.check_rank("out", out.shape, 4, "[B, Hq, S_q, Dv]")
-    if not out.is_contiguous():
-        check_spread(out)
-    contract.check_out(out, pages_problem(call, out))
-    check_pages_apart(call, out)
-
-
-def check_pages_apart(call: PageCall, out: Tensor) -> None:
-    """A caller's out shares memory with none of the others."""
-    q_descale, k_descale, v_descale = call.descales
-    contract.check_apart(
-        "out", out, q=call.q, k_pages=call.k, v_pages=call.v, k_rope_pages=call.k_rope, block_table=call.table,
-        seq_lens=call.seq_lens, mask=call.mask, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-        attn_sink=call.attn_sink,
+        scale_sign=scale_sign, **options._asdict(),
     )  # fmt: skip
 
 
@@ -451,6 +347,67 @@ def check_spread(out: Tensor) -> None:
         extent = max(extent, stride * (size - 1) + extent)
 
 
+# --- Calls ------------------------------------------------------------------------------------------------------------
+
+
+class Planned(NamedTuple):
+    """A call that passed every check: over page views, its problem, and the plan, whose own may have q and out packed.
+
+    `folded`: S_q of a call without causality, whose queries see the same keys, as the heads of a group do, and are
+    heads here; 0 of any other.
+    """
+
+    plan: Plan
+    problem: DecodeProblem
+    call: DecodeCall
+    folded: int
+
+
+def plan_pools(
+    call: PoolCall, backend: str | None, out: Tensor | None, check_values: bool, out_is_new: bool = False
+) -> Planned:
+    """Every check of the call, and its plan; `out_is_new`: out is nobody else's, and of the right kind."""
+    problem, views = checked(call, out)
+    if not out_is_new:
+        contract.check_out(out, problem, call)
+    folded = problem.S_q if not call.causal and call.mask is None and problem.S_q > 1 else 0
+    if folded:
+        problem, views = fold(problem, views)
+    chosen = pick(problem, backend)
+    if check_values:
+        longest = contract.check_values(views.block_table, views.seq_lens, problem.Nblk, page=problem.page)
+        contract.check_mask_length("mask", None if call.options.tail else call.mask, longest)
+    return Planned(chosen, problem, views, folded)
+
+
+def attend_pools(
+    call: PoolCall,
+    return_lse: bool,
+    out: Tensor | None = None,
+    backend: str | None = None,
+    *,
+    check_values: bool = False,
+    out_is_new: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """decode_over_pages but for its default scale's warning; `out_is_new`: see `plan_pools`."""
+    planned = plan_pools(call, backend, out, check_values, out_is_new)
+    return (attend_folded if planned.folded else attend_packed)(planned, out, return_lse)
+
+
+def attend_packed(planned: Planned, out: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """The attention; where the plan is of a packed problem, q is made contiguous, and out copied to."""
+    chosen, problem, call, _ = planned
+    if chosen.problem == problem:
+        return attend_decode(chosen, call, out, return_lse, "decode_over_pages")
+    packed = call._replace(q=call.q.contiguous())
+    result = attend_decode(chosen, packed, None, return_lse, "decode_over_pages")
+    if out is None:
+        return result
+    if isinstance(result, tuple):
+        return out.copy_(result[0]), result[1]
+    return out.copy_(result)
+
+
 @lru_cache(maxsize=4096)
 def pick(problem: DecodeProblem, backend: str | None) -> Plan:
     """The plan of the problem, or of the same one with q and out packed where the backend that serves wants them so."""
@@ -462,29 +419,35 @@ def pick(problem: DecodeProblem, backend: str | None) -> Plan:
     return best if isinstance(choose(best.name, problem), str) else plan(problem, best.name)
 
 
-def unfold(
-    call: PageCall, return_lse: bool, out: Tensor | None, backend: str | None, check_values: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The call without causality: its S_q queries see the same keys, as heads of one group do, and go in as such."""
-    q, sink = call.q, call.attn_sink
-    B, Hq, S_q, D = q.shape
-    Hk, Dv = call.k.shape[1], call.v.shape[4]
-    contract.check_grouping(Hq, Hk)
-    contract.check_sink(sink, Hq, q.device)
-    ratio = Hq // Hk
-    # [B, Hk * S_q * ratio, 1, D]: a view where Hk is 1 and q lies as [B, S_q, Hq, D]
-    rows = q.unflatten(1, (Hk, ratio)).transpose(2, 3).reshape(B, Hk * S_q * ratio, 1, D)
+# --- Without causality ------------------------------------------------------------------------------------------------
+
+
+def fold(problem: DecodeProblem, call: DecodeCall) -> tuple[DecodeProblem, DecodeCall]:
+    """The same attention with the S_q queries as heads, [B, Hk * S_q * ratio, 1, D], out contiguous."""
+    B, Hk, S_q, ratio = problem.B, problem.Hk, problem.S_q, problem.ratio
+    # a view where Hk is 1 and q lies as [B, S_q, Hq, D]
+    q = by_token(call.q, Hk).reshape(B, Hk * S_q * ratio, 1, problem.D)
+    sink = call.attn_sink
     sink = None if sink is None else sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
-    folded_call = call._replace(q=rows, attn_sink=sink)
+    folded = problem._replace(Hq=q.shape[1], S_q=1, q_strides=q.stride(), out_strides=None)
+    return folded, call._replace(q=q, attn_sink=sink)
+
+
+def by_token(x: Tensor, Hk: int) -> Tensor:
+    """[B, Hq, S_q, columns] as [B, Hk, S_q, ratio, columns]."""
+    return x.unflatten(1, (Hk, x.shape[1] // Hk)).transpose(2, 3)
+
+
+def attend_folded(planned: Planned, out: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """The attention, its results where the queries were before `fold`."""
+    problem = planned.problem
+    places = (problem.B, problem.Hk, planned.folded, problem.ratio // planned.folded)
     # likewise a view there
-    given = None if out is None else out.unflatten(1, (Hk, ratio)).transpose(2, 3)
-    inside = None if given is None or not given.is_contiguous() else given.view(B, Hk * S_q * ratio, 1, Dv)
-    chosen, problem = attend_plan(folded_call, inside, backend, check_values)
-    result = launch_pages(chosen, problem, folded_call, True, inside)
+    rows = None if out is None else by_token(out, problem.Hk)
+    inside = rows.view(problem.out_shape) if rows is not None and rows.is_contiguous() else None
+    result = attend_packed(planned, inside, True)
     assert isinstance(result, tuple)
-    folded = (B, Hk, S_q, ratio)
-    first = result[0].view(*folded, Dv).transpose(2, 3).flatten(1, 2)
-    lse = result[1].view(folded).transpose(2, 3).flatten(1, 2)
+    first, lse = (x.view(*places, *x.shape[3:]).transpose(2, 3).flatten(1, 2) for x in result)
     if out is not None:
         first = out if inside is not None else out.copy_(first)
     return (first, lse) if return_lse else first

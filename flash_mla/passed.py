@@ -7,9 +7,7 @@ and step. `facts` are what they look at, without a value that lies in device mem
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Generic, TypeVar
-
-from torch import Tensor
+from typing import Any, Generic, TypeVar
 
 from flash_mla.problem import ALIGNMENT
 
@@ -36,7 +34,7 @@ class Passed(Generic[T]):
         return result
 
 
-def facts(*tensors: Tensor | None) -> tuple[Hashable, ...]:
+def facts(*tensors: Any) -> tuple[Hashable, ...]:
     """Shape, strides, dtype, device and alignment of each tensor, None where none is given.
 
     Raises:

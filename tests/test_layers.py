@@ -29,7 +29,7 @@ LAYERS = (
 ROOMS = {
     "cache": ("checks rows", "paged", "__init__"),
     "contract": (
-        "tensors",
+        "given tensors",
         "caches masks memory order scales values",
         "mla_metadata decode_call prefill_call",
         "__init__",

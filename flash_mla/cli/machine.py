@@ -37,7 +37,7 @@ def decode_problem(
     k = torch.empty(B, Hk, blocks, BLOCK, D, dtype=dtype, device="meta")
     v = k[..., :Dv] if Dv < D else torch.empty(B, Hk, blocks, BLOCK, Dv, dtype=dtype, device="meta")
     table, lengths = (torch.empty(*shape, dtype=torch.int32, device="meta") for shape in ((B, blocks), (B,)))
-    return contract.decode(q, k, v, table, lengths, None, (None, None, None), None)._replace(**options)
+    return contract.decode(contract.DecodeCall(q, k, v, table, lengths))._replace(**options)
 
 
 def prefill_problem(
@@ -47,8 +47,7 @@ def prefill_problem(
     q, k, v = (
         torch.empty(B, heads, P, width, dtype=dtype, device="meta") for heads, width in ((Hq, D), (Hk, D), (Hk, Dv))
     )
-    none = (None, None, None)
-    return contract.prefill(q, k, v, None, None, none, None, causal=True, block_mask=False)._replace(**options)
+    return contract.prefill(contract.PrefillCall(q, k, v, None, None, True))._replace(**options)
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

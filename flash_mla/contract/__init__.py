@@ -15,7 +15,8 @@ from flash_mla.contract.caches import (
     check_table,
     is_alias,
 )
-from flash_mla.contract.decode_call import decode, decode_problem, passing
+from flash_mla.contract.decode_call import decode, decode_problem, facts_of
+from flash_mla.contract.given import NO_DESCALES, DecodeCall, Descales, MhaCall, PrefillCall, inputs_of
 from flash_mla.contract.masks import (
     check_decode_mask,
     check_mask_length,
@@ -27,7 +28,7 @@ from flash_mla.contract.memory import check_apart, check_out, refuse_learning_ou
 from flash_mla.contract.mla_metadata import MLAMetadata, check_metadata, check_shape, metadata
 from flash_mla.contract.order import DEEPSEEK_NAMES, deepseek_order, refuse_deepseek_order
 from flash_mla.contract.prefill_call import mha, prefill, prefill_problem
-from flash_mla.contract.scales import Descales, check_descales, check_scale, check_sink, warn_default_scale
+from flash_mla.contract.scales import check_descales, check_scale, check_sink, warn_default_scale
 from flash_mla.contract.tensors import (
     check_dtypes,
     check_index,
@@ -44,9 +45,13 @@ from flash_mla.contract.values import check_prompt_values, check_values
 
 __all__ = [
     "DEEPSEEK_NAMES",
+    "NO_DESCALES",
     "UNABSORBED",
+    "DecodeCall",
     "Descales",
     "MLAMetadata",
+    "MhaCall",
+    "PrefillCall",
     "check_apart",
     "check_decode_dtypes",
     "check_decode_mask",
@@ -73,6 +78,8 @@ __all__ = [
     "decode",
     "decode_problem",
     "deepseek_order",
+    "facts_of",
+    "inputs_of",
     "is_alias",
     "is_aligned",
     "metadata",
@@ -80,7 +87,6 @@ __all__ = [
     "named",
     "one_mask",
     "out_dtype",
-    "passing",
     "prefill",
     "prefill_problem",
     "refuse_deepseek_order",

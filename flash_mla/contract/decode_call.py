@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
 
 from flash_mla.contract.caches import check_caches, check_decode_dtypes, check_ranks, check_seq_lens_shape, check_table
+from flash_mla.contract.given import DecodeCall
 from flash_mla.contract.masks import check_decode_mask
 from flash_mla.contract.order import refuse_deepseek_order
-from flash_mla.contract.scales import (
-    NO_DESCALES,
-    Descales,
-    check_descales,
-    check_descales_given,
-    check_scale,
-    check_sink,
-)
+from flash_mla.contract.scales import check_descales, check_descales_given, check_scale, check_sink
 from flash_mla.contract.tensors import check_on, check_tensor, is_aligned, named, out_dtype
 from flash_mla.errors import LayoutError
-from flash_mla.passed import Passed
-from flash_mla.problem import ALIGNMENT, FP8, PLAIN, DecodeProblem, Options
+from flash_mla.passed import Passed, facts
+from flash_mla.problem import FP8, DecodeProblem
 from flash_mla.quant import needs_descale
 
 
-def decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None = None,
-    descales: Descales = NO_DESCALES,
-    attn_sink: Tensor | None = None,
-    softmax_scale: float | None = None,
-    options: Options = PLAIN,
-) -> DecodeProblem:
+def decode(call: DecodeCall) -> DecodeProblem:
     """The problem of a `flash_mla_with_kvcache` call; reads no value.
 
     A call without a mask whose shapes, strides, dtypes and devices passed before is not checked again.
     """
-    scale_sign = check_scale(softmax_scale)
-    key = (
-        None
-        if mask is not None
-        else passing(q, k_cache, v_cache, block_table, seq_lens, descales, attn_sink, scale_sign, options)
-    )
+    scale_sign = check_scale(call.softmax_scale)
+    key = facts_of(call, scale_sign)
     problem = None if key is None else PASSED.get(key)
     if problem is not None:
         return problem
-    refuse_deepseek_order(q, k_cache, v_cache)
-    problem = checked_decode(q, k_cache, v_cache, block_table, seq_lens, mask, descales, attn_sink, scale_sign, options)
+    refuse_deepseek_order(call.q, call.k_cache, call.v_cache)
+    problem = checked_decode(call, scale_sign)
     return problem if key is None else PASSED.keep(key, problem)
 
 
@@ -58,51 +38,28 @@ def decode(
 PASSED = Passed[DecodeProblem]()
 
 
-def passing(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    scale_sign: int,
-    options: Options,
-) -> tuple[object, ...] | None:
-    """All that the checks of a call look at, as a key; None where an argument is not what it should be."""
+def facts_of(call: DecodeCall, scale_sign: int, *others: Tensor | None) -> Hashable | None:
+    """All that the checks of a call without a mask look at, as a key; None where they have to look themselves.
+
+    others: more tensors that they look at.
+    """
+    q, k, v, block_table, seq_lens, mask, _, descales, attn_sink, options, _ = call
+    if mask is not None:
+        return None
     try:
-        q_start, k_start, v_start = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
-        tensors = [(x.shape, x.stride(), x.dtype, x.device) for x in (q, k_cache, v_cache, block_table, seq_lens)]
-    except AttributeError:  # not a tensor: the checks say which
+        tensors = facts(q, k, v, block_table, seq_lens, attn_sink, *descales, *others)
+        start, alias = k.data_ptr(), k.data_ptr() == v.data_ptr()
+    except AttributeError:  # a number, whose value counts, or something that should be a tensor
         return None
-    if not k_start:  # without memory, addresses do not tell what is an alias
+    if not start:  # without memory, addresses do not tell what is an alias
         return None
-    more: tuple[object, ...] = ()
-    if attn_sink is not None or descales != NO_DESCALES:
-        for value in (attn_sink, *descales):
-            if isinstance(value, Tensor):
-                more = (*more, (value.shape, value.dtype, value.device))
-            elif value is None:
-                more = (*more, None)
-            else:  # a number, whose value counts
-                return None
-    marked = k_cache.dtype == FP8 and (needs_descale(k_cache), needs_descale(v_cache))
-    return (*tensors, k_start == v_start, (q_start | k_start | v_start) % ALIGNMENT, marked, more, scale_sign, options)
+    marked = k.dtype == FP8 and (needs_descale(k), needs_descale(v))
+    return tensors, alias, marked, scale_sign, options
 
 
-def checked_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    mask: Tensor | None,
-    descales: Descales,
-    attn_sink: Tensor | None,
-    scale_sign: int,
-    options: Options,
-) -> DecodeProblem:
+def checked_decode(call: DecodeCall, scale_sign: int) -> DecodeProblem:
     """As `decode`, every check made."""
+    q, k_cache, v_cache, block_table, seq_lens, mask, _, descales, attn_sink, options, _ = call
     check_tensor("q", q)
     check_tensor("k_cache", k_cache)
     check_tensor("v_cache", v_cache)

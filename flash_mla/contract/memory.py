@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from flash_mla.contract.given import Call, inputs_of
 from flash_mla.contract.tensors import check_on, check_tensor, is_aligned, named
 from flash_mla.errors import DTypeError, GradientError, LayoutError, ShapeError
 from flash_mla.problem import BLOCK, DecodeProblem, PrefillProblem
@@ -15,7 +16,7 @@ from flash_mla.problem import BLOCK, DecodeProblem, PrefillProblem
 Some = TypeVar("Some", DecodeProblem, PrefillProblem)
 
 
-def check_out(out: Tensor | None, problem: Some, **inputs: Tensor | float | None) -> Some:
+def check_out(out: Tensor | None, problem: Some, call: Call) -> Some:
     """`out` has the output's shape, dtype, device and layout, and shares no memory with any tensor of the call.
 
     Returns the problem, whose `aligned` counts out too.
@@ -34,7 +35,7 @@ def check_out(out: Tensor | None, problem: Some, **inputs: Tensor | float | None
         )
     check_on(problem.device, out=out)
     refuse_learning_out(out)
-    check_apart("out", out, **inputs)
+    check_apart("out", out, **inputs_of(call))
     return problem if is_aligned(out) else problem._replace(aligned=False)
 
 
@@ -49,8 +50,8 @@ def refuse_learning_out(out: Tensor) -> None:
         )
 
 
-def check_apart(written: str, target: Tensor, **inputs: Tensor | float | None) -> None:
-    """What is written shares no memory with what the call reads."""
+def check_apart(written: str, target: Tensor, **inputs: object) -> None:
+    """What is written shares no memory with what the call reads: the tensors among its inputs."""
     first, last = reach(target)
     for name, tensor in inputs.items():
         if not isinstance(tensor, Tensor):

@@ -15,16 +15,10 @@ from flash_mla.contract.caches import (
     check_table,
     is_alias,
 )
+from flash_mla.contract.given import MhaCall, PrefillCall
 from flash_mla.contract.masks import check_mask
 from flash_mla.contract.memory import check_apart, check_writable, share_memory
-from flash_mla.contract.scales import (
-    NO_DESCALES,
-    Descales,
-    check_descales,
-    check_descales_given,
-    check_scale,
-    check_sink,
-)
+from flash_mla.contract.scales import check_descales, check_descales_given, check_scale, check_sink
 from flash_mla.contract.tensors import (
     check_dtypes,
     check_last_dim,
@@ -40,20 +34,9 @@ from flash_mla.errors import BlockCountError, HeadGroupingError, LayoutError, Sh
 from flash_mla.problem import BLOCK, PrefillProblem
 
 
-def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seq_lens: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    descales: Descales = NO_DESCALES,
-    attn_sink: Tensor | None = None,
-    softmax_scale: float | None = None,
-    *,
-    causal: bool,
-    block_mask: bool,
-) -> PrefillProblem:
+def prefill(call: PrefillCall) -> PrefillProblem:
     """The problem of a `flash_mla_prefill` call; reads no value."""
+    q, k, v, sparse_layout, attn_mask, causal, softmax_scale, seq_lens, descales, attn_sink = call
     for name, tensor, layout in (("q", q, "[B, Hq, P, D]"), ("k", k, "[B, Hk, P, D]"), ("v", v, "[B, Hk, P, Dv]")):
         check_rank(name, tensor.shape, 4, layout)
         check_last_dim(name, tensor)
@@ -83,7 +66,7 @@ def prefill(
         S_kv=P,
         causal=causal,
         mask=check_mask("attn_mask", attn_mask, B, Hq, P, "[B, 1|Hq, P, P]"),
-        block_mask=block_mask,
+        block_mask=sparse_layout is not None,
         seq_lens=seq_lens is not None,
         descale=check_descales(descales, B, Hk, q.device),
         sink=attn_sink is not None,
@@ -119,21 +102,9 @@ def prefill_problem(q: Tensor, k: Tensor, v: Tensor, *, S_kv: int, causal: bool,
     )
 
 
-def mha(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    start_pos: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    attn_mask: Tensor | None,
-    descales: Descales,
-    softmax_scale: float | None,
-    *,
-    causal: bool,
-) -> PrefillProblem:
+def mha(call: MhaCall) -> PrefillProblem:
     """The problem of a `mha_fwd_kvcache` call; reads no value."""
+    q, k_cache, v_cache, block_table, attn_mask, k, v, start_pos, causal, softmax_scale, descales = call
     check_on(q.device, k_cache=k_cache, v_cache=v_cache, block_table=block_table)
     check_on(q.device, start_pos=start_pos, k=k, v=v, attn_mask=attn_mask)
     check_ranks(q, k_cache, v_cache)

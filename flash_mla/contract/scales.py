@@ -9,12 +9,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from flash_mla.contract.given import DESCALES, Descales
 from flash_mla.contract.tensors import check_on, check_tensor, named
 from flash_mla.errors import DTypeError, ScaleWarning, ShapeError, describe
 from flash_mla.quant import needs_descale
-
-Descales = tuple[float | Tensor | None, float | Tensor | None, float | Tensor | None]
-NO_DESCALES: Descales = (None, None, None)
 
 
 def is_finite(value: object) -> bool:
@@ -76,8 +74,7 @@ def check_descale(name: str, value: float | Tensor | None, B: int, Hk: int, devi
 
 def check_descales(descales: Descales, B: int, Hk: int, device: torch.device) -> bool:
     """Whether any of (q_descale, k_descale, v_descale) is given."""
-    names = ("q_descale", "k_descale", "v_descale")
-    given = [check_descale(name, value, B, Hk, device) for name, value in zip(names, descales, strict=True)]
+    given = [check_descale(name, value, B, Hk, device) for name, value in zip(DESCALES, descales, strict=True)]
     return any(given)
 
 

@@ -13,7 +13,7 @@ from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_in
 from flash_mla.deepseek.sparse import Pool, SparseCall, sparse
 from flash_mla.entry import entry
 from flash_mla.errors import DTypeError, ShapeError
-from flash_mla.pages import attend_pools
+from flash_mla.pages import PoolCall, attend_pools
 from flash_mla.problem import FP8
 
 
@@ -224,11 +224,11 @@ def dense(
     check_index("cache_seqlens", cache_seqlens, (B,), "[b]")
     descale_q, descale_k = (None if x is None else x.to(torch.float32).view(-1, 1) for x in descales)
     out = q.new_empty(B, S_q, Hq, Dv, dtype=out_dtype(q.dtype))
-    result = attend_pools(
-        q.transpose(1, 2), k_cache, None, None, block_table, cache_seqlens, None, softmax_scale,
-        (descale_q, descale_k, descale_k), attn_sink, True, out.transpose(1, 2), backend, False, v_head_dim=Dv,
-        causal=causal, out_is_new=True,
+    call = PoolCall(
+        q.transpose(1, 2), k_cache, None, None, block_table, cache_seqlens, v_head_dim=Dv, causal=causal,
+        softmax_scale=softmax_scale, descales=(descale_q, descale_k, descale_k), attn_sink=attn_sink,
     )  # fmt: skip
+    result = attend_pools(call, True, out.transpose(1, 2), backend, out_is_new=True)
     return out, empty_is_inf(result[1])
 
 

@@ -364,9 +364,8 @@ class ShardedAttention:
         # whether the prompt fits is judged on a query of its length
         whole = q[:, :, :1].expand(-1, -1, P, -1) if q.shape[2] else q.new_empty((*q.shape[:2], P, q.shape[3]))
         descales = (q_descale, k_descale, v_descale)
-        checked = contract.prefill(
-            whole, k, v, seq_lens, None, descales, attn_sink, softmax_scale, causal=causal, block_mask=False
-        )
+        call = contract.PrefillCall(whole, k, v, None, None, causal, softmax_scale, seq_lens, descales, attn_sink)
+        checked = contract.prefill(call)
         contract.check_last_dim("q", q)
         contract.check_monotonic("q", q.shape[:3], q.stride()[:3], "B H P")
         results = []

@@ -35,7 +35,6 @@ CASES |= {
     "fp16": replace(RAGGED, dtype=torch.float16, sink=True),
     "fp8-many-groups": replace(LONG, B=3, Hq=128, Hk=16, P=450, dtype=FP8, descale="float"),
     "fp8-listed": replace(LONG, sparse="heads", causal=True, dtype=FP8, descale="tensor"),
-    "fp8-sliced": replace(RAGGED, sliced=True, dtype=FP8),
     "descale": replace(RAGGED, descale="tensor", sink=True),
     "sliced": replace(RAGGED, sliced=True),
     "mask": replace(RAGGED, mask="bool-heads", causal=True, sink=True),

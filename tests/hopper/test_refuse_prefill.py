@@ -45,6 +45,7 @@ PAGES = {"paged": True, "k_strides": (0, 128, 64 * 256, 256, 1), "v_strides": (0
         {"dtype": torch.float16},
         {"dtype": FP8, "descale": True},
         {"dtype": FP8, "mask": "bool"},
+        {"dtype": FP8, "mask": "bool", "k_strides": (2 * 100 * 132, 100 * 132, 132, 1)},
         {"dtype": FP8, **PAGES},
         {"D": 192, "q_strides": (4 * 100 * 192, 100 * 192, 192, 1), "k_strides": (2 * 100 * 192, 100 * 192, 192, 1)},
         {"mask": "bool", "block_mask": True},
@@ -60,7 +61,8 @@ def test_takes(changes: dict) -> None:
     [
         ({"dtype": torch.float32}, "float32"),
         ({"dtype": FP8, **PAGES, "mask": "bool"}, "FP8 pages"),
-        ({"dtype": FP8, **PAGES, "v_strides": (0, 128, 64 * 264, 264, 1)}, "FP8 pages: a v stride"),
+        ({"dtype": FP8, **PAGES, "v_strides": (0, 128, 64 * 264, 264, 1)}, "a v stride of 264 elements"),
+        ({"dtype": FP8, "k_strides": (2 * 100 * 136, 100 * 136, 136, 1)}, "multiples of 16"),
         ({"dtype": FP8, "out_dtype": torch.float16}, "gives BF16"),
         ({"D": 576, "Dv": 512}, "576"),
         ({"D": 64, "Dv": 128}, "D = 64, Dv = 128"),
@@ -86,10 +88,10 @@ def test_narrow_leaves_one_element_of_broadcast_dims() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "dtype"),
-    [({}, "bf16"), (PAGES, "fp8"), ({"mask": "bool"}, "bf16"), ({"k_strides": (26400, 13200, 132, 1)}, "bf16")],
+    [({}, "fp8"), (PAGES, "fp8"), ({"mask": "bool"}, "bf16"), ({"block_mask": True}, "bf16")],
 )
 def test_config_of_fp8(changes: dict, dtype: str) -> None:
-    """FP8 pages are computed as they are; FP8 that lies end to end, in BF16."""
+    """FP8 is computed as it is; under a mask or a block layout, in BF16."""
     assert prefill.config(PROBLEM._replace(dtype=FP8, **changes)).dtype == dtype
 
 

@@ -22,6 +22,8 @@ CONFIGS = gates(
     ],
     [
         Config("fp8_ds_mla", 2, 16),
+        Config("fp8_token", 1, 64, cluster=2),
+        Config("fp8_token", 2, 16),
         Config("model1", 2, 64, cluster=2),
         Config("flat", 1, 64, cluster=2),
         Config("bf16_512", 2, 16),

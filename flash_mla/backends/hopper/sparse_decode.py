@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
-from flash_mla.kernels.hopper.sparse_decode.config import DV, ROWS, TILES, Config
+from flash_mla.kernels.hopper.sparse_decode.config import DV, TILES, Config
 from flash_mla.problem import ALIGNMENT, SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS
 
@@ -22,8 +22,6 @@ def refuse(problem: SparseProblem) -> str | None:
         return f"dtype {problem.dtype}: the kernel takes and gives BF16"
     if problem.D not in WIDTHS or problem.Dv != DV:
         return f"D = {problem.D}, Dv = {problem.Dv}: the kernel takes 576/512 or 512/512"
-    if rows_name(problem) not in ROWS:
-        return f"rows of {problem.format}: the kernel takes {', '.join(ROWS)}"
     if any(keys.pages * keys.page == 0 for keys in problem.sets):
         return "an empty cache beside one with rows"
     return refuse_strides(problem)

@@ -21,9 +21,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from flash_mla.pages import attend_pools
-
-NO_DESCALES = (None, None, None)
+from flash_mla.pages import PoolCall, attend_pools
 
 
 class Run(NamedTuple):
@@ -144,25 +142,20 @@ class FlashMLAGQAImpl(CPUAttentionBackendImpl):
         k_pages, v_pages = kv_cache.chunk(2, dim=-1)
         out = output.view(*query.shape)
         for run in attn_metadata.runs:
-            attend_pools(
-                query[run.rows].unflatten(0, (run.requests, -1)).transpose(1, 2),
+            own_query, own_out = (x[run.rows].unflatten(0, (run.requests, -1)).transpose(1, 2) for x in (query, out))
+            call = PoolCall(
+                own_query,
                 k_pages,
                 v_pages,
                 None,
                 run.block_table,
                 run.seq_lens,
-                None,
-                self.scale,
-                NO_DESCALES,
-                self.sinks,
-                False,
-                out[run.rows].unflatten(0, (run.requests, -1)).transpose(1, 2),
-                None,
-                False,
                 layout="HND",
                 causal=attn_metadata.causal,
-                out_is_new=True,
+                softmax_scale=self.scale,
+                attn_sink=self.sinks,
             )
+            attend_pools(call, False, own_out, out_is_new=True)
         return output
 
 

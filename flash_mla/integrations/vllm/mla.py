@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
 from flash_mla.deepseek import flash_attn_varlen_func
-from flash_mla.pages import attend_pools
+from flash_mla.pages import PoolCall, attend_pools
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -95,25 +95,19 @@ class Decode:
         out = None if is_single else q.new_empty((*q.shape[:2], self.kv_lora_rank), dtype=dtype)
         q_descale = layer._q_scale if q.dtype == torch.float8_e4m3fn else None
         kv_descale = layer._k_scale if kv_c_and_k_pe_cache.dtype == torch.float8_e4m3fn else None
-        result, lse = attend_pools(
+        call = PoolCall(
             q.unsqueeze(2) if is_single else by_request(q, requests),
             kv_c_and_k_pe_cache.unsqueeze(2),
             None,
             None,
             decode.block_table,
             decode.seq_lens,
-            None,
-            self.scale,
-            (q_descale, kv_descale, kv_descale),
-            None,
-            True,
-            None if out is None else by_request(out, requests),
-            None,
-            False,
             v_head_dim=self.kv_lora_rank,
             causal=attn_metadata.causal,
-            out_is_new=True,
+            softmax_scale=self.scale,
+            descales=(q_descale, kv_descale, kv_descale),
         )
+        result, lse = attend_pools(call, True, None if out is None else by_request(out, requests), out_is_new=True)
         return (result.squeeze(2), lse.squeeze(2)) if out is None else (out, lse.transpose(1, 2).flatten(0, 1))
 
 

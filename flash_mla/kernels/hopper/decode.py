@@ -4,7 +4,7 @@ A kernel is an object with `config`, `kernel`, the device function, and
 
     loads(q, k, v) -> what `kernel` takes first: TMA descriptors and views of
         q [rows, D, Hk, B] and pages k [64, D, Hk, Nblk, requests], v [64, Dv, Hk, Nblk, requests], in global memory
-    scalars(scale_log2, S_q, has_sink, rows, heads) -> what it takes last
+    scalars(scale_log2, S_q, has_sink, rows, tiles, heads) -> what it takes last; tiles of the rows of a KV head
 
 with `Tensors` between them. A config says what is the kernel's: `latent`, whether K is all there is, of one KV head, V
 its first columns; `factors`, whether it takes descales at all, and `descale`, whether they count; `rows`, query rows of
@@ -85,7 +85,8 @@ class Decode:
         q_head = cute.assume(ratio * q.stride[1], divby=config.q_unit)
         layout = cute.make_layout((rows, config.D, heads, B), stride=(q_row, 1, q_head, q.stride[0]))
         packed_out, packed_lse = packed_rows(out, lse)
-        groups = (rows + (config.rows - 1)) // config.rows * heads
+        tiles = (rows + (config.rows - 1)) // config.rows
+        groups = tiles * heads
         tensors = Tensors(
             table=table,
             seq_lens=seq_lens,
@@ -105,7 +106,7 @@ class Decode:
             pages(k, k_requests),
             None if const_expr(config.latent) else pages(v, v_requests),
         )
-        scalars = self.kernel.scalars(scale_log2, S_q, has_sink, rows, heads)
+        scalars = self.kernel.scalars(scale_log2, S_q, has_sink, rows, tiles, heads)
         launch_persistent(self.kernel.kernel(*loads, tensors, scalars), config, clusters, stream)
         combine_partials(tensors, has_sink, S_q, Int32(heads), groups, stream, config.piece)
 
@@ -146,13 +147,7 @@ def arguments(config: Any, q: str, cache: str, out: str) -> tuple:
         symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
         symbolic.tensor(Uint8, (B, Hq, S_q, None), strided=True) if config.masked else None,
-        Float32(1.0),
-        Int32(0),
-        Int64(config.q_unit),
-        Int32(0),
-        Int32(1),
-        Int32(1),
-        Int32(1),
+        *symbolic.numbers(Float32, Int32, Int64, Int32, Int32, Int32, Int32),
     )
 
 

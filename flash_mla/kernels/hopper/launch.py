@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import cutlass.cute as cute
+
 
 def launch_persistent(kernel: Any, config: Any, clusters: Any, stream: Any) -> None:
     """Launch a kernel, called with its arguments, on `clusters` clusters of the config's `cluster` CTAs."""
@@ -15,3 +17,10 @@ def launch_persistent(kernel: Any, config: Any, clusters: Any, stream: Any) -> N
         min_blocks_per_mp=1,
         stream=stream,
     )
+
+
+def place(cluster: int) -> tuple[Any, Any, Any]:
+    """Where this CTA stands: (rank in its cluster of `cluster` CTAs, the cluster, clusters of the grid)."""
+    cta, _, _ = cute.arch.block_idx()
+    ctas, _, _ = cute.arch.grid_dim()
+    return cta % cluster, cta // cluster, ctas // cluster

@@ -35,6 +35,11 @@ def tensor(
     return make_fake_tensor(dtype, sizes, tuple(strides), assumed_align=align)
 
 
+def numbers(*kinds) -> list[Any]:
+    """Scalar arguments of these types, of any value."""
+    return [kind(1) for kind in kinds]
+
+
 def compiled(kernel, arguments: tuple, options: str = ""):
     """Compile a kernel for sm_90a; takes seconds."""
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)

@@ -89,9 +89,8 @@ class GqaDecode:
         load_q = load_of(q, self.config.tile_n, columns) if self.config.q_terms == 1 else None
         return q, load_q, load_of(k, BLOCK, columns), load_of(v, BLOCK, columns)
 
-    def scalars(self, scale_log2, S_q, has_sink, rows, heads) -> Scalars:
-        N = self.config.tile_n
-        return Scalars(scale_log2, S_q, has_sink, rows, (rows + (N - 1)) // N, heads)
+    def scalars(self, scale_log2, S_q, has_sink, rows, tiles, heads) -> Scalars:
+        return Scalars(scale_log2, S_q, has_sink, rows, tiles, heads)
 
     @cute.kernel
     def kernel(self, q: cute.Tensor, load_q: Tma | None, load_k: Tma, load_v: Tma, tensors: Tensors, scalars: Scalars):

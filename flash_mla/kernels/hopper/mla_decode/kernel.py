@@ -50,6 +50,7 @@ from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.launch import place
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import (
@@ -87,8 +88,8 @@ class MlaDecode:
         k = k[None, None, 0, None, None]
         return load_of(q[None, None, 0, None], TILE_M, CHUNK), load_of(k, BLOCK, CHUNK, self.config.cluster > 1), k
 
-    def scalars(self, scale_log2, S_q, has_sink, rows, _heads) -> Scalars:
-        return Scalars(scale_log2, S_q, has_sink, (rows + (self.config.rows - 1)) // self.config.rows)
+    def scalars(self, scale_log2, S_q, has_sink, _rows, tiles, _heads) -> Scalars:
+        return Scalars(scale_log2, S_q, has_sink, tiles)
 
     @cute.kernel
     def kernel(self, load_q: Tma, load_k: Tma, pages: cute.Tensor, tensors: Tensors, scalars: Scalars):
@@ -108,9 +109,7 @@ class MlaDecode:
 
         shared = Shared.over(config, allocate(Storage, config))
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        bidx, _, _ = cute.arch.block_idx()
-        gdim, _, _ = cute.arch.grid_dim()
-        rank, cluster_id, clusters = bidx % config.cluster, bidx // config.cluster, gdim // config.cluster
+        rank, cluster_id, clusters = place(config.cluster)
 
         # barriers, and the work of this cluster
         if warp_id == 0:

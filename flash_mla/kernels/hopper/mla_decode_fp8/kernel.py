@@ -63,6 +63,7 @@ from flash_mla.kernels.hopper import decode
 from flash_mla.kernels.hopper.boxes import load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.decode import Tensors
+from flash_mla.kernels.hopper.launch import place
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars
@@ -110,8 +111,8 @@ class MlaDecodeFp8:
         )
         return loads, k, cute.make_tensor(q.iterator, cute.select(q.layout, mode=[2, 0, 1]))
 
-    def scalars(self, scale_log2, S_q, has_sink, rows, _heads) -> Scalars:
-        return Scalars(scale_log2, S_q, has_sink, (rows + (self.config.rows - 1)) // self.config.rows)
+    def scalars(self, scale_log2, S_q, has_sink, _rows, tiles, _heads) -> Scalars:
+        return Scalars(scale_log2, S_q, has_sink, tiles)
 
     @cute.kernel
     def kernel(self, loads: Loads, pages: cute.Tensor, q: cute.Tensor, tensors: Tensors, scalars: Scalars):
@@ -133,9 +134,7 @@ class MlaDecodeFp8:
 
         shared = Shared.over(config, allocate(Storage, config))
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        bidx, _, _ = cute.arch.block_idx()
-        gdim, _, _ = cute.arch.grid_dim()
-        rank, cluster_id, clusters = bidx % config.cluster, bidx // config.cluster, gdim // config.cluster
+        rank, cluster_id, clusters = place(config.cluster)
 
         # barriers, and the work of this cluster
         if warp_id == 0:

@@ -226,7 +226,7 @@ def arguments(config: Config) -> tuple:
         block_map=symbolic.tensor(Uint8, [None] * 4),
         mask_bits=symbolic.tensor(Int32, [None] * 4),
     )
-    scalars = Scalars(Float32(1.0), *(Int32(1) for _ in Scalars._fields[1:]))
+    scalars = Scalars(*symbolic.numbers(Float32, *[Int32] * len(Scalars._fields[1:])))
     out = tensor(config.Dv, dtype=config.out)
     return tensor(config.D), keys(config.D), keys(config.Dv), out, tensors, scalars, Int32(1)
 

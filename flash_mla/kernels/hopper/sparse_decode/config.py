@@ -25,8 +25,8 @@ CONSUMER_WARPS = 8
 class RowLayout:
     """How a token's row lies in a cache: `codes` chunks of 64 e4m3, then `wide` chunks of 64 BF16 from byte `wide_at`.
 
-    scale: kind of the stored scales, one for `group` columns, from byte `scale_at` of the row on. `split`: the scales
-    lie apart, 8 bytes a row, behind the `row_bytes` of all rows of the page.
+    scale: kind of the stored scales, one for `group` columns, from byte `scale_at` of the row on. apart: bytes of a
+    row's scales where they lie apart, behind the `row_bytes` of all rows of the page.
     """
 
     codes: int
@@ -35,7 +35,7 @@ class RowLayout:
     scale: Literal["fp32", "e8m0"] | None = None
     group: int = 0
     scale_at: int = 0
-    split: bool = False
+    apart: int = 0
     row_bytes: int = 0
 
     @property
@@ -50,7 +50,8 @@ class RowLayout:
 
 ROWS = {
     "fp8_ds_mla": RowLayout(codes=8, wide=1, wide_at=528, scale="fp32", group=128, scale_at=512, row_bytes=656),
-    "model1": RowLayout(codes=7, wide=1, wide_at=448, scale="e8m0", group=64, split=True, row_bytes=576),
+    "fp8_token": RowLayout(codes=8, wide=1, wide_at=512, scale="fp32", group=512, apart=4, row_bytes=640),
+    "model1": RowLayout(codes=7, wide=1, wide_at=448, scale="e8m0", group=64, apart=8, row_bytes=576),
     "v4.1": RowLayout(codes=8, wide=0, scale="e8m0", group=32, scale_at=512, row_bytes=528),
     "flat": RowLayout(codes=9, wide=0, row_bytes=576),
     "bf16_576": RowLayout(codes=0, wide=9, row_bytes=1152),

@@ -46,7 +46,7 @@ from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
-from flash_mla.kernels.hopper.launch import launch_persistent
+from flash_mla.kernels.hopper.launch import launch_persistent, place
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES, START
@@ -181,9 +181,7 @@ class SparseDecode:
         lengths = Lengths(caches, tokens, S_q)
         tensors = Tensors(lengths, lengths, *results)
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        bidx, _, _ = cute.arch.block_idx()
-        gdim, _, _ = cute.arch.grid_dim()
-        rank, cluster_id, clusters = bidx % config.cluster, bidx // config.cluster, gdim // config.cluster
+        rank, cluster_id, clusters = place(config.cluster)
 
         # barriers, and the work of this cluster
         if warp_id == 0:
@@ -244,11 +242,7 @@ def arguments(config: Config) -> tuple:
         symbolic.tensor(BFloat16, (B, S_q, Hq, DV), align=16),
         symbolic.tensor(Float32, (B, S_q, Hq), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
-        Float32(1.0),
-        Float32(0.0),
-        Int32(0),
-        Int32(0),
-        Int32(1),
+        *symbolic.numbers(Float32, Float32, Int32, Int32, Int32),
     )
 
 

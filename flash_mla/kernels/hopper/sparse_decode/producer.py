@@ -148,7 +148,7 @@ class Producer:
             live = Int32(row != 0)
             if const_expr(layout.scale is not None):
                 scales = row + layout.scale_at
-                if const_expr(layout.split):
+                if const_expr(layout.apart):
                     scales = row + cute.arch.shuffle_sync(self.apart[slot], offset=lane)
                 for word in sorted({layout.scale_word(chunk) for chunk in batch.chunks if chunk < layout.codes}):
                     self.load_scales(r, word, buffer, scales, live)

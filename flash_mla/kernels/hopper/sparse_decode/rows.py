@@ -36,7 +36,7 @@ class Cache(NamedTuple):
     def over(layout: RowLayout, rows: cute.Tensor, indices: cute.Tensor, lengths: cute.Tensor, has_lengths) -> Cache:
         """rows [pages, page, columns] in bytes or BF16."""
         size = rows.element_type.width // 8
-        row_bytes = Int64(layout.row_bytes) if layout.split else Int64(rows.stride[1]) * size
+        row_bytes = Int64(layout.row_bytes) if layout.apart else Int64(rows.stride[1]) * size
         pages, page = Int64(rows.shape[0]), Int64(rows.shape[1])
         return Cache(
             rows=rows.iterator.toint(),
@@ -146,8 +146,8 @@ def place_in(layout: cutlass.Constexpr, cache: Cache, index) -> RowPlace:
     offset = index - page * cache.page
     row = cache.rows + Int64(page) * cache.page_bytes + Int64(offset) * cache.row_bytes
     scales = Int32(0)
-    if const_expr(layout.split):
-        scales = cache.page * layout.row_bytes + 8 * offset - Int32(offset * layout.row_bytes)
+    if const_expr(layout.apart):
+        scales = cache.page * layout.row_bytes + layout.apart * offset - Int32(offset * layout.row_bytes)
     # NOTE: as unsigned numbers, so that negative ones are past the end too
     live = Uint32(index) < Uint32(cache.live_rows)
     return RowPlace(row if live else Int64(0), scales)

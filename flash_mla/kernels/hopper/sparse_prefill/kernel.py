@@ -170,10 +170,7 @@ def arguments(config: Config) -> tuple:
         symbolic.tensor(dtype, (*anything, DV), align=16),
         symbolic.tensor(Float32, anything),
         symbolic.tensor(Float32, anything),
-        Float32(1.0),
-        Int32(0),
-        Int32(0),
-        Int32(1),
+        *symbolic.numbers(Float32, Int32, Int32, Int32),
     )
 
 
