@@ -3,7 +3,8 @@
 A row is read in chunks of 2W columns, two FP32 vectors of W lanes. BF16 is widened in pairs: 2W values are W 32-bit
 words, whose lower halves (shifted) and upper halves (masked) are the even and the odd columns; a dot product does not
 care about the order of columns, and q and out pass in the same order in and out. e4m3 that is not staged is read the
-same way, in 16-bit words of two. Every other element is read in natural order. What is left of a row, always a multiple of 8 columns, is read in natural order with zeros behind it.
+same way, in 16-bit words of two. Every other element is read in natural order. What is left of a row, always a multiple
+of 8 columns, is read in natural order with zeros behind it.
 
 e4m3 becomes FP16 by shifting: its exponent and mantissa are FP16's upper ones but for the bias (7, not 15), so the
 bits are the value times 2^-8, subnormal ones too. 0x7f and 0xff are NaN.
