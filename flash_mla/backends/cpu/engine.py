@@ -58,8 +58,9 @@ TILE_ROWS = 12
 """What its rows are a multiple of: whole tiles of values, of 6 or 12 rows (`Spec.tile_rows`)."""
 ITEMS = 32
 """Items that a call is split into, at least, where its keys allow: enough for the threads of a desktop."""
-SPLIT_BLOCKS = 8
-"""Blocks that a split has at least."""
+SPLIT_BLOCKS, SPLIT_BYTES = 8, 1 << 17
+"""Blocks that a split has at least; twice as many where it leaves more bytes than these to be merged (64 rows of a
+latent, on AMX, where merging eight took 0.7 ms of 2.6)."""
 TEAM_FLOPS = 4_000_000
 """Work from which on a team is woken: about 50 us of one core, five times what waking costs."""
 
@@ -163,16 +164,17 @@ class Call:
         self.spec, self.at = spec, {name: i for i, name in enumerate(FIELDS)}
         groups = -(-rows // (spec.span or spec.rows))
         items = requests * heads * groups
-        # NOTE: in decode by what one request is, so that its bits are the same in every batch: merging costs a batch
-        # of 16 at most 4 %, 33 KiB a split of 8 blocks of 72 KiB (MLA, 16 heads)
+        # NOTE: in decode by what one request is, so that its bits are the same in every batch. By count, not measured,
+        # merging costs a batch of 16 at most 4 %: 33 KiB a split, whose 8 blocks are of 72 KiB (MLA, 16 heads)
         alone = heads * groups if spec.source == "table" else items
-        splits = max(1, min(-(-ITEMS // alone), blocks // SPLIT_BLOCKS)) if 0 < alone < ITEMS else 1
+        least = SPLIT_BLOCKS * (1 if spec.partial <= SPLIT_BYTES else 2)
+        splits = max(1, min(-(-ITEMS // alone), blocks // least)) if 0 < alone < ITEMS else 1
         self.work = items * splits
         self.partial = self.work * spec.partial if splits > 1 else 0
         self.counters = items if splits > 1 else 0
         flops = 2 * BLOCK * blocks * items * min(rows, spec.rows) * (spec.D + spec.Dv)
         self.alone = flops < TEAM_FLOPS
-        part = SPLIT_BLOCKS * BLOCK // spec.block
+        part = least * BLOCK // spec.block
         values |= {"work": self.work, "heads": heads, "groups": groups, "splits": splits, "part": part, "R": rows}
         self.template = (ctypes.c_int64 * len(FIELDS))(*(values.get(name, 0) for name in FIELDS))
         self.entries: dict[str | None, Entries] = {}
