@@ -131,8 +131,8 @@ class Config:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a consumer's and of a producer's thread."""
-        if self.ringed:
-            # NOTE: at 128 each the consumers of 16 heads spill
+        if self.ringed and self.tile_heads == 16:
+            # NOTE: at 128 each the consumers of 16 heads spill; at 112 the producers beside 8
             return 144, 112
         if self.producer_warps == 8:
             return self.entry_registers, self.entry_registers

@@ -14,8 +14,8 @@ conversions: 1024 to 4096 cycles of an SM, and a cluster shares them. With 16 he
 
 Roles (producers behind the two consumer warpgroups):
     many   warpgroups 0, 1   208 registers   as in MLA decode: scores of the even, of the odd block; half of O each
-    few    warpgroups 0, 1   144 registers   as in GQA decode: the even, the odd blocks; merged in the end
-    producer warps: 4 at 88 registers beside many, 8 at 112 beside few; the first also loads Q (TMA), notes split items
+    few    warpgroups 0, 1   128 or 144    as in GQA decode: the even, the odd blocks; merged in the end
+    producer warps: 4 at 88 registers beside many, 8 at 128 (112) beside few; the first loads Q (TMA), notes split items
     (BF16 rows of few heads: 128 and 128, and the producers beside many)
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
