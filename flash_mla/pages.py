@@ -20,9 +20,11 @@ from flash_mla.calls import as_tensors, attend_decode, give_back
 from flash_mla.contract import NO_DESCALES, DecodeCall, Descales, named
 from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
+from flash_mla.heads import as_heads, by_token, from_heads
+from flash_mla.launch import expand_descale
 from flash_mla.passed import Passed
 from flash_mla.plan import Plan, plan
-from flash_mla.problem import BLOCK, PLAIN, DecodeProblem, Options
+from flash_mla.problem import BLOCK, PLAIN, DecodeArgs, DecodeProblem, Options
 
 __all__ = ["decode_over_pages"]
 
@@ -419,35 +421,78 @@ def pick(problem: DecodeProblem, backend: str | None) -> Plan:
     return best if isinstance(choose(best.name, problem), str) else plan(problem, best.name)
 
 
+# --- Calls of a server's layer ----------------------------------------------------------------------------------------
+
+
+class Bound(NamedTuple):
+    """A call bound to its pool: what a layer of a server keeps, to attend again with other values of the same shapes.
+
+    Attributes:
+        plan: of the call's problem, or of the same one with q and out packed.
+        k, v: page views of the pool, which they keep alive.
+        descales: of q, k and v, [B, Hk] each, or None.
+        parts: blocks that a page was cut into.
+        packed: q is made contiguous, and out copied to.
+    """
+
+    plan: Plan
+    k: Tensor
+    v: Tensor
+    descales: tuple[Tensor | None, ...]
+    softmax_scale: float
+    parts: int
+    packed: bool
+
+    def attend(self, q: Tensor, block_table: Tensor, seq_lens: Tensor, out: Tensor, return_lse: bool) -> Tensor | None:
+        """Write out [B, Hq, S_q, Dv] of a call with the facts of the one that was bound; its lse if asked for."""
+        packed = self.packed
+        lse = out.new_empty(out.shape[:3], dtype=torch.float32) if return_lse else None
+        written = out.new_empty(out.shape) if packed else out
+        table = block_table.contiguous() if self.parts == 1 else table_of_blocks(block_table, self.parts)
+        q_descale, k_descale, v_descale = self.descales
+        args = DecodeArgs(
+            q.contiguous() if packed else q, self.k, self.v, table, seq_lens.contiguous(), None, q_descale, k_descale,
+            v_descale, None, self.softmax_scale, written, lse,
+        )  # fmt: skip
+        self.plan.launch(args)
+        if packed:
+            out.copy_(written)
+        return lse
+
+
+def bind(call: PoolCall, out: Tensor) -> Bound:
+    """Check a causal call without mask, sink, rope pool or default scale, and bind it; no value is read.
+
+    out: [B, Hq, S_q, Dv], nobody else's, and like that of all calls to come.
+    """
+    chosen, problem, views, _ = plan_pools(call, None, out, False, out_is_new=True)
+    assert call.softmax_scale is not None
+    descales = tuple(expand_descale(x, problem) for x in call.descales)
+    parts = call.k_pages.shape[1 if call.layout == "NHD" else 2] // problem.page
+    packed = chosen.problem != problem
+    return Bound(chosen, views.k_cache, views.v_cache, descales, call.softmax_scale, parts, packed)
+
+
 # --- Without causality ------------------------------------------------------------------------------------------------
 
 
 def fold(problem: DecodeProblem, call: DecodeCall) -> tuple[DecodeProblem, DecodeCall]:
-    """The same attention with the S_q queries as heads, [B, Hk * S_q * ratio, 1, D], out contiguous."""
-    B, Hk, S_q, ratio = problem.B, problem.Hk, problem.S_q, problem.ratio
-    # a view where Hk is 1 and q lies as [B, S_q, Hq, D]
-    q = by_token(call.q, Hk).reshape(B, Hk * S_q * ratio, 1, problem.D)
-    sink = call.attn_sink
-    sink = None if sink is None else sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
+    """The same attention with the S_q queries as heads (see `heads`), out contiguous."""
+    Hk, S_q, sink = problem.Hk, problem.S_q, call.attn_sink
+    q = as_heads(call.q, Hk)
+    sink = None if sink is None else sink.view(Hk, 1, problem.ratio).expand(-1, S_q, -1).reshape(-1)
     folded = problem._replace(Hq=q.shape[1], S_q=1, q_strides=q.stride(), out_strides=None)
     return folded, call._replace(q=q, attn_sink=sink)
 
 
-def by_token(x: Tensor, Hk: int) -> Tensor:
-    """[B, Hq, S_q, columns] as [B, Hk, S_q, ratio, columns]."""
-    return x.unflatten(1, (Hk, x.shape[1] // Hk)).transpose(2, 3)
-
-
 def attend_folded(planned: Planned, out: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """The attention, its results where the queries were before `fold`."""
+    """The attention, its results where the queries were; written in place where `out` lies as they do as heads."""
     problem = planned.problem
-    places = (problem.B, problem.Hk, planned.folded, problem.ratio // planned.folded)
-    # likewise a view there
     rows = None if out is None else by_token(out, problem.Hk)
     inside = rows.view(problem.out_shape) if rows is not None and rows.is_contiguous() else None
     result = attend_packed(planned, inside, True)
     assert isinstance(result, tuple)
-    first, lse = (x.view(*places, *x.shape[3:]).transpose(2, 3).flatten(1, 2) for x in result)
+    first, lse = (from_heads(x, problem.Hk, planned.folded) for x in result)
     if out is not None:
         first = out if inside is not None else out.copy_(first)
     return (first, lse) if return_lse else first

@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 docs/bench/two_cards.py                # B 8, S 131072, 128 heads, BF16
     torchrun --nproc-per-node 2 docs/bench/two_cards.py --device cpu --batch 2 --tokens 1000 --heads 8
 
-Every rank holds the whole cache, and for the sharded calls a copy of its own blocks. On GPUs each case is the replay of
-a CUDA graph between two events; the time of a case is the median of its rounds on the slowest rank. `exchange` is pack
-and all-gather of (out, lse) alone, `merge` the average of the parts alone: both are inside of the decodes too.
+Every rank holds the whole cache, and for the sharded calls a copy of its own blocks. On GPUs each round of a case is
+ten replays of a CUDA graph between two events; the time of a case is the median of its rounds on the slowest rank.
+`exchange` is pack and all-gather of (out, lse) alone, `merge` the average of the parts alone: both are inside of the
+decodes too.
 
 A prompt then: causal attention of all of it on one card, beside the gather of K and V and each rank's own chunks.
 
@@ -32,6 +33,7 @@ from flash_mla.distributed.exchange import pack, unpack
 from flash_mla.problem import BLOCK
 
 SCALE = 192**-0.5
+REPLAYS = 10  # a round: what one rank starts later than the other is a tenth of it in a time
 
 
 def seconds(run: Callable[[], object], device: str, rounds: int) -> float:
@@ -42,17 +44,19 @@ def seconds(run: Callable[[], object], device: str, rounds: int) -> float:
     if device == "cuda":
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        # NOTE: NCCL's watchdog asks for its events from a thread of its own, which a global capture would refuse
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
         for _ in range(rounds):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             dist.barrier()
             begin.record()
-            graph.replay()
+            for _ in range(REPLAYS):
+                graph.replay()
             end.record()
             end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
+            times.append(begin.elapsed_time(end) / 1e3 / REPLAYS)
     else:
         for _ in range(rounds):
             dist.barrier()
@@ -155,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"rank {rank}: {torch.cuda.get_device_name()}", flush=True)
     attention = ShardedAttention(init_device_mesh(device, (size,), mesh_dim_names=("context",)), context="context")
 
-    failed = False
+    failures = []
     for title, (cases, error), aim in (
         (
             f"decode: B {options.batch}, S {options.tokens}, {options.heads} heads",
@@ -176,11 +180,14 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{case:28} {value * 1e6:10.1f} us  {value / times['one card']:6.3f} of one card")
             print(f"largest difference {error:.1e} of the largest |out|; aim: {aim} of one card", flush=True)
         # both are within BF16's budget of the truth: 1.6e-2 of the largest
-        failed |= error > 3.2e-2 or ratio > aim
+        if error > 3.2e-2:
+            failures.append(f"{title}: rank {rank} is off by {error:.1e} of the largest |out|")
+        if ratio > aim:
+            failures.append(f"{title}: {ratio:.3f} of one card, aim {aim}")
     if own_group:
         dist.destroy_process_group()
-    if failed:
-        raise SystemExit(1)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -123,8 +123,11 @@ def as_bytes(x: Tensor) -> Tensor:
 
 
 def pack(out: Tensor, lse: Tensor) -> Tensor:
-    """out [.., Dv] and lse [..] FP32 side by side, in words: [.., Dv * itemsize / 4 + 1] int32."""
-    return torch.cat([out.contiguous().view(torch.int32), lse.contiguous().unsqueeze(-1).view(torch.int32)], -1)
+    """out [.., Dv] and lse [..] FP32 side by side, in words: [.., Dv * itemsize / 4 + 1] int32, contiguous.
+
+    Rows of out may lie anywhere, so that the order in which they are sent costs no copy of its own.
+    """
+    return torch.cat([out.view(torch.int32), lse.unsqueeze(-1).view(torch.int32)], -1)
 
 
 def unpack(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -410,19 +410,21 @@ def context_and_heads(size: int, device: str) -> Failures:
 
 
 def lose_a_rank(size: int, device: str) -> Failures:
-    """Rank 1 first does not come, then dies; rank 0 gets a RankError from each decode, in time. Over gloo."""
+    """Rank 1 does not come to a decode, then not to a step, then dies; rank 0 gets a RankError each time. Over gloo."""
     call = replace(GQA, device=device).call().arguments
     names = {"mesh_dim_names": ("context",)}
-    hasty, patient = (
+    hasty, hasty_too, patient = (
         DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=seconds)), device, **names)
-        for seconds in (1, 10)
+        for seconds in (1, 1, 10)
     )
     own = local_table(call["block_table"], dist.get_rank(), size)
     arguments = (call["q"], call["k_cache"], call["v_cache"], own)
+    shapes = (call["q"].shape, call["k_cache"].shape, own, call["seq_lens"])
     found: Failures = {}
-    for name, mesh in (("compiled", init_device_mesh(device, (size,), **names)), ("late", hasty), ("dead", patient)):
+    world = init_device_mesh(device, (size,), **names)
+    for name, mesh in (("compiled", world), ("late", hasty), ("late step", hasty_too), ("dead", patient)):
         attention = ShardedAttention(mesh, context="context")
-        step = attention.step(call["q"].shape, call["k_cache"].shape, own, call["seq_lens"], check_values=False)
+        step = attention.step(*shapes)
         attention.decode(*arguments, step)  # all are there
         dist.barrier()
         if name == "compiled":
@@ -430,14 +432,19 @@ def lose_a_rank(size: int, device: str) -> Failures:
         if dist.get_rank() == 1:
             if name == "dead":
                 os._exit(0)
-            time.sleep(3)
+            time.sleep(2)
             continue
         begin = time.monotonic()
         try:
-            attention.decode(*arguments, step)
+            if name == "late step":
+                attention.step(*shapes)
+            else:
+                attention.decode(*arguments, step)
             found[name] = ["no error"]
         except RankError as error:
-            found[name] = [] if "all_gather of rank 0" in error.given and "died" in error.cause else [str(error)]
+            what = "comparison of arguments" if name == "late step" else "all_gather"
+            named = f"{what} of rank 0" in error.given and "died" in error.cause
+            found[name] = [] if named else [str(error)]
         if time.monotonic() - begin > 20:
             found[name].append("the error came late")
     return found

@@ -111,7 +111,7 @@ def test_every_case_on_every_rank(found):
 
 def test_a_lost_rank_is_an_error_of_the_others(tmp_path):
     found, lost = ranks.run(2, ranks.lose_a_rank, tmp_path)
-    assert found == {"late": [], "dead": []}
+    assert found == {"late": [], "late step": [], "dead": []}
     assert lost is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,9 +43,20 @@ def factor(problem: DecodeProblem, descale: Tensor | None, unread: Tensor) -> Te
     """A descale [B, Hk] as the kernels read it: of 1 where another is given, any tensor where none is."""
     if not problem.descale:
         return unread
-    if descale is None:
-        return torch.ones((1, 1), dtype=torch.float32, device=problem.device).expand(problem.B, problem.Hk)
-    return descale
+    if descale is not None:
+        return descale
+    # NOTE: a graph in capture fills a tensor of its own, since nothing may wait for the host there
+    if torch.cuda.is_current_stream_capturing():
+        one = torch.ones((1, 1), dtype=torch.float32, device=problem.device)
+    else:
+        one = kept_one(problem.device)
+    return one.expand(problem.B, problem.Hk)
+
+
+@functools.cache
+def kept_one(device: torch.device) -> Tensor:
+    """A factor of 1, [1, 1]. The copy has arrived when this returns: a launch on any stream may read it."""
+    return torch.ones((1, 1)).to(device)
 
 
 def launch(kernel: Callable[..., None], config: Any, problem: DecodeProblem, args: DecodeArgs) -> None:

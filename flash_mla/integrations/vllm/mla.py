@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm import envs
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonBackend,
     MLACommonImpl,
@@ -24,9 +25,14 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
 from flash_mla.deepseek import flash_attn_varlen_func
-from flash_mla.pages import PoolCall, attend_pools
+from flash_mla.pages import Bound, PoolCall, attend_pools, bind
+from flash_mla.passed import Passed, facts
+from flash_mla.problem import FP8, Options
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Descales of q, k and v."""
 
 
 class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata]):
@@ -63,13 +69,24 @@ class FlashMLABackend(MLACommonBackend):
     def supports_compute_capability(cls, capability: Any) -> bool:
         return capability.major >= 8
 
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """Decode is told to be so; in prefill a query's keys are read in one order, whatever else is in the batch."""
+        return True
+
 
 class Decode:
-    """Absorbed decode over the latent pages; both implementations take it."""
+    """Absorbed decode over the latent pages; both implementations take it.
+
+    Checks and views of a layer's pool are made once for each shape of a batch: see `flash_mla.pages.Bound`.
+    """
 
     can_return_lse_for_decode = True
+    need_to_return_lse_for_decode: bool
     kv_lora_rank: int
     scale: float
+    _pool: int = 0  # where the pool lies that the calls are bound to
+    _bound: Passed[Bound]
 
     def forward_mqa(
         self,
@@ -77,7 +94,7 @@ class Decode:
         kv_c_and_k_pe_cache: Tensor,
         attn_metadata: MLACommonMetadata,
         layer: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention of a batch of decodes, each of as many query tokens.
 
         Args:
@@ -85,35 +102,48 @@ class Decode:
             kv_c_and_k_pe_cache: [num_blocks, page, 576] in q's dtype or e4m3.
 
         Returns:
-            out [tokens, heads, 512]; lse [tokens, heads] FP32, natural log, -inf where a rank holds no key.
+            out [tokens, heads, 512]; where vLLM asks for it (context parallelism) lse [tokens, heads] FP32, natural
+            log, -inf where a rank holds no key, else None.
         """
         decode = attn_metadata.decode
         assert decode is not None
         q = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
-        requests, dtype = attn_metadata.num_decodes, torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
-        is_single = q.shape[0] == requests  # then heads and tokens need not change places, nor out be checked
-        out = None if is_single else q.new_empty((*q.shape[:2], self.kv_lora_rank), dtype=dtype)
-        q_descale = layer._q_scale if q.dtype == torch.float8_e4m3fn else None
-        kv_descale = layer._k_scale if kv_c_and_k_pe_cache.dtype == torch.float8_e4m3fn else None
-        call = PoolCall(
-            q.unsqueeze(2) if is_single else by_request(q, requests),
-            kv_c_and_k_pe_cache.unsqueeze(2),
-            None,
-            None,
-            decode.block_table,
-            decode.seq_lens,
-            v_head_dim=self.kv_lora_rank,
-            causal=attn_metadata.causal,
-            softmax_scale=self.scale,
-            descales=(q_descale, kv_descale, kv_descale),
-        )
-        result, lse = attend_pools(call, True, None if out is None else by_request(out, requests), out_is_new=True)
-        return (result.squeeze(2), lse.squeeze(2)) if out is None else (out, lse.transpose(1, 2).flatten(0, 1))
+        cache, table, seq_lens = kv_c_and_k_pe_cache, decode.block_table, decode.seq_lens
+        requests, tokens = attn_metadata.num_decodes, q.shape[0]
+        q_descale = layer._q_scale if q.dtype == FP8 else None
+        kv_descale = layer._k_scale if cache.dtype == FP8 else None
+        out = q.new_empty((tokens, q.shape[1], self.kv_lora_rank), dtype=torch.bfloat16 if q.dtype == FP8 else q.dtype)
+        # [requests, heads, tokens of each, columns], views
+        q, given = (x.unsqueeze(2) if tokens == requests else by_request(x, requests) for x in (q, out))
+        descales = (q_descale, kv_descale, kv_descale)
+        if tokens == requests or attn_metadata.causal:
+            bound = self.bound(q, cache, table, seq_lens, descales, given)
+            lse = bound.attend(q, table, seq_lens, given, self.need_to_return_lse_for_decode)
+        else:
+            call = self.call(q, cache, table, seq_lens, descales)._replace(causal=False)
+            _, lse = attend_pools(call, True, given, out_is_new=True)
+        return out, None if lse is None else lse.transpose(1, 2).flatten(0, 1)
+
+    def call(self, q: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, descales: Factors) -> PoolCall:
+        return PoolCall(
+            q, cache.unsqueeze(2), None, None, table, seq_lens, v_head_dim=self.kv_lora_rank, softmax_scale=self.scale,
+            descales=descales, options=Options(batch_invariant=envs.VLLM_BATCH_INVARIANT is True),
+        )  # fmt: skip
+
+    def bound(self, q: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, descales: Factors, out: Tensor) -> Bound:
+        """The call, bound before where its facts were the same; a pool that is another forgets those of the last."""
+        if (pool := cache.data_ptr()) != self._pool or not pool:
+            self._pool, self._bound = pool, Passed()
+        key = (facts(q, cache, table, seq_lens, *descales), *[x.data_ptr() for x in descales if x is not None])
+        if (found := self._bound.get(key)) is not None:
+            return found
+        return self._bound.keep(key, bind(self.call(q, cache, table, seq_lens, descales), out))
 
 
 def by_request(x: Tensor, requests: int) -> Tensor:
     """[tokens, heads, D] -> [requests, heads, tokens of each, D], a view."""
-    return x.view(requests, -1, *x.shape[1:]).transpose(1, 2)
+    tokens, (row, head, column) = x.shape[0] // requests, x.stride()
+    return x.as_strided((requests, x.shape[1], tokens, x.shape[2]), (tokens * row, head, row, column))
 
 
 class DecoderOnly:
