@@ -41,7 +41,8 @@ def backward(
     Args:
         out, lse: as the forward gave them; d_out, d_lse: of any strides.
         dk, dv: None both where neither is wanted.
-        backend: the forward's. Hopper has no backward yet: its calls go to the first backend that has.
+        backend: the forward's. Hopper's backward takes fewer problems: its other calls go to the first backend that
+            takes them.
     """
     if q.dtype == FP8:
         no_backward("attention", *NO_FP8_BACKWARD)

@@ -20,6 +20,7 @@ from flash_mla.calls import as_tensors, attend_decode, give_back
 from flash_mla.contract import NO_DESCALES, DecodeCall, Descales, named
 from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
+from flash_mla.heads import as_heads, by_token, from_heads
 from flash_mla.launch import expand_descale
 from flash_mla.passed import Passed
 from flash_mla.plan import Plan, plan
@@ -476,31 +477,22 @@ def bind(call: PoolCall, out: Tensor) -> Bound:
 
 
 def fold(problem: DecodeProblem, call: DecodeCall) -> tuple[DecodeProblem, DecodeCall]:
-    """The same attention with the S_q queries as heads, [B, Hk * S_q * ratio, 1, D], out contiguous."""
-    B, Hk, S_q, ratio = problem.B, problem.Hk, problem.S_q, problem.ratio
-    # a view where Hk is 1 and q lies as [B, S_q, Hq, D]
-    q = by_token(call.q, Hk).reshape(B, Hk * S_q * ratio, 1, problem.D)
-    sink = call.attn_sink
-    sink = None if sink is None else sink.view(Hk, 1, ratio).expand(-1, S_q, -1).reshape(-1)
+    """The same attention with the S_q queries as heads (see `heads`), out contiguous."""
+    Hk, S_q, sink = problem.Hk, problem.S_q, call.attn_sink
+    q = as_heads(call.q, Hk)
+    sink = None if sink is None else sink.view(Hk, 1, problem.ratio).expand(-1, S_q, -1).reshape(-1)
     folded = problem._replace(Hq=q.shape[1], S_q=1, q_strides=q.stride(), out_strides=None)
     return folded, call._replace(q=q, attn_sink=sink)
 
 
-def by_token(x: Tensor, Hk: int) -> Tensor:
-    """[B, Hq, S_q, columns] as [B, Hk, S_q, ratio, columns]."""
-    return x.unflatten(1, (Hk, x.shape[1] // Hk)).transpose(2, 3)
-
-
 def attend_folded(planned: Planned, out: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """The attention, its results where the queries were before `fold`."""
+    """The attention, its results where the queries were; written in place where `out` lies as they do as heads."""
     problem = planned.problem
-    places = (problem.B, problem.Hk, planned.folded, problem.ratio // planned.folded)
-    # likewise a view there
     rows = None if out is None else by_token(out, problem.Hk)
     inside = rows.view(problem.out_shape) if rows is not None and rows.is_contiguous() else None
     result = attend_packed(planned, inside, True)
     assert isinstance(result, tuple)
-    first, lse = (x.view(*places, *x.shape[3:]).transpose(2, 3).flatten(1, 2) for x in result)
+    first, lse = (from_heads(x, problem.Hk, planned.folded) for x in result)
     if out is not None:
         first = out if inside is not None else out.copy_(first)
     return (first, lse) if return_lse else first

@@ -25,7 +25,7 @@ __all__ = [
 BLOCK = 64
 
 
-def attend(
+def attend_head(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor | None, scale: float, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """q [M, D], k [S, D], v [S, Dv], keep [M, S] bool, bias [M, S], sink [M] or [] -> out [M, Dv], lse [M]."""
@@ -106,7 +106,7 @@ def decode_reference(
             keep = torch.ones(S_q, length, dtype=torch.bool, device=q.device) if keep is None else keep[:, :length]
             bias = None if bias is None else bias[:, :length]
             sink = None if attn_sink is None else attn_sink[h].double()
-            out[b, h], lse[b, h] = attend(rows, k, v, keep, bias, scale, sink)
+            out[b, h], lse[b, h] = attend_head(rows, k, v, keep, bias, scale, sink)
     return out, lse
 
 
@@ -148,7 +148,7 @@ def prefill_reference(
             if block_mask is not None:
                 blocks = block_mask.expand(B, Hq, -1, -1)[b, h]
                 keep = keep & blocks.repeat_interleave(BLOCK, 0)[:P].repeat_interleave(BLOCK, 1)[:, :length]
-            out[b, h], lse[b, h] = attend(
+            out[b, h], lse[b, h] = attend_head(
                 q[b, h].double() * descale(q_descale, b, hk, (B, Hk)),
                 k[b, hk, :length].double() * descale(k_descale, b, hk, (B, Hk)),
                 v[b, hk, :length].double() * descale(v_descale, b, hk, (B, Hk)),
@@ -266,7 +266,7 @@ def sparse_reference(
                 continue
             query, sink = q[b, i].double(), None if attn_sink is None else attn_sink.double()
             keep = torch.ones(Hq, len(k), dtype=torch.bool, device=q.device)
-            out[b, :, i], lse[b, :, i] = attend(query, k, k[:, :Dv], keep, None, softmax_scale, sink)
+            out[b, :, i], lse[b, :, i] = attend_head(query, k, k[:, :Dv], keep, None, softmax_scale, sink)
             top[b, :, i] = (softmax_scale * (query @ k.T)).amax(-1)
     return out, lse, top
 

@@ -495,7 +495,7 @@ def test_an_operation_that_fails_anywhere_is_undone(pool_blocks: int | None, ope
         cache = filled(pool_blocks)
         before = [[held_rows(cache, view, b).clone() for view in (cache.k_cache, cache.v_cache)] for b in range(4)]
         lengths, free = cache.lengths, cache.num_free_blocks
-        holders = [[*allocator.holders] for allocator in cache._allocators]
+        holders = [[*allocator.holders] for allocator in cache._ledger.allocators]
         failing = FailAt(n, error)
         try:
             with failing:
@@ -503,7 +503,7 @@ def test_an_operation_that_fails_anywhere_is_undone(pool_blocks: int | None, ope
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             assert cache.lengths == lengths == tuple(cache.seq_lens.tolist())
             assert cache.num_free_blocks == free
-            assert [allocator.holders for allocator in cache._allocators] == holders
+            assert [allocator.holders for allocator in cache._ledger.allocators] == holders
             for b, rows in enumerate(before):
                 for view, want in zip((cache.k_cache, cache.v_cache), rows, strict=True):
                     assert torch.equal(held_rows(cache, view, b), want), f"call {n}: request {b}"

@@ -18,7 +18,7 @@ from flash_mla import cli, testing
 from flash_mla.backends import ORDER
 from flash_mla.bench.cases import Case
 from flash_mla.cli import app, machine, timings
-from flash_mla.cli.machine import PROBLEMS, decode_problem
+from flash_mla.cli.machine import PROBLEMS, sample_decode
 from flash_mla.testing import judge
 
 
@@ -64,9 +64,9 @@ def test_info_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_problems_of_info_tell_an_alias_from_two_caches() -> None:
     """Tensors without memory all begin at address 0."""
-    assert not decode_problem(32, 8, 128, 128, torch.bfloat16).alias
-    assert not decode_problem(32, 8, 576, 576, torch.bfloat16).alias
-    assert decode_problem(128, 1, 576, 512, torch.bfloat16).alias
+    assert not sample_decode(32, 8, 128, 128, torch.bfloat16).alias
+    assert not sample_decode(32, 8, 576, 576, torch.bfloat16).alias
+    assert sample_decode(128, 1, 576, 512, torch.bfloat16).alias
 
 
 def test_start_up_takes_no_more_than_torch() -> None:

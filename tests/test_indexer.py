@@ -26,7 +26,7 @@ from flash_mla.indexer import (
     topk_indices,
 )
 from flash_mla.quant import FP8_DS_MLA
-from flash_mla.reference import attend, format_rows, index_reference, topk_reference
+from flash_mla.reference import attend_head, format_rows, index_reference, topk_reference
 
 FP8 = torch.float8_e4m3fn
 BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu"
@@ -296,7 +296,7 @@ def test_dsa_decode_layer():
             best = topk_reference(scores[i : i + 1], topk)[0]
             keep = torch.zeros(1, lengths[b], dtype=torch.bool)
             keep[:, best[best >= 0].long()] = True
-            expected, expected_lse = attend(q[b, i].double(), rows, rows[:, :512], keep, None, 0.1, None)
+            expected, expected_lse = attend_head(q[b, i].double(), rows, rows[:, :512], keep, None, 0.1, None)
             assert_close(out[b, i], expected)
             assert (lse[b, :, i] - expected_lse).abs().max() < 1e-4
 
@@ -321,7 +321,7 @@ def test_dsa_prefill_layer():
     keep[(best >= 0).nonzero(as_tuple=True)[0], best[best >= 0].long()] = True
     rows = latents[:, 0].double()
     for h in range(H):
-        expected, expected_lse = attend(q[:, h].double(), rows, rows[:, :512], keep, None, 0.1, None)
+        expected, expected_lse = attend_head(q[:, h].double(), rows, rows[:, :512], keep, None, 0.1, None)
         assert_close(out[:, h], expected)
         assert (lse[:, h] - expected_lse).abs().max() < 1e-4
 

@@ -409,7 +409,7 @@ def test_a_wrong_kind_is_our_error_in_a_compiled_call_too(name: str) -> None:
     for key, right in arguments.items():
         for junk in ([1, 2], torch.tensor(1.0) if isinstance(right, torch.Tensor) else "abc"):
             torch.compiler.reset()
-            with pytest.raises(FlashMLAError):
+            with pytest.raises(FlashMLAError, match=rf"\b{key}\b"):
                 torch.compile(function, backend="eager")(**{**arguments, key: junk})
 
 

@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from flash_mla import GradientError, ShapeError, decode_over_pages, deepseek
-from flash_mla.errors import BlockCountError, LayoutError
+from flash_mla import GradientError, ShapeError, decode_over_pages, deepseek, pages
+from flash_mla.errors import BlockCountError, BlockTableError, LayoutError, SequenceLengthError
 from flash_mla.reference import decode_reference
 from flash_mla.testing import check
 
@@ -194,6 +194,22 @@ def test_refusals(name):
     change(x)
     with pytest.raises(error, match=words):
         decode_over_pages(**x)
+
+
+def test_a_repeated_call_is_checked_no_less(monkeypatch):
+    """The second call makes no views and still looks at what may differ: values, and what `out` lies on."""
+    x = make(page=16)
+    x.pop("Dv")
+    out = torch.empty_like(x["q"])
+    want = decode_over_pages(**x, out=out).clone()
+    monkeypatch.setattr(pages, "page_views", None)
+    assert torch.equal(decode_over_pages(**x, out=out.fill_(math.nan)), want)
+    with pytest.raises(LayoutError, match="overlaps `q`"):
+        decode_over_pages(**x, out=x["q"])
+    with pytest.raises(BlockTableError):
+        decode_over_pages(**x | {"block_table": torch.full_like(x["block_table"], 2**30)}, out=out)
+    with pytest.raises(SequenceLengthError):
+        decode_over_pages(**x | {"seq_lens": x["seq_lens"] - 1000}, out=out)
 
 
 def test_deepseek_takes_pages_of_any_size():

@@ -4,9 +4,9 @@ A backend is a folder of this package, imported when it is first asked. Its pack
 
     available() -> str | None           why the backend cannot run on this machine at all, or None
     refuse(problem) -> str | None       why no kernel of it runs on this device or with these facts, or None
-    phase(problem) -> Phase | str       the module that such problems go to, or why there is none
+    phase(problem) -> Phase             the module that such problems go to
 
-and a phase's module (decode, prefill, sparse, or one for each kernel) has
+and a phase's module (one of PHASES, or one for each kernel) has
 
     refuse(problem) -> str | None          why it cannot run this problem, or None
     config(problem) -> Hashable            the kernel and tile choice: a pure function that needs no device
@@ -24,9 +24,30 @@ import importlib
 from collections.abc import Hashable
 from typing import Any, Protocol, cast
 
-from flash_mla.problem import AppendArgs, Problem
+from flash_mla.problem import (
+    AppendArgs,
+    BackwardProblem,
+    DecodeProblem,
+    IndexProblem,
+    PrefillProblem,
+    Problem,
+    SparseBackwardProblem,
+    SparseProblem,
+    TopkProblem,
+)
 
 ORDER = ("hopper", "triton", "cpu")
+
+PHASES: dict[type[Problem], str] = {
+    DecodeProblem: "decode",
+    PrefillProblem: "prefill",
+    BackwardProblem: "backward",
+    SparseProblem: "sparse",
+    SparseBackwardProblem: "sparse_backward",
+    IndexProblem: "indexer",
+    TopkProblem: "topk",
+}
+"""The module of a backend that a kind of problem goes to, where the backend does not split it further."""
 
 
 class Phase(Protocol):
@@ -44,7 +65,7 @@ class Backend(Protocol):
 
     def available(self) -> str | None: ...
     def refuse(self, problem: Problem) -> str | None: ...
-    def phase(self, problem: Problem) -> Phase | str: ...
+    def phase(self, problem: Problem) -> Phase: ...
 
 
 def backend(name: str) -> Backend:
@@ -68,6 +89,4 @@ def choose(name: str, problem: Problem) -> Phase | str:
     if reason := candidate.available() or candidate.refuse(problem):
         return reason
     phase = candidate.phase(problem)
-    if isinstance(phase, str):
-        return phase
     return phase.refuse(problem) or phase

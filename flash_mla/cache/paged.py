@@ -4,17 +4,16 @@ Two storages stand behind one set of operations. Per-request slabs, the referenc
 blocks of `k_cache[b]`. One pool: every `k_cache[b]` is the same memory (batch stride 0), blocks go to whoever needs
 them, and requests share the blocks of a common prefix.
 
-Lengths, block lists and reference counts are plain Python on the host, so no operation reads the device; `block_table`
-and `seq_lens` are written in place, so a captured graph that reads them stays valid until `grow`.
+Lengths, block lists and reference counts are plain Python on the host (`ledger`), so no operation reads the device;
+`block_table` and `seq_lens` are written in place, so a captured graph that reads them stays valid until `grow`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,43 +21,17 @@ import torch
 from torch import Tensor
 
 from flash_mla.api import flash_mla_with_kvcache, get_mla_metadata
-from flash_mla.blocks import BlockAllocator
 from flash_mla.cache.checks import check_rows, head_factors, integers
+from flash_mla.cache.ledger import Change, Ledger
 from flash_mla.cache.rows import more_blocks, upload, write_rows
 from flash_mla.contract import MLAMetadata, check_mask_length
-from flash_mla.errors import (
-    CacheFullError,
-    DTypeError,
-    SequenceLengthError,
-    ShapeError,
-)
+from flash_mla.errors import DTypeError, ShapeError
 from flash_mla.kinds import explained_class
 from flash_mla.problem import BLOCK, DTYPES, FP8
 from flash_mla.quant import mark_scaled
 
 VIEWS = {"_k_rows", "_v_rows", "_head_rows", "_slab_rows", "_metadata", "k_cache", "v_cache"}
 """Attributes of a PagedKVCache that `_bind` makes of its tensors."""
-
-FREE_BLOCKS = "Call grow(blocks), or free(requests) that are done"
-
-
-@dataclass
-class Change:
-    """What an operation will make of the host's state, and what it has taken for it so far.
-
-    Attributes:
-        requests: request -> (its blocks, its length) afterwards.
-        taken: blocks allocated for them, with the request whose allocator gave them.
-        copies: block -> the block that it is a copy of.
-        entries: (request, i) of the table's entries that change.
-        put_back: rows of slabs that were written over: (storage, requests, what they held).
-    """
-
-    requests: dict[int, tuple[list[int], int]] = field(default_factory=dict)
-    taken: list[tuple[int, list[int]]] = field(default_factory=list)
-    copies: dict[int, int] = field(default_factory=dict)
-    entries: list[tuple[int, int]] = field(default_factory=list)
-    put_back: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
 @explained_class
@@ -126,7 +99,6 @@ class PagedKVCache:
         table_blocks = -(-max_seq_len // BLOCK)
         num_blocks, slabs = (table_blocks, batch) if pool_blocks is None else (pool_blocks, 1)
         self._latent = latent
-        self._is_slabs = pool_blocks is None
         shape = (slabs, num_kv_heads, num_blocks, BLOCK)
         # NOTE: tensors made in inference mode could never be written outside of it; first, so that what memory cannot
         # hold fails here and not in lists of as many blocks
@@ -142,9 +114,7 @@ class PagedKVCache:
             table = torch.zeros(batch, table_blocks, dtype=torch.int32, device=device)
             k = torch.empty(*shape, head_dim, dtype=dtype, device=device)
             v = k[..., :v_dim] if latent else torch.empty(*shape, v_dim, dtype=dtype, device=device)
-        self._allocators = [BlockAllocator(num_blocks) for _ in range(slabs)]
-        self._blocks: list[list[int]] = [[] for _ in range(batch)]
-        self._lengths = [0] * batch
+        self._ledger = Ledger(batch, num_blocks, is_slabs=pool_blocks is None)
         with torch.inference_mode(False):
             self._bind(table, k, v)
 
@@ -158,12 +128,12 @@ class PagedKVCache:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each request: seq_lens, known to the host."""
-        return tuple(self._lengths)
+        return tuple(self._ledger.lengths)
 
     @property
     def num_free_blocks(self) -> int:
         """Blocks that no request holds, over the pool or over all slabs."""
-        return sum(allocator.num_free for allocator in self._allocators)
+        return self._ledger.num_free
 
     @property
     def nbytes(self) -> int:
@@ -173,11 +143,11 @@ class PagedKVCache:
 
     def __repr__(self) -> str:
         B, Hk, Nblk, _, D = self.k_cache.shape
-        storage = f"{B} slabs of {Nblk}" if self._is_slabs else f"a pool of {Nblk}"
+        storage = f"{B} slabs of {Nblk}" if self._ledger.is_slabs else f"a pool of {Nblk}"
         return (
             f"PagedKVCache(B={B}, Hk={Hk}, D={D}, Dv={self.v_cache.shape[-1]}{' inside K' if self._latent else ''}, "
             f"{self._k.dtype}, {self._k.device}, {storage} blocks, {self.num_free_blocks} free, "
-            f"{sum(self._lengths)} tokens, {self.nbytes / 2**20:.1f} MiB)"
+            f"{sum(self._ledger.lengths)} tokens, {self.nbytes / 2**20:.1f} MiB)"
         )
 
     def append(
@@ -217,7 +187,7 @@ class PagedKVCache:
             check_rows("v", v, self._v, len(rows), T)
         counts = [T] * len(rows) if num_tokens is None else self._counts(num_tokens, len(rows), T)
         with self._extended(rows, counts) as change:
-            slots = self._slots(rows, counts, change)
+            slots = self._ledger.slots(rows, counts, change, self._slab_rows)
             if len(slots) == len(rows) * T:
                 index = self._upload(slots, torch.int64).view(len(rows), 1, T) + self._head_rows  # [R, Hk, T]
                 kept = None
@@ -278,7 +248,7 @@ class PagedKVCache:
                 check_values=False,
             )  # fmt: skip
         if isinstance(mask, Tensor) and mask.dim():
-            check_mask_length("mask", mask, max(self._lengths))
+            check_mask_length("mask", mask, max(self._ledger.lengths))
         return flash_mla_with_kvcache(
             q, self.k_cache, self.v_cache, self.block_table, self.seq_lens, mask, metadata,
             softmax_scale=softmax_scale, q_descale=q_descale, k_descale=self.k_descale, v_descale=self.v_descale,
@@ -296,27 +266,12 @@ class PagedKVCache:
             CacheFullError: no free block for the partly filled one.
         """
         source, target = self._requests([source, target])
-        if self._lengths[target]:
-            raise SequenceLengthError(
-                given=f"fork({source}, {target}); request {target} holds {self._lengths[target]} tokens",
-                required="an empty target",
-                cause="The fork would drop the target's tokens",
-                fix=f"free([{target}]) first",
-            )
-        blocks, length = self._blocks[source], self._lengths[source]
-        if self._is_slabs:
+        self._ledger.check_fork(source, target)
+        if self._ledger.is_slabs:
             self._move({target: source})
             return
-        copied = 1 if length % BLOCK else 0
-        if copied > self.num_free_blocks:
-            raise CacheFullError(
-                given=f"fork({source}, {target}) with no free block", required="1 free block", fix=FREE_BLOCKS
-            )
         with self._changed() as change:
-            own = self._take(change, target, copied, blocks[-1]) if copied else []
-            change.requests[target] = ([*blocks[: len(blocks) - copied], *own], length)
-            change.copies = dict(zip(own, blocks[-1:], strict=False))
-            change.entries = [(target, i) for i in range(len(blocks))]
+            self._ledger.fork(change, source, target)
             self._copy_blocks(change)
 
     def reorder(self, index: Sequence[int] | Tensor) -> None:
@@ -328,7 +283,7 @@ class PagedKVCache:
         Args:
             index: [B]; a tensor on the GPU is read back, which waits.
         """
-        batch = len(self._lengths)
+        batch = len(self._ledger.lengths)
         order = integers("index", index, batch, length=batch, most=batch - 1)
         self._move({b: source for b, source in enumerate(order) if b != source})
 
@@ -348,28 +303,18 @@ class PagedKVCache:
             ShapeError: lengths or requests do not fit the cache.
         """
         rows = self._requests(requests)
-        kept = integers("lengths", lengths, len(self._lengths), length=len(rows))
-        for b, length in zip(rows, kept, strict=True):
-            if length > self._lengths[b]:
-                raise SequenceLengthError(
-                    given=f"request {b}: {length} tokens to keep, {self._lengths[b]} held",
-                    required=f"lengths from 0 to {self._lengths[b]}",
-                    cause="truncate only drops tokens",
-                    fix="Append tokens with append(), or lengthen with extend()",
-                )
+        kept = integers("lengths", lengths, len(self._ledger.lengths), length=len(rows))
+        self._ledger.check_kept(rows, kept)
         with self._changed() as change:
-            for b, length in zip(rows, kept, strict=True):
-                change.requests[b] = (self._blocks[b][: -(-length // BLOCK)], length)
+            self._ledger.truncate(change, rows, kept)
 
     def free(self, requests: Sequence[int]) -> None:
         """Empty these requests; a block returns to the free ones when its last holder leaves it."""
-        rows = self._requests(requests)
-        with self._changed() as change:
-            change.requests = {b: ([], 0) for b in rows}
+        self.truncate([0] * len(requests), requests)
 
     def clear(self) -> None:
         """Empty all requests."""
-        self.free(range(len(self._lengths)))
+        self.free(range(len(self._ledger.lengths)))
 
     def grow(self, blocks: int) -> None:
         """Add blocks to the pool, or to every request's slab; a request may then hold so many more.
@@ -388,7 +333,7 @@ class PagedKVCache:
             k = more_blocks(self._k, blocks)
             v = k[..., : self._v.shape[-1]] if self._latent else more_blocks(self._v, blocks)
             self._bind(table, k, v)
-        for allocator in self._allocators:
+        for allocator in self._ledger.allocators:
             allocator.grow(blocks)
 
     # Copies
@@ -413,19 +358,16 @@ class PagedKVCache:
 
     # Bookkeeping
 
-    def _allocator(self, b: int) -> BlockAllocator:
-        return self._allocators[b if self._is_slabs else 0]
-
     def _bind(self, table: Tensor, k: Tensor, v: Tensor) -> None:
         """Take k [B or 1, Hk, Nblk, 64, D], v likewise and the table as the cache's tensors."""
-        batch, (_, Hk, Nblk, _, D) = len(self._lengths), k.shape
+        batch, (_, Hk, Nblk, _, D) = len(self._ledger.lengths), k.shape
         k_rows = k.view(-1, D)
         v_rows = k_rows if self._latent else v.view(-1, v.shape[-1])
         head_rows = torch.arange(Hk, device=k.device)[:, None] * (Nblk * BLOCK)
         k_cache, v_cache = (t.expand(batch, -1, -1, -1, -1) for t in (k, v))
         # nothing that can fail from here on
         self._k, self._v, self._k_rows, self._v_rows, self._head_rows = k, v, k_rows, v_rows, head_rows
-        self._slab_rows = Hk * Nblk * BLOCK if self._is_slabs else 0
+        self._slab_rows = Hk * Nblk * BLOCK if self._ledger.is_slabs else 0
         self._metadata: dict[torch.Size, MLAMetadata] = {}
         if self._is_scaled:
             mark_scaled(k_cache)
@@ -445,26 +387,16 @@ class PagedKVCache:
         except BaseException:
             self._undo(change)
             raise
-        own: dict[int, set[int]] = {}
-        for b, taken in change.taken:
-            own.setdefault(b, set()).update(taken)
-        moved = [b for b, (blocks, _) in change.requests.items() if blocks is not self._blocks[b]]
-        for b in moved:
-            self._allocator(b).share(n for n in change.requests[b][0] if n not in own.get(b, ()))
-        for b in moved:
-            self._allocator(b).release(self._blocks[b])
-        for b, (blocks, length) in change.requests.items():
-            self._blocks[b], self._lengths[b] = blocks, length
+        self._ledger.commit(change)
 
     def _undo(self, change: Change) -> None:
-        for b, blocks in change.taken:
-            self._allocator(b).release(blocks)
-        for storage, requests, rows in change.put_back:
-            storage[requests, :, : rows.shape[2]] = rows
+        self._ledger.give_back(change)
+        for put_back in change.put_back:
+            put_back()
         for b in change.requests:
-            if blocks := self._blocks[b]:
+            if blocks := self._ledger.blocks[b]:
                 self.block_table[b, : len(blocks)] = self._upload(blocks, torch.int32)
-        self.seq_lens.copy_(self._upload(self._lengths, torch.int32))
+        self.seq_lens.copy_(self._upload(self._ledger.lengths, torch.int32))
 
     def _publish(self, change: Change) -> None:
         """Write the table's entries and the lengths to the device."""
@@ -473,7 +405,7 @@ class PagedKVCache:
             index = self._upload([b * width + i for b, i in change.entries], torch.int64)
             blocks = self._upload([change.requests[b][0][i] for b, i in change.entries], torch.int32)
             self.block_table.view(-1).index_copy_(0, index, blocks)
-        lengths = [*self._lengths]
+        lengths = [*self._ledger.lengths]
         for b, (_, length) in change.requests.items():
             lengths[b] = length
         self.seq_lens.copy_(self._upload(lengths, torch.int32))
@@ -481,55 +413,11 @@ class PagedKVCache:
     @contextmanager
     def _extended(self, rows: list[int], counts: list[int]) -> Iterator[Change]:
         """Check, then give the requests the blocks for so many more tokens, whose rows the body writes."""
-        limit = self.block_table.shape[1] * BLOCK
-        holders = None if self._is_slabs else self._allocators[0].holders
-        missing: dict[int, int] = {}  # blocks that a request lacks
-        shared: set[int] = set()  # requests that write into a block that others hold too
-        for b, count in zip(rows, counts, strict=True):
-            length, blocks = self._lengths[b], self._blocks[b]
-            if length + count > limit:
-                raise SequenceLengthError(
-                    given=f"request {b}: {length} tokens and {count} more",
-                    required=f"at most {limit} tokens a request",
-                    cause=f"The block table has {limit // BLOCK} blocks a request",
-                    fix="grow(blocks), truncate(lengths), or make the cache with a larger max_seq_len",
-                )
-            missing[b] = max(-(-(length + count) // BLOCK) - len(blocks), 0)
-            if holders and count and length % BLOCK and holders[blocks[-1]] > 1:
-                shared.add(b)
-        needed = sum(missing.values())
-        if holders and shared:  # the last holder of a block writes into it in place
-            writers = Counter(self._blocks[b][-1] for b in shared)
-            needed += sum(min(n, holders[block] - 1) for block, n in writers.items())
-        if needed and needed > self.num_free_blocks:
-            raise CacheFullError(
-                given=f"{sum(counts)} more tokens for {len(rows)} requests, {self.num_free_blocks} blocks free",
-                required=f"{needed} free blocks",
-                fix=FREE_BLOCKS,
-            )
+        room = self._ledger.find_room(rows, counts, self.block_table.shape[1] * BLOCK)
         with self._changed() as change:
-            left: Counter[int] = Counter()  # holders that a shared block loses
-            for b, count in zip(rows, counts, strict=True):
-                held = blocks = self._blocks[b]
-                if b in shared and holders and holders[blocks[-1]] - left[blocks[-1]] > 1:
-                    own = self._take(change, b, 1, blocks[-1])
-                    left[blocks[-1]] += 1
-                    change.copies[own[0]] = blocks[-1]
-                    change.entries.append((b, len(blocks) - 1))
-                    blocks = [*blocks[:-1], *own]
-                if missing[b]:
-                    new = self._take(change, b, missing[b], blocks[-1] if blocks else None)
-                    change.entries += [(b, len(held) + i) for i in range(missing[b])]
-                    blocks = [*blocks, *new]
-                change.requests[b] = (blocks, self._lengths[b] + count)
+            self._ledger.extend(change, rows, counts, room)
             self._copy_blocks(change)
             yield change
-
-    def _take(self, change: Change, b: int, count: int, after: int | None) -> list[int]:
-        """Blocks for request b, given back if the operation raises."""
-        blocks = self._allocator(b).allocate(count, after)
-        change.taken.append((b, blocks))
-        return blocks
 
     def _copy_blocks(self, change: Change) -> None:
         """Fill the pool's blocks that are to be copies."""
@@ -543,14 +431,15 @@ class PagedKVCache:
         if not moves:
             return
         with self._changed() as change:
-            change.requests = {b: ([*self._blocks[source]], self._lengths[source]) for b, source in moves.items()}
+            self._ledger.move(change, moves)
             new, old = self._upload([*moves], torch.int64), self._upload([*moves.values()], torch.int64)
             most = max(len(blocks) for blocks, _ in change.requests.values())
-            if self._is_slabs and most:
-                sources = [storage[old, :, :most] for storage in self._storages()]
-                change.put_back = [(storage, new, storage[new, :, :most]) for storage in self._storages()]
-                for storage, rows in zip(self._storages(), sources, strict=True):
-                    storage[new, :, :most] = rows
+            if self._ledger.is_slabs and most:
+                slabs = [storage[:, :, :most] for storage in self._storages()]
+                sources = [slab[old] for slab in slabs]
+                change.put_back = [partial(slab.__setitem__, new, slab[new]) for slab in slabs]
+                for slab, rows in zip(slabs, sources, strict=True):
+                    slab[new] = rows
             self.block_table[new] = self.block_table[old]
 
     def _storages(self) -> tuple[Tensor, ...]:
@@ -560,22 +449,10 @@ class PagedKVCache:
     def _upload(self, values: list[int], dtype: torch.dtype) -> Tensor:
         return upload(values, dtype, self.seq_lens.device)
 
-    def _slots(self, rows: list[int], counts: list[int], change: Change) -> list[int]:
-        """Where the new tokens lie: rows of head 0 in the storage seen as [rows, D]."""
-        slots: list[int] = []
-        for b, count in zip(rows, counts, strict=True):
-            start, slab, blocks = self._lengths[b], b * self._slab_rows, change.requests[b][0]
-            while count:
-                i, offset = divmod(start, BLOCK)
-                row, run = slab + blocks[i] * BLOCK + offset, min(count, BLOCK - offset)
-                slots += range(row, row + run)
-                start, count = start + run, count - run
-        return slots
-
     # Checks
 
     def _requests(self, requests: Sequence[int] | None) -> list[int]:
-        batch = len(self._lengths)
+        batch = len(self._ledger.lengths)
         if requests is None:
             return list(range(batch))
         rows = integers("requests", requests, batch, most=batch - 1)
@@ -585,4 +462,4 @@ class PagedKVCache:
 
     def _counts(self, num_tokens: int | Sequence[int] | Tensor, length: int, most: int | None = None) -> list[int]:
         values = [num_tokens] * length if isinstance(num_tokens, int) else num_tokens
-        return integers("num_tokens", values, len(self._lengths), length=length, most=most)
+        return integers("num_tokens", values, len(self._ledger.lengths), length=length, most=most)

@@ -28,7 +28,7 @@ Problem = DecodeProblem | PrefillProblem
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": FP8}
 
 
-def decode_problem(
+def sample_decode(
     Hq: int, Hk: int, D: int, Dv: int, dtype: torch.dtype, S_q: int = 1, B: int = 8, S: int = 4096, **options: Any
 ) -> Problem:
     """The problem of a decode call on B requests of up to S tokens, made from tensors without memory."""
@@ -40,7 +40,7 @@ def decode_problem(
     return contract.decode(contract.DecodeCall(q, k, v, table, lengths))._replace(**options)
 
 
-def prefill_problem(
+def sample_prefill(
     Hq: int, Hk: int, D: int, Dv: int, dtype: torch.dtype, B: int = 1, P: int = 4096, **options: Any
 ) -> Problem:
     """The problem of a causal prefill of P tokens, made from tensors without memory."""
@@ -53,22 +53,22 @@ def prefill_problem(
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
-    "decode MLA 576/512, 128 heads, BF16": lambda: decode_problem(128, 1, 576, 512, BF16),
-    "decode MLA 576/512, 16 heads, BF16": lambda: decode_problem(16, 1, 576, 512, BF16),
-    "decode MLA 576/512, S_q 2, BF16": lambda: decode_problem(128, 1, 576, 512, BF16, 2),
-    "decode MLA 576/512, FP8": lambda: decode_problem(128, 1, 576, 512, FP8, descale=True),
-    "decode GQA 32/8, D 128, BF16": lambda: decode_problem(32, 8, 128, 128, BF16),
-    "decode GQA 32/8, D 128, FP16": lambda: decode_problem(32, 8, 128, 128, FP16),
-    "decode GQA 32/8, D 128, FP8": lambda: decode_problem(32, 8, 128, 128, FP8, descale=True),
-    "decode GQA 32/8, D 128, FP32": lambda: decode_problem(32, 8, 128, 128, FP32),
-    "decode GQA 32/8, D 72, BF16": lambda: decode_problem(32, 8, 72, 72, BF16),
-    "decode GQA, bool mask": lambda: decode_problem(32, 8, 128, 128, BF16, mask="bool"),
-    "decode GQA, attention sink": lambda: decode_problem(32, 8, 128, 128, BF16, sink=True),
-    "prefill causal, D 128, BF16": lambda: prefill_problem(32, 32, 128, 128, BF16),
-    "prefill causal, D 192/128, BF16": lambda: prefill_problem(32, 32, 192, 128, BF16),
-    "prefill causal, D 128, FP8": lambda: prefill_problem(32, 32, 128, 128, FP8, descale=True),
-    "prefill block-sparse, BF16": lambda: prefill_problem(32, 32, 128, 128, BF16, causal=False, block_mask=True),
-    "prefill, float mask, BF16": lambda: prefill_problem(32, 32, 128, 128, BF16, causal=False, mask="float"),
+    "decode MLA 576/512, 128 heads, BF16": lambda: sample_decode(128, 1, 576, 512, BF16),
+    "decode MLA 576/512, 16 heads, BF16": lambda: sample_decode(16, 1, 576, 512, BF16),
+    "decode MLA 576/512, S_q 2, BF16": lambda: sample_decode(128, 1, 576, 512, BF16, 2),
+    "decode MLA 576/512, FP8": lambda: sample_decode(128, 1, 576, 512, FP8, descale=True),
+    "decode GQA 32/8, D 128, BF16": lambda: sample_decode(32, 8, 128, 128, BF16),
+    "decode GQA 32/8, D 128, FP16": lambda: sample_decode(32, 8, 128, 128, FP16),
+    "decode GQA 32/8, D 128, FP8": lambda: sample_decode(32, 8, 128, 128, FP8, descale=True),
+    "decode GQA 32/8, D 128, FP32": lambda: sample_decode(32, 8, 128, 128, FP32),
+    "decode GQA 32/8, D 72, BF16": lambda: sample_decode(32, 8, 72, 72, BF16),
+    "decode GQA, bool mask": lambda: sample_decode(32, 8, 128, 128, BF16, mask="bool"),
+    "decode GQA, attention sink": lambda: sample_decode(32, 8, 128, 128, BF16, sink=True),
+    "prefill causal, D 128, BF16": lambda: sample_prefill(32, 32, 128, 128, BF16),
+    "prefill causal, D 192/128, BF16": lambda: sample_prefill(32, 32, 192, 128, BF16),
+    "prefill causal, D 128, FP8": lambda: sample_prefill(32, 32, 128, 128, FP8, descale=True),
+    "prefill block-sparse, BF16": lambda: sample_prefill(32, 32, 128, 128, BF16, causal=False, block_mask=True),
+    "prefill, float mask, BF16": lambda: sample_prefill(32, 32, 128, 128, BF16, causal=False, mask="float"),
 }
 """What callers ask for most, each by a name."""
 
@@ -179,10 +179,10 @@ def explain_call(
     options = {"device": target, "mask": mask or "none", "sink": sink, "descale": dtype == "fp8"}
     try:
         if phase == "decode":
-            problem = decode_problem(Hq, Hk, D, Dv, DTYPES[dtype], queries, batch, length, **options)
+            problem = sample_decode(Hq, Hk, D, Dv, DTYPES[dtype], queries, batch, length, **options)
         else:
             causal = mask is None
-            problem = prefill_problem(Hq, Hk, D, Dv, DTYPES[dtype], batch, length, causal=causal, **options)
+            problem = sample_prefill(Hq, Hk, D, Dv, DTYPES[dtype], batch, length, causal=causal, **options)
     except FlashMLAError as error:
         raise typer.BadParameter(str(error)) from error
     return explain_problem(phase, problem, backend)

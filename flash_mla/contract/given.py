@@ -67,7 +67,7 @@ class MhaCall(NamedTuple):
     descales: Descales
 
 
-class Call(Protocol):
+class Given(Protocol):
     """Any of them."""
 
     @property
@@ -75,6 +75,6 @@ class Call(Protocol):
     def _asdict(self) -> dict[str, Any]: ...
 
 
-def inputs_of(call: Call) -> dict[str, Any]:
+def inputs_of(call: Given) -> dict[str, Any]:
     """What a call reads, by the names of its arguments."""
     return call._asdict() | dict(zip(DESCALES, call.descales, strict=True))

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from flash_mla.contract.given import Call, inputs_of
+from flash_mla.contract.given import Given, inputs_of
 from flash_mla.contract.tensors import check_on, check_tensor, is_aligned, named
 from flash_mla.errors import DTypeError, GradientError, LayoutError, ShapeError
 from flash_mla.problem import BLOCK, DecodeProblem, PrefillProblem
@@ -16,7 +16,7 @@ from flash_mla.problem import BLOCK, DecodeProblem, PrefillProblem
 Some = TypeVar("Some", DecodeProblem, PrefillProblem)
 
 
-def check_out(out: Tensor | None, problem: Some, call: Call) -> Some:
+def check_out(out: Tensor | None, problem: Some, call: Given) -> Some:
     """`out` has the output's shape, dtype, device and layout, and shares no memory with any tensor of the call.
 
     Returns the problem, whose `aligned` counts out too.

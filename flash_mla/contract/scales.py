@@ -16,6 +16,8 @@ from flash_mla.quant import needs_descale
 
 
 def is_finite(value: object) -> bool:
+    if type(value) is float:  # nearly always, and an abstract class costs a microsecond to ask
+        return math.isfinite(value)
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -85,10 +85,10 @@ def flash_mla_with_kvcache(
     Raises:
         FlashMLAError: a subclass that names what does not fit. Values are not checked.
     """
-    check_query(q, "[b, s_q, h_q, d]", 4)
-    check_tensor("k_cache", k_cache)
-    check_rank("k_cache", k_cache.shape, 4, "[num_blocks, page, h_kv, d]")
     if indices is None:
+        check_query(q, "[b, s_q, h_q, d]", 4)
+        check_tensor("k_cache", k_cache)
+        check_rank("k_cache", k_cache.shape, 4, "[num_blocks, page, h_kv, d]")
         sparse_only = (extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
         if any(x is not None for x in sparse_only):
             raise ShapeError(

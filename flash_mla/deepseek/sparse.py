@@ -168,8 +168,8 @@ PASSED: Passed[SparseProblem] = Passed()
 def sparse(call: SparseCall, backend: str | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Plan and launch: (out [B, S_q, Hq, Dv], lse [B, S_q, Hq], max_logits)."""
     q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits = call
-    B, S_q, Hq, D = q.shape
     chosen = plan_sparse(call, backend)
+    B, S_q, Hq, D = q.shape
     keys = tuple(pool.keys(formatted) for pool in pools)
     args = SparseArgs(
         q=q,
@@ -199,6 +199,9 @@ def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
         key = (tensors, formatted, type(Dv), Dv, sign, max_logits, backend)
         if (known := PASSED.get(key)) is not None:
             return plan(known, backend)
+    check_query(q, "[b, s_q, h_q, d]", 4)
+    check_tensor("k_cache", pools[0].cache)
+    check_rank("k_cache", pools[0].cache.shape, 4, "[num_blocks, page, h_kv, d]")
     fmt = row_format(q, pools[0].cache) if formatted else None
     for pool in pools:
         pool.check(q, fmt)

@@ -35,6 +35,7 @@ from flash_mla.distributed.split import (
     tail_table,
 )
 from flash_mla.errors import HeadGroupingError, SequenceLengthError, ShapeError
+from flash_mla.heads import as_heads, from_heads
 from flash_mla.kinds import explained_class
 from flash_mla.launch import launch
 from flash_mla.merge import apply_sink, merge
@@ -42,14 +43,14 @@ from flash_mla.plan import plan
 from flash_mla.problem import BLOCK
 
 
-class Keys(NamedTuple):
+class KeyPart(NamedTuple):
     """Some of this rank's keys, and what a decode call over them takes.
 
     Attributes:
         seq_lens: [B], how many they are.
         block_table: [B, n] of their blocks; None: the rank's own.
         mask: [B|1, Hq|1, S_q|1, L] over them, or None.
-        folded: the queries of a request go in as heads, since all of them see the same keys (see `fold`).
+        folded: the queries of a request go in as heads, since all of them see the same keys (see `heads`).
         metadata: of the call.
     """
 
@@ -71,7 +72,7 @@ class DecodeStep:
     """
 
     metadata: MLAMetadata
-    parts: tuple[Keys, ...]
+    parts: tuple[KeyPart, ...]
 
 
 @explained_class
@@ -167,7 +168,7 @@ class ShardedAttention:
                 check_whole_lengths(values)
                 contract.check_mask_length("mask", mask, max(values, default=0))
             own = None if mask is None else local_mask(mask, block_table.shape[1] * BLOCK, rank, size)
-            parts = [Keys(lengths, None, own, False, metadata)]
+            parts = [KeyPart(lengths, None, own, False, metadata)]
             # a rank with no column in its table has no key
             if (tail_mask is not None or (mask is None and S_q > 1 and size > 1)) and block_table.shape[1]:
                 old = local_lengths(seq_lens - S_q, rank, size)
@@ -176,8 +177,8 @@ class ShardedAttention:
                 make = partial(get_mla_metadata, v_head_dim=v_head_dim, check_values=False)
                 folded = (B, Hq * S_q, 1, q_shape[3])
                 parts = [
-                    Keys(old, None, None, True, make(folded, kv_shape, block_table, old)),
-                    Keys(new, few, seen, False, make(q_shape, kv_shape, few, new)),
+                    KeyPart(old, None, None, True, make(folded, kv_shape, block_table, old)),
+                    KeyPart(new, few, seen, False, make(q_shape, kv_shape, few, new)),
                 ]
             shapes = [None if x is None else [*x.shape] for x in (mask, tail_mask)]
             facts = {"q_shape": [*q_shape], "seq_lens": values, "mask": shapes[0], "tail_mask": shapes[1]}
@@ -241,7 +242,7 @@ class ShardedAttention:
             "backend": backend,
         }  # fmt: skip
         with torch.no_grad():
-            out, lse = attend(q, k_cache, v_cache, block_table, step, options)
+            out, lse = attend_own(q, k_cache, v_cache, block_table, step, options)
             dtype = out.dtype
             if size > 1:
                 if scatter_heads:
@@ -395,36 +396,24 @@ class ShardedAttention:
 # --- A rank's own keys ------------------------------------------------------------------------------------------------
 
 
-def attend(
+def attend_own(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, step: DecodeStep, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """(out [B, Hq, S_q, Dv], lse [B, Hq, S_q]) of q over this rank's keys."""
     results: list[tuple[Tensor, Tensor]] = []
     for part in step.parts:
-        rows = fold(q, k_cache.shape[1]) if part.folded else q
+        rows = as_heads(q, k_cache.shape[1]) if part.folded else q
         table = block_table if part.block_table is None else part.block_table
         out, lse = flash_mla_with_kvcache(
             rows, k_cache, v_cache, table, part.seq_lens, part.mask, part.metadata, return_lse=True, **options
         )
         if part.folded:
-            out, lse = (unfold(x, q, k_cache.shape[1]) for x in (out, lse))
+            out, lse = (from_heads(x, k_cache.shape[1], q.shape[2]) for x in (out, lse))
         results.append((out, lse))
     if len(results) == 1:
         return results[0]
     outs, lses = (torch.stack(x) for x in zip(*results, strict=True))
     return merge_rounded(outs, lses, None)
-
-
-def fold(q: Tensor, Hk: int) -> Tensor:
-    """q [B, Hq, S_q, D], whose S_q queries see the same keys, as the heads of one: [B, Hk * S_q * ratio, 1, D]."""
-    B, Hq, S_q, D = q.shape
-    return q.unflatten(1, (Hk, Hq // Hk)).transpose(2, 3).reshape(B, Hq * S_q, 1, D)
-
-
-def unfold(x: Tensor, q: Tensor, Hk: int) -> Tensor:
-    """What came of `fold`, [B, Hk * S_q * ratio, 1, ..], as [B, Hq, S_q, ..]."""
-    B, Hq, S_q, _ = q.shape
-    return x.view(B, Hk, S_q, Hq // Hk, *x.shape[3:]).transpose(2, 3).flatten(1, 2)
 
 
 def merge_rounded(outs: Tensor, lses: Tensor, attn_sink: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ CASES = {
     **{f"heads-{heads}": replace(V32, Hq=heads, sink=True) for heads in (128, 65, 130, 64, 33, 32, 17, 16, 8, 1)},
     # how many keys: none, one, around a block and a pair; more than a wave of tokens; split among all clusters
     **{f"topk-{topk}": replace(V32, topk=topk) for topk in (1, 63, 64, 65, 128, 129)},
+    **{f"topk-{topk}-many": replace(V32, B=20, topk=topk) for topk in (1, 64, 129)},
     **{f"topk-{topk}-heads-16": replace(FEW, topk=topk) for topk in (1, 63, 64, 65, 128, 129)},
     "tokens": replace(V32, B=70, S_q=3, topk=200, lengths=True),
     "tokens-heads-8": replace(FEW, Hq=8, B=100, S_q=3, topk=300, lengths=True),
@@ -97,3 +98,13 @@ def test_int64_indices_name_what_int32_ones_do() -> None:
     again = deepseek.flash_mla_with_kvcache(**wide, backend="hopper")
     assert torch.equal(out, again[0])
     assert torch.equal(lse, again[1])
+
+
+def test_out_past_32_bits() -> None:
+    """The last request of 33000 with 128 heads begins past element 2^31 of out."""
+    B = 33000
+    q = torch.zeros(B, 1, 128, 576, dtype=torch.bfloat16, device="cuda")
+    cache = torch.arange(64, device="cuda").to(torch.bfloat16).view(1, 64, 1, 1).expand(1, 64, 1, 576).contiguous()
+    indices = (torch.arange(B, device="cuda", dtype=torch.int32) % 64).view(B, 1, 1)
+    out, _ = deepseek.flash_mla_with_kvcache(q, cache, None, None, 512, indices=indices, backend="hopper")
+    assert torch.equal(out[:, 0, ::127, ::73], indices.to(out.dtype).expand(B, 2, 8))

@@ -87,3 +87,13 @@ def test_replays_new_ids() -> None:
         true_out.squeeze(2).transpose(0, 1).unsqueeze(0), true_lse.squeeze(2).T.unsqueeze(0), BASE.dtype,
     )  # fmt: skip
     assert verdict.passed, verdict.failures
+
+
+def test_out_past_32_bits() -> None:
+    """The last token of 33000 with 128 heads begins past element 2^31 of out."""
+    tokens = 33000
+    q = torch.zeros(tokens, 128, 576, dtype=torch.bfloat16, device="cuda")
+    kv = torch.arange(64, device="cuda").to(torch.bfloat16).view(64, 1, 1).expand(64, 1, 576).contiguous()
+    indices = (torch.arange(tokens, device="cuda", dtype=torch.int32) % 64).view(tokens, 1, 1)
+    out, _, _ = deepseek.flash_mla_sparse_fwd(q, kv, indices, 1.0, backend="hopper")
+    assert torch.equal(out[:, ::127, ::73], indices.to(out.dtype).expand(tokens, 2, 8))

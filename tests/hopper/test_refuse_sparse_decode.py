@@ -86,3 +86,10 @@ def test_refuses_with_a_reason(keys: dict, changes: dict, words: str) -> None:
 def test_config_holds_the_heads(heads: int, tile: int, cluster: int) -> None:
     config = sparse_decode.config(problem(Hq=heads))
     assert (config.tile_heads, config.cluster) == (tile, cluster)
+
+
+@pytest.mark.parametrize(("B", "tile"), [(1, 16), (3, 16), (4, 64)])
+def test_config_spreads_a_small_call(B: int, tile: int) -> None:
+    """64 heads in tiles of 16, where a pair of blocks of each has an SM: 640 keys are 5 pairs."""
+    config = sparse_decode.config(problem({"topk": 640}, B=B, Hq=64))
+    assert (config.tile_heads, config.cluster) == (tile, 1)

@@ -66,7 +66,7 @@ def build(case: str, kernel: str, target: Target) -> tuple[backward.Config, Buil
         d_sink=None,
     )  # fmt: skip
     with torch.device("meta"):
-        prepared = phase.empty_prepared(problem, config)
+        prepared = phase.empty_prepared(problem)
     live = meta(B, Hq, dtype=torch.int32)
     lists = None
     if args.block_mask is not None:
@@ -98,15 +98,14 @@ def test_prepare_and_columns_compile(target: str) -> None:
     on = TARGETS[target]
     forward, args = prefill_case(**CASES["d192_128"])
     problem = BackwardProblem(forward._replace(sink=True))
-    config = phase.config(problem, on)
     with torch.device("meta"):
-        prepared = phase.empty_prepared(problem, config)
+        prepared = phase.empty_prepared(problem)
     like = BackwardArgs(
         q=args.q, k=args.k, v=args.v, seq_lens=None, start_pos=None, mask=None, block_mask=None,
         attn_sink=meta(32, dtype=torch.float32), softmax_scale=0.1, out=args.out, lse=args.lse, d_out=args.out,
         d_lse=args.lse, dq=None, dk=None, dv=None, d_sink=None,
     )  # fmt: skip
-    arguments = phase.prepare_arguments(problem, config, like, prepared)
+    arguments = phase.prepare_arguments(problem, like, prepared)
     assert compile_for(backward.prepare_kernel, arguments, {"num_warps": 4}, on).stack <= MAX_STACK
     ints = meta(2, dtype=torch.int32)
     arguments = dict(

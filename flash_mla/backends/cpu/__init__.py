@@ -20,16 +20,8 @@ It runs everything that the contract admits.
 
 from __future__ import annotations
 
-from flash_mla.backends import Phase, module
-from flash_mla.problem import (
-    BackwardProblem,
-    DecodeProblem,
-    IndexProblem,
-    PrefillProblem,
-    Problem,
-    SparseBackwardProblem,
-    TopkProblem,
-)
+from flash_mla.backends import PHASES, Phase, module
+from flash_mla.problem import Problem
 
 
 def available() -> str | None:
@@ -42,19 +34,9 @@ def refuse(problem: Problem) -> str | None:
     return None if problem.device.type == "cpu" else f"the tensors are on {problem.device}, not on the CPU"
 
 
-def phase(problem: Problem) -> Phase | str:
+def phase(problem: Problem) -> Phase:
     """The module that such problems go to."""
-    if isinstance(problem, IndexProblem):
-        return module("cpu", "indexer")
-    if isinstance(problem, TopkProblem):
-        return module("cpu", "topk")
-    if isinstance(problem, BackwardProblem):
-        return module("cpu", "backward")
-    if isinstance(problem, SparseBackwardProblem):
-        return module("cpu", "sparse_backward")
-    engine = module("cpu", "engine")
-    if engine.refuse(problem) is None:
-        return engine
-    if isinstance(problem, DecodeProblem):
-        return module("cpu", "decode")
-    return module("cpu", "prefill" if isinstance(problem, PrefillProblem) else "sparse")
+    name = PHASES[type(problem)]
+    if name in ("decode", "prefill", "sparse") and module("cpu", "engine").refuse(problem) is None:
+        name = "engine"
+    return module("cpu", name)

@@ -228,10 +228,10 @@ def run_gathered(
     position = (logical[:, :, None] * problem.page + torch.arange(problem.page)).flatten(1)  # [n, keys]
     lengths = torch.tensor([request.length for request in members])
     valid = position < lengths[:, None]
-    k = gather_rows(args.k, requests, ids, valid, buffers[0], q.dtype)
-    v = None if problem.alias else gather_rows(args.v, requests, ids, valid, buffers[1], q.dtype)
+    k = gather_pages(args.k, requests, ids, valid, buffers[0], q.dtype)
+    v = None if problem.alias else gather_pages(args.v, requests, ids, valid, buffers[1], q.dtype)
     if args.k_rope is not None:
-        k = torch.cat([k, gather_rows(args.k_rope, requests, ids, valid, buffers[-1], q.dtype)], -1)
+        k = torch.cat([k, gather_pages(args.k_rope, requests, ids, valid, buffers[-1], q.dtype)], -1)
     bias = hidden_keys(problem, args, requests, position, lengths, valid)
     return requests, *attend(q[requests], k, v, problem.Dv, args.softmax_scale, bias)
 
@@ -241,7 +241,7 @@ def storage_dtype(cache: Tensor) -> torch.dtype:
     return torch.uint8 if cache.dtype == FP8 else cache.dtype
 
 
-def gather_rows(
+def gather_pages(
     cache: Tensor, requests: slice, ids: Tensor, valid: Tensor, buffer: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The rows of pages `ids` [n, width] as [n, Hk, width * page, D] in `dtype`; 0 where not valid."""

@@ -6,22 +6,22 @@ its own kind of problem. The DSL is the optional extra `hopper` and is imported 
 
 from __future__ import annotations
 
-from flash_mla.backends import Phase, module
+from flash_mla.backends import PHASES, Phase, module
 from flash_mla.backends.hopper.device import available as available
 from flash_mla.backends.hopper.device import is_latent
 from flash_mla.backends.hopper.device import refuse as refuse
 from flash_mla.kernels.hopper.gqa_decode.config import MAX_S_Q
-from flash_mla.problem import FP8, DecodeProblem, PrefillProblem, Problem, SparseProblem
+from flash_mla.problem import FP8, DecodeProblem, Problem, SparseProblem
 
 
-def phase(problem: Problem) -> Phase | str:
-    """The module that such problems go to, or why there is none."""
+def phase(problem: Problem) -> Phase:
+    """The module that such problems go to."""
+    name = PHASES[type(problem)]
     if isinstance(problem, DecodeProblem):
         if not is_latent(problem):
-            return module("hopper", "gqa_decode" if problem.S_q <= MAX_S_Q else "long_decode")
-        return module("hopper", "mla_decode_fp8" if problem.kv_dtype == FP8 else "mla_decode")
-    if isinstance(problem, PrefillProblem):
-        return module("hopper", "prefill")
-    if not isinstance(problem, SparseProblem):
-        return "there is no kernel in CuTe DSL for the indexer, nor for a backward"
-    return module("hopper", "sparse_prefill" if problem.max_logits else "sparse_decode")
+            name = "gqa_decode" if problem.S_q <= MAX_S_Q else "long_decode"
+        else:
+            name = "mla_decode_fp8" if problem.kv_dtype == FP8 else "mla_decode"
+    if isinstance(problem, SparseProblem):
+        name = "sparse_prefill" if problem.max_logits else "sparse_decode"
+    return module("hopper", name)

@@ -16,10 +16,9 @@ from flash_mla.problem import (
     FP8,
     BackwardProblem,
     DecodeProblem,
-    IndexProblem,
+    PrefillProblem,
     Problem,
-    SparseBackwardProblem,
-    TopkProblem,
+    SparseProblem,
 )
 
 HALVES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -54,10 +53,10 @@ def refuse(problem: Problem) -> str | None:
     """Why no Hopper kernel runs on this device or with these facts, or None."""
     if (reason := refuse_device(problem.device)) is not None:
         return reason
-    if isinstance(problem, (IndexProblem, TopkProblem)):
-        return "there is no kernel in CuTe DSL for the index; Triton's is bound by the same units"
-    if isinstance(problem, (BackwardProblem, SparseBackwardProblem)):
-        return "there is no backward in CuTe DSL"
+    if isinstance(problem, BackwardProblem):
+        return None  # any scale will do, and what TMA cannot read is copied
+    if not isinstance(problem, DecodeProblem | PrefillProblem | SparseProblem):
+        return "there is no kernel in CuTe DSL for the index, bound by the same units in Triton, nor a sparse backward"
     if problem.scale_sign <= 0 and not scales_first(problem):
         return "softmax_scale is not above 0: the running maximum is kept before scaling"
     if not problem.aligned:

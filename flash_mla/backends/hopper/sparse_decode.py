@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
 from flash_mla.kernels.hopper.sparse_decode.config import DV, TILES, Config
-from flash_mla.problem import ALIGNMENT, SparseArgs, SparseProblem
+from flash_mla.problem import ALIGNMENT, BLOCK, SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS
 
+SPREAD = 128
+"""CTAs that work at once on any Hopper card but the smallest."""
 WIDTHS = (576, 512)
 """D that the kernel is written for, with Dv 512."""
 
@@ -52,23 +56,42 @@ def rows_name(problem: SparseProblem) -> str:
 
 
 def config(problem: SparseProblem) -> Config:
-    """The kernel variant: the smallest tile of heads that holds them, and two CTAs of 64 that share a token's keys."""
-    tile_heads = next((tile for tile in TILES if problem.Hq <= tile), TILES[-1])
-    return Config(rows_name(problem), len(problem.sets), tile_heads, cluster=1 if problem.Hq <= tile_heads else 2)
+    """The kernel variant: the smallest tile of heads that holds them, and two CTAs of 64 that share a token's keys.
+
+    A call so small that its heads can be spread over the chip, 16 a CTA and a pair of blocks each, is.
+    """
+    blocks = sum(-(-keys.topk // BLOCK) for keys in problem.sets)
+    spread = problem.B * problem.S_q * -(-problem.Hq // TILES[1]) * -(-blocks // 2)
+    tiles = TILES[:2] if spread <= SPREAD else TILES
+    tile_heads = next((tile for tile in tiles if problem.Hq <= tile), tiles[-1])
+    cluster = 2 if tile_heads == TILES[-1] and problem.Hq > tile_heads else 1
+    return Config(rows_name(problem), len(problem.sets), tile_heads, cluster)
+
+
+@functools.cache
+def loaded(config: Config) -> Callable[..., None]:
+    """The kernel of a config. The first call loads it, and the first ever on a machine compiles it."""
+    # NOTE: imports in a function cost the host a microsecond each in every call
+    from flash_mla.kernels.hopper import store
+    from flash_mla.kernels.hopper.sparse_decode.kernel import build
+
+    return store.load("sparse_decode", config, build)
+
+
+@functools.cache
+def grid(config: Config, device: torch.device) -> tuple[int, int]:
+    """Clusters of a launch, and the words of its workspace."""
+    clusters = multiprocessors(device) // config.cluster
+    return clusters, config.workspace_words(clusters)
 
 
 def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
     """Fill args.out and args.lse. Allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on 132 SMs).
 
-    int64 indices or lengths are converted first, on the device. The first launch of a config loads its kernel, and the
-    first ever on a machine compiles it.
+    int64 indices or lengths are converted first, on the device.
     """
-    from flash_mla.kernels.hopper import store
-    from flash_mla.kernels.hopper.sparse_decode.kernel import build
-
-    kernel = store.load("sparse_decode", config, build)
-    clusters = multiprocessors(problem.device) // config.cluster
-    workspace = torch.empty(config.workspace_words(clusters), dtype=torch.float32, device=problem.device)
+    clusters, words = grid(config, problem.device)
+    workspace = torch.empty(words, dtype=torch.float32, device=problem.device)
     # NOTE: what the kernel does not read may be any tensor of the right kind
     nothing = workspace.view(torch.int32)
     caches: list[Tensor] = []
@@ -76,7 +99,7 @@ def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
         caches += [keys.cache, int32(keys.indices), nothing if keys.lengths is None else int32(keys.lengths)]
     has_lengths = sum((keys.lengths is not None) << i for i, keys in enumerate(args.keys))
     with device_of(problem.device):
-        kernel(
+        loaded(config)(
             args.q,
             *caches,
             *(caches if config.caches == 1 else ()),

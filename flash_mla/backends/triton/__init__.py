@@ -6,18 +6,10 @@ it is tested without a GPU. Without Triton this package imports and says so; its
 
 from __future__ import annotations
 
-from flash_mla.backends import Phase, module
+from flash_mla.backends import PHASES, Phase, module
 from flash_mla.backends.triton.device import available as available
 from flash_mla.backends.triton.device import interpreted, target
-from flash_mla.problem import (
-    BackwardProblem,
-    DecodeProblem,
-    IndexProblem,
-    PrefillProblem,
-    Problem,
-    SparseBackwardProblem,
-    TopkProblem,
-)
+from flash_mla.problem import Problem
 
 
 def refuse(problem: Problem) -> str | None:
@@ -30,16 +22,6 @@ def refuse(problem: Problem) -> str | None:
     return None
 
 
-def phase(problem: Problem) -> Phase | str:
+def phase(problem: Problem) -> Phase:
     """The module that such problems go to."""
-    if isinstance(problem, DecodeProblem):
-        return module("triton", "decode")
-    if isinstance(problem, BackwardProblem):
-        return module("triton", "backward")
-    if isinstance(problem, SparseBackwardProblem):
-        return module("triton", "sparse_backward")
-    if isinstance(problem, IndexProblem):
-        return module("triton", "indexer")
-    if isinstance(problem, TopkProblem):
-        return module("triton", "topk")
-    return module("triton", "prefill" if isinstance(problem, PrefillProblem) else "sparse")
+    return module("triton", PHASES[type(problem)])

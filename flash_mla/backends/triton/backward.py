@@ -51,11 +51,7 @@ def launch(problem: BackwardProblem, config: backward.Config, args: BackwardArgs
 def launch_config(problem: BackwardProblem, config: backward.Config, args: BackwardArgs) -> None:
     """The kernels with these tiles."""
     forward = problem.forward
-    prepared = empty_prepared(problem, config)
-    grid = (prepared.live.shape[2], forward.Hq, forward.B)
-    backward.prepare_kernel[grid](**prepare_arguments(problem, config, args, prepared), num_warps=4)
-    if args.d_sink is not None and prepared.d_sink is not None:
-        torch.sum(prepared.d_sink, dim=(0, 2), out=args.d_sink)
+    prepared = prepare(problem, args)
     live = prepared.live.amax(2)
     limits: dict[str, Any] = {
         "P": forward.P,
@@ -84,12 +80,23 @@ def launch_config(problem: BackwardProblem, config: backward.Config, args: Backw
         )
 
 
-def empty_prepared(problem: BackwardProblem, config: backward.Config) -> Prepared:
+def prepare(problem: BackwardProblem, args: BackwardArgs) -> Prepared:
+    """What every backward begins with: numbers for each query row, and the sink's gradient."""
+    forward = problem.forward
+    prepared = empty_prepared(problem)
+    grid = (prepared.live.shape[2], forward.Hq, forward.B)
+    backward.prepare_kernel[grid](**prepare_arguments(problem, args, prepared), num_warps=4)
+    if args.d_sink is not None and prepared.d_sink is not None:
+        torch.sum(prepared.d_sink, dim=(0, 2), out=args.d_sink)
+    return prepared
+
+
+def empty_prepared(problem: BackwardProblem) -> Prepared:
     """The workspace: 2 FP32 a query row, 4 with a sink."""
     forward = problem.forward
     shape = (4 if forward.sink else 2, forward.B, forward.Hq, forward.P)
     rows = torch.empty(shape, dtype=torch.float32, device=problem.device)
-    tiles = -(-forward.P // config.rows)
+    tiles = -(-forward.P // backward.prepare_rows(forward.Dv))
     live = torch.empty((forward.B, forward.Hq, tiles), dtype=torch.int32, device=problem.device)
     return Prepared(rows[0], rows[1], rows[2] if forward.sink else None, rows[3] if forward.sink else None, live)
 
@@ -97,9 +104,7 @@ def empty_prepared(problem: BackwardProblem, config: backward.Config) -> Prepare
 # --- Arguments, by the kernels' names ---------------------------------------------------------------------------------
 
 
-def prepare_arguments(
-    problem: BackwardProblem, config: backward.Config, args: BackwardArgs, prepared: Prepared
-) -> dict[str, Any]:
+def prepare_arguments(problem: BackwardProblem, args: BackwardArgs, prepared: Prepared) -> dict[str, Any]:
     return {
         "out_ptr": args.out,
         "d_out_ptr": args.d_out,
@@ -117,8 +122,8 @@ def prepare_arguments(
         **strides("l", "bhs", args.lse),
         **strides("g", "bhs", args.d_lse),
         "DV": problem.forward.Dv,
-        "TILE_M": config.rows,
-        "DV_TILE": config.dv_tile,
+        "TILE_M": backward.prepare_rows(problem.forward.Dv),
+        "DV_TILE": backward.value_tile(problem.forward.Dv),
     }
 
 

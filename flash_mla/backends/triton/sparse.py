@@ -16,7 +16,7 @@ from flash_mla.problem import SparseArgs, SparseKeys, SparseProblem
 from flash_mla.quant import FORMATS, RowFormat
 
 
-class Parts(NamedTuple):
+class KeyViews(NamedTuple):
     """[pages, page, n] views: all columns in q's dtype, or a row format's e4m3 codes, BF16 rope and scales."""
 
     codes: Tensor | None
@@ -54,23 +54,23 @@ def flat(problem: SparseProblem) -> bool:
     return together and not (problem.format is not None and FORMATS[problem.format].page_split)
 
 
-def parts(cache: Tensor, fmt: RowFormat | None) -> Parts:
+def key_views(cache: Tensor, fmt: RowFormat | None) -> KeyViews:
     """The parts of a cache [pages, page, D or row_bytes], as views."""
     if fmt is None:
-        return Parts(cache, None, None)
+        return KeyViews(cache, None, None)
     codes, scales, rope = fmt.parts(cache)
     # e8m0 scales stay bytes
     scales = scales.view(torch.float32) if fmt.scale_dtype == torch.float32 and fmt.scale_bytes else scales
-    return Parts(codes, rope.view(torch.bfloat16) if fmt.rope else codes, scales if fmt.scale_bytes else codes)
+    return KeyViews(codes, rope.view(torch.bfloat16) if fmt.rope else codes, scales if fmt.scale_bytes else codes)
 
 
 def key_arguments(keys: SparseKeys | None, fmt: RowFormat | None) -> dict[str, Any]:
     """sparse_kernel's arguments of one cache."""
     if keys is None:
-        cache, indices, lengths = Parts(None, None, None), None, None
+        cache, indices, lengths = KeyViews(None, None, None), None, None
         topk = pages = page = 0
     else:
-        cache, indices, lengths = parts(keys.cache, fmt), keys.indices, keys.lengths
+        cache, indices, lengths = key_views(keys.cache, fmt), keys.indices, keys.lengths
         topk, (pages, page, _) = keys.indices.shape[2], keys.cache.shape
     return dict(
         index_ptr=indices,

@@ -16,7 +16,7 @@ from flash_mla.autograd import learning, refusing
 from flash_mla.errors import GradientError, ModelError
 from flash_mla.integrations.transformers.cache import NewTokens
 from flash_mla.integrations.transformers.sparse import attend_picked
-from flash_mla.integrations.transformers.step import Tokens, check_mask
+from flash_mla.integrations.transformers.step import Tokens, check_padding
 from flash_mla.mla import MLAProjection
 
 # NOTE: transformers takes any name with "flash" in it for one of FlashAttention's and checks it as such.
@@ -39,7 +39,7 @@ def note_tokens(
             cause="The model masks tokens in a way (window, packed sequences) that the paged cache does not know",
             fix="Use a transformers cache and attention for this model",
         )
-    check_mask(attention_mask, batch_size, kv_length)
+    check_padding(attention_mask, batch_size, kv_length)
     return Tokens(batch_size, q_length, attention_mask)
 
 

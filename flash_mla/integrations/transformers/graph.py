@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flash_mla.errors import DeviceError, ModelError
 from flash_mla.integrations.transformers.cache import CACHE, cache_of
-from flash_mla.integrations.transformers.step import Step, Tokens, check_mask
+from flash_mla.integrations.transformers.step import Step, Tokens, check_padding
 
 if TYPE_CHECKING:
     from flash_mla.integrations.transformers.cache import PagedCache
@@ -121,7 +121,7 @@ def is_decode(cache: Any, kwargs: dict[str, Any]) -> bool:
         return False
     if ids is None or ids.dim() != 2 or ids.shape[1] != 1 or not cache.seen or kwargs.get("return_dict") is False:
         return False
-    check_mask(mask, len(ids), cache.seen + 1)
+    check_padding(mask, len(ids), cache.seen + 1)
     return True
 
 

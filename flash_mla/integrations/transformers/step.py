@@ -44,7 +44,7 @@ class Tokens:
         return [(total - count, count) for total, count in zip(all_, new, strict=True)]
 
 
-def check_mask(mask: Tensor | None, batch: int, tokens: int) -> None:
+def check_padding(mask: Tensor | None, batch: int, tokens: int) -> None:
     """A padding mask covers the tokens in the cache and the new ones."""
     if mask is not None and mask.shape != (batch, tokens):
         raise ShapeError(

@@ -1,14 +1,15 @@
 """P in e4m3, and words of four e4m3: made from FP32, and turned from rows of a cache into columns.
 
 P = 2^(S - reference). e4m3 has four bits from 2^-6 to 448 = 2^8.8, so that the reference decides which weights survive.
-It stays whole powers of two below a row's largest score so far, whose P is exact then: the errors are 4 % smaller.
+In decode it stays whole powers of two below a row's largest score so far, whose P is exact then: the errors are 4 %
+smaller. In prefill it moves only where P would leave what e4m3 holds well: O is then rarely rescaled.
 """
 
 from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, const_expr
 
 from flash_mla.kernels.hopper.softmax import Rows
 
@@ -23,16 +24,21 @@ FAR = 30.0
 
 
 @cute.jit
-def move_reference(rows: Rows, tops: cute.Tensor, r: cutlass.Constexpr, peak) -> None:
-    """Move the reference `rows.max` of a row to a new maximum, or if a block's P would leave what e4m3 holds well.
+def move_reference(rows: Rows, tops: cute.Tensor, r: cutlass.Constexpr, peak, exact: cutlass.Constexpr = True) -> None:
+    """Move the reference `rows.max` of a row if a block's P would leave what e4m3 holds well; exact: and to every new
+    maximum, whole powers of two below it.
 
     tops: the largest score of each row so far, LOW before the first; peak: that of the block. All base 2.
     """
     before, old = tops[r], rows.max[r]
     top = cute.arch.fmax(before, peak)
     low = peak < old + LOWEST and peak > top - FAR
-    moves = peak > before or peak > old + HIGHEST or low
-    rows.move_max(r, top - cute.math.floor(top - peak) - PEAK if moves else old)
+    moves = peak > old + HIGHEST or low
+    reference = peak - PEAK
+    if const_expr(exact):
+        moves = peak > before or moves
+        reference = top - cute.math.floor(top - peak) - PEAK
+    rows.move_max(r, reference if moves else old)
     tops[r] = top
 
 

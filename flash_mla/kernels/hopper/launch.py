@@ -19,7 +19,7 @@ def launch_persistent(kernel: Any, config: Any, clusters: Any, stream: Any) -> N
     )
 
 
-def place(cluster: int) -> tuple[Any, Any, Any]:
+def place_of_cta(cluster: int) -> tuple[Any, Any, Any]:
     """Where this CTA stands: (rank in its cluster of `cluster` CTAs, the cluster, clusters of the grid)."""
     cta, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()

@@ -9,9 +9,12 @@ import cutlass.utils as utils
 from flash_mla.kernels.hopper.limits import smem_bytes
 
 
-def allocate(storage: Any, config: Any) -> Any:
-    """The fields of a `cute.struct`; ValueError where they take other bytes than the `smem_bytes` of the launch."""
-    allocated = smem_bytes(storage.size_in_bytes())
-    if allocated != config.smem_bytes():
-        raise ValueError(f"{config} allocates {allocated} bytes, its ledger says {config.smem_bytes()}")
+def allocate(storage: Any, config: Any, ledger: int | None = None) -> Any:
+    """The fields of a `cute.struct`; ValueError where they take other bytes than the ledger of the launch says.
+
+    ledger: of a config of several kernels; None: the config's `smem_bytes`.
+    """
+    allocated, ledger = smem_bytes(storage.size_in_bytes()), config.smem_bytes() if ledger is None else ledger
+    if allocated != ledger:
+        raise ValueError(f"{config} allocates {allocated} bytes, its ledger says {ledger}")
     return utils.SmemAllocator().allocate(storage)

@@ -62,7 +62,7 @@ def weight(num_pairs: Any, floor: Any, most: Callable[..., Any] = max, start: An
     return most(num_pairs, floor) + start
 
 
-class Plan(NamedTuple):
+class Shares(NamedTuple):
     """Steps that one cluster owns, steps in all, the smallest weight of an item, and the steps in front of each."""
 
     chunk: Any
@@ -78,20 +78,20 @@ def even(
     start: Any = 0,
     least: Callable[..., Any] = min,
     most: Callable[..., Any] = max,
-) -> Plan:
+) -> Shares:
     """Split items wherever a range ends; `total` counts each item with floor 1, and `start` 0."""
     # not in short ranges, where a step is too coarse, nor where ranges begin one item at most, or as many
     start = least(start, least(most(total - LONG * clusters + 1, 0), most(items - clusters, 0)))
     total = total + items * start
-    return Plan((total + clusters - 1) // clusters, total, 1, start)
+    return Shares((total + clusters - 1) // clusters, total, 1, start)
 
 
-def unsplit(heaviest: Any, items: Any, most_items: Any) -> Plan:
+def unsplit(heaviest: Any, items: Any, most_items: Any) -> Shares:
     """Hand out whole items, `most_items` to each cluster until there are no more."""
-    return Plan(most_items * heaviest, items * heaviest, heaviest, 0)
+    return Shares(most_items * heaviest, items * heaviest, heaviest, 0)
 
 
-def pays(split: Plan, whole: Plan, cost: Any = SPLIT_COST) -> Any:
+def pays(split: Shares, whole: Shares, cost: Any = SPLIT_COST) -> Any:
     """Whether splitting, which costs a call so many steps, beats whole items."""
     return split.chunk + cost < whole.chunk
 

@@ -55,7 +55,7 @@ def choose(total, heaviest, items, most_items, clusters, start, split_cost):
     chunk, total, floor, start = even.chunk, even.total, Int32(1), even.start
     if not split.pays(even, whole, split_cost):
         chunk, total, floor, start = whole.chunk, whole.total, whole.floor, Int32(0)
-    return split.Plan(chunk, total, floor, start)
+    return split.Shares(chunk, total, floor, start)
 
 
 @cute.jit

@@ -48,10 +48,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of the two kernels, and what they share: d_main + d_rest columns of K, dv_tile of V.
-
-    rows: of a tile of prepare_kernel.
-    """
+    """Tiles of the two kernels, and what they share: d_main + d_rest columns of K, dv_tile of V."""
 
     keys: Tiles
     queries: Tiles
@@ -59,7 +56,6 @@ class Config:
     d_rest: int
     dv_tile: int
     precision: str
-    rows: int
 
 
 ACCUMULATOR = 2**15
@@ -79,7 +75,7 @@ of 192 at 419 beside 230. What they spill, 224 bytes a thread at most, is mostly
 def config(*, P: int, S_kv: int, D: int, Dv: int, mask: int, block_mask: bool, itemsize: int, target: Target) -> Config:
     """The tiles for these dims: pure arithmetic, no device. mask: bytes of an element (tiles.MASK_BYTES)."""
     d_main, d_rest = head_tiles(D)
-    d, dv_tile = d_main + d_rest, max(power_of_2(Dv), 16)
+    d, dv_tile = d_main + d_rest, value_tile(Dv)
     plain = itemsize < 4 and not mask and not block_mask
 
     def first(columns: int, length: int, walked: int) -> Tiles:
@@ -100,8 +96,17 @@ def config(*, P: int, S_kv: int, D: int, Dv: int, mask: int, block_mask: bool, i
     keys = first(d + dv_tile, S_kv, P)
     kept = first(d, P, S_kv)
     queries = Tiles(kept.tile_n, kept.tile_m, kept.warps, kept.stages)
-    rows = max(16, min(64, 8192 // dv_tile))
-    return Config(keys, queries, d_main, d_rest, dv_tile, precision(itemsize, target), rows)
+    return Config(keys, queries, d_main, d_rest, dv_tile, precision(itemsize, target))
+
+
+def value_tile(Dv: int) -> int:
+    """Columns of a tile of V."""
+    return max(power_of_2(Dv), 16)
+
+
+def prepare_rows(Dv: int) -> int:
+    """Rows of a tile of prepare_kernel."""
+    return max(16, min(64, 8192 // value_tile(Dv)))
 
 
 def smem_bytes(move: int, keep: int, d: int, dv: int, itemsize: int, stages: int, mask: int, target: Target) -> int:

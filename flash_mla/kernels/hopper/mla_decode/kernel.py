@@ -50,7 +50,7 @@ from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.launch import place
+from flash_mla.kernels.hopper.launch import place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import (
@@ -109,7 +109,7 @@ class MlaDecode:
 
         shared = Shared.over(config, allocate(Storage, config))
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        rank, cluster_id, clusters = place(config.cluster)
+        rank, cluster_id, clusters = place_of_cta(config.cluster)
 
         # barriers, and the work of this cluster
         if warp_id == 0:

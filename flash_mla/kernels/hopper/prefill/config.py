@@ -49,8 +49,8 @@ TILES = {
 WIDTHS = tuple(TILES)
 TILES_FP8 = {
     (64, 64): Sizes(192, 128, 2, 3),
-    (128, 128): Sizes(128, 128, 2, 3),
-    (192, 128): Sizes(128, 128, 2, 2),
+    (128, 128): Sizes(128, 192, 2, 2),
+    (192, 128): Sizes(128, 192, 2, 2),
     (256, 256): Sizes(128, 64, 2, 3),
 }
 """By (D, Dv), where q, k and v are e4m3."""

@@ -167,7 +167,7 @@ class Consumer:
         for r in cutlass.range_constexpr(2):
             peak = self.rows.peak(S, r) * self.scale[0]
             if const_expr(self.config.fp8):
-                move_reference(self.rows, self.top, r, peak)
+                move_reference(self.rows, self.top, r, peak, exact=False)
             else:
                 self.rows.move_max(r, peak if peak > self.rows.max[r] + LAZY else self.rows.max[r])
         for r in cutlass.range_constexpr(2):

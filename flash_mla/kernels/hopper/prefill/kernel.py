@@ -41,8 +41,9 @@ keys do.
 
 FP8: both products are of e4m3, twice as fast, so that exp2 takes as long as they do at D 128. wgmma takes e4m3 with the
 keys of a column of V side by side, so two warps transpose V on its way, 32 KB more traffic of shared memory for a block
-of 128 keys. P is packed from a thread's own scores, whose keys are the order of the transposed V. P = 2^(S - reference)
-as in decode (`e4m3.py`): small weights survive in the range of e4m3. out is divided by the sums before rounding.
+of 128 keys. P is packed from a thread's own scores, whose keys are the order of the transposed V. P = 2^(S -
+reference), which moves where P would leave e4m3's range (`e4m3.py`): small weights survive. out is divided by the sums
+before rounding.
 
 Supports BF16, FP16 and FP8 (no lists; out BF16); D/Dv 64/64, 128/128, 192/128, 256/256; any row and key counts; any
 strides that TMA takes; GQA; ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a table; maps

@@ -17,6 +17,11 @@ SPLIT_COST = 1
 """Steps that splitting costs a call: about 5 us, at 4.5 to 7 us a step."""
 ROPE_CHUNK = 8
 
+GRANULE = 4
+"""Rows that a producer warp's ring holds together."""
+GRANULES = 4
+"""Granules of a warp's rows of a pair of blocks."""
+
 CONSUMER_WARPS = 8
 """Two warpgroups; in front of the producers."""
 
@@ -126,6 +131,9 @@ class Config:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a consumer's and of a producer's thread."""
+        if self.ringed:
+            # NOTE: at 128 each the consumers of 16 heads spill
+            return 144, 112
         if self.producer_warps == 8:
             return self.entry_registers, self.entry_registers
         # NOTE: at 200 the consumers' wgmma are serialised
@@ -154,6 +162,36 @@ class Config:
         return batches
 
     @property
+    def ringed(self) -> bool:
+        """Whether producer warps have rings of raw rows."""
+        return self.producer_warps == 8 and self.layout.codes > 0
+
+    @property
+    def row_pieces(self) -> int:
+        """16-byte pieces of a row."""
+        return self.layout.row_bytes // 16
+
+    @property
+    def granule_bytes(self) -> int:
+        """Of a ring: rows as they lie in the cache, and behind them scales that lie apart."""
+        return GRANULE * (self.layout.row_bytes + self.layout.apart)
+
+    @property
+    def ring(self) -> int:
+        """Granules of a warp's ring: what shared memory has room for, beside 8 heads 3, beside 16 heads 2."""
+        return 0 if not self.ringed else 3 if self.tile_heads == 8 else 2
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of a CTA's rings."""
+        return self.producer_warps * self.ring * self.granule_bytes
+
+    @property
+    def code_steps(self) -> int:
+        """16 codes a lane: steps to convert 4 rows, two chunks a step."""
+        return -(-self.layout.codes // 2)
+
+    @property
     def tile_rows(self) -> int:
         """Query heads of a cluster."""
         return self.tile_heads * self.cluster
@@ -178,7 +216,7 @@ class Config:
         q, k = 2 * self.tile_heads * self.D, 2 * K_CHUNKS * CHUNK_BYTES
         if self.few:
             # P, two buffers a warpgroup; row sums of each warp, row max of each warpgroup
-            rest = 2 * 4 * self.tile_heads * BLOCK + 4 * self.tile_heads * (CONSUMER_WARPS + 2)
+            rest = 2 * 4 * self.tile_heads * BLOCK + 4 * self.tile_heads * (CONSUMER_WARPS + 2) + self.ring_bytes
         else:
             # row max of each block, row sums; staged out
             rest = 4 * (2 * TILE_M + 2 * TILE_M) + CONSUMER_WARPS * 2 * STAGED

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32
+from cutlass import BFloat16, Float32, Int32, Uint8
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.absent import hide_rows
@@ -30,11 +30,13 @@ from flash_mla.kernels.hopper.walk import Done, Place
 class Shared(shared.Shared):
     """Views of a CTA's shared memory: stage i of sK and sV is block i of a pair, and V its first 512 columns.
 
-    k_buffers: where K lies; sLive: a bit for each key of the even, the odd block, set where it is there.
+    k_buffers: where K lies; sLive: a bit for each key of the even, the odd block, set where it is there; raw: the
+    producer warps' rings.
     """
 
     k_buffers: cute.Pointer
     sLive: cute.Tensor
+    raw: Int32
 
     @staticmethod
     def fields(config: Config) -> dict:
@@ -42,6 +44,7 @@ class Shared(shared.Shared):
         align, array = cute.struct.Align, cute.struct.MemRange
         return {
             "sP": align[array[BFloat16, 4 * config.tile_heads * BLOCK], 1024],
+            **({"raw": align[array[Uint8, config.ring_bytes], 16]} if config.ringed else {}),
             "sSum": array[Float32, CONSUMER_WARPS * config.tile_heads],
             "sMax": array[Float32, 2 * config.tile_heads],
         }
@@ -76,6 +79,7 @@ class Shared(shared.Shared):
             v=k,
             k_buffers=sK.iterator,
             sLive=storage.sLive.get_tensor(cute.make_layout(2 * BLOCK // 8)),
+            raw=storage.raw.data_ptr().toint() if config.ringed else Int32(0),
         )
 
 

@@ -14,8 +14,9 @@ conversions: 1024 to 4096 cycles of an SM, and a cluster shares them. With 16 he
 
 Roles (producers behind the two consumer warpgroups):
     many   warpgroups 0, 1   208 registers   as in MLA decode: scores of the even, of the odd block; half of O each
-    few    warpgroups 0, 1   128 registers   as in GQA decode: the even, the odd blocks; merged in the end
-    producer warps: 4 at 88 registers beside many, 8 at 128 beside few; the first also loads Q (TMA), notes split items
+    few    warpgroups 0, 1   144 registers   as in GQA decode: the even, the odd blocks; merged in the end
+    producer warps: 4 at 88 registers beside many, 8 at 112 beside few; the first also loads Q (TMA), notes split items
+    (BF16 rows of few heads: 128 and 128, and the producers beside many)
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
     K   producer warps -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block
@@ -24,9 +25,10 @@ Channels, producer -> consumer (full arrivals / empty arrivals):
         The mask of live keys travels with the left half of its block.
     Q   producer warp 0 -> warpgroups 0, 1   1 stage   1 + bytes / 8 warps
 
-Steady state of a producer warp, a batch (up to 4 or 6 loads of 16 bytes a thread): start the loads of the next batch |
-wait for the stage | convert the batch, e4m3 -> FP16 -> FP32 * scale -> BF16, one rounding | store it swizzled. Then, at
-the end of a half block: proxy fence, arrive; in a cluster copy the rows to the peer (bulk copy, 1 KB a chunk a warp).
+Steady state of a producer warp beside few: `ring.py`. Beside many, a batch (up to 4 or 6 loads of 16 bytes a thread):
+start the loads of the next batch | wait for the stage | convert the batch, e4m3 -> FP16 -> FP32 * scale -> BF16, one
+rounding | store it swizzled. Then, at the end of a half block: proxy fence, arrive; in a cluster copy the rows to the
+peer (bulk copy, 1 KB a chunk a warp).
 
 Supports any number of heads and of tokens, any topk, pages of any length at any pitch (multiples of 16 bytes), rows of
 `config.ROWS`. Rows that no index names are never read, indices outside a cache name none; keys that are not there have
@@ -46,7 +48,7 @@ from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
-from flash_mla.kernels.hopper.launch import launch_persistent, place
+from flash_mla.kernels.hopper.launch import launch_persistent, place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES, START
@@ -61,6 +63,7 @@ from flash_mla.kernels.hopper.sparse_decode.config import (
     Config,
 )
 from flash_mla.kernels.hopper.sparse_decode.producer import Producer
+from flash_mla.kernels.hopper.sparse_decode.ring import RingProducer
 from flash_mla.kernels.hopper.sparse_decode.rows import Cache, Lengths
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.walk import Done, walk
@@ -144,7 +147,7 @@ class SparseDecode:
             )
         results = Results(
             sink=sink,
-            out=cute.make_tensor(out.iterator, cute.make_layout((tokens, Hq, DV), stride=(Hq * DV, DV, 1))),
+            out=cute.make_tensor(out.iterator, cute.make_layout((tokens, Hq, DV), stride=(Int64(Hq) * DV, DV, 1))),
             lse=cute.make_tensor(lse.iterator, cute.make_layout((tokens, Hq), stride=(Hq, 1))),
             partials=Partials.over(workspace, clusters, config.tile_rows, DV),
         )
@@ -181,7 +184,7 @@ class SparseDecode:
         lengths = Lengths(caches, tokens, S_q)
         tensors = Tensors(lengths, lengths, *results)
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        rank, cluster_id, clusters = place(config.cluster)
+        rank, cluster_id, clusters = place_of_cta(config.cluster)
 
         # barriers, and the work of this cluster
         if warp_id == 0:
@@ -201,7 +204,8 @@ class SparseDecode:
             warp = warp_id - CONSUMER_WARPS
             if warp == 0 and rank == 0:
                 note_split(results.partials, work, lengths, lengths, scalars.groups, cluster_id)
-            Producer.over(shared, lengths, rank, warp, *load_q).run(scalars.groups, work)
+            producers = RingProducer if config.ringed else Producer
+            producers.over(shared, lengths, rank, warp, *load_q).run(scalars.groups, work)
         else:
             if const_expr(config.registers[0] > config.entry_registers):
                 cute.arch.setmaxregister_increase(config.registers[0])

@@ -11,6 +11,7 @@ ahead, and tells the consumers whether the key is there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import cutlass
 import cutlass.cute as cute
@@ -58,15 +59,15 @@ class Producer:
     words: cute.Tensor
     scales: cute.Tensor
 
-    @staticmethod
-    def over(shared, lengths: Lengths, rank, warp, tma_q, tQ) -> Producer:
+    @classmethod
+    def over(cls, shared, lengths: Lengths, rank, warp, tma_q, tQ) -> Self:
         config = shared.config
         many = cute.make_layout(config.chunks, stride=CHUNK * config.tile_heads)
         box, tiles = (config.tile_heads, CHUNK), (None, None, None, None)
         sQ, gQ = tma_boxes(tma_q, shared.sQ.iterator, many, tQ, box, tiles)
         shared.q.written_by("producer warp 0")
         shared.k.written_by("producer warps", config.producer_warps)
-        return Producer(
+        return cls(
             config=config,
             shared=shared,
             lengths=lengths,
@@ -79,9 +80,16 @@ class Producer:
             index=cute.make_rmem_tensor(1, Int32),
             row=cute.make_rmem_tensor(2, Int64),
             apart=cute.make_rmem_tensor(2, Int32),
-            words=cute.make_rmem_tensor((4, config.batch_vectors, 2), Int32),
-            scales=cute.make_rmem_tensor((config.thread_rows, 2, 2), Int32),
+            **cls.rows_at_hand(config),
         )
+
+    @staticmethod
+    def rows_at_hand(config: Config) -> dict[str, cute.Tensor]:
+        """Registers for what is read and not yet stored."""
+        return {
+            "words": cute.make_rmem_tensor((4, config.batch_vectors, 2), Int32),
+            "scales": cute.make_rmem_tensor((config.thread_rows, 2, 2), Int32),
+        }
 
     # the lane's key
 

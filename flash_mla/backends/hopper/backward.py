@@ -1,0 +1,103 @@
+"""The backward of prefill on Hopper: what `kernels/hopper/backward/` takes, and its launch."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_mla.backends.hopper.device import HALVES, int32
+from flash_mla.kernels.hopper.backward.config import CONSUMERS, TILE, TILE_N, TILE_Q, WIDTHS, Config
+from flash_mla.kernels.hopper.limits import TMA_BYTES
+from flash_mla.problem import BackwardArgs, BackwardProblem
+
+WORKSPACE = 2**31
+"""Bytes of dS at a time, unless one KV head's take more: so many KV heads are computed together."""
+
+
+def refuse(problem: BackwardProblem) -> str | None:
+    """Why the kernels cannot run this problem, or None."""
+    forward = problem.forward
+    if forward.dtype not in HALVES:
+        return f"dtype {forward.dtype}: the backward takes BF16 and FP16"
+    if (forward.D, forward.Dv) not in WIDTHS:
+        widths = ", ".join(f"{D}/{Dv}" for D, Dv in WIDTHS)
+        return f"D = {forward.D}, Dv = {forward.Dv}: the backward takes {widths}"
+    if forward.mask != "none" or forward.block_mask:
+        return "a mask or a block layout: the backward takes causal and full attention"
+    if not (problem.dq and problem.dkv):
+        return "only some gradients are wanted: dq comes from what dk's kernel leaves"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: its kernel prepares the rows"
+    return None
+
+
+def config(problem: BackwardProblem) -> Config:
+    """The kernels' variant."""
+    forward = problem.forward
+    return Config(dtype=HALVES[forward.dtype], D=forward.D, Dv=forward.Dv, sink=forward.sink)
+
+
+def readable(x: Tensor) -> Tensor:
+    """x as TMA reads it and as 16-byte stores reach it: itself, or a contiguous copy."""
+    unit = TMA_BYTES // x.itemsize
+    steps = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+    fits = x.stride(-1) == 1 and x.data_ptr() % TMA_BYTES == 0
+    fits = fits and all(stride > 0 and stride % unit == 0 for stride in steps[:-1])
+    return x if fits else x.contiguous()
+
+
+def launch(problem: BackwardProblem, config: Config, args: BackwardArgs) -> None:
+    """Fill the gradients. Allocates workspace: 2 to 4 FP32 a query row, and 2 bytes a pair of query and key for as many
+    KV heads as WORKSPACE holds; what is not laid out as TMA needs is copied."""
+    from flash_mla.backends.triton.backward import prepare
+    from flash_mla.kernels.hopper import store
+    from flash_mla.kernels.hopper.backward import keys_kernel, queries_kernel
+    from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors
+
+    keys = store.load("backward_keys", config, keys_kernel.build)
+    queries = store.load("backward_queries", Config(config.dtype, config.D, config.Dv), queries_kernel.build)
+    forward = problem.forward
+    B, Hq, Hk, P, S_kv = forward.B, forward.Hq, forward.Hk, forward.P, forward.S_kv
+    q, k, v, d_out = (readable(x) for x in (args.q, args.k, args.v, args.d_out))
+    written = [x for x in args.gradients[:3] if x is not None]
+    dq, dk, dv = (x if readable(x) is x else x.new_empty(x.shape) for x in written)
+    with torch.cuda.device(problem.device):
+        prepared = prepare(problem, args)
+        live = prepared.live.amax(2).view(-1)
+        across, down = -(-S_kv // TILE_N), -(-P // TILE_Q)
+        head_tiles = forward.ratio * across * down
+        together = max(1, min(B * Hk, WORKSPACE // (2 * TILE * head_tiles)))
+        ds = torch.empty((together * head_tiles, TILE // 2), dtype=torch.int32, device=problem.device)
+        rows = [x.view(B * Hq, P) for x in (prepared.lse2, prepared.shift, prepared.left) if x is not None]
+        tensors: dict[str, Any] = {
+            "lse2": rows[0],
+            "shift": rows[1],
+            "left": rows[-1],
+            "live": live,
+            "seq_lens": live if args.seq_lens is None else int32(args.seq_lens),
+            "start_pos": live if args.start_pos is None else int32(args.start_pos),
+            "ds": ds,
+        }
+        scalars: dict[str, Any] = {
+            "scale_log2": args.softmax_scale * math.log2(math.e),
+            "scale": args.softmax_scale,
+            "Hq": Hq,
+            "Hk": Hk,
+            "P": P,
+            "S_kv": S_kv,
+            "causal": int(forward.causal),
+            "has_lens": int(args.seq_lens is not None),
+            "has_start": int(args.start_pos is not None),
+        }
+        for first in range(0, B * Hk, together):
+            heads, scalars["first"] = min(together, B * Hk - first), first
+            shared = Tensors(**tensors), Scalars(**scalars)
+            keys(q, k, v, d_out, dk, dv, *shared, heads * across)
+            queries(k, dq, *shared, heads * forward.ratio * -(-down // CONSUMERS))
+    for x, result in zip(written, (dq, dk, dv), strict=True):
+        if result is not x:
+            x.copy_(result)
