@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from numbers import Real
 
@@ -14,11 +13,14 @@ from flash_mla.contract.tensors import check_on, check_tensor, named
 from flash_mla.errors import DTypeError, ScaleWarning, ShapeError, describe
 from flash_mla.quant import needs_descale
 
+MOST = torch.finfo(torch.float32).max
+
 
 def is_finite(value: object) -> bool:
+    """Whether it is a number that FP32, in which scores are kept, holds; not NaN."""
     if type(value) is float:  # nearly always, and an abstract class costs a microsecond to ask
-        return math.isfinite(value)
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        return -MOST <= value <= MOST
+    return isinstance(value, Real) and not isinstance(value, bool) and value <= MOST and not value < -MOST
 
 
 def check_scale(softmax_scale: float | None) -> int:
@@ -28,8 +30,8 @@ def check_scale(softmax_scale: float | None) -> int:
     if not is_finite(softmax_scale):
         raise ShapeError(
             f"softmax_scale = {softmax_scale!r}"[:200],
-            "a finite real number, or None for D ** -0.5",
-            f"`softmax_scale` is a {type(softmax_scale).__name__} and no finite number",
+            "a finite real number, as FP32 holds it, or None for D ** -0.5",
+            f"`softmax_scale` is a {type(softmax_scale).__name__} and no number that is finite in FP32",
             "Pass a float",
         )
     return int(softmax_scale > 0) - int(softmax_scale < 0)

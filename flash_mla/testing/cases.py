@@ -45,12 +45,15 @@ class DecodeCase:
     order: Order = "shuffled"
     alias: bool = False
     mask: MaskShape | None = None
+    tail: MaskShape | None = None
+    """Of a tail_mask, in place of mask."""
     sink: bool = False
     descale: Descale | None = None
     spare: int = 1
     shared: int = 0
     index_dtype: torch.dtype = torch.int32
     softmax_scale: float | None = None
+    batch_invariant: bool = False
     device: str = "cpu"
     backend: str | None = None
     seed: int = 0
@@ -76,6 +79,7 @@ class DecodeCase:
             if not self.alias:
                 fill(v_cache, table, b, source.normal((self.Hk, length, Dv), kv_dtype))
         L = max(self.lengths, default=0) + 3
+        tail = make_mask(self.tail, (self.S_q,) * B, self.Hq, self.S_q, self.S_q, source)
         mask_rows = 1 if self.mask in ("bool", "float") else self.S_q
         arguments = {
             "q": source.normal((B, self.Hq, self.S_q, self.D), self.dtype),
@@ -84,13 +88,14 @@ class DecodeCase:
             "block_table": table.to(self.index_dtype).to(self.device),
             "seq_lens": torch.tensor(self.lengths, dtype=self.index_dtype, device=self.device),
             "mask": make_mask(self.mask, self.lengths, self.Hq, mask_rows, L, source),
+            "tail_mask": tail,
             "softmax_scale": self.softmax_scale,
             "q_descale": source.descale(self.descale, B, self.Hk),
             "k_descale": source.descale(self.descale, B, self.Hk),
             "v_descale": source.descale(self.descale, B, self.Hk),
             "attn_sink": source.normal((self.Hq,), torch.float32) if self.sink else None,
         }
-        return Call(arguments, arguments)
+        return Call({**arguments, "batch_invariant": True} if self.batch_invariant else arguments, arguments)
 
 
 @dataclass(frozen=True)
@@ -296,6 +301,23 @@ def decode_cases() -> list[DecodeCase]:
             gqa, name="decode/mask-mla", lengths=LONG, mask="bool-rows", S_q=2, Hq=16, Hk=1, D=576, Dv=512, alias=True
         ),
         replace(gqa, name="decode/mask-fp8", mask="float", dtype=FP8, descale="float"),
+    ]
+    tails: tuple[MaskShape, ...] = ("bool", "float", "bool-heads", "float-heads")
+    for tail in tails:
+        cases.append(replace(gqa, name=f"decode/tail-{tail}", tail=tail, S_q=5, lengths=(300, 5, 69, 64)))
+    cases += [
+        replace(mla, name="decode/tail-mla", tail="bool", S_q=8, lengths=(700, 8, 129)),
+        replace(mla, name="decode/tail-mla-128", tail="bool-heads", S_q=33, lengths=(200, 33)),
+        replace(gqa, name="decode/queries-128", S_q=128, lengths=(300, 127, 0, 128)),
+        replace(gqa, name="decode/queries-128-mask", S_q=128, lengths=(300, 7, 128), mask="bool-rows"),
+        replace(mla, name="decode/queries-100-mla", S_q=100, lengths=(300, 7)),
+        replace(mla, name="decode/queries-40-mla-mask", S_q=40, lengths=(300, 7), mask="bool-rows"),
+        replace(gqa, name="decode/invariant", batch_invariant=True, lengths=(2100, 0, 4500, 65)),
+        replace(
+            gqa, name="decode/invariant-mask", batch_invariant=True, lengths=(2100, 4, 65), S_q=4, mask="bool-heads"
+        ),
+        replace(gqa, name="decode/invariant-sink", batch_invariant=True, lengths=(2049, 300), sink=True, layout="pool"),
+        replace(mla, name="decode/invariant-mla", Hq=4, batch_invariant=True, lengths=(8300, 700, 0)),
     ]
     layouts: tuple[CacheLayout, ...] = ("sliced", "pool", "serving")
     for layout in layouts:

@@ -85,6 +85,11 @@ def run(case: Case) -> Result:
         failures.append(f"out: {out.dtype}, not {contract.out_dtype(case.dtype)}")
     if not all(same_bits(a, b) for a, b in zip(first, second, strict=True)):
         failures.append("a second call differs in bits")
+    if isinstance(case, DecodeCase) and case.batch_invariant:
+        for b in range(len(case.lengths)):
+            alone = invoke(case, alone_of(call, b), False)
+            if not all(same_bits(a[b : b + 1], one) for a, one in zip(first, alone, strict=True)):
+                failures.append(f"request {b} alone differs in bits")
     for name, content in before.items():
         if name not in want_caches and not torch.equal(content, storage_bytes(call.arguments[name])):
             failures.append(f"the call wrote to {name}")
@@ -154,6 +159,16 @@ def poisoned_memory() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warns)
+
+
+def alone_of(call: Call, b: int) -> Call:
+    """A decode call with request b alone."""
+    B = len(call.arguments["seq_lens"])
+    alone = {
+        name: x[b : b + 1] if isinstance(x, Tensor) and name != "attn_sink" and x.shape[:1] == (B,) else x
+        for name, x in call.arguments.items()
+    }
+    return Call(alone, alone)
 
 
 def invoke(case: AttentionCase, call: Call, poison: bool) -> tuple[Tensor, ...]:

@@ -656,15 +656,15 @@ def mha_faults(draw: Draw, x: dict[str, Any], ends: list[int], layout: str) -> l
         faults.append(
             ("a negative start_pos", (SequenceLengthError,), lambda x: x.update(start_pos=draw.index([-1] * B)))
         )
-        faults.append(
-            (
-                "a prompt past the cache",
-                (SequenceLengthError, BlockCountError),
-                lambda x: (
-                    x.update(start_pos=draw.index([min(Nblk, table.shape[1]) * BLOCK] * B)) if P else x.update(q=None)
-                ),
+        if P:
+            covered = min(Nblk, table.shape[1]) * BLOCK
+            faults.append(
+                (
+                    "a prompt past the cache",
+                    (SequenceLengthError, BlockCountError),
+                    lambda x: x.update(start_pos=draw.index([covered] * B)),
+                )
             )
-        )
     if x["k"] is not None:
         faults.append(("k without v", (ShapeError,), lambda x: x.update(v=None)))
         faults.append(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flash_mla.backends import hopper
-from flash_mla.testing import DecodeCase, run
+from flash_mla.testing import DecodeCase, DenseDecodeCase, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,6 +18,8 @@ pytestmark = [
 LENGTHS = (0, 1, 63, 64, 65, 127, 128, 129, 200, 1000, 4097)
 MLA = DecodeCase("mla", LENGTHS, Hq=128, Hk=1, D=576, Dv=512, alias=True, device="cuda", backend="hopper")
 FEW = replace(MLA, Hq=16)
+TOKENS = DenseDecodeCase("tokens", LENGTHS, S_q=3, Hq=128, device="cuda", backend="hopper")
+"""q and out as [b, s_q, h_q, d]."""
 MANY = tuple((37 * i * i + 11 * i) % 1500 for i in range(300))
 CASES = {
     # two row tiles share K (clusters of 2), one does not
@@ -48,6 +50,9 @@ CASES = {
     "requests-heads-128": replace(MLA, lengths=MANY[:150], layout="pool"),
     "int64": replace(FEW, index_dtype=torch.int64),
     "scale": replace(MLA, softmax_scale=0.31),
+    "tokens": TOKENS,
+    "tokens-heads-16": replace(TOKENS, S_q=8, Hq=16, sink=True),
+    "tokens-one-long": replace(TOKENS, lengths=(20000,), S_q=2),
 }
 
 

@@ -44,6 +44,7 @@ MLA_FP8_CONFIGS = gates(
     [("fp8", 576, 64, 2), ("fp8", 576, 64, 1), ("fp8", 576, 16, 1), ("bf16", 576, 64, 2), ("bf16", 576, 16, 1)],
     [("fp8", 576, 32, 1), ("fp8", 512, 64, 2), ("bf16", 576, 32, 1), ("fp16", 512, 64, 1)],
 )
+"""(q, D, tile_n, cluster)"""
 
 
 @pytest.mark.parametrize(("dtype", "D", "cluster"), CONFIGS)
@@ -115,6 +116,24 @@ def test_gqa_decode(q: str, dtype: str, D: int, Dv: int, tile_n: int, tmp_path: 
     assert (sass.count("QGMMA"), sass.count("HGMMA")) == expected
     # NOTE: serialised wgmma shows as one wait an instruction
     assert sass.count(r"WARPGROUP\.DEPBAR") == 2
+
+
+@pytest.mark.parametrize("kernel", gates(["mla"], ["fp8", "gqa"]))
+def test_rows_token_by_token(kernel: str, tmp_path: Path) -> None:
+    """What the other order of rows adds, a mask too: no spill, no product more."""
+    from flash_mla.kernels.hopper.gqa_decode.kernel import build as build_gqa
+    from flash_mla.kernels.hopper.mla_decode.kernel import build as build_mla
+    from flash_mla.kernels.hopper.mla_decode_fp8.kernel import build as build_fp8
+
+    fp8 = MlaFp8Config("fp8", 576, 64, 2, descale=True, token_major=True)
+    build, config, products = {
+        "mla": (build_mla, MlaConfig("bf16", 576, 2, masked=True, token_major=True), 3 * 576 // 16 + 3 * 2 * 4),
+        "fp8": (build_fp8, fp8, 2 * fp8.q_tiles * 576 // 32 + 4 * 2 * fp8.p_parts),
+        "gqa": (build_gqa, GqaConfig("bf16", 128, 128, 64, False, "bf16", token_major=True), 16),
+    }[kernel]
+    sass = compiled(build, config, tmp_path)
+    assert sass.spills == (0, 0, 0)
+    assert sass.count("QGMMA" if kernel == "fp8" else "HGMMA") == products
 
 
 def test_store_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,10 +18,27 @@ def test_rows_are_head_major(heads: int, S_q: int) -> None:
     q = torch.arange(heads * S_q * D).view(heads, S_q, D)
     stride = packing.row_stride(q.stride(0), q.stride(1), heads, S_q, D)
     assert stride is not None
-    packed = q.as_strided((heads * S_q, D), (stride, 1))
+    check_rows(q, q.as_strided((heads * S_q, D), (stride, 1)), packing.Packing(S_q))
+
+
+def check_rows(q: torch.Tensor, packed: torch.Tensor, order: packing.Packing) -> None:
+    """packed [heads * S_q, D] holds the rows of q [heads, S_q, D] in that order."""
+    heads, S_q, _ = q.shape
     for row in range(heads * S_q):
-        assert torch.equal(packed[row], q[packing.head_of(row, S_q), packing.token_of(row, S_q)])
-        assert packing.last_key(row, 100, S_q) == 100 - S_q + packing.token_of(row, S_q)
+        head, token = order.head_of(row), order.token_of(row)
+        assert torch.equal(packed[row], q[head, token])
+        assert order.last_key(row, 100) == 100 - S_q + token
+        assert order.lse_of(row) == head * S_q + token
+
+
+@pytest.mark.parametrize(("heads", "S_q"), [(1, 4), (8, 1), (6, 3), (128, 2)])
+def test_rows_are_token_major(heads: int, S_q: int) -> None:
+    """Row token * heads + head is q[head, token] of a q that lies as [S_q, heads, D]."""
+    D = 8
+    q = torch.arange(heads * S_q * D).view(S_q, heads, D).transpose(0, 1)
+    stride = packing.row_stride(q.stride(1), q.stride(0), S_q, heads, D)
+    assert stride is not None
+    check_rows(q, q.as_strided((heads * S_q, D), (stride, 1)), packing.Packing(S_q, heads))
 
 
 def test_rows_that_do_not_pack() -> None:

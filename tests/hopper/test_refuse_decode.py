@@ -64,6 +64,7 @@ def test_many_query_tokens_go_to_the_prefill_kernel() -> None:
     for changes, words in (
         ({"kv_dtype": FP8}, "one dtype"),
         ({"mask": "bool"}, "a bool mask"),
+        ({"out_strides": (32 * 300 * 128, 128, 32 * 128, 1)}, "out must be contiguous"),
         ({"scale_sign": -1}, "not above 0"),
         ({"D": 96}, "D = 96"),
         ({"k_strides": (0, 0, 64 * 128, 128, 2)}, "k strides"),
@@ -97,6 +98,27 @@ def test_config_of_an_fp8_latent(changes: dict, config: tuple) -> None:
     assert mla_decode_fp8.config(changed) == mla_decode_fp8.Config(*config, descale=False)
 
 
+TOKENS_FIRST_OUT = {"out_strides": (2 * 128 * 512, 512, 128 * 512, 1)}
+TOKENS_FIRST = {"S_q": 2, "q_strides": (2 * 128 * 576, 576, 128 * 576, 1), **TOKENS_FIRST_OUT}
+"""q and out lie as [B, 2, 128, ..]."""
+
+
+def test_deepseeks_order_of_rows_is_read_as_it_lies() -> None:
+    changed = latent(**TOKENS_FIRST)
+    assert device.refuse(changed) is None
+    assert mla_decode_fp8.refuse(changed) is None
+    assert mla_decode_fp8.config(changed) == mla_decode_fp8.Config("fp8", 576, 64, 2, descale=False, token_major=True)
+    changed = latent(**TOKENS_FIRST, kv_dtype=torch.bfloat16, **BF16_QUERIES)
+    assert mla_decode.refuse(changed) is None
+    assert mla_decode.config(changed) == mla_decode.Config("bf16", 576, 2, token_major=True)
+    shared = problem(
+        Hk=1, S_q=2, q_strides=(2 * 32 * 128, 128, 32 * 128, 1), out_strides=(2 * 32 * 128, 128, 32 * 128, 1)
+    )
+    assert gqa_decode.refuse(shared) is None
+    assert gqa_decode.config(shared).token_major
+    assert "evenly spaced" in str(gqa_decode.refuse(shared._replace(Hk=8)))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -107,7 +129,9 @@ def test_config_of_an_fp8_latent(changes: dict, config: tuple) -> None:
         ({"S_q": 9}, "at most 8 query tokens"),
         ({"mask": "bool"}, "a bool mask"),
         ({"batch_invariant": True}, "batch_invariant"),
-        ({"S_q": 2, "q_strides": (2 * 128 * 576, 576, 128 * 576, 1)}, "evenly spaced"),
+        ({"S_q": 2, "q_strides": (2 * 128 * 576, 576, 128 * 576, 1)}, "one order"),
+        ({"S_q": 2, "q_strides": (2 * 128 * 576, 2 * 576, 576, 1), **TOKENS_FIRST_OUT}, "one order"),
+        ({"S_q": 2, "q_strides": (2 * 136 * 576, 576, 136 * 576, 1), **TOKENS_FIRST_OUT}, "evenly spaced"),
         ({"k_strides": (0, 0, 64 * 576, 512, 1)}, "k_cache strides"),
         ({"k_strides": (0, 0, 64 * 584, 584, 1)}, "k_cache stride of 584"),
         ({"q_strides": (128 * 584, 584, 584, 1)}, "q stride of 584"),

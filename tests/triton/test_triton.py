@@ -284,6 +284,38 @@ def test_decode_is_right_for_every_cut(programs: int) -> None:
     close(args.out.cpu(), args.lse.cpu(), want, want_lse, FP32)
 
 
+@pytest.mark.parametrize("longest", [262, 2054])
+def test_a_mask_of_the_lowest_value_weighs_keys_alike_over_all_cuts(longest: int) -> None:
+    """finfo.min on every key of a row: the parts of many keys and of 6 count by their keys."""
+    gen = torch.Generator().manual_seed(4)
+    lengths, Hq, Hk, D = [longest, 70], 4, 2, 16
+    k, table, rows = paged(lengths, Hk, D, FP32, "slab", 1, gen)
+    q = torch.randn(2, Hq, 1, D, generator=gen)
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    mask = torch.zeros(2, Hq, 1, longest)
+    mask[0, :2] = mask[1, 3] = torch.finfo(FP32).min
+    mask[0, 2] = -1e9
+    bias = mask.double().masked_fill(torch.arange(longest) >= lens[:, None, None, None], -math.inf)
+    values = rows.masked_fill((torch.arange(longest) >= lens[:, None])[:, None, :, None], 0)
+    scores = 0.25 * q.double() @ values.double().repeat_interleave(2, 1).transpose(2, 3)
+    # FP32 keeps nothing of a score beside these
+    want = torch.softmax(torch.where(mask < -1.0, 0.0, scores) + bias, -1) @ values.double().repeat_interleave(2, 1)
+    args = DecodeArgs(
+        *map(to_device, (q, k, k, table, lens, mask)), None, None, None, None, 0.25, poisoned((2, Hq, 1, D), FP32),
+        poisoned((2, Hq, 1), FP32),
+    )  # fmt: skip
+    problem = decode_problem(args, True)._replace(batch_invariant=longest > 2048)
+    phase = chosen(problem)
+    config = phase.config(problem)
+    if not problem.batch_invariant:
+        config = config._replace(
+            decode=dataclasses.replace(config.decode, programs=5), combine=combine.Config(tile_s=4, tile_c=16)
+        )
+    assert config.combine is not None
+    phase.launch(problem, config, args)
+    torch.testing.assert_close(args.out.cpu().double(), want, rtol=0, atol=1e-5)
+
+
 def test_decode_reads_only_the_cache() -> None:
     """Block ids and lengths beyond anything legal make no read outside: garbage in, but no fault and no NaN."""
     gen = torch.Generator().manual_seed(0)

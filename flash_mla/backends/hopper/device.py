@@ -63,8 +63,6 @@ def refuse(problem: Problem) -> str | None:
         return f"a tensor does not begin on {ALIGNMENT} bytes, as TMA needs"
     if isinstance(problem, DecodeProblem) and (problem.page != BLOCK or problem.rope_strides is not None):
         return f"pages of {problem.page} tokens, or a split latent: a tile is one page of {BLOCK} whole rows"
-    if isinstance(problem, DecodeProblem) and problem.out_strides is not None:
-        return f"out strides {problem.out_strides}: out must be contiguous"
     return None
 
 

@@ -6,7 +6,7 @@ import torch
 
 from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import DTYPES
-from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
+from flash_mla.backends.hopper.strides import is_token_major, refuse_query, refuse_rows
 from flash_mla.kernels.hopper.gqa_decode.config import MAX_D, MAX_S_Q, PIECE, Q_VECTOR, TILES_N, WIDE_DV, Config
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
 
@@ -51,6 +51,7 @@ def config(problem: DecodeProblem) -> Config:
         q=DTYPES[problem.dtype],
         piece=PIECE if problem.batch_invariant else 0,
         masked=problem.mask != "none",
+        token_major=is_token_major(problem),
     )
 
 

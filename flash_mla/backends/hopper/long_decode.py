@@ -20,6 +20,8 @@ def refuse(problem: DecodeProblem) -> str | None:
         return f"a {problem.mask} mask: only causal decode"
     if problem.batch_invariant:
         return f"S_q = {problem.S_q} with batch_invariant"
+    if problem.out_strides is not None:
+        return f"out strides {problem.out_strides}: out must be contiguous"
     if problem.scale_sign <= 0:
         return "softmax_scale is not above 0: the running maximum is kept before scaling"
     return prefill.refuse(as_prefill(problem))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import HALVES
-from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
+from flash_mla.backends.hopper.strides import is_token_major, refuse_query, refuse_rows
 from flash_mla.kernels.hopper.limits import TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, PIECES, WIDTHS, Config
 from flash_mla.problem import DecodeArgs, DecodeProblem
@@ -32,7 +32,8 @@ def config(problem: DecodeProblem) -> Config:
     rows = problem.Hq * problem.S_q
     cluster = 2 if -(-rows // TILE_M) % 2 == 0 else 1
     piece = PIECES[2 if cluster == 2 else rows >= TILE_M] if problem.batch_invariant else 0
-    return Config(HALVES[problem.dtype], problem.D, cluster, piece, problem.mask != "none")
+    masked = problem.mask != "none"
+    return Config(HALVES[problem.dtype], problem.D, cluster, piece, masked, is_token_major(problem))
 
 
 def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import HALVES
-from flash_mla.backends.hopper.strides import refuse_query, refuse_rows
+from flash_mla.backends.hopper.strides import is_token_major, refuse_query, refuse_rows
 from flash_mla.kernels.hopper.mla_decode.config import WIDTHS
 from flash_mla.kernels.hopper.mla_decode_fp8.config import MAX_S_Q, TILES_N, Config
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
@@ -44,7 +44,8 @@ def config(problem: DecodeProblem) -> Config:
     """The kernel variant: the smallest tile that holds a request's rows; two CTAs share K when there are more."""
     rows = problem.Hq * problem.S_q
     tile_n = next((n for n in TILES_N if n >= rows), TILES_N[-1])
-    return Config(QUERIES[problem.dtype], problem.D, tile_n, 2 if -(-rows // tile_n) % 2 == 0 else 1, problem.descale)
+    cluster = 2 if -(-rows // tile_n) % 2 == 0 else 1
+    return Config(QUERIES[problem.dtype], problem.D, tile_n, cluster, problem.descale, is_token_major(problem))
 
 
 def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:

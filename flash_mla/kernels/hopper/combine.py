@@ -23,6 +23,7 @@ import cutlass.utils as utils
 from cutlass import Boolean, Float32, Int32, const_expr
 
 from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.table import length_of
 
 WARPS = 8
@@ -44,7 +45,7 @@ def combine_kernel(
     split_of: cute.Tensor,  # [clusters, 4]
     sink: cute.Tensor,  # [Hq]
     has_sink: Int32,
-    S_q: Int32,
+    packing: Packing,
     heads: Int32,
     empty_lse: Float32,
 ):
@@ -72,7 +73,7 @@ def combine_kernel(
     cute.arch.sync_threads()
 
     few = items * item_rows * parts <= 2 * CTAS
-    target = Target(out, lse, sink, has_sink, S_q, heads, empty_lse, cluster_rows)
+    target = Target(out, lse, sink, has_sink, packing, heads, empty_lse, cluster_rows)
     if few:
         unit = cta
         while unit < items * item_rows * parts:
@@ -118,7 +119,7 @@ def combine_pieces_kernel(
     seq_lens: cute.Tensor,  # [B]
     sink: cute.Tensor,  # [Hq]
     has_sink: Int32,
-    S_q: Int32,
+    packing: Packing,
     heads: Int32,
     groups: Int32,
     piece: cutlass.Constexpr,
@@ -129,7 +130,7 @@ def combine_pieces_kernel(
     item_rows = cutlass.min(cluster_rows, lse.shape[1] // heads)
     items = seq_lens.shape[0] * groups
     slots = split.piece_slots(table.shape[1], piece, cutlass.min)
-    target = Target(out, lse, sink, has_sink, S_q, heads, -Float32.inf, cluster_rows)
+    target = Target(out, lse, sink, has_sink, packing, heads, -Float32.inf, cluster_rows)
     cute.arch.griddepcontrol_wait()
 
     unit = cta + CTAS * warp_id
@@ -153,7 +154,7 @@ class Target(NamedTuple):
     lse: cute.Tensor
     sink: cute.Tensor
     has_sink: Int32
-    S_q: Int32
+    packing: Packing
     heads: Int32
     empty_lse: Float32
     cluster_rows: int
@@ -224,12 +225,12 @@ def write_row(target: Target, request, group, part_row, part, largest, total, re
     row = group // tiles * rows + head_row
     if head_row < rows:
         if part == 0 and cute.arch.lane_idx() == 0:
-            lse[request, row] = (
+            lse[request, target.packing.lse_of(row)] = (
                 (largest + cute.math.log2(total, fastmath=True)) * math.log(2.0) if total > 0.0 else target.empty_lse
             )
         denominator = total
         if target.has_sink != 0:
-            sink_log2 = target.sink[row // target.S_q] * math.log2(math.e)
+            sink_log2 = target.sink[target.packing.head_of(row)] * math.log2(math.e)
             denominator = denominator + cute.math.exp2(sink_log2 - largest, fastmath=True)
         scale = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
         rounded = cute.make_rmem_tensor(4, out.element_type)
@@ -255,28 +256,29 @@ def lse_of(lse_partial: cute.Tensor, begin, piece, pieces, part_row, together: c
 
 
 @cute.jit
-def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads, stream, empty_lse=None):
+def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, stream, empty_lse=None):
     """Launch the kernel behind the decode kernel of the same stream.
 
-    has_sink, S_q and heads (KV heads): Int32; empty_lse: lse of a row without keys, Float32; None: -inf.
+    has_sink and heads (KV heads): Int32; packing: the order of rows; empty_lse: lse of a row without keys, Float32;
+    None: -inf.
     """
     empty_lse = -Float32.inf if const_expr(empty_lse is None) else empty_lse
-    combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, S_q, heads, empty_lse).launch(
+    combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, empty_lse).launch(
         grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream
     )
 
 
 @cute.jit
-def combine_partials(tensors, has_sink, S_q, heads, groups, stream, piece: cutlass.Constexpr):
+def combine_partials(tensors, has_sink, packing, heads, groups, stream, piece: cutlass.Constexpr):
     """Launch what a decode call needs, whose items are cut where ranges end or, unless `piece` is 0, into pieces.
 
     tensors: the call's; groups: items a request; the others as in `combine`.
     """
     out, lse, sink, partials = tensors.out, tensors.lse, tensors.sink, tensors.partials
     if const_expr(piece == 0):
-        combine(out, lse, *partials, sink, has_sink, S_q, heads, stream)
+        combine(out, lse, *partials, sink, has_sink, packing, heads, stream)
     else:
         combine_pieces_kernel(
-            out, lse, partials.out, partials.lse, tensors.table, tensors.seq_lens, sink, has_sink, S_q, heads, groups,
-            piece,
+            out, lse, partials.out, partials.lse, tensors.table, tensors.seq_lens, sink, has_sink, packing, heads,
+            groups, piece,
         ).launch(grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream)  # fmt: skip

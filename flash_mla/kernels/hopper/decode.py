@@ -4,12 +4,13 @@ A kernel is an object with `config`, `kernel`, the device function, and
 
     loads(q, k, v) -> what `kernel` takes first: TMA descriptors and views of
         q [rows, D, Hk, B] and pages k [64, D, Hk, Nblk, requests], v [64, Dv, Hk, Nblk, requests], in global memory
-    scalars(scale_log2, S_q, has_sink, rows, tiles, heads) -> what it takes last; tiles of the rows of a KV head
+    scalars(scale_log2, packing, has_sink, rows, tiles, heads) -> what it takes last; tiles of the rows of a KV head
 
 with `Tensors` between them. A config says what is the kernel's: `latent`, whether K is all there is, of one KV head, V
 its first columns; `factors`, whether it takes descales at all, and `descale`, whether they count; `rows`, query rows of
-a cluster; `q_unit`, elements of q in the 16 bytes of which TMA's strides are multiples; `piece`, the pairs of blocks
-that a batch-invariant call cuts requests at (0: it is none); `masked`, whether there is a bool mask.
+a cluster; `token_major`, their order; `q_unit`, elements of q in the 16 bytes of which TMA's strides are multiples;
+`piece`, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); `masked`, whether there is a
+bool mask.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.launch import launch_persistent
 from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.masks import Mask
+from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.partials import Partials, packed_rows, piece_slots
 
 
@@ -65,7 +67,7 @@ class Decode:
         q_descale: cute.Tensor,  # [B, Hk] FP32; anything if they do not count; None if the kernel takes none
         k_descale: cute.Tensor,
         v_descale: cute.Tensor,
-        out: cute.Tensor,  # [B, Hq, S_q, Dv], contiguous
+        out: cute.Tensor,  # [B, Hq, S_q, Dv], contiguous; token-major: as [B, S_q, Hq, Dv]
         lse: cute.Tensor,  # [B, Hq, S_q] FP32, contiguous
         workspace: cute.Tensor,  # [config.workspace_words(clusters, ...)] FP32
         seen: cute.Tensor,  # [B, Hq, S_q, columns] uint8; None if not config.masked
@@ -81,6 +83,7 @@ class Decode:
         config = self.kernel.config
         B, heads, S_q = q.shape[0], k.shape[1], q.shape[2]
         ratio = q.shape[1] // heads
+        packing = Packing(S_q, ratio if const_expr(config.token_major) else None)
         rows, q_row = ratio * S_q, cute.assume(q_row, divby=config.q_unit)
         q_head = cute.assume(ratio * q.stride[1], divby=config.q_unit)
         layout = cute.make_layout((rows, config.D, heads, B), stride=(q_row, 1, q_head, q.stride[0]))
@@ -106,9 +109,9 @@ class Decode:
             pages(k, k_requests),
             None if const_expr(config.latent) else pages(v, v_requests),
         )
-        scalars = self.kernel.scalars(scale_log2, S_q, has_sink, rows, tiles, heads)
+        scalars = self.kernel.scalars(scale_log2, packing, has_sink, rows, tiles, heads)
         launch_persistent(self.kernel.kernel(*loads, tensors, scalars), config, clusters, stream)
-        combine_partials(tensors, has_sink, S_q, Int32(heads), groups, stream, config.piece)
+        combine_partials(tensors, has_sink, packing, Int32(heads), groups, stream, config.piece)
 
 
 def pages(cache: cute.Tensor, requests) -> cute.Tensor:

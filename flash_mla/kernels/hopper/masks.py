@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Int32, const_expr
 
-from flash_mla.kernels.hopper import packing
 from flash_mla.kernels.hopper.limits import BLOCK
+from flash_mla.kernels.hopper.packing import Packing
 
 
 class Mask(NamedTuple):
@@ -31,11 +31,13 @@ class Mask(NamedTuple):
         return length - self.seen.shape[2] if self.tail != 0 else Int32(0)
 
     @cute.jit
-    def line(self, request, row):
-        """The columns of a row of a request, row = head * S_q + token; of one past the end, those of the last."""
-        S_q = self.seen.shape[2]
-        row = cutlass.min(row, self.seen.shape[1] * S_q - 1)
-        return self.seen[request, packing.head_of(row, S_q), packing.token_of(row, S_q), None]
+    def line(self, request, row, token_major: cutlass.Constexpr):
+        """The columns of a row of a request, in the order of rows told; of one past the end, those of the last."""
+        # NOTE: Hq and S_q of the mask itself, which has them in registers anyway: those of the call would spill
+        Hq, S_q = self.seen.shape[1], self.seen.shape[2]
+        packing = Packing(S_q, Hq if const_expr(token_major) else None)
+        row = cutlass.min(row, Hq * S_q - 1)
+        return self.seen[request, packing.head_of(row), packing.token_of(row), None]
 
 
 @cute.jit

@@ -1,12 +1,16 @@
-"""Combine: merge the partial (out, lse) that decode wrote for items that lie across shares (merge.py is the spec).
+"""Combine: merge the partial results that decode wrote for items that lie across shares.
 
-out = sum_i exp2(lse_i - max) out_i / sum_i exp2(lse_i - max), in the order of the shares, so that reruns are bitwise
-equal. Grid: (rows * column tiles, programs - 1). Program p looks at the boundary before share p + 1: if an item lies
-across it, and across no boundary before, the program merges one row of that item; otherwise it has nothing to do. Where
-items are cut into pieces, the grid is (rows * column tiles, items), and a program merges the pieces of an item, if it
-has more than one.
+A partial is out_i, the largest score max_i of its keys in base 2, and the sum sum_i of their weights:
+out = sum_i w_i out_i / sum_i w_i with w_i = sum_i exp2(max_i - max), in the order of the shares, so that reruns are
+bitwise equal. Grid: (rows * column tiles, programs - 1). Program p looks at the boundary before share p + 1: if an item
+lies across it, and across no boundary before, the program merges one row of that item; otherwise it has nothing to do.
+Where items are cut into pieces, the grid is (rows * column tiles, items), and a program merges the pieces of an item,
+if it has more than one.
 
 Bound: bytes of the partials, at most two items a share: 2 * programs * rows * Dv * 4.
+
+NOTE: max and sum apart, not the one lse of both (as in merge.py): where a mask adds -1e9 or finfo.min to every key of a
+row, FP32 has no place beside it for the log of a sum, and parts of 64 and of 6 keys would weigh the same.
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ def config(*, items: int, programs: int, Dv: int, pieces: int = 0) -> Config:
 @triton.jit
 def combine_kernel(
     seq_lens_ptr,  # [B]
-    partial_ptr,  # out_partial [2 * programs, partial_rows, DV_TILE], then lse_partial [2 * programs, partial_rows]
+    partial_ptr,  # out [slots, partial_rows, DV_TILE], max and sum [slots, partial_rows]; 2 slots a program, a piece: 1
     sink_ptr,  # [Hq]
     out_ptr,  # [B, Hq, S_q, Dv], last dim contiguous
     lse_ptr,  # [B, Hq, S_q] contiguous
@@ -103,7 +107,8 @@ def combine_kernel(
 
     # merge
     SLOTS: tl.constexpr = 1 if PIECE > 0 else 2
-    lse_partial_ptr = partial_ptr + tl.cast(SLOTS * programs * partial_rows, tl.int64) * DV_TILE
+    slot_rows = tl.cast(SLOTS * programs * partial_rows, tl.int64)
+    max_partial_ptr = partial_ptr + slot_rows * DV_TILE
     row_max = float("-inf")
     row_sum = 0.0
     acc = tl.zeros([TILE_C], tl.float32)
@@ -113,15 +118,16 @@ def combine_kernel(
         if PIECE == 0:  # only in its first share may the item not be the share's first
             slot = 2 * program + ((program == first) & (item_start > first * share)).to(tl.int32)
         slot_row = slot.to(tl.int64) * partial_rows + row  # [TILE_S]
-        lse2 = tl.load(lse_partial_ptr + slot_row, mask=program <= last, other=float("-inf"))
+        part_max = tl.load(max_partial_ptr + slot_row, mask=program <= last, other=float("-inf"))
+        part_sum = tl.load(max_partial_ptr + slot_rows + slot_row, mask=program <= last, other=0.0)
         part = tl.load(
             partial_ptr + slot_row[:, None] * DV_TILE + columns[None, :],
             mask=(program <= last)[:, None] & (columns < DV)[None, :],
             other=0.0,
         )  # [TILE_S, TILE_C]
-        row_max_new = tl.maximum(row_max, tl.max(lse2, 0))
+        row_max_new = tl.maximum(row_max, tl.max(part_max, 0))
         shift = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
-        weight = tl.exp2(lse2 - shift)
+        weight = part_sum * tl.exp2(part_max - shift)
         rescale = tl.exp2(row_max - shift)
         row_sum = row_sum * rescale + tl.sum(weight, 0)
         acc = acc * rescale + tl.sum(part * weight[:, None], 0)

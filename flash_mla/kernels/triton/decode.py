@@ -3,10 +3,10 @@
 Grid: (M tiles, programs). The S_q * ratio query rows that share a KV head are packed into M tiles; the M tiles of one
 share run side by side, so that their reads of the same K meet in L2. With SPLIT, `programs` programs cut the line of
 work units (see share.py) into equal shares whatever the lengths; a program walks the items of its share, writes an item
-that it holds whole straight to `out`, and any other as a partial (out, lse) in FP32: an item that began before the
-share in slot 2 * program, one that runs past its end in slot 2 * program + 1 (its slot 2 * program if it is also the
-program's first). Without SPLIT a program is one item; with PIECES a piece of one (see share.py), whose slot has the
-program's number.
+that it holds whole straight to `out`, and any other as a partial result in FP32 (`combine.py`): an item that began
+before the share in slot 2 * program, one that runs past its end in slot 2 * program + 1 (its slot 2 * program if it is
+also the program's first). Without SPLIT a program is one item; with PIECES a piece of one (see share.py), whose slot
+has the program's number.
 
 Bound: bytes of K and V, B * S * (D + Dv) * Hk * itemsize, of which MLA's alias reads only D: V is the first Dv columns
 of the K tile that is already on the chip. At 16 rows a KV byte of BF16 meets about 32 FLOP, far below the GPU's ratio;
@@ -164,7 +164,7 @@ def decode_kernel(
     sink_ptr,  # [Hq]
     out_ptr,  # [B, Hq, S_q, Dv], last dim contiguous
     lse_ptr,  # [B, Hq, S_q] contiguous
-    partial_ptr,  # out_partial [2 * programs, rows, DV_TILE], lse_partial [2 * programs, rows]; rows m_tiles * TILE_M
+    partial_ptr,  # see combine.py; rows m_tiles * TILE_M
     softmax_scale,  # its magnitude; FLIP has its sign
     B,
     Hk,
@@ -328,8 +328,10 @@ def decode_kernel(
                 slot_row = (part * partial_rows + rows).to(tl.int64)  # [TILE_M]
                 part_tile = partial_ptr + slot_row[:, None] * DV_TILE + offs_v[None, :]
                 tl.store(part_tile, out, mask=row_live[:, None] & (offs_v < DV)[None, :])
-                lse_partial_ptr = partial_ptr + tl.cast(SLOTS * tl.num_programs(1) * partial_rows, tl.int64) * DV_TILE
-                tl.store(lse_partial_ptr + slot_row, lse2, mask=row_live)
+                slot_rows = tl.cast(SLOTS * tl.num_programs(1) * partial_rows, tl.int64)
+                max_partial_ptr = partial_ptr + slot_rows * DV_TILE
+                tl.store(max_partial_ptr + slot_row, row_max, mask=row_live)
+                tl.store(max_partial_ptr + slot_rows + slot_row, row_sum, mask=row_live)
             written = row_live & (cut == 0)
         if sink_ptr is not None:
             out *= sink_factor(lse2, tl.load(sink_ptr + head, mask=row_live, other=0.0))[:, None]
@@ -355,9 +357,9 @@ def grid(config: Config, rows: int, items: int) -> tuple[int, int, int]:
 
 
 def partial_numel(config: Config, rows: int) -> int:
-    """FP32 elements of the workspace: two slots a program (a piece: one), a row of DV_TILE and its lse each."""
+    """FP32 elements of the workspace: two slots a program (a piece: one), each a row, its maximum and its sum."""
     slots = config.programs * (1 if config.pieces else 2)
-    return slots * -(-rows // config.tile_m) * config.tile_m * (config.dv_tile + 1)
+    return slots * -(-rows // config.tile_m) * config.tile_m * (config.dv_tile + 2)
 
 
 def constants(

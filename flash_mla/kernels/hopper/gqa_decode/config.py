@@ -56,7 +56,8 @@ class Config:
 
     dtype of k and v; D, Dv; tile_n, the query rows of a CTA; descale: whether q, k and v have factors; q, the dtype of
     the queries: that of k and v, or 16 bits over FP8 (out: the same, BF16 for FP8); piece: the pairs of blocks that a
-    batch-invariant call cuts requests at (0: it is none); masked: there is a bool mask.
+    batch-invariant call cuts requests at (0: it is none); masked: there is a bool mask;
+    token_major, the order of rows, where there is one KV head.
     """
 
     dtype: Literal["bf16", "fp16", "fp8"]
@@ -67,6 +68,7 @@ class Config:
     q: Literal["bf16", "fp16", "fp8"]
     piece: int = 0
     masked: bool = False
+    token_major: bool = False
 
     latent, factors = False, True
     cluster, threads = 1, THREADS

@@ -11,7 +11,6 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
-from flash_mla.kernels.hopper import packing
 from flash_mla.kernels.hopper.barriers import any_of, sync
 from flash_mla.kernels.hopper.boxes import zero_rows
 from flash_mla.kernels.hopper.dtypes import DTYPES
@@ -20,6 +19,7 @@ from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars, Shared
 from flash_mla.kernels.hopper.lanes import column_of, row_of
 from flash_mla.kernels.hopper.limits import BLOCK, ROW_BYTES, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.masks import Mask, needs_mask, sees
+from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.softmax import LAZY, LOW
 from flash_mla.kernels.hopper.transpose import transpose_load
 from flash_mla.kernels.hopper.walk import Done
@@ -138,10 +138,10 @@ class Consumer:
             self.S[i] = self.S[i] * scale_log2
 
     @cute.jit
-    def mask(self, key0, length, row0, S_q) -> None:
+    def mask(self, key0, length, row0, packing: Packing) -> None:
         """S = -inf past each row's last key; the block starts at key `key0`, the tile at row `row0` of its KV head."""
         for c in cutlass.range_constexpr(self.config.tile_n // 4):
-            room = packing.last_key(row0 + self.row(c), length, S_q) - key0 - self.key
+            room = packing.last_key(row0 + self.row(c), length) - key0 - self.key
             for half in cutlass.range_constexpr(2):
                 i = 4 * (c // 2) + c % 2 + 2 * half
                 self.S[i] = self.S[i] if 8 * half <= room else -Float32.inf
@@ -150,7 +150,7 @@ class Consumer:
     def mask_by(self, mask: Mask, request, row0, key0, first, length) -> None:
         """S = -inf where a mask, whose first column is key `first`, hides a key; the tile starts at row `row0`."""
         for c in cutlass.range_constexpr(self.config.tile_n // 4):
-            line = mask.line(request, row0 + self.row(c))
+            line = mask.line(request, row0 + self.row(c), self.config.token_major)
             for half in cutlass.range_constexpr(2):
                 i = 4 * (c // 2) + c % 2 + 2 * half
                 key = key0 + self.key + 8 * half
@@ -277,8 +277,8 @@ def consume(
             if needs_mask(key0, column0):
                 row0 = item.head * scalars.rows + item.tile * config.tile_n
                 consumer.mask_by(mask, item.request, row0, key0, column0, length)
-        elif key0 + BLOCK > length - scalars.S_q + 1:
-            consumer.mask(key0, length, item.tile * config.tile_n, scalars.S_q)
+        elif key0 + BLOCK > length - scalars.packing.S_q + 1:
+            consumer.mask(key0, length, item.tile * config.tile_n, scalars.packing)
 
         consumer.weigh(buffer)
 

@@ -1,6 +1,6 @@
 """GQA, MQA and MHA decode on Hopper: out = softmax(scale * Q K^T) V over paged caches of K and V.
 
-Grid: one CTA an SM, persistent. The query rows of one KV head (row = head of the group * S_q + token) are cut into
+Grid: one CTA an SM, persistent. The query rows of one KV head (`packing.py`) are cut into
 tiles of `tile_n`; a CTA computes one tile of one KV head against a range of the request's keys, which it finds from
 `seq_lens` on the device (`split.py`); `combine.py` adds the pieces of items that were split.
 
@@ -89,8 +89,8 @@ class GqaDecode:
         load_q = load_of(q, self.config.tile_n, columns) if self.config.q_terms == 1 else None
         return q, load_q, load_of(k, BLOCK, columns), load_of(v, BLOCK, columns)
 
-    def scalars(self, scale_log2, S_q, has_sink, rows, tiles, heads) -> Scalars:
-        return Scalars(scale_log2, S_q, has_sink, rows, tiles, heads)
+    def scalars(self, scale_log2, packing, has_sink, rows, tiles, heads) -> Scalars:
+        return Scalars(scale_log2, packing, has_sink, rows, tiles, heads)
 
     @cute.kernel
     def kernel(self, q: cute.Tensor, load_q: Tma | None, load_k: Tma, load_v: Tma, tensors: Tensors, scalars: Scalars):

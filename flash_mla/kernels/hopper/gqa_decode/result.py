@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from flash_mla.kernels.hopper import packing, split
+from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.gqa_decode.config import CONSUMERS, Bar
@@ -89,11 +89,12 @@ class Segments:
                 out_row = item.head * scalars.rows + head_row
                 if side == 0 and warp_id == 0 and lane < 4:
                     if whole:
-                        global_lse[item.request, out_row] = lse * math.log(2.0) if total > 0.0 else empty_lse
+                        place = scalars.packing.lse_of(out_row)
+                        global_lse[item.request, place] = lse * math.log(2.0) if total > 0.0 else empty_lse
                     else:
                         lse_partial[slot, row] = lse
                 if whole and scalars.has_sink != 0:
-                    sink = tensors.sink[packing.head_of(out_row, scalars.S_q)] * math.log2(math.e)
+                    sink = tensors.sink[scalars.packing.head_of(out_row)] * math.log2(math.e)
                     denominator = denominator + cute.math.exp2(sink - row_max, fastmath=True)
             inverse[c] = v_scale * cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
 
@@ -152,4 +153,4 @@ class Segments:
         for i in cutlass.range(128 * consumer.side + consumer.tid, rows * config.Dv, CONSUMERS, unroll=1):
             out[item.request, row0 + i // config.Dv, i % config.Dv] = Float32(0.0).to(out.element_type)
             if i % config.Dv == 0:
-                lse[item.request, row0 + i // config.Dv] = self.scalars.empty_lse
+                lse[item.request, self.scalars.packing.lse_of(row0 + i // config.Dv)] = self.scalars.empty_lse

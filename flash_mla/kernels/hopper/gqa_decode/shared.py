@@ -13,15 +13,16 @@ from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.gqa_decode.config import CONSUMER_WARPS, QUERY_WARPS, WARPS, Config
 from flash_mla.kernels.hopper.limits import BLOCK
+from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.walk import Place
 
 
 class Scalars(NamedTuple):
-    """scale * log2(e); query tokens a request; whether `sink` counts; rows and row tiles of a KV head; KV heads."""
+    """scale * log2(e); the order of rows; whether `sink` counts; rows and row tiles of a KV head; KV heads."""
 
     scale_log2: Float32
-    S_q: Int32
+    packing: Packing
     has_sink: Int32
     rows: Int32
     tiles: Int32

@@ -52,7 +52,7 @@ class Config:
 
     dtype of q, k and out; D, the width of K's rows (576, or 512 without a rope part); cluster, the CTAs that share K;
     piece, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); masked, whether there is a
-    bool mask.
+    bool mask; token_major, the order of rows.
     """
 
     dtype: Literal["bf16", "fp16"]
@@ -60,6 +60,7 @@ class Config:
     cluster: int
     piece: int = 0
     masked: bool = False
+    token_major: bool = False
 
     Dv = DV
     latent, factors = True, False

@@ -10,13 +10,13 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
-from flash_mla.kernels.hopper import packing
 from flash_mla.kernels.hopper.barriers import arrive, sync
 from flash_mla.kernels.hopper.boxes import zero_rows
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.mla_decode.config import CONSUMER_WARPS, CONSUMERS, HALF, Bar, Config
 from flash_mla.kernels.hopper.mla_decode.shared import Shared
+from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.softmax import LAZY, Rows
 
 
@@ -93,12 +93,12 @@ class Consumer:
         return self.config.cluster == 1
 
     @cute.jit
-    def start(self, row0, length, S_q) -> None:
+    def start(self, row0, length, packing: Packing) -> None:
         """Begin a segment whose first row is row `row0` of the request."""
         self.O.fill(0.0)
         self.rows.start()
         for r in cutlass.range_constexpr(2):
-            self.rows.last_key[r] = packing.last_key(row0 + self.rows.first + 8 * r, length, S_q)
+            self.rows.last_key[r] = packing.last_key(row0 + self.rows.first + 8 * r, length)
 
     @cute.jit
     def scores(self, chunks: cutlass.Constexpr, first: cutlass.Constexpr) -> None:

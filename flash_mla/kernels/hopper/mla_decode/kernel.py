@@ -1,7 +1,7 @@
 """MLA decode on Hopper: out = softmax(scale * Q K^T) V with V = K[:, :512], over a paged cache of one KV head.
 
-Grid: one CTA an SM, persistent, in clusters of 1 or 2. The S_q * Hq query rows of a request are packed (row = head *
-S_q + token) and cut into tiles of 64; a CTA computes one row tile against a range of the request's keys. A cluster of
+Grid: one CTA an SM, persistent, in clusters of 1 or 2. The S_q * Hq query rows of a request are packed (`packing.py`)
+and cut into tiles of 64; a CTA computes one row tile against a range of the request's keys. A cluster of
 two takes two row tiles of one request against the same keys and loads each block of K once for both (TMA multicast).
 Every CTA finds its range from `seq_lens` on the device (`split.py`); `combine.py` adds the pieces of requests that
 were split.
@@ -88,8 +88,8 @@ class MlaDecode:
         k = k[None, None, 0, None, None]
         return load_of(q[None, None, 0, None], TILE_M, CHUNK), load_of(k, BLOCK, CHUNK, self.config.cluster > 1), k
 
-    def scalars(self, scale_log2, S_q, has_sink, _rows, tiles, _heads) -> Scalars:
-        return Scalars(scale_log2, S_q, has_sink, tiles)
+    def scalars(self, scale_log2, packing, has_sink, _rows, tiles, _heads) -> Scalars:
+        return Scalars(scale_log2, packing, has_sink, tiles)
 
     @cute.kernel
     def kernel(self, load_q: Tma, load_k: Tma, pages: cute.Tensor, tensors: Tensors, scalars: Scalars):

@@ -55,7 +55,7 @@ class Masked(Causal):
         key0, first, rows, S = own_block(consumer, pair), self.mask.first(self.length), consumer.rows, consumer.S
         if needs_mask(key0, first):
             for r in cutlass.range_constexpr(2):
-                line = self.mask.line(self.request, self.row0 + rows.first + 8 * r)
+                line = self.mask.line(self.request, self.row0 + rows.first + 8 * r, consumer.config.token_major)
                 for j in cutlass.range_constexpr(cute.size(S) // 4):
                     for e in cutlass.range_constexpr(2):
                         i, key = 4 * j + 2 * r + e, key0 + rows.column + 8 * j + e

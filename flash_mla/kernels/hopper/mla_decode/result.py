@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from flash_mla.kernels.hopper import packing, split
+from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.lanes import quad_sum
@@ -36,14 +36,14 @@ class Segments:
     @cute.jit
     def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """Compute a segment and write its result; of an empty request, zeros."""
-        consumer, S_q = self.consumer, self.scalars.S_q
+        consumer, packing = self.consumer, self.scalars.packing
         row0 = (place.group * consumer.config.cluster + self.rank) * TILE_M
         if part.last > part.first:
-            consumer.start(row0, length, S_q)
+            consumer.start(row0, length, packing)
             consumer.shared.q.wait(0, done.segments)
-            keys = Causal(length, S_q)
+            keys = Causal(length, packing.S_q)
             if const_expr(consumer.config.masked):
-                keys = Masked(length, S_q, self.tensors.mask, place.request, row0)
+                keys = Masked(length, packing.S_q, self.tensors.mask, place.request, row0)
             if const_expr(consumer.side == 0):
                 consume_left(consumer, keys, part.first, part.last, done.items)
             else:
@@ -61,6 +61,7 @@ class Segments:
     def write_result(self, request, row0, whole, slot) -> None:
         """Normalise O and write it: to out and lse if the segment is a whole item, else to the partial slot."""
         consumer, tensors, partials = self.consumer, self.tensors, self.tensors.partials
+        packing = self.scalars.packing
         rows_of, side, sSum = consumer.rows, consumer.side, consumer.shared.sSum
         global_lse, lse_partial, rows = tensors.lse, partials.lse, tensors.out.shape[1]
         first_lane, empty_lse = consumer.tid % 4 == 0, self.scalars.empty_lse
@@ -81,9 +82,9 @@ class Segments:
             if whole:
                 if row < rows:
                     if writes:
-                        global_lse[request, row] = lse * math.log(2.0) if total > 0.0 else empty_lse
+                        global_lse[request, packing.lse_of(row)] = lse * math.log(2.0) if total > 0.0 else empty_lse
                     if self.scalars.has_sink != 0:
-                        sink = tensors.sink[packing.head_of(row, self.scalars.S_q)] * math.log2(math.e)
+                        sink = tensors.sink[packing.head_of(row)] * math.log2(math.e)
                         total = total + cute.math.exp2(sink - rows_of.max[r], fastmath=True)
             elif writes:
                 lse_partial[slot, self.rank * TILE_M + tile_row] = lse
@@ -110,7 +111,7 @@ class Segments:
             if row < out.shape[1]:
                 cute.autovec_copy(zeros, cute.local_tile(out[request, row, None], (8,), (tid % 64,)))
                 if tid % 64 == 0:
-                    lse[request, row] = self.scalars.empty_lse
+                    lse[request, self.scalars.packing.lse_of(row)] = self.scalars.empty_lse
 
 
 @cute.jit

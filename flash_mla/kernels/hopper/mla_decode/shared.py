@@ -22,14 +22,15 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     WARPS,
     Config,
 )
+from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.split import scan_words
 
 
 class Scalars(NamedTuple):
-    """scale * log2(e); query tokens a request; whether `sink` counts; row groups a request."""
+    """scale * log2(e); the order of rows; whether `sink` counts; row groups a request."""
 
     scale_log2: Float32
-    S_q: Int32
+    packing: Packing
     has_sink: Int32
     groups: Int32
 

@@ -55,7 +55,8 @@ class Config:
     """What is compiled: everything else is an argument of the kernel.
 
     q, the dtype of the queries (out: the same, BF16 for FP8); D, the width of K's rows (576, or 512 without a rope
-    part); tile_n, the query rows of a CTA; cluster, the CTAs that share K; descale: whether q, k and v have factors.
+    part); tile_n, the query rows of a CTA; cluster, the CTAs that share K; descale: whether q, k and v have factors;
+    token_major, the order of rows.
     """
 
     q: Literal["fp8", "bf16", "fp16"]
@@ -63,6 +64,7 @@ class Config:
     tile_n: int
     cluster: int
     descale: bool
+    token_major: bool = False
 
     Dv = DV
     latent, factors = True, True

@@ -1,7 +1,7 @@
 """MLA decode over an FP8 cache on Hopper: out = softmax(scale * Q K^T) V with V = K[:, :512], K in e4m3.
 
-Grid: one CTA an SM, persistent, in clusters of 1 or 2. The S_q * Hq query rows of a request are packed (row = head *
-S_q + token) and cut into tiles of `tile_n`: 16, 32 or 64. A CTA computes one row tile against a range of the request's
+Grid: one CTA an SM, persistent, in clusters of 1 or 2. The S_q * Hq query rows of a request are packed (`packing.py`)
+and cut into tiles of `tile_n`: 16, 32 or 64. A CTA computes one row tile against a range of the request's
 keys; a cluster of two takes two tiles against the same keys, and each CTA loads half of a block's rows for both (TMA
 multicast). Every CTA finds its range from `seq_lens` on the device (`split.py`); `combine.py` adds the pieces of
 requests that were split.
@@ -111,8 +111,8 @@ class MlaDecodeFp8:
         )
         return loads, k, cute.make_tensor(q.iterator, cute.select(q.layout, mode=[2, 0, 1]))
 
-    def scalars(self, scale_log2, S_q, has_sink, _rows, tiles, _heads) -> Scalars:
-        return Scalars(scale_log2, S_q, has_sink, tiles)
+    def scalars(self, scale_log2, packing, has_sink, _rows, tiles, _heads) -> Scalars:
+        return Scalars(scale_log2, packing, has_sink, tiles)
 
     @cute.kernel
     def kernel(self, loads: Loads, pages: cute.Tensor, q: cute.Tensor, tensors: Tensors, scalars: Scalars):

@@ -11,7 +11,7 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float8E4M3FN, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from flash_mla.kernels.hopper import packing, split
+from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.e4m3 import move_reference, pack, pack_twice, sum_pairs
 from flash_mla.kernels.hopper.lanes import quad_sum
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M
@@ -65,7 +65,7 @@ class Scores(Role):
     @cute.jit
     def segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """The scores of all blocks of a segment, and their lse; of an empty request, zeros."""
-        S_q, request, row0 = self.scalars.S_q, place.request, self.row0(place)
+        S_q, request, row0 = self.scalars.packing.S_q, place.request, self.row0(place)
         if part.last > part.first:
             first, last = block_range(part, length)
             scale, v_scale = self.scalars.scale_log2, Float32(1.0)
@@ -97,7 +97,7 @@ class Scores(Role):
         self.rounded.fill(0.0)
         self.top.fill(LOW)
         for r in cutlass.range_constexpr(self.config.thread_rows):
-            self.rows.last_key[r] = packing.last_key(row0 + self.row(r), length, self.scalars.S_q)
+            self.rows.last_key[r] = self.scalars.packing.last_key(row0 + self.row(r), length)
 
     def row(self, r: int):
         """This thread's row number r in the tile."""
@@ -218,6 +218,7 @@ class Scores(Role):
         """The lse of the segment's rows, to lse or to the partial slot, and what turns O into out."""
         rows, scale, sScale, sink = self.rows, self.shared.scale, self.shared.sScale, self.tensors.sink
         global_lse, lse_partial = self.tensors.lse, self.tensors.partials.lse
+        packing = self.scalars.packing
         scale.acquire(0, segments)
         for r in cutlass.range_constexpr(self.config.thread_rows):
             tile_row = self.row(r)
@@ -229,9 +230,9 @@ class Scores(Role):
             if self.tid % 4 == 0 and tile_row < self.config.tile_n:
                 if whole:
                     if row < global_lse.shape[1]:
-                        global_lse[request, row] = lse * math.log(2.0)
+                        global_lse[request, packing.lse_of(row)] = lse * math.log(2.0)
                         if self.scalars.has_sink != 0:
-                            sunk = sink[packing.head_of(row, self.scalars.S_q)] * math.log2(math.e)
+                            sunk = sink[packing.head_of(row)] * math.log2(math.e)
                             sunk = cute.math.exp2(sunk - rows.max[r], fastmath=True)
                             out_scale = out_scale * (total * cute.arch.rcp_approx(total + sunk))
                 else:
@@ -250,4 +251,4 @@ class Scores(Role):
             if row < out.shape[1]:
                 cute.autovec_copy(zeros, cute.local_tile(out[request, row, None], (8,), (tid % 64,)))
                 if tid % 64 == 0:
-                    lse[request, row] = -Float32.inf
+                    lse[request, self.scalars.packing.lse_of(row)] = -Float32.inf

@@ -53,6 +53,7 @@ from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES, START
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer as ManyConsumer
+from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.partials import Partials, note_split
 from flash_mla.kernels.hopper.sparse_decode import few, many
 from flash_mla.kernels.hopper.sparse_decode.config import (
@@ -94,7 +95,7 @@ class Tensors(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """scale * log2(e); whether `sink` counts; groups of heads a token; heads; S_q: rows that share a head, 1; lse of a
+    """scale * log2(e); whether `sink` counts; groups of heads a token; heads; the order of rows, one a head; lse of a
     row without keys.
     """
 
@@ -102,7 +103,7 @@ class Scalars(NamedTuple):
     has_sink: Int32
     groups: Int32
     rows: Int32
-    S_q: Int32
+    packing: Packing
     empty_lse: Float32
 
 
@@ -152,11 +153,11 @@ class SparseDecode:
             partials=Partials.over(workspace, clusters, config.tile_rows, DV),
         )
         groups = (Hq + (config.tile_rows - 1)) // config.tile_rows
-        scalars = Scalars(scale_log2, has_sink, groups, Hq, Int32(1), empty_lse)
+        packing = Packing(Int32(1))
+        scalars = Scalars(scale_log2, has_sink, groups, Hq, packing, empty_lse)
         load_q = load_of(gQ, config.tile_heads, CHUNK)
         launch_persistent(self.kernel(load_q, caches, tokens, S_q, results, scalars), config, clusters, stream)
-        one = Int32(1)
-        combine(results.out, results.lse, *results.partials, sink, has_sink, one, one, stream, empty_lse)
+        combine(results.out, results.lse, *results.partials, sink, has_sink, packing, Int32(1), stream, empty_lse)
 
     @cute.kernel
     def kernel(

@@ -16,6 +16,7 @@ from flash_mla.kernels.hopper.mla_decode import result, shared
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGED, STAGES
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
 from flash_mla.kernels.hopper.mla_decode.pairs import Gathered, consume_left, consume_right
+from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.sparse_decode.config import CONSUMER_WARPS, Config
 from flash_mla.kernels.hopper.sparse_decode.live import live_words
 from flash_mla.kernels.hopper.split import scan_words
@@ -83,7 +84,7 @@ class Segments(result.Segments):
         row0 = (place.group * consumer.config.cluster + self.rank) * TILE_M
         if part.last > part.first:
             pairs = part.last - part.first
-            consumer.start(row0, length, 1)
+            consumer.start(row0, length, Packing(1))
             consumer.shared.q.wait(0, done.segments)
             if const_expr(consumer.side == 0):
                 consume_left(consumer, Named(), 0, pairs, done.items)

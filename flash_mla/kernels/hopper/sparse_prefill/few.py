@@ -25,6 +25,7 @@ from flash_mla.kernels.hopper.gqa_decode.pairs import consume_pairs
 from flash_mla.kernels.hopper.gqa_decode.shared import Item
 from flash_mla.kernels.hopper.limits import BLOCK, WARP, WARPGROUP
 from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, CONSUMER_WARPS, CONSUMERS, DV, K_CHUNKS, STAGES
+from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.sparse_prefill.config import PRODUCER_WARPS, Config
 from flash_mla.kernels.hopper.sparse_prefill.shared import Scalars, Tensors, tile_at
 
@@ -127,11 +128,15 @@ class Outputs(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What it asks for: query tokens a request; heads; whether `sink` counts."""
+    """What it asks for: heads; whether `sink` counts."""
 
-    S_q: int
     rows: Int32
     has_sink: Int32
+
+    @property
+    def packing(self) -> Packing:
+        """A head is a row."""
+        return Packing(1)
 
     @property
     def empty_lse(self):
@@ -152,7 +157,7 @@ class Tiles:
     def over(shared: Shared, side, tid, tensors: Tensors, scalars: Scalars) -> Tiles:
         consumer = Consumer.over(shared, side, tid)
         outputs = Outputs(tensors.out, tensors.lse, tensors.sink, tensors)
-        counts = Counts(1, tensors.out.shape[1], scalars.has_sink)
+        counts = Counts(tensors.out.shape[1], scalars.has_sink)
         return Tiles(consumer, tensors, scalars, result.Segments(consumer, outputs, counts, Int32(0)))
 
     @cute.jit
