@@ -101,6 +101,16 @@ def test_split_items_are_found_by_combine(case: tuple[list[int], int, int, int])
         assert partials[item] == [(first, 1)] + [(cluster, 0) for cluster in range(first + 1, last + 1)]
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, split.PAIR), min_size=1, max_size=300), st.integers(1, 3), st.integers(1, 70))
+def test_one_pair_is_never_split(lengths: list[int], groups: int, clusters: int) -> None:
+    # the launch leaves combine out then
+    assert not split.may_split(split.PAIR // 64)
+    for start in range(3):
+        assert all(part.whole for segments in walk(lengths, groups, clusters, start) for _, part, _ in segments)
+    assert all(part.whole for _, part in walk_pieces(lengths, groups, clusters, 4))
+
+
 def test_a_uniform_batch_is_not_split() -> None:
     assert all(part.whole for segments in walk([4096] * 128, 1, 66, 1) for _, part, _ in segments)
     assert all(part.whole for segments in walk([4096] * 128, 1, 132, 1) for _, part, _ in segments)

@@ -89,5 +89,6 @@ def launch(kernel: Callable[..., None], config: Any, problem: DecodeProblem, arg
             query_row_stride(problem),
             int(problem.tail),
             *requests,
+            int(split.may_split(problem.table_blocks)),
             clusters,
         )

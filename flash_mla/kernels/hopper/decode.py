@@ -77,6 +77,7 @@ class Decode:
         tail: Int32,  # whether `seen` is over the S_q newest tokens alone
         k_requests: Int32,  # with pages of their own: B, or 1 where they share them
         v_requests: Int32,
+        splits: Int32,  # whether a request may be split at all
         clusters: Int32,
         stream,
     ):
@@ -111,7 +112,8 @@ class Decode:
         )
         scalars = self.kernel.scalars(scale_log2, packing, has_sink, rows, tiles, heads)
         launch_persistent(self.kernel.kernel(*loads, tensors, scalars), config, clusters, stream)
-        combine_partials(tensors, has_sink, packing, Int32(heads), groups, stream, config.piece)
+        if splits != 0:
+            combine_partials(tensors, has_sink, packing, Int32(heads), groups, stream, config.piece)
 
 
 def pages(cache: cute.Tensor, requests) -> cute.Tensor:
@@ -150,7 +152,7 @@ def arguments(config: Any, q: str, cache: str, out: str) -> tuple:
         symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
         symbolic.tensor(Uint8, (B, Hq, S_q, None), strided=True) if config.masked else None,
-        *symbolic.numbers(Float32, Int32, Int64, Int32, Int32, Int32, Int32),
+        *symbolic.numbers(Float32, Int32, Int64, Int32, Int32, Int32, Int32, Int32),
     )
 
 

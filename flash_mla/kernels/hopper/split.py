@@ -91,6 +91,11 @@ def unsplit(heaviest: Any, items: Any, most_items: Any) -> Shares:
     return Shares(most_items * heaviest, items * heaviest, heaviest, 0)
 
 
+def may_split(table_blocks: Any) -> Any:
+    """Whether an item can be split at all, whose request has so many blocks in the table: one pair of them cannot."""
+    return table_blocks > 2
+
+
 def pays(split: Shares, whole: Shares, cost: Any = SPLIT_COST) -> Any:
     """Whether splitting, which costs a call so many steps, beats whole items."""
     return split.chunk + cost < whole.chunk
