@@ -51,7 +51,7 @@ ROWS = 32
 """Most rows of an item: q and O of 32 MLA rows are 140 KiB, beside 74 KiB of K a block, in an L2 of 512 KiB."""
 MANY = {"fma": 24, "avx512bf16": 16, "neon": 16, "amx": 8}
 """Rows of an item from which on they lie in lanes, by unit: pairs of BF16 are not widened, so that fewer rows pay."""
-MANY_ROWS = {"fma": (96, 48), "avx512bf16": (96, 48), "neon": (96, 48), "amx": (192, 128)}
+MANY_ROWS = {"fma": (96, 64), "avx512bf16": (96, 64), "neon": (96, 64), "amx": (192, 128)}
 """Most rows of such an item, for D up to 256 and above: K is widened once for all of them; q, O, scores and K take 170
 KiB at 96 rows of D 128. AMX's are on cores with 2 MiB of L2."""
 TILE_ROWS = 12

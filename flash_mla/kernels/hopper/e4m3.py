@@ -15,8 +15,9 @@ from flash_mla.kernels.hopper.softmax import Rows
 
 PEAK = 6.0
 """Where a row's reference puts the largest P of a block when it moves: below 2^7, and the largest of all at 2^6."""
-HIGHEST = 8.75
-"""A block whose largest P would lie above 2^8.75 moves the reference up."""
+HIGHEST = 8.0
+"""A block whose largest P would lie above 2^8 moves the reference up. So no key that is rounded, by up to 5.9 %, weighs
+more than four times as much as one that is exact."""
 LOWEST = 0.0
 """A block whose largest P would lie below 2^0 moves it down."""
 FAR = 30.0

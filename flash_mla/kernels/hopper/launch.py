@@ -1,4 +1,4 @@
-"""How a persistent kernel is launched: the CTAs of its config on every SM that it gets."""
+"""How a kernel is launched that hands out its work itself: a number of CTAs, or the clusters of its config."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ def launch_persistent(kernel: Any, config: Any, clusters: Any, stream: Any) -> N
         cluster=(config.cluster, 1, 1) if config.cluster > 1 else None,
         smem=config.smem_bytes(),
         min_blocks_per_mp=1,
+        stream=stream,
+    )
+
+
+def launch_ctas(kernel: Any, ctas: Any, threads: int, smem: int, stream: Any, an_sm: int = 1) -> None:
+    """Launch a kernel, called with its arguments, on `ctas` CTAs, `an_sm` of them on an SM, without a cluster."""
+    kernel.launch(
+        grid=(ctas, 1, 1),
+        block=(threads, 1, 1),
+        smem=smem,
+        min_blocks_per_mp=an_sm,
+        # NOTE: without it the DSL asks a driver for the default, and compiling wants a GPU
+        preferred_smem_carveout=100,
         stream=stream,
     )
 

@@ -123,9 +123,11 @@ def config(
     )
     found = next(fits, None)
     tile_m, stages, tile_n = found or (16, *WIDEST[-1])
-    # FP32 rows of 576 on 99 KiB: exact products keep one copy of q instead of two
-    products = precision(itemsize, target) if found else "ieee"
-    warps = 8 if tile_m * columns.dv_tile > 32 * 256 else 4
+    # NOTE: three TF32 products keep q and a tile of K twice, in registers: with rows of 576 that is 5 to 10 KB of stack
+    # a thread. Exact products by 8 warps spill nothing: 58 us against 231 (H200, 4 requests of 448 tokens, 8 heads)
+    wide = target.backend == "cuda" and itemsize == 4 and columns.d_main > 256
+    products = "ieee" if wide or not found else precision(itemsize, target)
+    warps = 8 if wide or tile_m * columns.dv_tile > 32 * 256 else 4
     per_sm = max(1, min(2, target.smem // smem(tile_m, stages, tile_n)))
 
     # cut requests unless there are so many items that the last one's length does not matter

@@ -53,6 +53,7 @@ from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.launch import launch_ctas
 from flash_mla.kernels.hopper.limits import CHUNK, STAGED
 from flash_mla.kernels.hopper.memory import allocate
 
@@ -97,15 +98,7 @@ class Keys:
             v=load_of(rows_first(v), TILE_N, CHUNK),
             d_out=load_of(rows_first(d_out), TILE_Q, CHUNK),
         )
-        self.kernel(tmas, dk, dv, tensors, scalars).launch(
-            grid=(ctas, 1, 1),
-            block=(THREADS, 1, 1),
-            smem=self.config.keys_bytes(),
-            min_blocks_per_mp=1,
-            # NOTE: without it the DSL asks a driver for the default, and compiling wants a GPU
-            preferred_smem_carveout=100,
-            stream=stream,
-        )
+        launch_ctas(self.kernel(tmas, dk, dv, tensors, scalars), ctas, THREADS, self.config.keys_bytes(), stream)
 
     @cute.kernel
     def kernel(self, tmas: Tmas, dk: cute.Tensor, dv: cute.Tensor, tensors: Tensors, scalars: Scalars):

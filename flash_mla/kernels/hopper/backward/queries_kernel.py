@@ -30,6 +30,7 @@ from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.boxes import Tma, load_of, row_layout, tma_boxes, zero_rows
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.launch import launch_ctas
 from flash_mla.kernels.hopper.limits import CHUNK, STAGED, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.staging import store_rows
@@ -74,15 +75,8 @@ class Queries:
         ctas: Int32,
         stream,
     ):
-        self.kernel(load_of(rows_first(k), TILE_N, CHUNK), dq, tensors, scalars).launch(
-            grid=(ctas, 1, 1),
-            block=(THREADS, 1, 1),
-            smem=self.config.queries_bytes(),
-            min_blocks_per_mp=1,
-            # NOTE: without it the DSL asks a driver for the default, and compiling wants a GPU
-            preferred_smem_carveout=100,
-            stream=stream,
-        )
+        kernel = self.kernel(load_of(rows_first(k), TILE_N, CHUNK), dq, tensors, scalars)
+        launch_ctas(kernel, ctas, THREADS, self.config.queries_bytes(), stream)
 
     @cute.kernel
     def kernel(self, tma: Tma, dq: cute.Tensor, tensors: Tensors, scalars: Scalars):

@@ -65,6 +65,7 @@ from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import Tma, load_of, store_of, tma_boxes
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.launch import launch_ctas
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.prefill.config import TASK, TASK_STAGES, TRANSPOSERS, ZEROS, Config
@@ -116,16 +117,9 @@ class Prefill:
             v=load_of(rows_first(v, config.paged), config.box_rows, config.chunk(config.Dv)),
             out=store_of(rows_first(out, False), config.tile_m, CHUNK),
         )
-        self.kernel(tmas, out, tensors, scalars).launch(
-            grid=(ctas, 1, 1),
-            block=(config.threads, 1, 1),
-            smem=config.smem_bytes(),
-            # NOTE: 2 also bounds the registers at entry to what REGISTERS[1] adds up to, where one CTA fits
-            min_blocks_per_mp=2 if config.sparse else 1,
-            # NOTE: without it the DSL asks a driver for the default, and compiling wants a GPU
-            preferred_smem_carveout=100,
-            stream=stream,
-        )
+        # NOTE: 2 also bounds the registers at entry to what REGISTERS[1] adds up to, where one CTA fits
+        an_sm = 2 if config.sparse else 1
+        launch_ctas(self.kernel(tmas, out, tensors, scalars), ctas, config.threads, config.smem_bytes(), stream, an_sm)
 
     @cute.kernel
     def kernel(self, tmas: Tmas, out: cute.Tensor, tensors: Tensors, scalars: Scalars):
