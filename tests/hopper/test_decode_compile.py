@@ -54,6 +54,8 @@ def test_mla_decode(dtype: str, D: int, cluster: int, tmp_path: Path) -> None:
     config = MlaConfig(dtype, D, cluster)  # type: ignore[arg-type]
     assert config.smem_bytes() <= SMEM_BYTES
     sass = compiled(build, config, tmp_path)
+    # rows of out, 16 bytes a thread: a stride of unknown divisor would make it 2
+    assert sass.count(r"STG\.E\.128") >= 32
     # entry registers of the two kernels: 65536 / 384 threads, rounded down to 8; and combine's
     assert max(registers for registers, _ in sass.resources) == 168
     assert sass.spills == (0, 0, 0)

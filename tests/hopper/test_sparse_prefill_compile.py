@@ -158,6 +158,8 @@ def test_compiles(config: Config, tmp_path: Path) -> None:
 
     sass = compiled(build, config, tmp_path)
     check(sass, config)
+    # rows of out, 16 bytes a thread: a stride of unknown divisor would make it 2
+    assert sass.count(r"STG\.E\.128") >= 32
     # Q K^T in three places; P V: 4 steps, two blocks, in three places
     assert sass.count("HGMMA") == 3 * config.D // 16 + 3 * 2 * 4
     # NOTE: serialised wgmma shows as one wait an instruction

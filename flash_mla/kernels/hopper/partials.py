@@ -89,6 +89,8 @@ def packed_rows(out: cute.Tensor, lse: cute.Tensor):
     B, Hq, S_q, Dv = out.shape
     rows = Hq * S_q
     return (
-        cute.make_tensor(out.iterator, cute.make_layout((B, rows, Dv), stride=(Int64(rows) * Dv, Dv, 1))),
+        cute.make_tensor(
+            out.iterator, cute.make_layout((B, rows, Dv), stride=(cute.assume(Int64(rows) * Dv, divby=Dv), Dv, 1))
+        ),
         cute.make_tensor(lse.iterator, cute.make_layout((B, rows), stride=(rows, 1))),
     )

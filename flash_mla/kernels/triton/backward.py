@@ -66,21 +66,24 @@ bounds the accumulators: 64 rows of D + Dv = 512 columns are 128 registers a thr
 WIDE = (64, 128, 8)
 """Before TILES where it fills half of ACCUMULATOR: with more it spills 792 bytes a thread on sm_100."""
 HOPPER = ((64, 128, 8, 3, 128), (64, 128, 8, 2, 192), (64, 64, 4, 2, 256), (32, 128, 8, 2, 320))
-"""Before both on Hopper without a mask: the same, stages, and columns of the accumulators at most. Each warpgroup then
-has 64 kept rows of its own; two share them in TILES. H200, 32 heads, 8192 tokens, causal: dk and dv of 128/128 at 445
-TFLOP/s beside 233 of (64, 64, 8, 3), of 192/128 at 344 beside 241; dq of 128 columns at 479 beside 385 in two stages,
-of 192 at 419 beside 230. What they spill, 224 bytes a thread at most, is mostly addresses, outside of the loops."""
+"""Before both on Hopper: the same, stages, columns of the accumulators at most; with blocks or a bool mask, those of
+one warpgroup. Each warpgroup then has 64 kept rows of its own; two share them in TILES. H200, 32 heads, 8192 tokens,
+causal: dk and dv of 128/128 at 445 TFLOP/s beside 233 of (64, 64, 8, 3), of 192/128 at 344 beside 241; dq of 128
+columns at 479 beside 385 in two stages, of 192 at 419 beside 230. With 25 % of the blocks, dk and dv of 128/128 take
+1.49 ms beside 2.74 of (64, 64, 8, 3), dq 0.76 beside 1.52; with a bool mask, 4096 tokens, 1.97 beside 3.72 and 0.84
+beside 1.00. What they spill, 224 bytes a thread at most, is mostly addresses, outside of the loops."""
 
 
 def config(*, P: int, S_kv: int, D: int, Dv: int, mask: int, block_mask: bool, itemsize: int, target: Target) -> Config:
     """The tiles for these dims: pure arithmetic, no device. mask: bytes of an element (tiles.MASK_BYTES)."""
     d_main, d_rest = head_tiles(D)
     d, dv_tile = d_main + d_rest, value_tile(Dv)
-    plain = itemsize < 4 and not mask and not block_mask
+    plain = not mask and not block_mask
 
     def first(columns: int, length: int, walked: int) -> Tiles:
         """columns: of the accumulators; length, walked: rows there are to keep and to walk."""
-        tries = [x[:4] for x in HOPPER if columns <= x[4]] if plain and target.wgmma else []
+        hopper = [x for x in HOPPER if columns <= x[4] and (plain or (x[2] == 4 and mask <= 1))]
+        tries = [x[:4] for x in hopper] if itemsize < 4 and target.wgmma else []
         fitting = [x for x in TILES if x[1] * columns * 8 <= ACCUMULATOR * x[2]]
         if itemsize < 4 and not block_mask and WIDE[1] * columns * 2 <= ACCUMULATOR:
             fitting.insert(0, WIDE)

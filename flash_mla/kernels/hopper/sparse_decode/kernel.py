@@ -148,7 +148,9 @@ class SparseDecode:
             )
         results = Results(
             sink=sink,
-            out=cute.make_tensor(out.iterator, cute.make_layout((tokens, Hq, DV), stride=(Int64(Hq) * DV, DV, 1))),
+            out=cute.make_tensor(
+                out.iterator, cute.make_layout((tokens, Hq, DV), stride=(cute.assume(Int64(Hq) * DV, divby=DV), DV, 1))
+            ),
             lse=cute.make_tensor(lse.iterator, cute.make_layout((tokens, Hq), stride=(Hq, 1))),
             partials=Partials.over(workspace, clusters, config.tile_rows, DV),
         )

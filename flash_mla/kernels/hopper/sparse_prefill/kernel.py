@@ -101,7 +101,9 @@ class SparsePrefill:
             indices=cute.make_tensor(indices.iterator, id_layout),
             lengths=lengths,
             sink=sink,
-            out=cute.make_tensor(out.iterator, cute.make_layout((tokens, Hq, DV), stride=(Int64(Hq) * DV, DV, 1))),
+            out=cute.make_tensor(
+                out.iterator, cute.make_layout((tokens, Hq, DV), stride=(cute.assume(Int64(Hq) * DV, divby=DV), DV, 1))
+            ),
             lse=cute.make_tensor(lse.iterator, per_head),
             max_logits=cute.make_tensor(max_logits.iterator, per_head),
         )
