@@ -39,7 +39,7 @@ def check_tensor(name: str, value: object) -> None:
             f"`{name}` is not a tensor",
             "Pass tensors in the reference's argument order; see docs/contract.md",
         )
-    if value.is_neg():
+    if not torch.compiler.is_compiling() and value.is_neg():
         raise LayoutError(
             f"{shape_of(name, value.shape)}, a view that negates its memory",
             f"{name} as its memory says",
