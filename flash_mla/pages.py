@@ -296,7 +296,7 @@ def checked(call: PoolCall, out: Tensor | None) -> tuple[DecodeProblem, DecodeCa
             k_rope = None if k_rope_pages is None or route.k_rope is None else route.k_rope.of(k_rope_pages)
             table = block_table.contiguous() if route.parts == 1 else table_of_blocks(block_table, route.parts)
             k, v = route.k.of(views.k_cache), route.v.of(views.v_cache)
-            return route.problem, views._replace(k_cache=k, v_cache=v, block_table=table, k_rope=k_rope)
+            return route.problem, DecodeCall(q, k, v, table, *views[4:-1], k_rope)
     k, v, k_rope, table = page_views(call)
     views = views._replace(k_cache=k, v_cache=v, block_table=table, k_rope=k_rope)
     problem = pages_problem(views, scale_sign)

@@ -40,6 +40,7 @@ def facts(*tensors: Any) -> tuple[Hashable, ...]:
     Raises:
         AttributeError: where something else than a tensor is given; the checks say which.
     """
+    # NOTE: a tuple of a list: 3.3 us for five tensors, 3.8 of a generator
     return tuple(
-        None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT) for x in tensors
+        [None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT) for x in tensors]
     )

@@ -48,13 +48,13 @@ def facts_of(call: DecodeCall, scale_sign: int, *others: Tensor | None) -> Hasha
         return None
     try:
         tensors = facts(q, k, v, block_table, seq_lens, attn_sink, *descales, *others)
-        start, alias = k.data_ptr(), k.data_ptr() == v.data_ptr()
+        k_start, v_start = k.data_ptr(), v.data_ptr()
     except AttributeError:  # a number, whose value counts, or something that should be a tensor
         return None
-    if not start:  # without memory, addresses do not tell what is an alias
+    if not k_start:  # without memory, addresses do not tell what is an alias
         return None
     marked = k.dtype == FP8 and (needs_descale(k), needs_descale(v))
-    return tensors, alias, marked, scale_sign, options
+    return tensors, k_start == v_start, marked, scale_sign, options
 
 
 def checked_decode(call: DecodeCall, scale_sign: int) -> DecodeProblem:

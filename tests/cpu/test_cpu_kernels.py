@@ -54,7 +54,7 @@ def test_assembles_for(name, spec):
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     wide = (target, "fma", spec.rows, spec.tile_m == 16)
-    tile_m, tile_n = config.wide_tile(*wide) if spec.many else config.tile(spec.rows, target)
+    tile_m, tile_n = config.wide_tile(*wide) if spec.many else config.tile(spec.rows, target, spec.kv)
     spec = replace(spec, lanes=target.lanes, tile_m=tile_m, tile_n=tile_n)
     machine = store.machine(target)
     text = machine.emit_assembly(store.optimised(spec, machine))

@@ -49,18 +49,18 @@ NAMES = {
 
 ROWS = 32
 """Most rows of an item: q and O of 32 MLA rows are 140 KiB, beside 74 KiB of K a block, in an L2 of 512 KiB."""
-MANY = 24
-"""Rows of an item from which on they lie in lanes."""
-MANY_PAIRS = 16
-"""The same where an instruction multiplies pairs of BF16: K is not widened, so that fewer rows pay for it."""
-MANY_ROWS = 96
-"""Most rows of such an item: K is widened once for all of them; q, O, scores and K take 170 KiB at D 128."""
+MANY = {"fma": 24, "avx512bf16": 16, "neon": 16, "amx": 8}
+"""Rows of an item from which on they lie in lanes, by unit: pairs of BF16 are not widened, so that fewer rows pay."""
+MANY_ROWS = {"fma": (96, 48), "avx512bf16": (96, 48), "neon": (96, 48), "amx": (192, 128)}
+"""Most rows of such an item, for D up to 256 and above: K is widened once for all of them; q, O, scores and K take 170
+KiB at 96 rows of D 128. AMX's are on cores with 2 MiB of L2."""
 TILE_ROWS = 12
 """What its rows are a multiple of: whole tiles of values, of 6 or 12 rows (`Spec.tile_rows`)."""
 ITEMS = 32
 """Items that a call is split into, at least, where its keys allow: enough for the threads of a desktop."""
-SPLIT_BLOCKS = 8
-"""Blocks that a split has at least."""
+SPLIT_BLOCKS, SPLIT_BYTES = 8, 1 << 17
+"""Blocks that a split has at least; twice as many where it leaves more bytes than these to be merged (64 rows of a
+latent, on AMX, where merging eight took 0.7 ms of 2.6)."""
 TEAM_FLOPS = 4_000_000
 """Work from which on a team is woken: about 50 us of one core, five times what waking costs."""
 
@@ -117,15 +117,15 @@ def spec(problem: Attention, rows: int, **more: Any) -> Spec:
     # NOTE: rows of K of a latent that are shared by 128 heads gain nothing: q, O and K fill L2 either way
     wide = isinstance(problem, DecodeProblem) and D > 256 and unit == "fma"
     span = 0
-    if rows >= (MANY if unit == "fma" else MANY_PAIRS) and not wide:
+    if rows >= MANY[unit] and not wide:
         even = bool(more.get("layout")) or not isinstance(problem, PrefillProblem)
         tile_m, tile_n = wide_tile(host(), unit, rows, even)
-        span = BLOCK if more.get("layout") else MANY_ROWS if D <= 256 else MANY_ROWS // 2
+        span = BLOCK if more.get("layout") else MANY_ROWS[unit][D > 256]
         span = -(-min(span, rows) // tile_m) * tile_m
         held = span if unit == "amx" else -(-span // TILE_ROWS) * TILE_ROWS
     else:
         unit = "fma"
-        tile_m, tile_n = tile(rows, host())
+        tile_m, tile_n = tile(rows, host(), more["kv"])
         held = min(-(-rows // tile_m) * tile_m, ROWS)
     return Spec(
         D=D,
@@ -164,16 +164,17 @@ class Call:
         self.spec, self.at = spec, {name: i for i, name in enumerate(FIELDS)}
         groups = -(-rows // (spec.span or spec.rows))
         items = requests * heads * groups
-        # NOTE: in decode by what one request is, so that its bits are the same in every batch: merging costs a batch
-        # of 16 at most 4 %, 33 KiB a split of 8 blocks of 72 KiB (MLA, 16 heads)
+        # NOTE: in decode by what one request is, so that its bits are the same in every batch. By count, not measured,
+        # merging costs a batch of 16 at most 4 %: 33 KiB a split, whose 8 blocks are of 72 KiB (MLA, 16 heads)
         alone = heads * groups if spec.source == "table" else items
-        splits = max(1, min(-(-ITEMS // alone), blocks // SPLIT_BLOCKS)) if 0 < alone < ITEMS else 1
+        least = SPLIT_BLOCKS * (1 if spec.partial <= SPLIT_BYTES else 2)
+        splits = max(1, min(-(-ITEMS // alone), blocks // least)) if 0 < alone < ITEMS else 1
         self.work = items * splits
         self.partial = self.work * spec.partial if splits > 1 else 0
         self.counters = items if splits > 1 else 0
         flops = 2 * BLOCK * blocks * items * min(rows, spec.rows) * (spec.D + spec.Dv)
         self.alone = flops < TEAM_FLOPS
-        part = SPLIT_BLOCKS * BLOCK // spec.block
+        part = least * BLOCK // spec.block
         values |= {"work": self.work, "heads": heads, "groups": groups, "splits": splits, "part": part, "R": rows}
         self.template = (ctypes.c_int64 * len(FIELDS))(*(values.get(name, 0) for name in FIELDS))
         self.entries: dict[str | None, Entries] = {}

@@ -44,6 +44,7 @@ class Attend(Item):
         g.b.position_at_end(work)
         self.begin(number, claim)
         (walk_named if self.spec.source == "sparse" else walk_pages)(self, self.step)
+        self.end()
         with g.when(self.splits > 1):
             self.merge(claim)
         self.store()
@@ -62,6 +63,9 @@ class Attend(Item):
     def step(self, block: Block) -> None:
         """All rows against one block."""
         raise NotImplementedError
+
+    def end(self) -> None:
+        """What is left to do after an item's last block."""
 
     def load_mask(self, first: Value, rows: int, block: Block, width: int) -> None:
         """The mask's addends of rows [first, first + rows), to m["bias"] as [key, row], `width` rows from key to key:

@@ -20,6 +20,8 @@ from flash_mla.kernels.cpu.formats import ROWS, SIZE
 
 BLOCK = 64
 """Keys of a block: one online softmax step."""
+TILE_BLOCKS = 4
+"""Blocks of a softmax step on AMX."""
 
 X86 = ("avx2", "fma", "f16c")
 """What an x86 processor must have: FMA on 8 lanes, and FP16 to FP32 in one instruction."""
@@ -153,7 +155,7 @@ class Spec:
     @property
     def staged(self) -> bool:
         """Whether rows are copied to the thread's memory first: decoded there, or gathered."""
-        return self.source == "sparse" or self.kv == "fp8" or self.rope > 0
+        return self.source == "sparse" or self.rope > 0 or (self.kv == "fp8" and (self.many or self.tiles > 1))
 
     @property
     def block(self) -> int:
@@ -161,9 +163,16 @@ class Spec:
         return min(self.page, BLOCK)
 
     @property
+    def keys(self) -> int:
+        """Keys of a softmax step: a block's; on AMX those of several blocks (`tiles.py`)."""
+        return TILE_BLOCKS * BLOCK if self.unit == "amx" else BLOCK
+
+    @property
     def held(self) -> str:
         """The element type that products read."""
-        return "f32" if self.kv == "fp8" or self.kv in ROWS else self.kv
+        if self.kv == "fp8":
+            return "f32" if self.staged else "code"
+        return "f32" if self.kv in ROWS else self.kv
 
     @property
     def chunk(self) -> int:
@@ -191,7 +200,7 @@ class Spec:
     @property
     def width(self) -> int:
         """Keys of scores: of a block, and what a tile of keys or a vector may go past them."""
-        return max(-(-BLOCK // self.tile_n) * self.tile_n, BLOCK + self.lanes)
+        return max(-(-self.keys // self.tile_n) * self.tile_n, self.keys + self.lanes)
 
     @property
     def state(self) -> int:
@@ -214,6 +223,7 @@ class Spec:
             "scores": 4 * self.rows * self.width,
             "bias": 4 * self.tile_m * self.width if self.mask else 0,
             "factor": self.state,
+            "peak": self.state,
             "limit": self.state,
             "low": 8 * self.vectors,
             "high": 8 * self.vectors,
@@ -221,9 +231,10 @@ class Spec:
             "k": staged * self.D,
             "v": 0 if self.alias else staged * self.Dv,
             "wide": 4 * BLOCK * self.padded(self.D) if self.many and not self.pairs else 0,
-            "pairs": 2 * BLOCK * self.padded(self.Dv) if self.pairs else 0,
+            "pairs": 2 * self.keys * self.padded(self.Dv) if self.pairs else 0,
             "copy": 2 * BLOCK * self.D if self.unit == "amx" and self.source == "rows" else 0,
-            "weights": 2 * BLOCK * self.rows if self.unit == "amx" else 0,
+            "weights": 2 * self.keys * self.rows if self.unit == "amx" else 0,
+            "reach": 8 * self.tiles if self.unit == "amx" else 0,
             "tiles": 64 if self.unit == "amx" else 0,
             "addresses": 2 * 8 * (BLOCK + 8) if self.source == "sparse" else 0,
         }
@@ -234,11 +245,13 @@ class Spec:
         return parts, -(-at // 4096) * 4096 + 64  # NOTE: threads' memories a page and a line apart
 
 
-def tile(rows: int, target: Target) -> tuple[int, int]:
+def tile(rows: int, target: Target, kv: str) -> tuple[int, int]:
     """(tile_m, tile_n) for so many query rows of a KV head, few of them."""
     tile_m = 4 if rows > 2 else rows
     if tile_m == 4:
-        return 4, 3 if target.registers == 16 else 6
+        # NOTE: e4m3 is decoded with three constants: beside 12 accumulators they spill
+        few = 2 if kv == "fp8" and rows <= 4 else 3
+        return 4, few if target.registers == 16 else 6
     return tile_m, 4
 
 

@@ -2,8 +2,9 @@
 
 A row is read in chunks of 2W columns, two FP32 vectors of W lanes. BF16 is widened in pairs: 2W values are W 32-bit
 words, whose lower halves (shifted) and upper halves (masked) are the even and the odd columns; a dot product does not
-care about the order of columns, and q and out pass in the same order in and out. Every other element is read in
-natural order. What is left of a row, always a multiple of 8 columns, is read in natural order with zeros behind it.
+care about the order of columns, and q and out pass in the same order in and out. e4m3 that is not staged is read the
+same way, in 16-bit words of two. Every other element is read in natural order. What is left of a row, always a multiple
+of 8 columns, is read in natural order with zeros behind it.
 
 e4m3 becomes FP16 by shifting: its exponent and mantissa are FP16's upper ones but for the bias (7, not 15), so the
 bits are the value times 2^-8, subnormal ones too. 0x7f and 0xff are NaN.
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 from flash_mla.kernels.cpu.ir import F16, F32, F64, I8, I16, I32, Code, Value, vector
 from flash_mla.kernels.cpu.lanes import fill_lanes
 
-SIZE = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "fp8": 1, "bool": 1}
-"""Bytes of an element."""
+SIZE = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "fp8": 1, "code": 1, "bool": 1}
+"""Bytes of an element; "code" is an e4m3 code that is read times 1 / CODE."""
+SPLIT = ("bf16", "code")
+"""What is read as even and odd columns."""
 CODE = 256.0
 """An e4m3 code's value over that of its bits as FP16."""
 
@@ -34,7 +37,8 @@ def widen(p: Value, dtype: str, n: int) -> Value:
         return (p.load(vector(I16, n)).cast("zext", vector(I32, n)) << 16).bits(vector(F32, n))
     if dtype == "bool":
         return p.load(vector(I8, n)).differs(0).cast("uitofp", vector(F32, n))
-    return e4m3(p, n).cast("fpext", vector(F32, n)) * CODE
+    x = e4m3(p, n).cast("fpext", vector(F32, n))
+    return x if dtype == "code" else x * CODE
 
 
 def e4m3(p: Value, n: int) -> Value:
@@ -50,6 +54,11 @@ def chunk(p: Value, dtype: str, W: int, half: int) -> Value:
     if dtype == "bf16":
         words = p.load(vector(I32, W))
         return (words & -0x10000 if half else words << 16).bits(vector(F32, W))
+    if dtype == "code":
+        words = p.load(vector(I16, W))
+        bits = (words if half else words << 8).op(1, "ashr", "") & -0x4080  # sign, 0, 7 bits
+        nan = (bits + 0x80) & 0x4000  # 7 ones alone carry
+        return (bits | nan).bits(vector(F16, W)).cast("fpext", vector(F32, W))
     return widen(p + half * W * SIZE[dtype], dtype, W)
 
 

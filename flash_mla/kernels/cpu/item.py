@@ -11,9 +11,9 @@ import math
 from llvmlite import ir
 
 from flash_mla.kernels.cpu.config import Spec
-from flash_mla.kernels.cpu.formats import CODE, SIZE, narrow, store_pair
+from flash_mla.kernels.cpu.formats import CODE, SIZE, SPLIT, narrow, store_pair
 from flash_mla.kernels.cpu.ir import F32, I32, I64, POINTER, Code, Value, vector
-from flash_mla.kernels.cpu.lanes import exp, log
+from flash_mla.kernels.cpu.lanes import exp, interleave, log
 
 ARGUMENTS = (
     # counters of the call
@@ -141,7 +141,8 @@ class Item:
                 start = self.row("mask", row).cast("ptrtoint", I64)
                 (m["mask_rows"] + r * 8).store(start, 8)
         with g.loop(0, self.live_vectors) as t:
-            (m["max"] + t * (4 * W)).store(self.lowest, 4)
+            for name in ("max", "peak"):
+                (m[name] + t * (4 * W)).store(self.lowest, 4)
             (m["sum"] + t * (4 * W)).store(self.zero, 4)
             if s.source != "sparse":
                 limits = [(m["limit"] + t * (4 * W) + 4 * r).load(I32, 4) for r in range(s.deep)]
@@ -233,8 +234,10 @@ class Item:
 
             with g.loop(0, whole) as c:
                 to = out + c * (s.chunk * SIZE[s.out])
-                if s.held == "bf16":
+                if s.held in SPLIT and s.out == "bf16":
                     store_pair(to, read(c, 0), read(c, 1))
+                elif s.held in SPLIT:
+                    narrow(to, interleave([read(c, 0), read(c, 1)]), s.out)
                 else:
                     for half in (0, 1):
                         narrow(to + half * W * SIZE[s.out], read(c, half), s.out)

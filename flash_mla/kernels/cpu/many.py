@@ -89,8 +89,12 @@ class Many(Attend):
                     for v in range(s.tile_m // s.lanes):
                         self.load_mask(t * s.tile_m + v * s.lanes, s.lanes, block, s.tile_m)
                 self.scores(t, k, row, reach, block)
-                self.softmax(t, reach)
+                self.after_scores(t, reach)
         self.values(block)
+
+    def after_scores(self, t: Value, reach: Value) -> None:
+        """What follows the scores of tile t."""
+        self.softmax(t, reach)
 
     def reach(self, t: Value, block: Block) -> Value:
         """How many keys of the block tile t goes through."""
@@ -122,7 +126,7 @@ class Many(Attend):
         return m["wide"], self.wide_row
 
     def scores(self, t: Value, k: Value, k_row: int | Value, reach: Value, block: Block) -> None:
-        """S [key, row] of a tile, scaled, masked and hidden; m["factor"] holds the new max."""
+        """S [key, row] of a tile, scaled, masked and hidden; m["peak"] holds the new max."""
         g, s, m, W = self.g, self.spec, self.m, self.spec.lanes
         per_tile, width = s.tile_m // W, s.tile_m * 4
         q = m["q"] + t * (s.tile_m * self.wide_row)
@@ -168,7 +172,7 @@ class Many(Attend):
         per_tile = self.spec.tile_m // W
         with g.loop(t * per_tile, (t + 1) * per_tile) as v:
             at = v * (4 * W)
-            peak = (m["factor"] + at).load(self.V, 4)
+            peak = (m["peak"] + at).load(self.V, 4)
             base = peak.equals(-math.inf).pick(0.0, peak)  # a row that sees no key yet: exp(-inf) is 0
             factor = exp((m["max"] + at).load(self.V, 4) - base)
             (m["max"] + at).store(peak, 4)
@@ -246,7 +250,7 @@ class Rows:
             limit, low, _ = block.limit(vector)
             self.limits.append(limit.min(end))
             self.least = self.least.min(low)
-        self.tops = [of.g.variable((of.m["max"] + v * (4 * W)).load(of.V, 4)) for v in self.vectors]
+        self.tops = [of.g.variable((of.m["peak"] + v * (4 * W)).load(of.V, 4)) for v in self.vectors]
         self.scale = of.scale.splat(W)
 
     def finish(self, j: Value, sums: list[list[Variable]]) -> None:
@@ -268,6 +272,6 @@ class Rows:
                 top.set(top.get().max(total.get()))
 
     def store_max(self) -> None:
-        """Leave the max in m["factor"]."""
+        """Leave the max in m["peak"]."""
         for vector, top in zip(self.vectors, self.tops, strict=True):
-            (self.of.m["factor"] + vector * (4 * self.of.spec.lanes)).store(top.get(), 4)
+            (self.of.m["peak"] + vector * (4 * self.of.spec.lanes)).store(top.get(), 4)

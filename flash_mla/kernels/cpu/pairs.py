@@ -59,17 +59,20 @@ class Pairs(Many):
         return (keys + (self.padding - 1)) // self.padding * self.padding
 
     def values(self, block: Block) -> None:
-        row = self.pair_v(block)
-        super().values(block._replace(v=self.m["pairs"], v_row=row // 2))
+        self.pair_v(block)
+        super().values(block._replace(v=self.m["pairs"], v_row=2 * self.spec.padded(self.spec.Dv)))
 
-    def pair_v(self, block: Block) -> int:
-        """Write V of the block to m["pairs"], keys 2i and 2i + 1 to row i; the bytes of a row."""
-        g, s, m, W = self.g, self.spec, self.m, self.spec.lanes
-        width, size = 4 * s.padded(s.Dv), SIZE[s.held]
+    def pair(self, j: Value, c: Value) -> Value:
+        """Where chunk c of V of keys j and j + 1 lies."""
+        return self.m["pairs"] + (j // 2 * self.spec.padded(self.spec.Dv) + c * self.spec.chunk) * 4
+
+    def pair_v(self, block: Block) -> None:
+        """Write V of the block to m["pairs"], keys 2i and 2i + 1 side by side."""
+        g, s, W = self.g, self.spec, self.spec.lanes
+        size = SIZE[s.held]
 
         def row(j: Value, there: tuple[Value, Value] | None) -> None:
             sources = [block.v + (j + n).min(block.keys - 1) * block.v_row for n in (0, 1)]
-            to = m["pairs"] + j * (width // 2)
 
             def pair(c: Value, half: int, rest: bool) -> None:
                 if rest:
@@ -79,7 +82,7 @@ class Pairs(Many):
                     xs = [chunk(source + c * (s.chunk * size), s.held, W, half) for source in sources]
                 if there:  # slots past the last key may hold NaN
                     xs = [own.pick(x, self.zero) for own, x in zip(there, xs, strict=True)]
-                (to + (c * s.chunk + half * W) * 4).store(beside(*xs), 4)
+                (self.pair(j, c) + half * (4 * W)).store(beside(*xs), 4)
 
             self.each_vector(s.Dv, pair)
 
@@ -88,4 +91,3 @@ class Pairs(Many):
             row(j, None)
         with g.loop(whole, self.filled(block.keys), 2) as j:
             row(j, (j < block.keys, j + 1 < block.keys))
-        return width
