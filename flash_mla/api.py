@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flash_mla import contract
-from flash_mla.autograd import Prefill, learning
+from flash_mla.autograd import Prefill, learning, traced, transformed
 from flash_mla.calls import (
     append_mha,
     as_tensors,
@@ -159,7 +159,7 @@ def flash_mla_with_kvcache(
     """
     mask, tail = contract.one_mask(mask, tail_mask), tail_mask is not None
     descales = (q_descale, k_descale, v_descale)
-    if torch.compiler.is_compiling():
+    if traced(q):
         if metadata is not None:
             contract.check_metadata(metadata, q, k_cache, v_cache, block_table)
         check_values = metadata is None
@@ -255,8 +255,8 @@ def flash_mla_prefill(
     blocks = contract.sparse_blocks(sparse_layout, q)
     causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
-    compiling = torch.compiler.is_compiling()
-    if compiling or learning(q, k, v, attn_mask, *descales, attn_sink):
+    compiling = traced(q)
+    if compiling or transformed() or learning(q, k, v, attn_mask, *descales, attn_sink):
         if out is not None:
             contract.refuse_learning_out(out)
         attend = torch.ops.flash_mla.flash_mla_prefill if compiling else Prefill.apply
@@ -344,7 +344,7 @@ def mha_fwd_kvcache(
         contract.check_tensor(name, tensor)
     causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)
-    if torch.compiler.is_compiling():
+    if traced(q):
         writes = k is not None or v is not None
         if writes and (is_pool(k_cache) or is_pool(v_cache)):
             # NOTE: a graph cannot declare that it writes to an expanded tensor: it breaks here, and the call is eager

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from flash_mla.errors import GradientError
 from flash_mla.problem import FP8
@@ -29,6 +30,16 @@ TO_TRAIN = (
 def learning(*inputs: object) -> list[Tensor]:
     """The inputs for which a call records a backward."""
     return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad] if torch.is_grad_enabled() else []
+
+
+def transformed() -> bool:
+    """Whether torch.func transforms the call: its tensors are wrappers without memory."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def traced(x: object) -> bool:
+    """Whether a call with this tensor has shapes alone: a graph is traced, or it is a fake tensor."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def no_backward(function: str, cause: str = FORWARD_ONLY, fix: str = TO_TRAIN) -> NoReturn:

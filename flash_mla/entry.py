@@ -8,10 +8,12 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch.autograd import profiler
+from torch import Tensor
+from torch.autograd import forward_ad, profiler
 
 from flash_mla import contract
-from flash_mla.errors import FlashMLAError, ShapeError
+from flash_mla.autograd import TO_TRAIN, transformed
+from flash_mla.errors import FlashMLAError, GradientError, ShapeError
 from flash_mla.kinds import RAW, check_flags, check_kinds, check_traced, flags_of, kinds_of
 from flash_mla.plan import check_backend
 
@@ -55,6 +57,8 @@ def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]
                     check_backend(kwargs.get("backend"))  # an operator takes any string
                     check_traced(kinds, args, kwargs)
                     return function(*args, **kwargs)
+                if forward_ad._current_level >= 0:
+                    refuse_tangents(name, args, kwargs)
                 if not profiler._is_profiler_enabled:
                     return function(*args, **kwargs)
                 with profiler.record_function(name):
@@ -66,11 +70,36 @@ def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]
                 if reference and isinstance(error, TypeError):
                     refuse_other_interfaces(function, args, kwargs)
                 check_kinds(function, args, kwargs)
+                refuse_transforms(name, error)
                 raise
 
         return call
 
     return decorate
+
+
+def refuse_tangents(name: str, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+    """A GradientError for an input with a forward-mode derivative, which no kernel would carry along."""
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise GradientError(
+            f"an input of {name} with a forward-mode derivative",
+            "inputs without one",
+            f"{name} has no forward-mode derivative",
+            TO_TRAIN,
+        )
+
+
+def refuse_transforms(name: str, error: Exception) -> None:
+    """Our error where torch.func transforms a call that has no rule for it: its tensors have no memory."""
+    if not transformed():
+        return
+    raise GradientError(
+        f"{name} inside a transform of torch.func",
+        "torch.func.grad and vmap of a function that has a backward, or plain tensors",
+        f"The transform hands over tensors without memory: {str(error).splitlines()[0]}"[:300],
+        "Call it outside of the transform; for a batch, fold the dim of vmap into B",
+    ) from error
 
 
 def refuse_other_interfaces(function: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from flash_mla.errors import DeviceError, FlashMLAError, ShapeError
 
@@ -40,8 +41,15 @@ def are_ints(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(is_int(x) for x in value)
 
 
+def is_dense(value: object) -> bool:
+    """Whether it is a tensor with memory of its own, real numbers at even distances."""
+    if not isinstance(value, Tensor) or value.is_nested or value.layout != torch.strided or value.is_complex():
+        return False
+    return type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(value, FakeTensor)
+
+
 KINDS: dict[str, Callable[[object], bool]] = {
-    "Tensor": lambda value: isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex(),
+    "Tensor": is_dense,
     "bool": lambda value: isinstance(value, bool),
     "float": is_number,
     "int": is_int,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flash_mla import contract
+from flash_mla.autograd import traced
 from flash_mla.backends import choose
 from flash_mla.calls import as_tensors, attend_decode, give_back
 from flash_mla.contract import NO_DESCALES, DecodeCall, Descales, named
@@ -120,7 +121,7 @@ def decode_over_pages(
     """
     mask, tail = contract.one_mask(mask, tail_mask), tail_mask is not None
     descales = (q_descale, k_descale, v_descale)
-    if torch.compiler.is_compiling():
+    if traced(q):
         result = torch.ops.flash_mla.decode_over_pages(
             q, k_pages, v_pages, block_table, seq_lens, mask, layout, k_rope_pages, v_head_dim, causal, check_values,
             softmax_scale, *as_tensors(descales, q), attn_sink, tail, batch_invariant, backend, out,

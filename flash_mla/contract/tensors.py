@@ -39,6 +39,13 @@ def check_tensor(name: str, value: object) -> None:
             f"`{name}` is not a tensor",
             "Pass tensors in the reference's argument order; see docs/contract.md",
         )
+    if not torch.compiler.is_compiling() and value.is_neg():
+        raise LayoutError(
+            f"{shape_of(name, value.shape)}, a view that negates its memory",
+            f"{name} as its memory says",
+            f"`{name}` is the imaginary part of a conjugate, whose minus torch keeps apart",
+            f"Call {name}.resolve_neg()",
+        )
 
 
 def check_on(device: torch.device, **tensors: Tensor | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_mla.errors import BlockCountError, BlockTableError, SequenceLengthError
+from flash_mla.errors import BlockCountError, BlockTableError, DeviceError, SequenceLengthError
 from flash_mla.problem import BLOCK, PrefillProblem
 
 
@@ -16,6 +16,10 @@ def check_values(block_table: Tensor, seq_lens: Tensor, Nblk: int, name: str = "
     """
     if not seq_lens.numel():
         return 0
+    if seq_lens.is_meta:
+        raise DeviceError(
+            f"{name} on meta", f"{name} with values", f"`{name}` has none to check", "Pass check_values=False"
+        )
     table_blocks = block_table.shape[1]
     low, high = (int(x) for x in torch.aminmax(seq_lens))
     if low < 0:

@@ -17,6 +17,8 @@ from flash_mla.autograd import (
     refusal,
     refuse_op,
     refusing,
+    traced,
+    transformed,
 )
 from flash_mla.contract import (
     check_head_dims,
@@ -81,9 +83,9 @@ def flash_mla_sparse_fwd(
     check_scale(sm_scale)
     scale = q.shape[2] ** -0.5 if sm_scale is None else float(sm_scale)
     inputs = (q, kv, indices, scale, d_v, attn_sink, topk_length, backend)
-    if torch.compiler.is_compiling():
+    if traced(q):
         return torch.ops.flash_mla.flash_mla_sparse_fwd(*inputs)
-    if learning(q, kv, attn_sink):
+    if transformed() or learning(q, kv, attn_sink):
         return SparsePrefill.apply(*inputs)
     return sparse_prefill(*inputs)
 
@@ -194,7 +196,7 @@ def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
     q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits = call
     sign = check_scale(softmax_scale)
     key: Hashable = None
-    if not torch.compiler.is_compiling():  # a traced tensor has no address
+    if not traced(call.q):  # a traced tensor has no address
         tensors = facts(q, attn_sink, *(x for pool in pools for x in pool[1:]))
         key = (tensors, formatted, type(Dv), Dv, sign, max_logits, backend)
         if (known := PASSED.get(key)) is not None:

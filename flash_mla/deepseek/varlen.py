@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla.autograd import NO_SECOND_BACKWARD, differentiable, refusal, refuse_op
+from flash_mla.autograd import NO_SECOND_BACKWARD, differentiable, refusal, refuse_op, traced
 from flash_mla.contract import (
     check_grouping,
     check_head_dims,
@@ -83,7 +83,7 @@ def flash_attn_varlen_func(
     check_head_dims(q.shape[2], v.shape[2])
     check_scale(softmax_scale)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    attend = torch.ops.flash_mla.flash_attn_varlen if torch.compiler.is_compiling() else Varlen.apply
+    attend = torch.ops.flash_mla.flash_attn_varlen if traced(q) else Varlen.apply
     return attend(q, k, v, cu_seqlens_qo, cu_seqlens_kv, causal, scale, backend)
 
 
