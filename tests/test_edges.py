@@ -351,7 +351,7 @@ def test_junk_is_refused_with_our_errors(name, junk):
     function, _, case = FUNCTIONS[name]
     x = case(descale="tensor").call().arguments
     optional = {"attn_mask", "mask", "attn_sink", "seq_lens", "start_pos", "sparse_layout", "softmax_scale", "causal"}
-    optional |= {"q_descale", "k_descale", "v_descale"}
+    optional |= {"q_descale", "k_descale", "v_descale", "tail_mask"}
     if name == "decode":
         optional -= {"seq_lens"}
     for key in x:
@@ -359,7 +359,7 @@ def test_junk_is_refused_with_our_errors(name, junk):
             continue
         if junk in ("number", "scalar") and ("descale" in key or key == "softmax_scale"):
             continue
-        masks = {"mask", "attn_mask", "sparse_layout"}
+        masks = {"mask", "attn_mask", "sparse_layout", "tail_mask"}
         with pytest.raises(MaskShapeError if key in masks and isinstance(JUNK[junk], torch.Tensor) else ShapeError):
             function(**{**x, key: JUNK[junk]})
 

@@ -79,7 +79,7 @@ def hostile_cache(model: transformers.PreTrainedModel, batch: int, max_seq_len: 
     """Every other block of the pool is taken, free slots hold NaN, unused table entries 2^31 - 1."""
     blocks = 2 * batch * -(-max_seq_len // 64)
     cache = paged_cache(model, batch, max_seq_len, pool_blocks=blocks)
-    allocator = cache.pages._allocators[0]
+    allocator = cache.pages._ledger.allocators[0]
     allocator.release(allocator.allocate(blocks)[1::2])
     cache.pages.k_cache[0].fill_(float("nan"))
     cache.pages.v_cache[0].fill_(float("nan"))

@@ -30,7 +30,7 @@ CASES = {
     "tokens-129": replace(LONG, P=129, d_lse=False),
     "sliced": replace(LONG, sliced=True, d_out="strided"),
     "group-of-8": replace(LONG, Hq=16, Hk=2, P=300),
-    "scale": replace(LONG, softmax_scale=-0.31),
+    "scale": replace(LONG, softmax_scale=0.31),
     "mla": MLA,
     "mla-ragged": replace(MLA, B=4, lengths=(700, 1, 0, 70), sink=True),
     "mla-full": replace(MLA, causal=False, P=257),

@@ -14,7 +14,8 @@ from flash_mla.problem import FP8, BackwardProblem
     ("changes", "wanted"),
     [
         ({}, None),
-        ({"dtype": torch.float16, "seq_lens": True, "sink": True, "start_pos": True, "scale_sign": -1}, None),
+        ({"dtype": torch.float16, "seq_lens": True, "sink": True, "start_pos": True}, None),
+        ({"scale_sign": -1}, "softmax_scale"),
         ({"D": 192}, None),
         ({"dtype": torch.float32}, "dtype"),
         ({"dtype": FP8}, "dtype"),

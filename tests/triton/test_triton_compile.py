@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ SPILLS = {
     "mla_128": 1024, "page_16_mla_128": 1024, "split_mla_128": 1024, "fp8_mla_128": 1792, "bf16_fp8_mla_128": 1792,
     "fp8_mla_16": 160,
     "fp32_d128": 512, "d256": 320,
+    # rows that do not begin on 16 bytes come through registers
+    "odd_d64_32": 256,
 }  # fmt: skip
 """Where more is allowed. The SASS of mla_128 on sm_90 has 6 LDL among the 74 HGMMA of its loop."""
 
@@ -65,8 +68,10 @@ class Built(NamedTuple):
     kernel: Any
 
 
-def compile_for(kernel: Any, arguments: dict[str, Any], options: dict[str, int], target: Target) -> Built:
-    """Compile a kernel as a launch with these arguments would."""
+def compile_for(
+    kernel: Any, arguments: dict[str, Any], options: dict[str, int], target: Target, odd: Sequence[str] = ()
+) -> Built:
+    """Compile a kernel as a launch with these arguments would; odd: pointers that do not begin on 16 bytes."""
     signature, constants, attributes = {}, {}, {}
     assert set(arguments) == set(kernel.arg_names)
     for i, parameter in enumerate(kernel.params):
@@ -74,7 +79,9 @@ def compile_for(kernel: Any, arguments: dict[str, Any], options: dict[str, int],
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, Tensor):
-            signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            signature[name] = POINTERS[value.dtype]
+            if name not in odd:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -218,6 +225,8 @@ DECODE = {
     "split_mla_128": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True, split=True),
     "bf16_fp8_mla_128": dict(Hq=128, Hk=1, D=576, Dv=512, alias=True, kv_dtype=FP8),
     "bf16_fp8_d128": dict(Hq=32, Hk=8, D=128, Dv=128, kv_dtype=FP8),
+    "odd_d24_16": dict(Hq=32, Hk=1, D=24, Dv=16, S_q=4),
+    "odd_d64_16": dict(Hq=32, Hk=1, D=64, Dv=16, S_q=4),
 }
 MASK_KINDS = {None: "none", torch.bool: "bool", torch.float32: "float"}
 PREFILL = {
@@ -236,7 +245,14 @@ PREFILL = {
     "mask_d128": dict(D=128, Dv=128, mask=torch.bool),
     "mask_float_d128": dict(D=128, Dv=128, mask=torch.float32),
     "mask_float_d192_d128": dict(D=192, Dv=128, mask=torch.float32),
+    "odd_d64_32": dict(D=64, Dv=32, P=100, is_paged=True),
+    "odd_d128_16": dict(D=128, Dv=16, P=100, is_paged=True),
 }
+
+
+def odd_pointers(case: str) -> tuple[str, ...]:
+    """Of a case over caches that do not begin on 16 bytes."""
+    return ("k_ptr", "v_ptr") if case.startswith("odd") else ()
 
 
 def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
@@ -250,7 +266,7 @@ def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
         flip=False, tail=False,
     )  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    return config, compile_for(decode.decode_kernel, tensors | constants, options, target)
+    return config, compile_for(decode.decode_kernel, tensors | constants, options, target, odd_pointers(case))
 
 
 def build_prefill(case: str, target: Target) -> tuple[prefill.Config, Built]:
@@ -266,7 +282,7 @@ def build_prefill(case: str, target: Target) -> tuple[prefill.Config, Built]:
         lse=args.lse, causal=True,
     )  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    return config, compile_for(prefill.prefill_kernel, arguments, options, target)
+    return config, compile_for(prefill.prefill_kernel, arguments, options, target, odd_pointers(case))
 
 
 # --- Tests ---
@@ -293,10 +309,12 @@ def test_prefill_compiles(case: str, target: str) -> None:
     within(case, build_prefill(case, TARGETS[target])[1], TARGETS[target])
 
 
-def test_a_lost_descriptor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FP8's V at its own 32 columns: the ptxas of Triton 3.6 reads a uniform register that nothing wrote."""
+@pytest.mark.parametrize("case", ["fp8_d64_32", "odd_d64_32"])
+def test_a_lost_descriptor_is_seen(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """V at its own 32 columns: the ptxas of Triton 3.6 reads a uniform register that nothing wrote."""
     monkeypatch.setattr(tiles, "least_columns", lambda itemsize, target: 16)
-    _, built = build_prefill("fp8_d64_32", TARGETS["sm_90"])
+    monkeypatch.setattr(tiles, "least_values", lambda d_main, itemsize, target: 16)
+    _, built = build_prefill(case, TARGETS["sm_90"])
     assert unwritten_registers(cuobjdump(built.kernel, "-sass"))
 
 

@@ -28,6 +28,8 @@ def refuse(problem: BackwardProblem) -> str | None:
         return f"D = {forward.D}, Dv = {forward.Dv}: the backward takes {widths}"
     if forward.mask != "none" or forward.block_mask:
         return "a mask or a block layout: the backward takes causal and full attention"
+    if forward.scale_sign <= 0:
+        return "softmax_scale is not above 0, as of a forward that is not Hopper's: not run on a GPU"
     if not (problem.dq and problem.dkv):
         return "only some gradients are wanted: dq comes from what dk's kernel leaves"
     if importlib.util.find_spec("triton") is None:

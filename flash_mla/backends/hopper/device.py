@@ -54,7 +54,7 @@ def refuse(problem: Problem) -> str | None:
     if (reason := refuse_device(problem.device)) is not None:
         return reason
     if isinstance(problem, BackwardProblem):
-        return None  # any scale will do, and what TMA cannot read is copied
+        return None  # what TMA cannot read is copied
     if not isinstance(problem, DecodeProblem | PrefillProblem | SparseProblem):
         return "there is no kernel in CuTe DSL for the index, bound by the same units in Triton, nor a sparse backward"
     if problem.scale_sign <= 0 and not scales_first(problem):

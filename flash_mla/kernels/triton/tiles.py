@@ -20,12 +20,19 @@ def power_of_2(n: int) -> int:
 def least_columns(itemsize: int, target: Target) -> int:
     """Fewest columns of a tile of K or V: 16 for Triton's dot, 64 for FP8 where shared memory feeds the dots.
 
-    NOTE: FP8's widened tiles of K and V take turns in one buffer. Where their rows are not alike (128 bytes for 64
-    columns of FP16, fewer for fewer), the ptxas of Triton 3.6 computes the descriptors of V's later rows from a uniform
-    register that nothing has written: an illegal access, or another tile's values (H200: 0.4 to 0.8 of the largest
-    output; right with DISABLE_PTXAS_OPT=1). test_triton_compile looks for such registers.
+    NOTE: tiles of K and V that do not come by asynchronous copies (FP8, which is widened; 16-bit caches off 16 bytes)
+    take turns in one buffer. Where V's rows are shorter than K's (128 bytes for 64 columns of 16 bits or more), the
+    ptxas of Triton 3.6 computes the descriptors of V's later rows from a uniform register that nothing has written: an
+    illegal access, or another tile's values (H200: 0.4 to 0.8 of the largest output; right with DISABLE_PTXAS_OPT=1).
+    test_triton_compile looks for such registers.
     """
     return 64 if itemsize == 1 and target.in_place else 16
+
+
+def least_values(d_main: int, itemsize: int, target: Target) -> int:
+    """Fewest columns of a tile of V beside K's of d_main: for wgmma, rows as long as K's (see `least_columns`)."""
+    least = least_columns(itemsize, target)
+    return max(least, min(d_main, 64)) if itemsize == 2 and target.wgmma else least
 
 
 def head_tiles(D: int, least: int = 16) -> tuple[int, int]:
@@ -60,7 +67,8 @@ def cut_columns(D: int, Dv: int, alias: bool, itemsize: int, target: Target) -> 
     least = least_columns(itemsize, target)
     d_main, d_rest = head_tiles(D, least)
     reuse = alias and d_main >= Dv
-    return Columns(d_main, d_rest, d_main if reuse else max(power_of_2(Dv), least), reuse)
+    dv_tile = d_main if reuse else max(power_of_2(Dv), least_values(d_main, itemsize, target))
+    return Columns(d_main, d_rest, dv_tile, reuse)
 
 
 def smaller(config: Config) -> Config | None:
