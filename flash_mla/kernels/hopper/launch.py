@@ -1,10 +1,19 @@
-"""How a kernel is launched that hands out its work itself: a number of CTAs, or the clusters of its config."""
+"""A kernel of one config, and the launch of one that hands out its work itself: CTAs, or clusters of its config."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import cutlass.cute as cute
+
+C = TypeVar("C")
+
+
+class Kernel(Generic[C]):
+    """A kernel for one config; `cute.compile` takes it with the arguments of its `__call__`."""
+
+    def __init__(self, config: C) -> None:
+        self.config = config
 
 
 def launch_persistent(kernel: Any, config: Any, clusters: Any, stream: Any) -> None:

@@ -53,7 +53,7 @@ from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.launch import launch_ctas
+from flash_mla.kernels.hopper.launch import Kernel, launch_ctas
 from flash_mla.kernels.hopper.limits import CHUNK, STAGED
 from flash_mla.kernels.hopper.memory import allocate
 
@@ -72,11 +72,8 @@ def rows_first(x: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[2, 3, 1, 0]))
 
 
-class Keys:
-    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
+class Keys(Kernel[Config]):
+    """dk and dv, a CTA a tile of keys; leaves dS in the workspace."""
 
     @cute.jit
     def __call__(

@@ -30,7 +30,7 @@ from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.boxes import Tma, load_of, row_layout, tma_boxes, zero_rows
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.launch import launch_ctas
+from flash_mla.kernels.hopper.launch import Kernel, launch_ctas
 from flash_mla.kernels.hopper.limits import CHUNK, STAGED, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.staging import store_rows
@@ -59,11 +59,8 @@ class QueryTile(NamedTuple):
     most: Int32
 
 
-class Queries:
-    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
+class Queries(Kernel[Config]):
+    """dq of the dS in the workspace, a CTA a tile of queries."""
 
     @cute.jit
     def __call__(

@@ -67,6 +67,7 @@ from flash_mla.kernels.hopper.gqa_decode.queries import Consumer as TwoTermConsu
 from flash_mla.kernels.hopper.gqa_decode.queries import Queries
 from flash_mla.kernels.hopper.gqa_decode.result import Segments
 from flash_mla.kernels.hopper.gqa_decode.shared import Scalars, Shared
+from flash_mla.kernels.hopper.launch import Kernel
 from flash_mla.kernels.hopper.limits import BLOCK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.partials import note_split
@@ -77,11 +78,8 @@ from flash_mla.kernels.hopper.work import find_work
 # ---------------------------------------------------------------------------------------------------------- Kernel
 
 
-class GqaDecode:
+class GqaDecode(Kernel[Config]):
     """The kernel for one Config; `decode.Decode` launches it."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def loads(self, q: cute.Tensor, k: cute.Tensor, v: cute.Tensor) -> tuple[cute.Tensor, Tma | None, Tma, Tma]:
         """Q for warps that make two rows of each, and TMA of Q, if it is not for them, K and V."""

@@ -50,7 +50,7 @@ from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.launch import place_of_cta
+from flash_mla.kernels.hopper.launch import Kernel, place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import (
@@ -77,11 +77,8 @@ from flash_mla.kernels.hopper.work import find_work
 # ---------------------------------------------------------------------------------------------------------- Kernel
 
 
-class MlaDecode:
+class MlaDecode(Kernel[Config]):
     """The kernel for one Config; `decode.Decode` launches it."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def loads(self, q: cute.Tensor, k: cute.Tensor, _v: None) -> tuple[Tma, Tma, cute.Tensor]:
         """TMA of Q and K; K itself, [64, D, Nblk, requests]."""

@@ -63,7 +63,7 @@ from flash_mla.kernels.hopper import decode
 from flash_mla.kernels.hopper.boxes import load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.decode import Tensors
-from flash_mla.kernels.hopper.launch import place_of_cta
+from flash_mla.kernels.hopper.launch import Kernel, place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars
@@ -92,11 +92,8 @@ from flash_mla.kernels.hopper.table import prefetch_table
 from flash_mla.kernels.hopper.work import find_work
 
 
-class MlaDecodeFp8:
+class MlaDecodeFp8(Kernel[Config]):
     """The kernel for one Config; `decode.Decode` launches it."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def loads(self, q: cute.Tensor, k: cute.Tensor, _v: None) -> tuple[Loads, cute.Tensor, cute.Tensor]:
         """TMA of Q and K; K itself, [64, D, Nblk, requests], and q [B, rows, D]."""

@@ -65,7 +65,7 @@ from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import Tma, load_of, store_of, tma_boxes
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.launch import launch_ctas
+from flash_mla.kernels.hopper.launch import Kernel, launch_ctas
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.prefill.config import TASK, TASK_STAGES, TRANSPOSERS, ZEROS, Config
@@ -87,11 +87,8 @@ class Tmas(NamedTuple):
     out: Tma
 
 
-class Prefill:
-    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
+class Prefill(Kernel[Config]):
+    """out and lse of a tile of queries at a time."""
 
     @cute.jit
     def __call__(

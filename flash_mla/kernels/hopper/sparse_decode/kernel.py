@@ -48,7 +48,7 @@ from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
-from flash_mla.kernels.hopper.launch import launch_persistent, place_of_cta
+from flash_mla.kernels.hopper.launch import Kernel, launch_persistent, place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES, START
@@ -107,11 +107,8 @@ class Scalars(NamedTuple):
     empty_lse: Float32
 
 
-class SparseDecode:
-    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
+class SparseDecode(Kernel[Config]):
+    """out and lse of tokens over the rows that they name."""
 
     @cute.jit
     def __call__(

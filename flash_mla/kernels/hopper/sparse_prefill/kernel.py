@@ -46,7 +46,7 @@ from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.launch import launch_persistent
+from flash_mla.kernels.hopper.launch import Kernel, launch_persistent
 from flash_mla.kernels.hopper.limits import CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.mla_decode.config import (
@@ -65,11 +65,8 @@ from flash_mla.kernels.hopper.sparse_prefill.result import Tiles
 from flash_mla.kernels.hopper.sparse_prefill.shared import Scalars, Shared, Tensors
 
 
-class SparsePrefill:
-    """The kernel for one Config; `cute.compile` takes it with the arguments of `__call__`."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
+class SparsePrefill(Kernel[Config]):
+    """out, lse and max_logits of a token's heads."""
 
     @cute.jit
     def __call__(
