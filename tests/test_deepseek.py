@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import time
@@ -324,24 +325,30 @@ def test_sparse_decode_over_pages_of_their_pitch():
 def test_sparse_time_follows_topk():
     """CPU time of one thread; 8 times the pool, the same topk. Both pools are larger than a processor's caches."""
     q = randn(4, 1, 16, 576, g=generator(1))
+    calls = {}
+    for pages in (1024, 8192):
+        cache = FORMATS["fp8_ds_mla"].empty(pages)
+        cache.view(torch.uint8).fill_(56)
+        indices = torch.randint(0, pages * 64, (4, 1, 512), generator=generator(2), dtype=torch.int32)
+        calls[pages] = functools.partial(
+            deepseek.flash_mla_with_kvcache, q, cache, None, None, 512, None, is_fp8_kvcache=True, indices=indices
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    best = {}
+    best = dict.fromkeys(calls, math.inf)
     try:
-        for pages in (1024, 8192):
-            cache = FORMATS["fp8_ds_mla"].empty(pages)
-            cache.view(torch.uint8).fill_(56)
-            indices = torch.randint(0, pages * 64, (4, 1, 512), generator=generator(2), dtype=torch.int32)
-            times = []
-            for _ in range(7):
+        # in turn, and again while a neighbour on the machine may have slowed one of them
+        for i in range(40):
+            for pages, call in calls.items():
                 start = time.process_time()
-                deepseek.flash_mla_with_kvcache(q, cache, None, None, 512, None, is_fp8_kvcache=True, indices=indices)
-                times.append(time.process_time() - start)
-            best[pages] = min(times)
+                call()
+                best[pages] = min(best[pages], time.process_time() - start)
+            # pages of memory that the processor must look up grow with the pool: 1.1 to 1.3
+            if i >= 6 and best[8192] < 1.5 * best[1024]:
+                return
     finally:
         torch.set_num_threads(threads)
-    # pages of memory that the processor must look up grow with the pool: 1.1 to 1.3
-    assert best[8192] < 1.5 * best[1024]
+    raise AssertionError(f"8 times the pool takes {best[8192] / best[1024]:.2f} times as long")
 
 
 # --- Sparse prefill ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from flash_mla.contract.caches import check_caches, check_decode_dtypes, check_ranks, check_seq_lens_shape, check_table
 from flash_mla.contract.given import DecodeCall
@@ -44,7 +45,7 @@ def facts_of(call: DecodeCall, scale_sign: int, *others: Tensor | None) -> Hasha
     others: more tensors that they look at.
     """
     q, k, v, block_table, seq_lens, mask, _, descales, attn_sink, options, _ = call
-    if mask is not None:
+    if mask is not None or isinstance(q, FakeTensor):
         return None
     try:
         tensors = facts(q, k, v, block_table, seq_lens, attn_sink, *descales, *others)
