@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from flash_mla.errors import GradientError
 from flash_mla.problem import FP8
@@ -35,11 +34,6 @@ def learning(*inputs: object) -> list[Tensor]:
 def transformed() -> bool:
     """Whether torch.func transforms the call: its tensors are wrappers without memory."""
     return torch._C._are_functorch_transforms_active()
-
-
-def traced(x: object) -> bool:
-    """Whether a call with this tensor has shapes alone: a graph is traced, or it is a fake tensor."""
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def no_backward(function: str, cause: str = FORWARD_ONLY, fix: str = TO_TRAIN) -> NoReturn:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from flash_mla import contract
-from flash_mla.autograd import traced
 from flash_mla.backends import choose
 from flash_mla.calls import as_tensors, attend_decode, give_back
 from flash_mla.contract import NO_DESCALES, DecodeCall, Descales, named
@@ -23,7 +22,7 @@ from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.heads import as_heads, by_token, from_heads
 from flash_mla.launch import expand_descale
-from flash_mla.passed import Passed
+from flash_mla.passed import Passed, traced
 from flash_mla.plan import Plan, plan
 from flash_mla.problem import BLOCK, PLAIN, DecodeArgs, DecodeProblem, Options
 

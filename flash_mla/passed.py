@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, Generic, TypeVar
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
 from flash_mla.problem import ALIGNMENT
 
 MOST = 4096
@@ -44,3 +47,8 @@ def facts(*tensors: Any) -> tuple[Hashable, ...]:
     return tuple(
         [None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT) for x in tensors]
     )
+
+
+def traced(x: object) -> bool:
+    """Whether a call with this tensor has shapes alone: a graph is traced, or it is a fake tensor."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)

@@ -6,7 +6,6 @@ from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from flash_mla.contract.caches import check_caches, check_decode_dtypes, check_ranks, check_seq_lens_shape, check_table
 from flash_mla.contract.given import DecodeCall
@@ -15,7 +14,7 @@ from flash_mla.contract.order import refuse_deepseek_order
 from flash_mla.contract.scales import check_descales, check_descales_given, check_scale, check_sink
 from flash_mla.contract.tensors import check_on, check_tensor, is_aligned, named, out_dtype
 from flash_mla.errors import LayoutError
-from flash_mla.passed import Passed, facts
+from flash_mla.passed import Passed, facts, traced
 from flash_mla.problem import FP8, DecodeProblem
 from flash_mla.quant import needs_descale
 
@@ -45,7 +44,7 @@ def facts_of(call: DecodeCall, scale_sign: int, *others: Tensor | None) -> Hasha
     others: more tensors that they look at.
     """
     q, k, v, block_table, seq_lens, mask, _, descales, attn_sink, options, _ = call
-    if mask is not None or isinstance(q, FakeTensor):
+    if mask is not None or traced(q):
         return None
     try:
         tensors = facts(q, k, v, block_table, seq_lens, attn_sink, *descales, *others)

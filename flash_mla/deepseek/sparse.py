@@ -17,7 +17,6 @@ from flash_mla.autograd import (
     refusal,
     refuse_op,
     refusing,
-    traced,
     transformed,
 )
 from flash_mla.contract import (
@@ -35,7 +34,7 @@ from flash_mla.contract import (
 from flash_mla.deepseek.checks import check_query, check_same_dtype
 from flash_mla.entry import entry
 from flash_mla.errors import HeadGroupingError, ShapeError
-from flash_mla.passed import Passed, facts
+from flash_mla.passed import Passed, facts, traced
 from flash_mla.plan import Plan, plan
 from flash_mla.problem import (
     FP8,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla.autograd import NO_SECOND_BACKWARD, differentiable, refusal, refuse_op, traced
+from flash_mla.autograd import NO_SECOND_BACKWARD, differentiable, refusal, refuse_op
 from flash_mla.contract import (
     check_grouping,
     check_head_dims,
@@ -29,6 +29,7 @@ from flash_mla.deepseek.checks import check_query, check_same_dtype, check_start
 from flash_mla.entry import entry
 from flash_mla.errors import ShapeError
 from flash_mla.gradients import backward
+from flash_mla.passed import traced
 from flash_mla.plan import plan
 from flash_mla.problem import PrefillArgs
 

@@ -42,3 +42,6 @@ def test_readable() -> None:
     odd = torch.zeros(1, 2, 5, 132, dtype=torch.bfloat16)[..., :128]
     for copied in (broadcast, x[..., 1:129], odd, x[:1].expand(2, 3, 10, 136)):
         assert backward.readable(copied).stride() == torch.empty(copied.shape).stride()
+    off = torch.zeros(1 + 2 * 3 * 10 * 128, dtype=torch.bfloat16)[1:].view(2, 3, 10, 128)
+    assert off.is_contiguous()
+    assert backward.readable(off).data_ptr() % 16 == 0

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import HALVES, int32
+from flash_mla.backends.hopper.device import HALVES, device_of, int32
+from flash_mla.backends.hopper.strides import refuse_steps
 from flash_mla.kernels.hopper.backward.config import CONSUMERS, TILE, TILE_N, TILE_Q, WIDTHS, Config
 from flash_mla.kernels.hopper.limits import TMA_BYTES
 from flash_mla.problem import BackwardArgs, BackwardProblem
@@ -43,13 +44,17 @@ def config(problem: BackwardProblem) -> Config:
     return Config(dtype=HALVES[forward.dtype], D=forward.D, Dv=forward.Dv, sink=forward.sink)
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether TMA reads x, and 16-byte stores reach it, as it lies."""
+    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    fits = x.stride(-1) == 1 and x.data_ptr() % TMA_BYTES == 0 and min(steps, default=1) > 0
+    return fits and refuse_steps("", steps, x.itemsize) is None
+
+
 def readable(x: Tensor) -> Tensor:
-    """x as TMA reads it and as 16-byte stores reach it: itself, or a contiguous copy."""
-    unit = TMA_BYTES // x.itemsize
-    steps = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
-    fits = x.stride(-1) == 1 and x.data_ptr() % TMA_BYTES == 0
-    fits = fits and all(stride > 0 and stride % unit == 0 for stride in steps[:-1])
-    return x if fits else x.contiguous()
+    """x itself, or a copy that is."""
+    # NOTE: `contiguous` would return a contiguous tensor that begins off 16 bytes
+    return x if is_readable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def launch(problem: BackwardProblem, config: Config, args: BackwardArgs) -> None:
@@ -66,8 +71,8 @@ def launch(problem: BackwardProblem, config: Config, args: BackwardArgs) -> None
     B, Hq, Hk, P, S_kv = forward.B, forward.Hq, forward.Hk, forward.P, forward.S_kv
     q, k, v, d_out = (readable(x) for x in (args.q, args.k, args.v, args.d_out))
     written = [x for x in args.gradients[:3] if x is not None]
-    dq, dk, dv = (x if readable(x) is x else x.new_empty(x.shape) for x in written)
-    with torch.cuda.device(problem.device):
+    dq, dk, dv = (x if is_readable(x) else x.new_empty(x.shape) for x in written)
+    with device_of(problem.device):
         prepared = prepare(problem, args)
         live = prepared.live.amax(2).view(-1)
         across, down = -(-S_kv // TILE_N), -(-P // TILE_Q)

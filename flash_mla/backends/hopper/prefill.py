@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import DTYPES, int32, multiprocessors
+from flash_mla.backends.hopper.device import DTYPES, device_of, int32, multiprocessors
 from flash_mla.backends.hopper.strides import refuse_rows
 from flash_mla.kernels.hopper.prefill import schedule
 from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
@@ -135,7 +135,7 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
     nothing = counter.view(1, 1, 1, 1)
     block_map, mask_bits = (nothing.view(torch.uint8), nothing)
     if config.sparse:
-        with torch.cuda.device(problem.device):
+        with device_of(problem.device):
             block_map, mask_bits = list_blocks(problem, args)
     tensors: dict[str, Any] = {
         "table": ints.view(1, 1) if args.block_table is None else ints,
@@ -163,7 +163,7 @@ def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
         "has_descale": int(problem.descale),
         "has_sink": int(args.attn_sink is not None),
     }
-    with torch.cuda.device(problem.device):
+    with device_of(problem.device):
         kernel(
             readable(q, config),
             readable(args.k, config),
