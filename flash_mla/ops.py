@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flash_mla import contract
 from flash_mla.autograd import NO_SECOND_BACKWARD, one_by_one, prefill_backward, refuse_op, save_prefill
+from flash_mla.backends import append_rows
 from flash_mla.calls import (
     append_mha,
     attend_decode,
@@ -26,7 +27,7 @@ from flash_mla.calls import (
 from flash_mla.contract import DecodeCall, MhaCall, PrefillCall
 from flash_mla.gradients import backward
 from flash_mla.pages import PoolCall, attend_pools, plan_pools
-from flash_mla.problem import Options
+from flash_mla.problem import AppendRowsArgs, Options
 
 
 @torch.library.custom_op("flash_mla::flash_mla_with_kvcache", mutates_args=())
@@ -202,6 +203,25 @@ for op in (decode_op, prefill_op, mha_op):
     op.register_fake(fake)
 refuse_op(decode_op, "flash_mla_with_kvcache")
 refuse_op(mha_op, "mha_fwd_kvcache")
+
+
+@torch.library.custom_op("flash_mla::append_rows", mutates_args=("codes", "scales", "rope"))
+def append_rows_op(
+    codes: Tensor,
+    scales: Tensor,
+    rope: Tensor,
+    slots: Tensor,
+    k_nope: Tensor,
+    k_rope: Tensor,
+    descale: Tensor | None,
+    tile: int,
+    scale_size: int,
+) -> None:
+    """What `quant.RowFormat.append` does on a GPU once it has checked: AppendRowsArgs."""
+    append_rows(AppendRowsArgs(codes, scales, rope, slots, k_nope, k_rope, descale, tile, scale_size))
+
+
+append_rows_op.register_fake(fake_append)
 
 
 # --- The backward of prefill ------------------------------------------------------------------------------------------

@@ -238,9 +238,16 @@ class RowFormat:
         return self._decode(self.parts(pages), descale)[:, :, None]
 
     def append(
-        self, pages: Tensor, slots: Tensor, k_nope: Tensor, k_rope: Tensor, descale: float | Tensor | None = None
+        self,
+        pages: Tensor,
+        slots: Tensor,
+        k_nope: Tensor,
+        k_rope: Tensor,
+        descale: float | Tensor | None = None,
+        *,
+        check_values: bool = True,
     ) -> None:
-        """Quantise N rows into their pages; reads `slots`, which waits for the GPU.
+        """Quantise N rows into their pages: on a GPU by one kernel, which writes the bytes that `quantise` does.
 
         Args:
             pages: [num_blocks, page, 1, row_bytes], written in place.
@@ -248,23 +255,33 @@ class RowFormat:
             k_nope: [N, D - 64] BF16, the latent.
             k_rope: [N, 64] BF16, its rope part.
             descale: as in `quantise`.
+            check_values: read `slots`, which waits for the GPU, and refuse one past the pages; False: such a row is
+                dropped, nothing waits, and a CUDA graph may capture the call.
         """
         self.check(pages)
         for name, part in (("k_nope", k_nope), ("k_rope", k_rope)):
             _check_tensor(name, part, pages.device)
             if part.dim() != 2 or len(part) != len(k_nope) or part.dtype != torch.bfloat16:
                 raise self._rows_error(part, f"{name} [N, ..], the same N in both,")
-        rows = torch.cat([k_nope, k_rope], dim=-1)
+        N, D = len(k_nope), k_nope.shape[1] + k_rope.shape[1]
         _check_slots(slots, pages.device)
-        if slots.shape != rows.shape[:1]:
-            raise self._rows_error(rows, f"[N, D] beside slots [N], not {list(slots.shape)},")
-        kept = slots >= 0
-        slots = slots[kept]
+        if D != self.head_dim or slots.shape != (N,):
+            raise self._rows_error(k_nope, f"k_nope and k_rope of D columns in all, not {D}, beside slots [{N}],")
         limit = pages.shape[0] * pages.shape[1]
-        if slots.numel() and (last := int(slots.max())) >= limit:
+        if check_values and N and (last := int(slots.max())) >= limit:
             raise BlockTableError(given=f"slot {last}", required=f"slots < {limit}, the tokens that {limit} rows hold")
-        values = self._encode(rows[kept], descale)
-        index = (slots // pages.shape[1], slots % pages.shape[1])
+        self._descale(descale)
+        if pages.is_cuda or pages.is_xpu:
+            if descale is not None and not isinstance(descale, Tensor):
+                descale = torch.full((), descale, dtype=torch.float32, device=pages.device)
+            factor = None if descale is None else descale.to(pages.device, torch.float32)
+            size = 0 if self.tile is None else self.scale_dtype.itemsize
+            # NOTE: an operator, since this module lies below the backends (see `ops`)
+            torch.ops.flash_mla.append_rows(*self.parts(pages), slots, k_nope, k_rope, factor, self.tile or 0, size)
+            return
+        kept = ((slots >= 0) & (slots < limit)).nonzero()[:, 0]
+        values = self._encode(torch.cat([k_nope[kept], k_rope[kept]], dim=-1), descale)
+        index = (slots[kept] // pages.shape[1], slots[kept] % pages.shape[1])
         for part, value in zip(self.parts(pages), values, strict=True):
             part[index] = value
 
