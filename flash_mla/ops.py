@@ -205,23 +205,19 @@ refuse_op(decode_op, "flash_mla_with_kvcache")
 refuse_op(mha_op, "mha_fwd_kvcache")
 
 
-@torch.library.custom_op("flash_mla::append_rows", mutates_args=("codes", "scales", "rope"))
-def append_rows_op(
-    codes: Tensor,
-    scales: Tensor,
-    rope: Tensor,
-    slots: Tensor,
-    k_nope: Tensor,
-    k_rope: Tensor,
-    descale: Tensor | None,
-    tile: int,
-    scale_size: int,
-) -> None:
-    """What `quant.RowFormat.append` does on a GPU once it has checked: AppendRowsArgs."""
-    append_rows(AppendRowsArgs(codes, scales, rope, slots, k_nope, k_rope, descale, tile, scale_size))
+def append_rows_op(*args: Any) -> None:
+    """What `quant.RowFormat.append` does once it has checked, eagerly too: AppendRowsArgs' rows into their pages."""
+    append_rows(AppendRowsArgs(*args))
 
 
-append_rows_op.register_fake(fake_append)
+# NOTE: defined by its schema: the first call of a `custom_op` imports torch's compiler, which takes seconds
+ROWS = torch.library.Library("flash_mla", "FRAGMENT")
+ROWS.define(
+    "append_rows(Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) rope, Tensor slots, Tensor k_nope, Tensor k_rope, "
+    "Tensor? descale, int tile, int scale_size) -> ()"
+)
+ROWS.impl("append_rows", append_rows_op, "CompositeExplicitAutograd")
+torch.library.register_fake("flash_mla::append_rows", fake_append, lib=ROWS)
 
 
 # --- The backward of prefill ------------------------------------------------------------------------------------------

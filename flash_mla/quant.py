@@ -226,7 +226,7 @@ class RowFormat:
         _check_tensor("rows", rows)
         if rows.dim() != 4 or rows.shape[2] != 1:
             raise self._rows_error(rows, "[num_blocks, page, 1, D]")
-        values = self._encode(rows[:, :, 0], descale)
+        values = self.encode(rows[:, :, 0], descale)
         pages = self.empty(rows.shape[0], rows.shape[1], rows.device)
         for part, value in zip(self.parts(pages), values, strict=True):
             part.copy_(value)
@@ -247,7 +247,7 @@ class RowFormat:
         *,
         check_values: bool = True,
     ) -> None:
-        """Quantise N rows into their pages: on a GPU by one kernel, which writes the bytes that `quantise` does.
+        """Quantise N rows into their pages by one kernel, which writes the bytes that `quantise` does.
 
         Args:
             pages: [num_blocks, page, 1, row_bytes], written in place.
@@ -271,19 +271,13 @@ class RowFormat:
         if check_values and N and (last := int(slots.max())) >= limit:
             raise BlockTableError(given=f"slot {last}", required=f"slots < {limit}, the tokens that {limit} rows hold")
         self._descale(descale)
-        if pages.is_cuda or pages.is_xpu:
-            if descale is not None and not isinstance(descale, Tensor):
-                descale = torch.full((), descale, dtype=torch.float32, device=pages.device)
-            factor = None if descale is None else descale.to(pages.device, torch.float32)
-            size = 0 if self.tile is None else self.scale_dtype.itemsize
-            # NOTE: an operator, since this module lies below the backends (see `ops`)
-            torch.ops.flash_mla.append_rows(*self.parts(pages), slots, k_nope, k_rope, factor, self.tile or 0, size)
-            return
-        kept = ((slots >= 0) & (slots < limit)).nonzero()[:, 0]
-        values = self._encode(torch.cat([k_nope[kept], k_rope[kept]], dim=-1), descale)
-        index = (slots[kept] // pages.shape[1], slots[kept] % pages.shape[1])
-        for part, value in zip(self.parts(pages), values, strict=True):
-            part[index] = value
+        if isinstance(descale, Tensor):
+            descale = descale.to(pages.device, torch.float32)
+        elif descale is not None:  # filled on the device: a copy from the host could not be captured
+            descale = torch.full((), descale, dtype=torch.float32, device=pages.device)
+        # NOTE: an operator, since this module lies below the backends (see `ops`)
+        size = 0 if self.tile is None else self.scale_dtype.itemsize
+        torch.ops.flash_mla.append_rows(*self.parts(pages), slots, k_nope, k_rope, descale, self.tile or 0, size)
 
     def read(self, pages: Tensor, slots: Tensor, descale: float | Tensor | None = None) -> Tensor:
         """The rows of slots [..], [.., D] BF16; for a negative slot, that of slot 0 (the caller masks it)."""
@@ -349,8 +343,8 @@ class RowFormat:
         """How the bytes of a row in `_stretches` are cut: codes, scales if they lie there, rope."""
         return [self.quantised, *([] if self.page_split else [self.scale_bytes]), 2 * self.rope]
 
-    def _encode(self, rows: Tensor, descale: float | Tensor | None) -> Parts:
-        """The bytes of rows [.., D] BF16."""
+    def encode(self, rows: Tensor, descale: float | Tensor | None = None) -> Parts:
+        """The bytes of rows [.., D] BF16; descale as in `quantise`."""
         if rows.dtype != torch.bfloat16 or rows.shape[-1] != self.head_dim:
             raise self._rows_error(rows, f"[.., {self.head_dim}]")
         latent, rope = rows.split([self.quantised, self.rope], dim=-1)

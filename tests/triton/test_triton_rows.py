@@ -1,4 +1,4 @@
-"""The kernel that appends FP8 rows, in Triton's interpreter or on a GPU: the bytes that `quant` writes, no other."""
+"""The kernels that append FP8 rows, on the CPU, in Triton's interpreter or on a GPU: `quantise`'s bytes, no other."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from flash_mla.quant import FORMATS, RowFormat
 
 triton = pytest.importorskip("triton")
 
-from flash_mla.backends.triton import append  # noqa: E402
+from flash_mla.backends.cpu import append as cpu  # noqa: E402
+from flash_mla.backends.triton import append as triton_append  # noqa: E402
 from flash_mla.problem import AppendRowsArgs  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs TRITON_INTERPRET=1")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 FILL = 0xA5
 
@@ -52,44 +52,65 @@ def bytes_of(pages: Tensor) -> Tensor:
     return pages.as_strided((pages.untyped_storage().nbytes(),), (1,), 0).cpu()
 
 
+def reference(form: RowFormat, blocks: int, page: int, order: Tensor, rows: Tensor, descale: float | None) -> Tensor:
+    """Pages whose slots `order` hold the rows, by torch's ops."""
+    pages = filled(form, blocks, page, "cpu")
+    for part, value in zip(form.parts(pages), form.encode(rows, descale), strict=True):
+        part[order // page, order % page] = value
+    return pages
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("page", [5, 64])
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
-def test_every_byte_is_that_of_quantise(form: RowFormat, page: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("way", ["cpu", "torch", "triton"])
+def test_every_byte_is_that_of_quantise(
+    way: str, form: RowFormat, page: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "triton" and not (INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("needs TRITON_INTERPRET=1")
+    if way == "torch":
+        monkeypatch.setattr(cpu.engine, "missing", lambda: "a test")
+    device = DEVICE if way == "triton" else "cpu"
     blocks, N = 3, 13
     rows = hostile(N, form.head_dim)
     order = torch.randperm(blocks * page, generator=torch.Generator().manual_seed(page))[:N]
     descale = 0.3 if form.tile is None else None
-    wanted = filled(form, blocks, page, "cpu")
-    form.append(wanted, order, rows[:, :-64], rows[:, -64:], descale)
 
     outside = torch.tensor([-1, blocks * page, 2**31 - 1, -(2**31)])
     if dtype == torch.int64:
         outside = torch.cat([outside, torch.tensor([2**32 + 1, -(2**40)])])
-    slots = torch.cat([outside, order]).to(DEVICE, dtype)
-    given = torch.cat([rows[: len(outside)], rows]).to(DEVICE)
-    pages = filled(form, blocks, page, DEVICE)
-    factor = None if descale is None else torch.tensor(descale, device=DEVICE)
+    slots = torch.cat([outside, order]).to(device, dtype)
+    given = torch.cat([rows[: len(outside)], rows]).to(device)
+    pages = filled(form, blocks, page, device)
+    factor = None if descale is None else torch.tensor(descale, device=device)
     size = 0 if form.tile is None else form.scale_dtype.itemsize
-    parts = form.parts(pages)
-    append.launch_rows(AppendRowsArgs(*parts, slots, given[:, :-64], given[:, -64:], factor, form.tile or 0, size))
-    assert torch.equal(bytes_of(pages), bytes_of(wanted))
+    args = AppendRowsArgs(*form.parts(pages), slots, given[:, :-64], given[:, -64:], factor, form.tile or 0, size)
+    (triton_append if way == "triton" else cpu).launch_rows(args)
+    assert torch.equal(bytes_of(pages), bytes_of(reference(form, blocks, page, order, rows, descale)))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the public function runs the kernel on a GPU")
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
-def test_append_runs_the_kernel_and_can_be_captured(form: RowFormat) -> None:
-    rows = hostile(13, form.head_dim).to(DEVICE)
-    descale = 0.3 if form.tile is None else None
-    wanted = filled(form, 2, 64, "cpu")
-    order = torch.randperm(128)[:13]
-    form.append(wanted, order, rows[:, :-64].cpu(), rows[:, -64:].cpu(), descale)
-    pages, slots = filled(form, 2, 64, DEVICE), order.to(DEVICE)
-    form.append(pages, slots, rows[:, :-64], rows[:, -64:], descale)
+def test_a_team_of_threads_writes_the_same_bytes(form: RowFormat) -> None:
+    rows, order = hostile(2000, form.head_dim), torch.randperm(2048)[:2000]
+    pages = filled(form, 32, 64, "cpu")
+    form.append(pages, order, rows[:, :-64], rows[:, -64:], 0.3 if form.tile is None else None)
+    wanted = reference(form, 32, 64, order, rows, 0.3 if form.tile is None else None)
     assert torch.equal(bytes_of(pages), bytes_of(wanted))
+
+
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_append_can_be_captured(form: RowFormat) -> None:
+    rows, order = hostile(13, form.head_dim), torch.randperm(128)[:13]
+    descale = 0.3 if form.tile is None else None
+    wanted = bytes_of(reference(form, 2, 64, order, rows, descale))
+    pages, slots, rows = filled(form, 2, 64, DEVICE), order.to(DEVICE), rows.to(DEVICE)
+    form.append(pages, slots, rows[:, :-64], rows[:, -64:], descale)
+    assert torch.equal(bytes_of(pages), wanted)
     pages.untyped_storage().fill_(FILL)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         form.append(pages, slots, rows[:, :-64], rows[:, -64:], descale, check_values=False)
     graph.replay()
-    assert torch.equal(bytes_of(pages), bytes_of(wanted))
+    assert torch.equal(bytes_of(pages), wanted)

@@ -22,9 +22,10 @@ SCALE_MIN = tl.constexpr(1e-4)
 
 
 @triton.jit
-def e4m3(x):
-    """The e4m3 codes of FP32, rounded to nearest even, saturating; NaN keeps its sign."""
+def e4m3(x, source):
+    """The e4m3 codes of FP32, rounded to nearest even, saturating; NaN has the sign of its BF16 source."""
     bits = x.to(tl.int32, bitcast=True)
+    source_bits = source.to(tl.int16, bitcast=True).to(tl.int32)
     size = tl.where(x == x, tl.minimum(tl.abs(x), 448.0), 0.0)
     size_bits = size.to(tl.int32, bitcast=True)
     # from 2^-6 on: 3 of 23 bits of the mantissa stay, and the exponent's bias is 7, not 127
@@ -32,8 +33,9 @@ def e4m3(x):
     # below: multiples of 2^-9, the last bit of an FP32 from 2^14 on
     small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     code = tl.where(size < 0.015625, small, normal)
-    code = tl.where(x == x, code, 0x7F)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    # NOTE: a GPU's arithmetic makes every NaN positive
+    code = tl.where(x == x, code | ((bits >> 24) & 0x80), 0x7F | ((source_bits >> 8) & 0x80))
+    return code.to(tl.uint8)
 
 
 @triton.jit
@@ -84,7 +86,8 @@ def append_rows_kernel(
     tile = tl.arange(0, TILES)
     column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [TILES, TILE]
     live = column < QUANTISED
-    x = values(nope_row, last_row, stride_nd, stride_ld, column, live, NOPE).to(tl.float32)
+    source = values(nope_row, last_row, stride_nd, stride_ld, column, live, NOPE)
+    x = source.to(tl.float32)
     if SCALE_SIZE > 0:
         # the least power of two whose 448-fold no finite value of the tile passes
         size = tl.abs(x)
@@ -94,7 +97,7 @@ def append_rows_kernel(
         x *= (0x7F000000 - scale).to(tl.float32, bitcast=True)[:, None]
     elif descale_ptr is not None:
         x = tl.div_rn(x, tl.load(descale_ptr))
-    tl.store(codes_ptr + block * stride_cb + row * stride_ct + column, e4m3(x), mask=live)
+    tl.store(codes_ptr + block * stride_cb + row * stride_ct + column, e4m3(x, source), mask=live)
 
     # the scales, and zeros behind them
     if SCALE_SIZE > 0:
