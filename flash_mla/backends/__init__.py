@@ -15,7 +15,8 @@ and a phase's module (one of PHASES, or one for each kernel) has
     bind(problem, config) -> launch(args)  in place of launch, where the host's time counts: all that follows from the
                                            problem is worked out once, the kernel loaded
 
-Its module `append` has `launch(args)`, which writes AppendArgs' rows into the pages.
+Its module `append` has `launch(args)`, which writes AppendArgs' rows into the pages; Triton's and the CPU's also
+`launch_rows(args)`, which quantises AppendRowsArgs' on the way.
 
 Selection (see `plan`) takes the first that does not refuse.
 """
@@ -28,6 +29,7 @@ from typing import Any, Protocol, cast
 
 from flash_mla.problem import (
     AppendArgs,
+    AppendRowsArgs,
     BackwardProblem,
     DecodeProblem,
     IndexProblem,
@@ -83,6 +85,12 @@ def module(name: str, phase: str) -> Phase:
 def append(name: str, args: AppendArgs) -> None:
     """Write rows into their pages by the backend of that name."""
     importlib.import_module(f"{__name__}.{name}.append").launch(args)
+
+
+def append_rows(args: AppendRowsArgs) -> None:
+    """Quantise rows into their pages, by the backend of the device that they are on."""
+    name = "triton" if args.codes.device.type in ("cuda", "xpu") else "cpu"
+    importlib.import_module(f"{__name__}.{name}.append").launch_rows(args)
 
 
 def choose(name: str, problem: Problem) -> Phase | str:
