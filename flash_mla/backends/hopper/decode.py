@@ -78,9 +78,9 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
 
     def launch(args: DecodeArgs) -> None:
         q, k, v, table, seq_lens, mask, q_descale, k_descale, v_descale, sink, scale, out, lse, _ = args
-        workspace = torch.empty(words, dtype=torch.float32, device=device)
+        workspace = q.new_empty(words, dtype=torch.float32)
         if lse is None:
-            lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
+            lse = q.new_empty(lse_shape, dtype=torch.float32)
         if factors:
             q_descale, k_descale, v_descale = (factor(problem, x, workspace) for x in (q_descale, k_descale, v_descale))
         # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own

@@ -85,7 +85,7 @@ def bind(problem: SparseProblem, config: Config) -> Callable[[SparseArgs], None]
     nothing = torch.empty(1, dtype=torch.int32, device=device)
 
     def launch(args: SparseArgs) -> None:
-        workspace = torch.empty(words, dtype=torch.float32, device=device)
+        workspace = args.q.new_empty(words, dtype=torch.float32)
         caches: list[Tensor] = []
         for cache, indices, lengths in args.keys:
             caches += (cache, int32(indices), nothing if lengths is None else int32(lengths))
