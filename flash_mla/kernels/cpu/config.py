@@ -168,6 +168,11 @@ class Spec:
         return TILE_BLOCKS * BLOCK if self.unit == "amx" else BLOCK
 
     @property
+    def stored(self) -> int:
+        """Bytes of a row of K as the cache stores it."""
+        return ROWS[self.kv].width if self.kv in ROWS else self.D * SIZE[self.kv]
+
+    @property
     def held(self) -> str:
         """The element type that products read."""
         if self.kv == "fp8":
@@ -213,12 +218,10 @@ class Spec:
         return 2 * self.state + 4 * self.rows * self.padded(self.Dv)
 
     def memory(self) -> tuple[dict[str, Part], int]:
-        """The one ledger of a thread's memory, by name, and its bytes. max, sum and o adjoin: a partial result."""
+        """The one ledger of a thread's memory, by name, and its bytes; `own` is a partial result."""
         staged = BLOCK * SIZE[self.held] if self.staged else 0
         sizes = {
-            "max": self.state,
-            "sum": self.state,
-            "o": 4 * self.rows * self.padded(self.Dv),
+            "own": self.partial,
             "q": 4 * self.rows * self.padded(self.depth),
             "scores": 4 * self.rows * self.width,
             "bias": 4 * self.tile_m * self.width if self.mask else 0,

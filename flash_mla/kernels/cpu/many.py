@@ -159,12 +159,14 @@ class Many(Attend):
         s = self.spec
         if block.ahead is None:
             return
-        rows = [(block.ahead[0], block.k_row, s.D), (block.ahead[1], block.v_row, s.Dv)]
-        for base, stride, columns in rows[:1] if s.alias else rows:
-            share = -(-columns * SIZE[s.kv] // (64 * s.tiles)) * 64
+        rows = [(block.ahead[0], s.stored)]
+        if not s.alias:
+            rows.append((block.ahead[1], s.Dv * SIZE[s.kv]))
+        for row, size in rows:
+            share = -(-size // (64 * s.tiles)) * 64
             with self.g.loop(j, j + s.tile_n) as key:
                 for line in range(0, share, 64):
-                    self.g.prefetch(base + key * stride + t * share + line, 2)
+                    self.g.prefetch(row(key) + t * share + line, 2)
 
     def softmax(self, t: Value, reach: Value) -> None:
         """Move the running max; p = exp(S - max), and its sum."""
