@@ -174,7 +174,7 @@ class Many(Attend):
         per_tile = self.spec.tile_m // W
         with g.loop(t * per_tile, (t + 1) * per_tile) as v:
             at = v * (4 * W)
-            peak = (m["peak"] + at).load(self.V, 4)
+            peak = self.moved((m["max"] + at).load(self.V, 4), (m["peak"] + at).load(self.V, 4))
             base = peak.equals(-math.inf).pick(0.0, peak)  # a row that sees no key yet: exp(-inf) is 0
             factor = exp((m["max"] + at).load(self.V, 4) - base)
             (m["max"] + at).store(peak, 4)
@@ -182,6 +182,10 @@ class Many(Attend):
             total = g.variable((m["sum"] + at).load(self.V, 4) * factor)
             self.weigh(v, base, reach, total)
             (m["sum"] + at).store(total.get(), 4)
+
+    def moved(self, old: Value, peak: Value) -> Value:
+        """What weights are relative to, from now on: the largest score."""
+        return peak
 
     def weigh(self, v: Value, base: Value, reach: Value, total: Variable) -> None:
         """p = exp(S - base) of vector v of the rows, in place; add to its sum."""
