@@ -109,7 +109,8 @@ class Item:
         x = x // a["splits"]
         h, b = x % a["heads"], x // a["heads"]
         if self.spec.source == "sparse":
-            return Place(group, split, h, b, *[g.const(0)] * 3, a["splits"], *self.named(b, split))
+            none = g.const(0)
+            return Place(group, split, h, b, none, none, none, a["splits"], *self.named(b, split))
         length = g.variable(a["cap"])
         with g.when(a["lens"].differs(0)):
             length.set(g.integer(self.pointer("lens"), b, a["lens_wide"]).max(0).min(a["cap"]))
