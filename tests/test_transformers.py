@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from flash_mla import ModelError, SequenceLengthError, ShapeError  # noqa: E402
 from flash_mla.errors import DeviceError, DTypeError, GradientError  # noqa: E402
-from flash_mla.integrations.transformers import PagedCache, paged_cache, step  # noqa: E402
+from flash_mla.integrations.transformers import PagedCache, layer, paged_cache  # noqa: E402
 
 VOCAB = 264
 FP8 = torch.float8_e4m3fn
@@ -179,13 +179,20 @@ def test_reset_serves_the_next_batch() -> None:
         assert cache.pages.lengths == (0, 0)
 
 
-def test_metadata_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    original = step.get_mla_metadata
-    monkeypatch.setattr(step, "get_mla_metadata", lambda *a, **k: made.append(a) or original(*a, **k))
-    model = build("DeepseekV3")
-    model.generate(**prompts([8, 12]), max_new_tokens=6, do_sample=False, past_key_values=paged_cache(model, 2, 20))
-    assert len(made) == 5, "one for each decode step of two layers"
+@pytest.mark.parametrize("family", ["DeepseekV3", "Llama"])
+def test_a_call_is_checked_once_a_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps follow; and again in a cache that grew, whose tensors are others."""
+    made: list[layer.PoolCall] = []
+    original = layer.bind
+    monkeypatch.setattr(layer, "bind", lambda call, out: made.append(call) or original(call, out))
+    model, options = build(family), {"max_new_tokens": 6, "do_sample": False}
+    cache = paged_cache(model, 2, 20)
+    expected = model.generate(**prompts([8, 12]), **options, past_key_values=cache)
+    assert len(made) == 2
+    cache.reset()
+    cache.pages.grow(1)
+    assert torch.equal(model.generate(**prompts([8, 12]), **options, past_key_values=cache), expected)
+    assert len(made) == 4
 
 
 class FixedAttention(transformers.LlamaForCausalLM):
@@ -357,9 +364,9 @@ def test_fp8_cache(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.pages.k_cache.itemsize == 1
     assert (logits(cache) - expected).norm() <= 0.06 * expected.norm()
     with monkeypatch.context() as patch:
-        decode = step.flash_mla_with_kvcache
-        patch.setattr(step, "flash_mla_with_kvcache", lambda *a, k_descale, v_descale, **k: decode(*a, **k))
-        cache.reset()
+        ones = (None, torch.ones(1, 1), torch.ones(1, 1))
+        patch.setattr(layer, "bind", lambda call, out, bind=layer.bind: bind(call._replace(descales=ones), out))
+        cache = paged_cache(model, 2, 70, dtype=FP8, k_descale=factors, **values)
         assert (logits(cache) - expected).norm() > 0.06 * expected.norm(), "the test would not see a lost descale"
 
 
