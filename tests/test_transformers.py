@@ -13,7 +13,8 @@ transformers = pytest.importorskip("transformers")
 
 from flash_mla import ModelError, SequenceLengthError, ShapeError  # noqa: E402
 from flash_mla.errors import DeviceError, DTypeError, GradientError  # noqa: E402
-from flash_mla.integrations.transformers import PagedCache, layer, paged_cache  # noqa: E402
+from flash_mla.integrations.transformers import PagedCache, attention, layer, paged_cache  # noqa: E402
+from flash_mla.integrations.transformers.token import TokenDecode  # noqa: E402
 
 VOCAB = 264
 FP8 = torch.float8_e4m3fn
@@ -193,6 +194,36 @@ def test_a_call_is_checked_once_a_layer(family: str, monkeypatch: pytest.MonkeyP
     cache.pages.grow(1)
     assert torch.equal(model.generate(**prompts([8, 12]), **options, past_key_values=cache), expected)
     assert len(made) == 4
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "Youtu", "Llama", "Qwen3"])
+def test_bound_steps_of_one_token(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: over a block's end, ragged, in chunks with padding before, under beams, and with other weights."""
+    bound: list[TokenDecode] = []
+    made = TokenDecode.__init__
+    monkeypatch.setattr(TokenDecode, "__init__", lambda self, *a: bound.append(self) or made(self, *a))
+    monkeypatch.setattr(attention, "launches_bind", lambda query, cache: not torch.is_grad_enabled())
+    model, options = build(family), {"max_new_tokens": 12, "do_sample": False}
+    cache = None
+    for seed, beams in enumerate([1, 2, 1]):
+        inputs = prompts([60, 44] if beams == 1 else [61], seed=seed)
+        model.set_attn_implementation("eager")
+        expected = model.generate(**inputs, **options, num_beams=beams)
+        cache = cache or hostile_cache(model, 2, 72)
+        cache.reset()
+        model.set_attn_implementation("paged_kv_cache")
+        chunks = {"prefill_chunk_size": 30 + seed} if beams == 1 else {}
+        tokens = model.generate(**inputs, **options, num_beams=beams, past_key_values=cache, **chunks)
+        assert torch.equal(tokens, expected)
+        assert len(bound) == 2, "one a layer, whatever the step"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter * 1.5  # other memory
+    model.set_attn_implementation("eager")
+    expected = model.generate(**inputs, **options)
+    cache.reset()
+    model.set_attn_implementation("paged_kv_cache")
+    assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
 
 
 class FixedAttention(transformers.LlamaForCausalLM):

@@ -92,13 +92,15 @@ def paged_attention(
         )
     cache = key.cache
     step, layer = cache.step(attention_mask), cache.layer(key.layer)
-    is_latent = layer.is_latent
+    is_latent, picked = layer.is_latent, kwargs.get("indices")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (as_attention_takes(x, cache.dtype) for x in (query, key.k, key.v))
+    if step.is_token and picked is None and launches_bind(query, cache.pages.k_cache):
+        held = projection(module, q.dtype) if is_latent else None
+        return cache.token_decode(key.layer, q, scale, held)(q, k, v, step.starts), None
     step.write(torch.cat([k, v], -1) if is_latent else k, layer.k_rows, layer.k_descale)
     if not is_latent:
         step.write(v, layer.v_rows, layer.v_descale)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    picked = kwargs.get("indices")
     if picked is not None and step.is_first and step.longest <= picked.shape[-1]:
         picked = None  # nothing is left out
     if picked is not None:
@@ -119,6 +121,13 @@ def paged_attention(
         out = refusing("attention over a paged cache", out, inputs)
     out = out.transpose(1, 2) if picked is not None else step.restore(out)
     return out.to(query.dtype), None
+
+
+def launches_bind(query: Tensor, cache: Tensor) -> bool:
+    """Whether a step of one token a sequence goes through `token`: on a GPU, where nothing is cast, quantised or
+    differentiated in between."""
+    is_plain = query.dtype == cache.dtype and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
+    return is_plain and query.is_cuda
 
 
 def as_attention_takes(x: Tensor, dtype: torch.dtype) -> Tensor:

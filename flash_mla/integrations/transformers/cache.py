@@ -13,6 +13,9 @@ from flash_mla.cache import PagedKVCache
 from flash_mla.errors import ModelError, ShapeError
 from flash_mla.integrations.transformers.layer import Layer
 from flash_mla.integrations.transformers.step import Step, Tokens, admit
+from flash_mla.integrations.transformers.token import TokenDecode
+from flash_mla.mla import MLAProjection
+from flash_mla.passed import facts
 from flash_mla.problem import FP8
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ class PagedCache(Cache):
         self.index_dim = index_dim
         self.graph: DecodeGraph | None = None
         self._layers: list[Layer] = []
+        self._scratch: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -70,9 +74,19 @@ class PagedCache(Cache):
             self._layers = [Layer(self.pages, i, len(self.layers), self.index_dim) for i in range(len(self.layers))]
         return self._layers[index]
 
+    def token_decode(self, index: int, q: Tensor, scale: float, held: MLAProjection | None) -> TokenDecode:
+        """A layer's bound call for q, made once for q's shape, scale and projection."""
+        layer, key = self.layer(index), (facts(q), scale)
+        call = layer.tokens.get(key)
+        if call is None or call.held is not held:
+            pages = self.pages
+            made = TokenDecode(layer, q, pages.block_table, pages.seq_lens, scale, held, self._scratch)
+            call = layer.tokens.keep(key, made)
+        return call
+
     def __getstate__(self) -> dict[str, Any]:
         """Without views, which a copy would give memory of their own."""
-        return vars(self) | {"_layers": []}
+        return vars(self) | {"_layers": [], "_scratch": {}}
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """Write a layer's new index keys [B, P, index_dim]; all of its keys [B, longest, index_dim]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from flash_mla.cache import PagedKVCache
 from flash_mla.contract import is_alias
 from flash_mla.pages import Bound, PoolCall, bind
 from flash_mla.passed import Passed, facts
+
+if TYPE_CHECKING:
+    from flash_mla.integrations.transformers.token import TokenDecode
 
 
 class Layer:
@@ -23,6 +28,7 @@ class Layer:
             e4m3 by index as bytes only.
         index_rows: [1, Nblk * 64, index_dim], the columns of a row behind the latent, or None.
         k_descale, v_descale: [1, Hk] of an FP8 cache, or None.
+        tokens: the layer's bound calls of one token a sequence.
     """
 
     def __init__(self, pages: PagedKVCache, index: int, layers: int, index_dim: int = 0) -> None:
@@ -36,26 +42,27 @@ class Layer:
         self.k_rows, self.v_rows = rows_of(self.k_cache), rows_of(v_cache)
         self.k_descale = None if pages.k_descale is None else pages.k_descale[:, own]
         self.v_descale = None if pages.v_descale is None else pages.v_descale[:, own]
-        self._calls = Passed[Bound]()
+        self.tokens: Passed[TokenDecode] = Passed()
+        self._bound = Passed[Bound]()
 
     def decode(self, q: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
-        """Attention of the newest tokens, q [B, Hq, S_q, D], over the pages: [B, Hq, S_q, Dv].
-
-        A call that repeats what the checks look at is not checked again: nothing else of it changes from step to step.
-        """
+        """Attention of the newest tokens, q [B, Hq, S_q, D], over the pages: [B, Hq, S_q, Dv]."""
         out = q.new_empty((*q.shape[:3], self.v_cache.shape[-1]))
-        key = (facts(q, table, lengths), scale)
-        bound = self._calls.get(key)
-        if bound is None:
-            k_pages, v_pages = (x[0].transpose(0, 1) for x in (self.k_cache, self.v_cache))
-            call = PoolCall(
-                q, k_pages, v_pages, None, table, lengths, layout="HND", softmax_scale=scale,
-                descales=(None, self.k_descale, self.v_descale),
-            )  # fmt: skip
-            bound = self._calls.keep(key, bind(call, out))
-        bound.attend(q, table, lengths, out, False)
+        self.bound(q, table, lengths, out, scale).attend(q, table, lengths, out, False)
         inputs = learning(q)
         return refusing("decode over a paged cache", out, inputs) if inputs else out
+
+    def bound(self, q: Tensor, table: Tensor, lengths: Tensor, out: Tensor, scale: float) -> Bound:
+        """The decode call with these tensors; one that repeats what the checks look at is not checked again."""
+        key = (facts(q, table, lengths), scale)
+        if (found := self._bound.get(key)) is not None:
+            return found
+        k_pages, v_pages = (x[0].transpose(0, 1) for x in (self.k_cache, self.v_cache))
+        call = PoolCall(
+            q, k_pages, v_pages, None, table, lengths, layout="HND", softmax_scale=scale,
+            descales=(None, self.k_descale, self.v_descale),
+        )  # fmt: skip
+        return self._bound.keep(key, bind(call, out))
 
 
 def rows_of(cache: Tensor) -> Tensor:

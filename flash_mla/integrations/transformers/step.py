@@ -87,6 +87,8 @@ class Step:
         is_first: no request held a token before.
         position: [B, P], where in its request a token lies; for padding any number.
         keep: [B, P] bool, False for padding; None: no padding.
+        is_token: each request has one new token, and had others before.
+        starts: [B] int32, the tokens before that one.
         slots: [tokens kept], where in a layer's pool, seen as [Nblk * 64, D], their rows go.
         longest: tokens of the longest request.
     """
@@ -97,26 +99,30 @@ class Step:
         self.longest = max(pages.lengths)
         self._pages, self._tokens = pages, tokens.count
         self._kept: Tensor | None = None
-        if tokens.count == 1 and self.keep is None:
-            self._locate_last()
-        else:
+        self.is_token = tokens.count == 1 and self.keep is None and not self.is_first
+        if not self.is_token:
             self._locate()
 
     @classmethod
     def of_last_tokens(cls, pages: PagedKVCache) -> Step:
         """The pass of every request's last token, which has its block; all that it is comes from the device."""
         step = cls.__new__(cls)
-        step.is_first, step.keep, step.longest = False, None, max(pages.lengths)
+        step.is_first, step.keep, step.is_token, step.longest = False, None, True, max(pages.lengths)
         step._pages, step._tokens, step._kept = pages, 1, None
-        step._locate_last()
         return step
 
-    def _locate_last(self) -> None:
-        """Position and slot of every request's last token, from the lengths and tables on the device."""
-        position = self._pages.seq_lens.long().sub_(1).unsqueeze(1)
-        block = position // BLOCK
-        self.position = position
-        self.slots = torch.add(position, self._pages.block_table.gather(1, block) - block, alpha=BLOCK).flatten()
+    @cached_property
+    def starts(self) -> Tensor:
+        return self._pages.seq_lens - 1
+
+    @cached_property
+    def position(self) -> Tensor:
+        return self.starts.long().unsqueeze(1)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        block = self.position // BLOCK
+        return torch.add(self.position, self._pages.block_table.gather(1, block) - block, alpha=BLOCK).flatten()
 
     def _locate(self) -> None:
         """Position and slots of all new tokens, which follow those before; how `align` orders them."""
