@@ -212,7 +212,7 @@ def test_bound_steps_of_one_token(family: str, monkeypatch: pytest.MonkeyPatch) 
         cache = cache or hostile_cache(model, 2, 72)
         cache.reset()
         model.set_attn_implementation("paged_kv_cache")
-        chunks = {"prefill_chunk_size": 30 + seed} if beams == 1 else {}
+        chunks = {"prefill_chunk_size": 30 + seed}
         tokens = model.generate(**inputs, **options, num_beams=beams, past_key_values=cache, **chunks)
         assert torch.equal(tokens, expected)
         assert len(bound) == 2, "one a layer, whatever the step"

@@ -18,7 +18,8 @@ LAUNCHERS = Passed[Launcher]()
 def launch(args: AppendArgs) -> None:
     """Write AppendArgs' rows into the pages; rows whose place lies outside the table or the cache are dropped."""
     if args.k.dtype == FP8:  # a copy: the bytes do
-        args = AppendArgs(*[None if x is None else x.view(torch.uint8) for x in args[:4]], *args[4:])
+        copied = {name: getattr(args, name) for name in ("k", "v", "k_cache", "v_cache")}
+        args = args._replace(**{name: x.view(torch.uint8) for name, x in copied.items() if x is not None})
     key = facts(*args)
     launcher = LAUNCHERS.get(key)
     if launcher is None:

@@ -42,7 +42,7 @@ class TokenDecode:
         held: MLAProjection | None,
         scratch: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]],
     ) -> None:
-        B, Hq, _, D = q.shape
+        B, Hq = q.shape[:2]
         self.table, self.lengths, self.held = table, lengths, held
         self.caches, self.rows = (layer.k_cache, layer.v_cache), q
         self.found = q.new_empty(B, Hq, 1, layer.v_cache.shape[-1])
