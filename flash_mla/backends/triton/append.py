@@ -1,4 +1,4 @@
-"""Append: new rows into their pages."""
+"""Append: new rows into their pages, as they are or quantised on the way."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.triton.device import device_of
-from flash_mla.kernels.triton import append
+from flash_mla.kernels.triton import append, rows
 from flash_mla.kernels.triton.launcher import Launcher
 from flash_mla.passed import Passed, facts
-from flash_mla.problem import FP8, AppendArgs
+from flash_mla.problem import FP8, AppendArgs, AppendRowsArgs
 
 LAUNCHERS = Passed[Launcher]()
 """Kernels bound to all but their tensors, by what these look like."""
@@ -40,3 +40,11 @@ def tensors(args: AppendArgs) -> dict[str, Tensor | None]:
         start_pos_ptr=args.start_pos,
         num_tokens_ptr=args.num_tokens,
     )
+
+
+def launch_rows(args: AppendRowsArgs) -> None:
+    """Quantise AppendRowsArgs' rows into the pages; those of slots outside of the pages are dropped."""
+    if not len(args.slots):
+        return
+    with device_of(args.slots.device):
+        rows.append_rows_kernel[(len(args.slots),)](**rows.arguments(**args._asdict()), num_warps=1)
