@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from flash_mla.backends.triton.device import launch_fitting, refuse_columns, tar
 from flash_mla.kernels.triton import backward, prefill
 from flash_mla.kernels.triton.backward_keys import keys_kernel
 from flash_mla.kernels.triton.backward_queries import queries_kernel
+from flash_mla.kernels.triton.launcher import Launcher
 from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import MASK_BYTES
@@ -80,12 +82,21 @@ def launch_config(problem: BackwardProblem, config: backward.Config, args: Backw
         )
 
 
+@functools.lru_cache(maxsize=256)
+def bound(problem: BackwardProblem, *strides: tuple[int, ...]) -> list[Launcher]:
+    """The slot for prepare_kernel's launcher of one problem and these strides; empty until its first call fills it."""
+    return []
+
+
 def prepare(problem: BackwardProblem, args: BackwardArgs) -> Prepared:
     """What every backward begins with: numbers for each query row, and the sink's gradient."""
     forward = problem.forward
     prepared = empty_prepared(problem)
-    grid = (prepared.live.shape[2], forward.Hq, forward.B)
-    backward.prepare_kernel[grid](**prepare_arguments(problem, args, prepared), num_warps=4)
+    slot = bound(problem, *(x.stride() for x in (args.out, args.d_out, args.lse, args.d_lse)))
+    if not slot:
+        grid = (prepared.live.shape[2], forward.Hq, forward.B)
+        slot.append(Launcher(backward.prepare_kernel, grid, prepare_constants(problem, args), {"num_warps": 4}))
+    slot[0](prepare_tensors(args, prepared))
     if args.d_sink is not None and prepared.d_sink is not None:
         torch.sum(prepared.d_sink, dim=(0, 2), out=args.d_sink)
     return prepared
@@ -104,7 +115,8 @@ def empty_prepared(problem: BackwardProblem) -> Prepared:
 # --- Arguments, by the kernels' names ---------------------------------------------------------------------------------
 
 
-def prepare_arguments(problem: BackwardProblem, args: BackwardArgs, prepared: Prepared) -> dict[str, Any]:
+def prepare_tensors(args: BackwardArgs, prepared: Prepared) -> dict[str, Tensor | float | None]:
+    """What a call brings; `prepare_constants` are the others."""
     return {
         "out_ptr": args.out,
         "d_out_ptr": args.d_out,
@@ -116,14 +128,20 @@ def prepare_arguments(problem: BackwardProblem, args: BackwardArgs, prepared: Pr
         "left_ptr": prepared.left,
         "d_sink_ptr": prepared.d_sink,
         "live_ptr": prepared.live,
-        "P": problem.forward.P,
+    }
+
+
+def prepare_constants(problem: BackwardProblem, args: BackwardArgs) -> dict[str, Any]:
+    forward = problem.forward
+    return {
+        "P": forward.P,
         **strides("o", "bhs", args.out),
         **strides("d", "bhs", args.d_out),
         **strides("l", "bhs", args.lse),
         **strides("g", "bhs", args.d_lse),
-        "DV": problem.forward.Dv,
-        "TILE_M": backward.prepare_rows(problem.forward.Dv),
-        "DV_TILE": backward.value_tile(problem.forward.Dv),
+        "DV": forward.Dv,
+        "TILE_M": backward.prepare_rows(forward.Dv),
+        "DV_TILE": backward.value_tile(forward.Dv),
     }
 
 
