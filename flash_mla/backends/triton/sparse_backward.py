@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,24 @@ def launch(problem: SparseBackwardProblem, config: sparse_backward.Config, args:
 
 def launch_config(problem: SparseBackwardProblem, config: sparse_backward.Config, args: SparseBackwardArgs) -> None:
     """The kernels with these tiles."""
+
+    def queries(prepared: Prepared, chunk: Chunk, part: slice) -> None:
+        sparse_backward.sparse_queries_kernel[((part.stop - part.start) * -(-problem.forward.Hq // config.tile_m),)](
+            **queries_arguments(problem, config, args, prepared, chunk, part),
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+
+    in_chunks(problem, config, args, queries)
+
+
+def in_chunks(
+    problem: SparseBackwardProblem,
+    config: sparse_backward.Config,
+    args: SparseBackwardArgs,
+    queries: Callable[[Prepared, Chunk, slice], None],
+) -> None:
+    """The whole call around the queries' kernel, which fills dq, and p and ds of a chunk of the tokens."""
     forward = problem.forward
     tokens, rows = forward.B, args.keys.cache.shape[1]
     prepared = prepare(problem, config, args)
@@ -71,13 +90,8 @@ def launch_config(problem: SparseBackwardProblem, config: sparse_backward.Config
     chunk = empty_chunk(problem, config, min(step, tokens))
     for first in range(0, tokens, step):
         part = slice(first, min(first + step, tokens))
-        n = part.stop - part.start
-        sparse_backward.sparse_queries_kernel[(n * -(-forward.Hq // config.tile_m),)](
-            **queries_arguments(problem, config, args, prepared, chunk, part),
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
-        sparse_backward.sparse_keys_kernel[(n * (config.slots // config.keys_n),)](
+        queries(prepared, chunk, part)
+        sparse_backward.sparse_keys_kernel[((part.stop - part.start) * (config.slots // config.keys_n),)](
             **keys_arguments(problem, config, args, chunk, part),
             num_warps=config.keys_warps,
             num_stages=2,
