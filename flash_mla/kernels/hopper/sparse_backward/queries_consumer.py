@@ -13,9 +13,9 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from flash_mla.kernels.hopper.barriers import arrive, sync
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.lanes import column_of, row_of
-from flash_mla.kernels.hopper.limits import CHUNK, STAGED, TILE_M
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARP
 from flash_mla.kernels.hopper.sparse_backward.config import CONSUMER_WARPS, CONSUMERS, HALF, STAGES, TILE_N, Bar, Config
-from flash_mla.kernels.hopper.sparse_backward.shared import Scalars, Shared, Tensors, Tile
+from flash_mla.kernels.hopper.sparse_backward.queries_shared import Scalars, Shared, Tensors, Tile, item_of
 from flash_mla.kernels.hopper.staging import store_rows
 
 K_STEPS = TILE_N // 16
@@ -185,25 +185,21 @@ class Consumer:
                 cute.make_tensor(self.kept.iterator + 4 * j, cute.make_layout(4)).store(weights.load().to(dtype))
 
     @cute.jit
-    def keep(self, target: cute.Tensor, step) -> None:
-        """Write f P or dS of a step; target [heads, slots / 2] int32 of the tile's token, from its first head on."""
+    def keep(self, tensors: Tensors, tile: Tile, step) -> None:
+        """Write f P or dS of a step, as `item_of` says."""
         words = cute.recast_tensor(self.kept if const_expr(self.side == 0) else self.dS, Int32)
+        item = item_of(tile.token, tensors.indices.shape[1], step // STAGES, 1 - self.side)
+        block = tile.group * (TILE_M // 8) + self.tid // WARP * 2
         for r in cutlass.range_constexpr(2):
-            head = row_of(self.tid) + 8 * r
-            if head < target.shape[0]:
-                for j in cutlass.range_constexpr(TILE_N // 8):
-                    target[head, step * (TILE_N // 2) + 4 * j + self.tid % 4] = words[2 * j + r]
+            for j in cutlass.range_constexpr(TILE_N // 8):
+                place = (block + r) * (BLOCK // 8) + step % STAGES * (TILE_N // 8) + j
+                tensors.weights[item, place * WARP + self.tid % WARP] = words[2 * j + r]
 
     @cute.jit
     def run(self, tensors: Tensors, scalars: Scalars, tile: Tile) -> None:
         """Go through the token's keys."""
         keys = self.shared.keys
         self.start(tensors, tile)
-        # f P or dS of the tile's heads
-        kept, first = tensors.p if const_expr(self.side == 0) else tensors.ds, tile.group * TILE_M
-        target = cute.domain_offset((tile.token, first, 0), kept)
-        layout = cute.make_layout((kept.shape[1] - first, kept.shape[2]), stride=kept.stride[1:])
-        target = cute.make_tensor(target.iterator, layout)
         self.shared.queries.wait(0, 0)
         for step in cutlass.range(tile.steps, unroll=1):
             stage = step % STAGES
@@ -216,7 +212,7 @@ class Consumer:
             self.add(self.sum_mma, self.dQ, self.rKt, stage)
             if const_expr(self.has_rope):
                 self.add(self.rope_mma, self.dRope, self.rRope, stage)
-            self.keep(target, step)
+            self.keep(tensors, tile, step)
             warpgroup.wait_group(0)
             keys.release(stage)
 

@@ -27,8 +27,8 @@ class Tensors(NamedTuple):
     """Global memory that TMA does not touch.
 
     kv: its first row; indices [tokens, topk] and lengths [tokens] int32; lse2, shift and left [Hq, tokens] FP32, as
-    `prepare_kernel` of the Triton backward writes them; dq [tokens, Hq, D]; p and ds [tokens, Hq, slots / 2] int32, two
-    elements each.
+    `prepare_kernel` of the Triton backward writes them; dq [tokens, Hq, D]; weights [items, item / 2] int32, two
+    elements each: dS and P (`item_of`).
     """
 
     kv: cute.Pointer
@@ -38,18 +38,16 @@ class Tensors(NamedTuple):
     shift: cute.Tensor
     left: cute.Tensor
     dq: cute.Tensor
-    p: cute.Tensor
-    ds: cute.Tensor
+    weights: cute.Tensor
 
 
 class Scalars(NamedTuple):
-    """scale * log2(e); scale; bytes from row to row of kv, and its rows; tiles a token; whether `lengths` counts."""
+    """scale * log2(e); scale; bytes from row to row of kv, and its rows; whether `lengths` counts."""
 
     scale_log2: Float32
     scale: Float32
     row_bytes: Int64
     num_rows: Int32
-    head_tiles: Int32
     has_lengths: Int32
 
 
@@ -63,13 +61,24 @@ class Tile(NamedTuple):
 
 
 @cute.jit
-def tile_of(tensors: Tensors, scalars: Scalars, index) -> Tile:
+def item_of(token, topk, key_tile, kind: cutlass.Constexpr):
+    """The number of an item of the workspace: dS (0) or P (1) of 64 keys and all heads of a token.
+
+    It consists of pieces of 64 heads, and they of 8 x 8 blocks, a head's 8 keys side by side, those of the keys first.
+    A warp's registers of the queries' kernel are then whole blocks, stored 128 bytes at a time, and the item is an
+    operand of wgmma as it lies.
+    """
+    return (token * ((topk + (BLOCK - 1)) // BLOCK) + key_tile) * 2 + kind
+
+
+@cute.jit
+def tile_of(tensors: Tensors, scalars: Scalars, head_tiles: cutlass.Constexpr, index) -> Tile:
     """The tile of CTA `index`: all head tiles of a token, then those of the next."""
-    token = index // scalars.head_tiles
+    token = index // head_tiles
     keys = Int32(tensors.indices.shape[1])
     if scalars.has_lengths != 0:
         keys = cutlass.max(0, cutlass.min(tensors.lengths[token], keys))
-    return Tile(token, index - token * scalars.head_tiles, keys, (keys + (TILE_N - 1)) // TILE_N)
+    return Tile(token, index - token * head_tiles, keys, (keys + (TILE_N - 1)) // TILE_N)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The sparse backward on Hopper, its first kernel: dq, and f P and dS for the keys' kernel, which is Triton's.
+"""The sparse backward on Hopper, first kernel: dq, and f P and dS for the second, `keys_kernel.py`.
 
     P = exp2(scale * log2(e) * q k - lse2)      dS = scale P (f dout v - g)      dq = dS k
 
@@ -9,9 +9,9 @@ both. Bound: a step of 32 keys is 1664 cycles of the tensor cores at D 576, and 
 columns, for which a product reads 3 KB in 16 cycles.
 
 Roles (384 threads; entry 168 registers):
-    warpgroup 0   232 registers   S = Q K^T, P; dq[:, 0:256]                     `consumer.py`
+    warpgroup 0   232 registers   S = Q K^T, P; dq[:, 0:256]                     `queries_consumer.py`
     warpgroup 1   232 registers   dP = dO V^T; dq[:, 256:512] and the rope part
-    warps 8-11     40 registers   gather of K by cp.async; warp 8: TMA of Q, dO  `producer.py`
+    warps 8-11     40 registers   gather of K by cp.async; warp 8: TMA of Q, dO  `queries_producer.py`
 
 The two warpgroups hold the same elements of P and dP, a thread of the one what the same thread of the other: they swap
 them through shared memory in FP32, and both compute dS, an operand in registers of their half of dq.
@@ -49,9 +49,15 @@ from flash_mla.kernels.hopper.sparse_backward.config import (
     THREADS,
     Config,
 )
-from flash_mla.kernels.hopper.sparse_backward.consumer import Consumer
-from flash_mla.kernels.hopper.sparse_backward.producer import Producer
-from flash_mla.kernels.hopper.sparse_backward.shared import Scalars, Shared, Tensors, tile_of
+from flash_mla.kernels.hopper.sparse_backward.queries_consumer import Consumer
+from flash_mla.kernels.hopper.sparse_backward.queries_producer import Producer
+from flash_mla.kernels.hopper.sparse_backward.queries_shared import Scalars, Shared, Tensors, tile_of
+
+
+def load_heads(x: cute.Tensor) -> Tma:
+    """Loads of 64 heads and 64 columns of [tokens, 1, Hq, columns]: tiles of heads, chunks, tokens."""
+    layout = cute.make_layout((x.shape[2], x.shape[3], x.shape[0]), stride=(x.stride[2], 1, x.stride[0]))
+    return load_of(cute.make_tensor(x.iterator, layout), TILE_M, CHUNK)
 
 
 class SparseQueries(Kernel[Config]):
@@ -69,20 +75,12 @@ class SparseQueries(Kernel[Config]):
         shift: cute.Tensor,  # [Hq, tokens] FP32
         left: cute.Tensor,  # [Hq, tokens] FP32; anything without a sink
         dq: cute.Tensor,  # [tokens, 1, Hq, D]
-        p: cute.Tensor,  # [tokens, Hq, slots / 2] int32
-        ds: cute.Tensor,  # [tokens, Hq, slots / 2] int32
+        weights: cute.Tensor,  # [items, item / 2] int32
         scale_log2: Float32,
         scale: Float32,
         has_lengths: Int32,
         stream,
     ):
-        tokens, Hq = q.shape[0], q.shape[2]
-        head_tiles = (Hq + (TILE_M - 1)) // TILE_M
-
-        def rows(x: cute.Tensor) -> Tma:
-            layout = cute.make_layout((x.shape[2], x.shape[3], x.shape[0]), stride=(x.stride[2], 1, x.stride[0]))
-            return load_of(cute.make_tensor(x.iterator, layout), TILE_M, CHUNK)
-
         def without_middle(x: cute.Tensor) -> cute.Tensor:
             return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[0, *range(2, cute.rank(x))]))
 
@@ -94,12 +92,12 @@ class SparseQueries(Kernel[Config]):
             shift=shift,
             left=left,
             dq=without_middle(dq),
-            p=p,
-            ds=ds,
+            weights=weights,
         )
-        scalars = Scalars(scale_log2, scale, 2 * Int64(kv.stride[1]), kv.shape[1], head_tiles, has_lengths)
-        kernel = self.kernel(rows(q), rows(d_out), tensors, scalars)
-        launch_ctas(kernel, tokens * head_tiles, THREADS, self.config.smem_bytes(), stream)
+        scalars = Scalars(scale_log2, scale, 2 * Int64(kv.stride[1]), kv.shape[1], has_lengths)
+        kernel = self.kernel(load_heads(q), load_heads(d_out), tensors, scalars)
+        ctas = q.shape[0] * self.config.head_tiles
+        launch_ctas(kernel, ctas, THREADS, self.config.queries_bytes(), stream)
 
     @cute.kernel
     def kernel(self, load_q: Tma, load_d_out: Tma, tensors: Tensors, scalars: Scalars):
@@ -116,14 +114,14 @@ class SparseQueries(Kernel[Config]):
             k_barriers: array[Int64, Channel.words(STAGES)]
             q_barriers: array[Int64, Channel.words(1)]
 
-        shared = Shared.over(config, allocate(Storage, config))
+        shared = Shared.over(config, allocate(Storage, config, config.queries_bytes()))
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         index, _, _ = cute.arch.block_idx()
         if warp_id == 0:
             open_channels(shared.channels, (load_q.atom, load_d_out.atom))
         cute.arch.sync_threads()
 
-        tile = tile_of(tensors, scalars, index)
+        tile = tile_of(tensors, scalars, config.head_tiles, index)
         if warp_id >= CONSUMER_WARPS:
             cute.arch.setmaxregister_decrease(REGISTERS[1])
             producer = Producer.over(shared, tensors, scalars, warp_id - CONSUMER_WARPS)
@@ -152,9 +150,6 @@ def arguments(config: Config) -> tuple:
     def numbers() -> cute.Tensor:
         return symbolic.tensor(Float32, (None, None))
 
-    def weights() -> cute.Tensor:
-        return symbolic.tensor(Int32, anything, tma=(0, 1))
-
     return (
         symbolic.tensor(dtype, (*anything, config.D), tma=(0, 2)),
         symbolic.tensor(dtype, (*anything, config.Dv), tma=(0, 2)),
@@ -165,8 +160,7 @@ def arguments(config: Config) -> tuple:
         numbers(),
         numbers(),
         symbolic.tensor(dtype, (*anything, config.D), tma=(0, 2)),
-        weights(),
-        weights(),
+        symbolic.tensor(Int32, (None, config.item // 2), tma=(0,)),
         *symbolic.numbers(Float32, Float32, Int32),
     )
 

@@ -12,7 +12,7 @@ from flash_mla.kernels.hopper.boxes import Tma, tma_boxes
 from flash_mla.kernels.hopper.gather import NO_ROW, ROWS, Gather
 from flash_mla.kernels.hopper.limits import CHUNK, TILE_M, WARP
 from flash_mla.kernels.hopper.sparse_backward.config import PRODUCER_WARPS, STAGES, TILE_N
-from flash_mla.kernels.hopper.sparse_backward.shared import Scalars, Shared, Tensors, Tile
+from flash_mla.kernels.hopper.sparse_backward.queries_shared import Scalars, Shared, Tensors, Tile
 
 
 @dataclass(frozen=True)
