@@ -35,7 +35,6 @@ EXCHANGED = TILE_M * TILE_N
 
 KEYS_STAGES = 4
 """P or dS of 64 keys and all heads, so often in shared memory."""
-KEYS_REGISTERS = (240, 24)
 
 
 class Bar(IntEnum):

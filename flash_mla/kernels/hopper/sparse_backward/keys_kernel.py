@@ -41,8 +41,8 @@ from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.sparse_backward.config import (
     CONSUMER_WARPS,
     HALF,
-    KEYS_REGISTERS,
     KEYS_STAGES,
+    REGISTERS,
     THREADS,
     Config,
 )
@@ -138,11 +138,11 @@ class SparseKeys(Kernel[Config]):
         work = Work(token, topk, index % PARTS, (keys + (BLOCK - 1)) // BLOCK)
         shared.weights.read_by("consumers", CONSUMER_WARPS // 2)
         if warp_id >= CONSUMER_WARPS:
-            cute.arch.setmaxregister_decrease(KEYS_REGISTERS[1])
+            cute.arch.setmaxregister_decrease(REGISTERS[1])
             if warp_id == CONSUMER_WARPS:
                 self.load(shared, load_q, load_d_out, weights, work)
         else:
-            cute.arch.setmaxregister_increase(KEYS_REGISTERS[0])
+            cute.arch.setmaxregister_increase(REGISTERS[0])
             tid, _, _ = cute.arch.thread_idx()
             if work.part == 0:
                 self.consume(shared, partial, work, 0, warp_id // 4, tid % WARPGROUP)
