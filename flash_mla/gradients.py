@@ -38,7 +38,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     d_out: Tensor,
-    d_lse: Tensor,
+    d_lse: Tensor | None,
     *,
     causal: bool,
     softmax_scale: float,
@@ -56,7 +56,7 @@ def backward(
     """Fill dq, dk and dv, and d_sink with a sink: see BackwardArgs, whose fields the arguments are.
 
     Args:
-        out, lse: as the forward gave them; d_out, d_lse: of any strides.
+        out, lse: as the forward gave them; d_out, d_lse: of any strides. d_lse: None is 0.
         dk, dv: None both where neither is wanted.
         backend: the forward's. Hopper's backward takes fewer problems: its other calls go to the first backend that
             takes them.
@@ -106,7 +106,7 @@ def backward(
 
 def prefill_gradients(
     d_out: Tensor,
-    d_lse: Tensor,
+    d_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -149,17 +149,22 @@ def save_prefill(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.shapes = shapes_of(inputs)
     ctx.quantised = q.dtype == FP8 or any(x is not None for x in descales)
     ctx.causal, ctx.softmax_scale, ctx.backend = causal, softmax_scale, backend
+    # a zero gradient of lse would be written and read for nothing
+    ctx.set_materialize_grads(False)
     if not ctx.quantised:
         ctx.save_for_backward(q, k, v, *output, blocks, mask, seq_lens, attn_sink)
 
 
-def prefill_backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad
+def prefill_backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    wanted, given = ctx.needs_input_grad, d_lse if d_out is None else d_out
+    if given is None:
+        return (None,) * len(wanted)
     if ctx.quantised:
-        return refusals(d_out, ctx.shapes, wanted, "flash_mla_prefill", *NO_FP8_BACKWARD)
+        return refusals(given, ctx.shapes, wanted, "flash_mla_prefill", *NO_FP8_BACKWARD)
     masks = [i == 4 and needs for i, needs in enumerate(wanted)]
-    gradients = list(refusals(d_out, ctx.shapes, masks, "flash_mla_prefill", *NO_MASK_BACKWARD))
+    gradients = list(refusals(given, ctx.shapes, masks, "flash_mla_prefill", *NO_MASK_BACKWARD))
     q, k, v, out, lse, blocks, mask, seq_lens, attn_sink = ctx.saved_tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out
     dq, dk, dv, d_sink = how(d_out)(
         d_out, d_lse, q, k, v, out, lse, blocks, mask, ctx.causal, ctx.softmax_scale, seq_lens, attn_sink, ctx.backend,
         wanted[0], wanted[1] or wanted[2],

@@ -210,7 +210,7 @@ refuse_op(mha_op, "mha_fwd_kvcache")
 @torch.library.custom_op("flash_mla::flash_mla_prefill_backward", mutates_args=())
 def prefill_backward_op(
     d_out: Tensor,
-    d_lse: Tensor,
+    d_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -237,7 +237,7 @@ def prefill_backward_op(
 
 @prefill_backward_op.register_fake
 def fake_prefill_backward(
-    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes and dtypes of the gradients."""
     *_, attn_sink, _backend, dq_wanted, dkv_wanted = others

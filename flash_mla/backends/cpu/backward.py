@@ -49,10 +49,10 @@ def launch(problem: BackwardProblem, config: None, args: BackwardArgs) -> None:
     for b in range(forward.B):
         start = 0 if args.start_pos is None else int(args.start_pos[b])
         keys = forward.S_kv if args.seq_lens is None else min(forward.S_kv, max(int(args.seq_lens[b]), 0))
-        d_out, d_lse, lse, q, out = (
-            x[b].unflatten(0, heads).float() for x in (args.d_out, args.d_lse, args.lse, args.q, args.out)
-        )
-        d_lse = d_lse.masked_fill(lse == -math.inf, 0.0)  # -inf whatever the inputs
+        d_out, lse, q, out = (x[b].unflatten(0, heads).float() for x in (args.d_out, args.lse, args.q, args.out))
+        d_lse = zeros(lse)
+        if args.d_lse is not None:  # where lse is -inf it is so whatever the inputs
+            d_lse = args.d_lse[b].unflatten(0, heads).float().masked_fill(lse == -math.inf, 0.0)
         rows = live_rows(d_out, d_lse, lse)
         d_out, d_lse, lse, q, out = (x[:, :, :rows] for x in (d_out, d_lse, lse, q, out))
         k, v = (x[b, :, :keys].float() for x in (args.k, args.v))
@@ -62,7 +62,7 @@ def launch(problem: BackwardProblem, config: None, args: BackwardArgs) -> None:
             d_out = d_out * left.unsqueeze(-1)
         # NOTE: as many heads at a time as fill the threads: gradients of all at once are memory that is new to every
         # call, which took 10% of its time (4 heads of 128 columns, 2048 tokens, one thread)
-        through = args.mask is None and args.block_mask is None and not d_lse.any()
+        through = args.mask is None and args.block_mask is None and (args.d_lse is None or not d_lse.any())
         step = max(torch.get_num_threads() // forward.ratio, 1) if through else forward.Hk
         for first in range(0, forward.Hk, step):
             own = slice(first, min(first + step, forward.Hk))

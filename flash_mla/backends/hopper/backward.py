@@ -85,19 +85,18 @@ def launch(problem: BackwardProblem, config: Config, args: BackwardArgs) -> None
     dq, dk, dv = (x if is_readable(x) else x.new_empty(x.shape) for x in written)
     with device_of(problem.device):
         prepared = prepare(problem, args)
-        live = prepared.live.amax(2).view(-1)
+        rows = [x for x in (prepared.lse2, prepared.shift, prepared.left) if x is not None]
         across, down = -(-S_kv // TILE_N), -(-P // TILE_Q)
         head_tiles = forward.ratio * across * down
         together = max(1, min(B * Hk, WORKSPACE // (2 * TILE * head_tiles)))
         ds = torch.empty((together * head_tiles, TILE // 2), dtype=torch.int32, device=problem.device)
-        rows = [x.view(B * Hq, P) for x in (prepared.lse2, prepared.shift, prepared.left) if x is not None]
         tensors: dict[str, Any] = {
             "lse2": rows[0],
             "shift": rows[1],
             "left": rows[-1],
-            "live": live,
-            "seq_lens": live if args.seq_lens is None else int32(args.seq_lens),
-            "start_pos": live if args.start_pos is None else int32(args.start_pos),
+            "live": prepared.live,
+            "seq_lens": prepared.live if args.seq_lens is None else int32(args.seq_lens),
+            "start_pos": prepared.live if args.start_pos is None else int32(args.start_pos),
             "ds": ds,
         }
         scalars: dict[str, Any] = {

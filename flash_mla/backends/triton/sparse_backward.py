@@ -15,7 +15,7 @@ from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.target import Target
 from flash_mla.problem import SparseBackwardArgs, SparseBackwardProblem
 
-WORKSPACE = 2**30
+WORKSPACE = 2**31
 """Bytes that a chunk of the tokens may take, of one token at least."""
 
 

@@ -25,7 +25,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.backward.config import CONSUMERS, THREADS, TILE, TILE_N, TILE_Q, WARPS, Bar, Config
 from flash_mla.kernels.hopper.backward.keys_kernel import rows_first, rows_of, shared_arguments
-from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors, key_tiles, place_of, span_of, walk
+from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors, key_tiles, live_of, place_of, span_of, walk
 from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.boxes import Tma, load_of, row_layout, tma_boxes, zero_rows
 from flash_mla.kernels.hopper.channel import Channel, open_channels
@@ -107,7 +107,7 @@ class Queries(Kernel[Config]):
         kv_head = line - request * scalars.Hk
         head = kv_head * ratio + local % ratio
         span = span_of(tensors, scalars, request)
-        live = tensors.live[request * scalars.Hq + head]
+        live = live_of(tensors, scalars, request * scalars.Hq + head)
         upper, lower = (key_tiles(scalars, span, live, number * CONSUMERS + wg) for wg in range(CONSUMERS))
         tile = QueryTile(number, local, head, kv_head, request, span.keys, cutlass.max(upper, lower))
         if warp_id >= WARPS:

@@ -9,14 +9,16 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from flash_mla.kernels.hopper.backward.config import TILE_N, TILE_Q
+from flash_mla.kernels.hopper.limits import WARP
+from flash_mla.kernels.hopper.work import warp_max
 
 
 class Tensors(NamedTuple):
     """Global memory that TMA does not touch.
 
-    lse2, shift and left [B * Hq, P] FP32, as `prepare_kernel` of the Triton backward writes them; live [B * Hq] int32:
-    past a head's last row that has a gradient; seq_lens and start_pos [B] int32; ds [tiles, TILE / 2] int32, two
-    elements of dS each (`place_of`).
+    lse2, shift and left [B * Hq, P] FP32, as `prepare_kernel` of the Triton backward writes them; live [B * Hq * query
+    tiles] int32: past the last row of each tile that has a gradient; seq_lens and start_pos [B] int32; ds [tiles,
+    TILE / 2] int32, two elements of dS each (`place_of`).
     """
 
     lse2: cute.Tensor
@@ -70,6 +72,15 @@ def span_of(tensors: Tensors, scalars: Scalars, request) -> Span:
     if scalars.has_start != 0:
         start = cutlass.max(0, cutlass.min(scalars.S_kv, tensors.start_pos[request]))
     return Span(keys, start)
+
+
+@cute.jit
+def live_of(tensors: Tensors, scalars: Scalars, line):
+    """Past the last row of a head that has a gradient; by a whole warp. line: request * Hq + head."""
+    tiles, live = (scalars.P + (TILE_Q - 1)) // TILE_Q, Int32(0)
+    for tile in cutlass.range(cute.arch.lane_idx(), tiles, WARP, unroll=1):
+        live = cutlass.max(live, tensors.live[line * tiles + tile])
+    return warp_max(live)
 
 
 @cute.jit

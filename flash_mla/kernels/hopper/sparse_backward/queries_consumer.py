@@ -117,7 +117,7 @@ class Consumer:
 
     @cute.jit
     def product(self, stage) -> None:
-        """S = Q K^T or dout V^T of a stage, finished."""
+        """Issue S = Q K^T or dout V^T of a stage, as one group."""
         atom = cute.make_mma_atom(self.product_mma.op)
         atom.set(warpgroup.Field.ACCUMULATE, False)
         warpgroup.fence()
@@ -125,17 +125,23 @@ class Consumer:
             cute.gemm(atom, self.S, self.rA[None, None, k], self.rK[None, None, k, stage], self.S)
             atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
-        warpgroup.wait_group(0)
 
     @cute.jit
-    def add(self, mma: cutlass.Constexpr, C: cute.Tensor, B: cute.Tensor, stage) -> None:
-        """Issue C += dS K of a stage, as one group."""
+    def add(self, stage) -> None:
+        """Issue dq += dS K of a stage, as one group."""
+        warpgroup.fence()
+        self.sum(self.sum_mma, self.dQ, self.rKt, stage)
+        if const_expr(self.has_rope):
+            self.sum(self.rope_mma, self.dRope, self.rRope, stage)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def sum(self, mma: cutlass.Constexpr, C: cute.Tensor, B: cute.Tensor, stage) -> None:
+        """Issue C += dS K of a stage."""
         atom = cute.make_mma_atom(mma.op)
         atom.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup.fence()
         for k in cutlass.range_constexpr(K_STEPS):
             cute.gemm(atom, C, self.dS[None, None, k], B[None, None, K_STEPS * stage + k], C)
-        warpgroup.commit_group()
 
     @cute.jit
     def weigh(self, stage, scale_log2) -> None:
@@ -204,17 +210,19 @@ class Consumer:
         for step in cutlass.range(tile.steps, unroll=1):
             stage = step % STAGES
             keys.wait(stage, step // STAGES)
+            # NOTE: issued behind dq of the step before, so that the tensor cores go from one to the other
             self.product(stage)
+            warpgroup.wait_group(1)
+            if step > 0:
+                keys.release((step - 1) % STAGES)
+            warpgroup.wait_group(0)
             if const_expr(self.side == 0):
                 self.weigh(stage, scalars.scale_log2)
             self.swap(step)
             self.differentiate(scalars.scale)
-            self.add(self.sum_mma, self.dQ, self.rKt, stage)
-            if const_expr(self.has_rope):
-                self.add(self.rope_mma, self.dRope, self.rRope, stage)
+            self.add(stage)
             self.keep(tensors, tile, step)
-            warpgroup.wait_group(0)
-            keys.release(stage)
+        warpgroup.wait_group(0)
 
     @cute.jit
     def write(self, tensors: Tensors, tile: Tile) -> None:
