@@ -56,7 +56,7 @@ def launch(problem: BackwardProblem, config: None, args: BackwardArgs) -> None:
         rows = live_rows(d_out, d_lse, lse)
         d_out, d_lse, lse, q, out = (x[:, :, :rows] for x in (d_out, d_lse, lse, q, out))
         k, v = (x[b, :, :keys].float() for x in (args.k, args.v))
-        if args.attn_sink is not None:
+        if args.attn_sink is not None and d_sink is not None:
             left = torch.sigmoid(lse - args.attn_sink.view(*heads, 1)).masked_fill(lse == -math.inf, 0.0)
             d_sink -= ((1.0 - left) * (d_out * out).sum(-1)).sum(-1)
             d_out = d_out * left.unsqueeze(-1)

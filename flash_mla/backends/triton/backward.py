@@ -111,7 +111,8 @@ def empty_prepared(problem: BackwardProblem) -> Prepared:
     rows = torch.empty((4 if forward.sink else 2, heads, forward.P), dtype=torch.float32, device=problem.device)
     live = torch.empty(heads * row_tiles(forward), dtype=torch.int32, device=problem.device)
     lse2, shift, *sink = rows.unbind()
-    return Prepared(lse2, shift, *(sink or (None, None)), live)
+    left, d_sink = sink or (None, None)
+    return Prepared(lse2, shift, left, d_sink, live)
 
 
 def row_tiles(forward: PrefillProblem) -> int:
