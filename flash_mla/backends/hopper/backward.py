@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,54 +71,69 @@ def readable(x: Tensor) -> Tensor:
     return x if is_readable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
+class Bound(NamedTuple):
+    """What a problem fixes of its launches: the kernels; tiles of dS in the workspace; for each part of the KV heads
+    the ints of `Scalars`, and CTAs of both kernels."""
+
+    keys: Callable[..., None]
+    queries: Callable[..., None]
+    tiles: int
+    parts: list[tuple[tuple[int, ...], int, int]]
+
+
+@functools.lru_cache(maxsize=256)
+def bound(problem: BackwardProblem, config: Config, workspace: int) -> Bound:
+    """The launches of a problem within so many bytes of dS, or of one KV head's."""
+    from flash_mla.kernels.hopper import store
+    from flash_mla.kernels.hopper.backward import keys_kernel, queries_kernel
+
+    forward = problem.forward
+    lines, ratio = forward.B * forward.Hk, forward.ratio
+    across, down = -(-forward.S_kv // TILE_N), -(-forward.P // TILE_Q)
+    head_tiles = ratio * across * down
+    together = max(1, min(lines, workspace // (2 * TILE * head_tiles)))
+    dims = forward.Hq, forward.Hk, forward.P, forward.S_kv
+    flags = int(forward.causal), int(forward.seq_lens), int(forward.start_pos)
+    parts = []
+    for first in range(0, lines, together):
+        heads = min(together, lines - first)
+        ints = *dims, first, heads, group_of(heads, ratio * forward.P), *flags
+        parts.append((ints, heads * across, heads * ratio * -(-down // CONSUMERS)))
+    return Bound(
+        store.load("backward_keys", config, keys_kernel.build),
+        store.load("backward_queries", replace(config, sink=False), queries_kernel.build),
+        together * head_tiles,
+        parts,
+    )
+
+
 def launch(problem: BackwardProblem, config: Config, args: BackwardArgs) -> None:
     """Fill the gradients. Allocates workspace: 2 to 4 FP32 a query row, and 2 bytes a pair of query and key for as many
     KV heads as WORKSPACE holds; what is not laid out as TMA needs is copied."""
     from flash_mla.backends.triton.backward import prepare
-    from flash_mla.kernels.hopper import store
-    from flash_mla.kernels.hopper.backward import keys_kernel, queries_kernel
     from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors
 
-    keys = store.load("backward_keys", config, keys_kernel.build)
-    queries = store.load("backward_queries", Config(config.dtype, config.D, config.Dv), queries_kernel.build)
-    forward = problem.forward
-    B, Hq, Hk, P, S_kv = forward.B, forward.Hq, forward.Hk, forward.P, forward.S_kv
+    kernels = bound(problem, config, WORKSPACE)
     q, k, v, d_out = (readable(x) for x in (args.q, args.k, args.v, args.d_out))
     written = [x for x in args.gradients[:3] if x is not None]
     dq, dk, dv = (x if is_readable(x) else x.new_empty(x.shape) for x in written)
     with device_of(problem.device):
         prepared = prepare(problem, args)
-        rows = [x for x in (prepared.lse2, prepared.shift, prepared.left) if x is not None]
-        across, down = -(-S_kv // TILE_N), -(-P // TILE_Q)
-        head_tiles = forward.ratio * across * down
-        together = max(1, min(B * Hk, WORKSPACE // (2 * TILE * head_tiles)))
-        ds = torch.empty((together * head_tiles, TILE // 2), dtype=torch.int32, device=problem.device)
+        ds = torch.empty((kernels.tiles, TILE // 2), dtype=torch.int32, device=problem.device)
         tensors: dict[str, Any] = {
-            "lse2": rows[0],
-            "shift": rows[1],
-            "left": rows[-1],
+            "lse2": prepared.lse2,
+            "shift": prepared.shift,
+            "left": prepared.shift if prepared.left is None else prepared.left,
             "live": prepared.live,
             "seq_lens": prepared.live if args.seq_lens is None else int32(args.seq_lens),
             "start_pos": prepared.live if args.start_pos is None else int32(args.start_pos),
             "ds": ds,
         }
-        scalars: dict[str, Any] = {
-            "scale_log2": args.softmax_scale * math.log2(math.e),
-            "scale": args.softmax_scale,
-            "Hq": Hq,
-            "Hk": Hk,
-            "P": P,
-            "S_kv": S_kv,
-            "causal": int(forward.causal),
-            "has_lens": int(args.seq_lens is not None),
-            "has_start": int(args.start_pos is not None),
-        }
-        for first in range(0, B * Hk, together):
-            heads = min(together, B * Hk - first)
-            scalars |= {"first": first, "heads": heads, "group": group_of(heads, forward.ratio * P)}
-            shared = Tensors(**tensors), Scalars(**scalars)
-            keys(q, k, v, d_out, dk, dv, *shared, heads * across)
-            queries(k, dq, *shared, heads * forward.ratio * -(-down // CONSUMERS))
+        shared, scales = Tensors(**tensors), (args.softmax_scale * math.log2(math.e), args.softmax_scale)
+        for ints, key_ctas, query_ctas in kernels.parts:
+            scalars = Scalars._make((*scales, *ints))
+            kernels.keys(q, k, v, d_out, dk, dv, shared, scalars, key_ctas)
+            kernels.queries(k, dq, shared, scalars, query_ctas)
     for x, result in zip(written, (dq, dk, dv), strict=True):
         if result is not x:
             x.copy_(result)
