@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ class Bound(NamedTuple):
     keys: Callable[..., None]
     queries: Callable[..., None]
     tiles: int
-    parts: list[tuple[tuple[int, ...], int, int]]
+    parts: Sequence[tuple[tuple[int, ...], int, int]]
 
 
 @functools.lru_cache(maxsize=256)
