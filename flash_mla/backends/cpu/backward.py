@@ -125,8 +125,11 @@ def through_op(
     if not alone:
         dq, dk, dv = zeros(q), zeros(k), zeros(v)
     # the op wants one head dim
-    q, k = (F.pad(x, (0, max(Dv - D, 0))) for x in (q, k))
-    v, d_out, out = (F.pad(x, (0, max(D - Dv, 0))) for x in (v, d_out, out))
+    # NOTE: a pad by nothing copies
+    if Dv > D:
+        q, k = (F.pad(x, (0, Dv - D)) for x in (q, k))
+    if D > Dv:
+        v, d_out, out = (F.pad(x, (0, D - Dv)) for x in (v, d_out, out))
     for rows, keys, causal in every:
         own = [x[:, :, rows] for x in (d_out, q, out, lse)]
         one, two, three = flash_backward(
