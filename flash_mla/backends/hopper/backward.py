@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import HALVES, device_of, int32
+from flash_mla.backends.hopper.device import HALVES, int32, on_device
 from flash_mla.backends.hopper.strides import refuse_steps
 from flash_mla.kernels.hopper.backward.config import CONSUMERS, TILE, TILE_N, TILE_Q, WIDTHS, Config
 from flash_mla.kernels.hopper.limits import TMA_BYTES
-from flash_mla.problem import BackwardArgs, BackwardProblem
+from flash_mla.problem import BackwardArgs, BackwardProblem, PrefillProblem
 
 WORKSPACE = 2**31
 """Bytes of dS at a time, unless one KV head's take more: so many KV heads are computed together."""
@@ -71,55 +70,51 @@ def readable(x: Tensor) -> Tensor:
     return x if is_readable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-class Bound(NamedTuple):
-    """What a problem fixes of its launches: the kernels; tiles of dS in the workspace; for each part of the KV heads
-    the ints of `Scalars`, and CTAs of both kernels."""
+class Part(NamedTuple):
+    """Launches for some of the KV heads: the ints of `Scalars`; CTAs of the keys' and the queries' kernel."""
 
-    keys: Callable[..., None]
-    queries: Callable[..., None]
-    tiles: int
-    parts: Sequence[tuple[tuple[int, ...], int, int]]
+    ints: tuple[int, ...]
+    key_ctas: int
+    query_ctas: int
 
 
-@functools.lru_cache(maxsize=256)
-def bound(problem: BackwardProblem, config: Config, workspace: int) -> Bound:
-    """The launches of a problem within so many bytes of dS, or of one KV head's."""
-    from flash_mla.kernels.hopper import store
-    from flash_mla.kernels.hopper.backward import keys_kernel, queries_kernel
-
-    forward = problem.forward
-    lines, ratio = forward.B * forward.Hk, forward.ratio
-    across, down = -(-forward.S_kv // TILE_N), -(-forward.P // TILE_Q)
+def parts_of(problem: PrefillProblem, workspace: int) -> tuple[int, list[Part]]:
+    """Tiles of dS in the workspace, and the launches that share it: as many KV heads at a time as fit so many bytes."""
+    lines, ratio = problem.B * problem.Hk, problem.ratio
+    across, down = -(-problem.S_kv // TILE_N), -(-problem.P // TILE_Q)
     head_tiles = ratio * across * down
     together = max(1, min(lines, workspace // (2 * TILE * head_tiles)))
-    dims = forward.Hq, forward.Hk, forward.P, forward.S_kv
-    flags = int(forward.causal), int(forward.seq_lens), int(forward.start_pos)
+    dims = problem.Hq, problem.Hk, problem.P, problem.S_kv
+    flags = int(problem.causal), int(problem.seq_lens), int(problem.start_pos)
     parts = []
     for first in range(0, lines, together):
         heads = min(together, lines - first)
-        ints = *dims, first, heads, group_of(heads, ratio * forward.P), *flags
-        parts.append((ints, heads * across, heads * ratio * -(-down // CONSUMERS)))
-    return Bound(
-        store.load("backward_keys", config, keys_kernel.build),
-        store.load("backward_queries", replace(config, sink=False), queries_kernel.build),
-        together * head_tiles,
-        parts,
-    )
+        ints = *dims, first, heads, group_of(heads, ratio * problem.P), *flags
+        parts.append(Part(ints, heads * across, heads * ratio * -(-down // CONSUMERS)))
+    return together * head_tiles, parts
 
 
-def launch(problem: BackwardProblem, config: Config, args: BackwardArgs) -> None:
-    """Fill the gradients. Allocates workspace: 2 to 4 FP32 a query row, and 2 bytes a pair of query and key for as many
-    KV heads as WORKSPACE holds; what is not laid out as TMA needs is copied."""
+def bind(problem: BackwardProblem, config: Config) -> Callable[[BackwardArgs], None]:
+    """The launch, which fills the gradients. It allocates workspace: 2 to 4 FP32 a query row, and 2 bytes a pair of
+    query and key for as many KV heads as WORKSPACE holds; what is not laid out as TMA needs is copied.
+
+    The kernels are loaded here, and compiled the first time ever on a machine.
+    """
     from flash_mla.backends.triton.backward import prepare
+    from flash_mla.kernels.hopper import store
+    from flash_mla.kernels.hopper.backward import keys_kernel, queries_kernel
     from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors
 
-    kernels = bound(problem, config, WORKSPACE)
-    q, k, v, d_out = (readable(x) for x in (args.q, args.k, args.v, args.d_out))
-    written = [x for x in args.gradients[:3] if x is not None]
-    dq, dk, dv = (x if is_readable(x) else x.new_empty(x.shape) for x in written)
-    with device_of(problem.device):
+    keys = store.load("backward_keys", config, keys_kernel.build)
+    queries = store.load("backward_queries", replace(config, sink=False), queries_kernel.build)
+    tiles, parts = parts_of(problem.forward, WORKSPACE)
+
+    def launch(args: BackwardArgs) -> None:
+        q, k, v, d_out = (readable(x) for x in (args.q, args.k, args.v, args.d_out))
+        written = [x for x in args.gradients[:3] if x is not None]
+        dq, dk, dv = (x if is_readable(x) else x.new_empty(x.shape) for x in written)
         prepared = prepare(problem, args)
-        ds = torch.empty((kernels.tiles, TILE // 2), dtype=torch.int32, device=problem.device)
+        ds = torch.empty((tiles, TILE // 2), dtype=torch.int32, device=problem.device)
         tensors: dict[str, Any] = {
             "lse2": prepared.lse2,
             "shift": prepared.shift,
@@ -130,10 +125,12 @@ def launch(problem: BackwardProblem, config: Config, args: BackwardArgs) -> None
             "ds": ds,
         }
         shared, scales = Tensors(**tensors), (args.softmax_scale * math.log2(math.e), args.softmax_scale)
-        for ints, key_ctas, query_ctas in kernels.parts:
+        for ints, key_ctas, query_ctas in parts:
             scalars = Scalars._make((*scales, *ints))
-            kernels.keys(q, k, v, d_out, dk, dv, shared, scalars, key_ctas)
-            kernels.queries(k, dq, shared, scalars, query_ctas)
-    for x, result in zip(written, (dq, dk, dv), strict=True):
-        if result is not x:
-            x.copy_(result)
+            keys(q, k, v, d_out, dk, dv, shared, scalars, key_ctas)
+            queries(k, dq, shared, scalars, query_ctas)
+        for x, result in zip(written, (dq, dk, dv), strict=True):
+            if result is not x:
+                x.copy_(result)
+
+    return on_device(problem.device, launch)
