@@ -32,7 +32,8 @@ CASES = {
     "slots-64": replace(BASE, topk=64, expanded=True),
     "slots-97": replace(BASE, topk=97, lengths=True),
     "slots-2048": replace(BASE, topk=2048, S_q=9, S_kv=9000),
-    "one-token": replace(BASE, S_q=1),
+    "two-tokens": replace(BASE, S_q=2),
+    "fp16-slots-3": replace(BASE, dtype=torch.float16, topk=3),
     "scale": replace(BASE, softmax_scale=-0.04),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import HALVES, int32, on_device
+from flash_mla.backends.hopper.device import HALVES, LOG2_E, int32, on_device
 from flash_mla.backends.hopper.strides import refuse_steps
 from flash_mla.kernels.hopper.backward.config import CONSUMERS, TILE, TILE_N, TILE_Q, WIDTHS, Config
 from flash_mla.kernels.hopper.limits import TMA_BYTES
@@ -124,7 +123,7 @@ def bind(problem: BackwardProblem, config: Config) -> Callable[[BackwardArgs], N
             "start_pos": prepared.live if args.start_pos is None else int32(args.start_pos),
             "ds": ds,
         }
-        shared, scales = Tensors(**tensors), (args.softmax_scale * math.log2(math.e), args.softmax_scale)
+        shared, scales = Tensors(**tensors), (args.softmax_scale * LOG2_E, args.softmax_scale)
         for ints, key_ctas, query_ctas in parts:
             scalars = Scalars._make((*scales, *ints))
             keys(q, k, v, d_out, dk, dv, shared, scalars, key_ctas)

@@ -99,7 +99,7 @@ def in_chunks(
         row, order = named[part].flatten().sort(stable=True)
         first_of_row = torch.searchsorted(row, starts, out_int32=True)
         sparse_backward.sum_kernel[(rows,)](
-            **sum_arguments(problem, config, partial, order, first_of_row, dkv), num_warps=4
+            **sum_arguments(problem, config, partial, order, first_of_row, dkv), num_warps=1
         )
     args.dkv.copy_(dkv.view(args.dkv.shape))
 
@@ -271,5 +271,5 @@ def sum_arguments(
         "SLOTS": config.slots,
         "D_MAIN": config.d_main,
         "D_REST": config.d_rest,
-        "TILE": 8,
+        "TILE": 4,
     }

@@ -254,7 +254,8 @@ class SparseKeys(Kernel[Config]):
             for i in cutlass.range_constexpr(cute.size(sums) // 2):
                 row, column = row0 + row_of(tid) + 8 * (i % 2), column0 + 8 * (i // 2) + column_of(tid)
                 values = cute.make_tensor(sums.iterator + 2 * i, cute.make_layout(2))
-                cute.autovec_copy(values, cute.local_tile(target[row, None], (2,), (column // 2,)))
+                if row < target.shape[0]:
+                    cute.autovec_copy(values, cute.local_tile(target[row, None], (2,), (column // 2,)))
         else:
             factor = cute.make_rmem_tensor(2, Float32)
             factor.fill(1.0)
