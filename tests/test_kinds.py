@@ -423,7 +423,7 @@ def test_a_flag_is_refused_before_the_cache_is_written() -> None:
 
 
 def test_bytes_are_no_name_of_a_backend() -> None:
-    """A custom op takes them for a string; where it stands behind a call, eager or not, they are refused all the same."""
+    """A custom op takes them for a string; behind a call in eager mode, they are refused all the same."""
     q, k, v = (torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3))
     starts = torch.tensor([0, 8], dtype=torch.int32)
     rows = q[0].transpose(0, 1)
