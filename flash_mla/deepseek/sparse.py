@@ -173,23 +173,18 @@ def sparse(call: SparseCall, backend: str | None) -> tuple[Tensor, Tensor, Tenso
     q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits = call
     chosen = plan_sparse(call, backend)
     B, S_q, Hq, D = q.shape
-    keys = tuple(pool.keys(formatted) for pool in pools)
-    args = SparseArgs(
-        q=q,
-        keys=keys,
-        attn_sink=None if attn_sink is None else attn_sink.contiguous(),
-        softmax_scale=D**-0.5 if softmax_scale is None else softmax_scale,
-        out=q.new_empty(B, S_q, Hq, Dv),
-        lse=q.new_empty(B, S_q, Hq, dtype=torch.float32),
-        max_logits=q.new_empty(B, S_q, Hq, dtype=torch.float32) if max_logits else None,
-        empty_lse=math.inf,
-    )
-    chosen.launch(args)
-    out, lse = args.out, args.lse
-    inputs = learning(q, attn_sink, *(x.cache for x in keys))
-    if inputs:  # in decode; prefill has a backward, and comes here without gradients
-        out, lse = (refusing("deepseek.flash_mla_with_kvcache", x, inputs) for x in (out, lse))
-    return out, lse, args.max_logits
+    keys = tuple([pool.keys(formatted) for pool in pools])
+    sink = None if attn_sink is None else attn_sink.contiguous()
+    scale = D**-0.5 if softmax_scale is None else softmax_scale
+    out = q.new_empty((B, S_q, Hq, Dv))
+    lse = q.new_empty((B, S_q, Hq), dtype=torch.float32)
+    most = q.new_empty((B, S_q, Hq), dtype=torch.float32) if max_logits else None
+    chosen.launch(SparseArgs(q, keys, sink, scale, out, lse, most, math.inf))
+    if torch.is_grad_enabled():
+        inputs = learning(q, attn_sink, *[x.cache for x in keys])
+        if inputs:  # in decode; prefill has a backward, and comes here without gradients
+            out, lse = (refusing("deepseek.flash_mla_with_kvcache", x, inputs) for x in (out, lse))
+    return out, lse, most
 
 
 def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
@@ -198,7 +193,7 @@ def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
     sign = check_scale(softmax_scale)
     key: Hashable = None
     if not traced(call.q):  # a traced tensor has no address
-        tensors = facts(q, attn_sink, *(x for pool in pools for x in pool[1:]))
+        tensors = facts(q, attn_sink, *[x for pool in pools for x in pool[1:]])
         key = (tensors, formatted, type(Dv), Dv, sign, max_logits, backend)
         known = PASSED.get(key)
         if known is not None and (chosen := known()) is not None:
