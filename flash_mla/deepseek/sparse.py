@@ -77,17 +77,15 @@ def flash_mla_sparse_fwd(
         name a row) and attn_sink, the same bits in every run, on the CPU and by Triton, to which calls of Hopper's
         forward go; through max_logits a backward raises.
     """
-    check_query(q, "[s_q, h_q, d]", 3)
-    check_tensor("kv", kv)
-    check_rank("kv", kv.shape, 3, "[s_kv, h_kv, d]")
+    if q.dim() != 3 or kv.dim() != 3:  # all else is checked below, once for each set of facts
+        check_query(q, "[s_q, h_q, d]", 3)
+        check_rank("kv", kv.shape, 3, "[s_kv, h_kv, d]")
+    if not (compiling := traced(q)) and not transformed() and not learning(q, kv, attn_sink):
+        return sparse_prefill(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, backend)
     check_scale(sm_scale)
     scale = q.shape[2] ** -0.5 if sm_scale is None else float(sm_scale)
-    inputs = (q, kv, indices, scale, d_v, attn_sink, topk_length, backend)
-    if traced(q):
-        return torch.ops.flash_mla.flash_mla_sparse_fwd(*inputs)
-    if transformed() or learning(q, kv, attn_sink):
-        return SparsePrefill.apply(*inputs)
-    return sparse_prefill(*inputs)
+    attend = torch.ops.flash_mla.flash_mla_sparse_fwd if compiling else SparsePrefill.apply
+    return attend(q, kv, indices, scale, d_v, attn_sink, topk_length, backend)
 
 
 def row_format(q: Tensor, cache: Tensor) -> RowFormat:
@@ -266,7 +264,7 @@ def sparse_prefill(
     q: Tensor,
     kv: Tensor,
     indices: Tensor,
-    sm_scale: float,
+    sm_scale: float | None,
     d_v: int,
     attn_sink: Tensor | None,
     topk_length: Tensor | None,
