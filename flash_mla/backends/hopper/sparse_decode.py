@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
-from flash_mla.kernels.hopper.sparse_decode.config import DV, TILES, Config
+from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.mla_decode.config import START
+from flash_mla.kernels.hopper.sparse_decode.config import DV, SPLIT_COST, TILES, Config
 from flash_mla.problem import ALIGNMENT, BLOCK, SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS
 
@@ -85,6 +87,13 @@ def grid(config: Config, device: torch.device) -> tuple[int, int]:
     return clusters, config.workspace_words(clusters)
 
 
+@functools.cache
+def splits(config: Config, tokens: int, Hq: int, blocks: int, clusters: int) -> bool:
+    """Whether a call whose tokens all have so many blocks of keys may leave partial results."""
+    groups = -(-Hq // config.tile_rows)
+    return split.splits_equal(-(-blocks // 2), tokens * groups, clusters, START, SPLIT_COST)
+
+
 def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
     """Fill args.out and args.lse. Allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on 132 SMs).
 
@@ -98,6 +107,8 @@ def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
     for keys in args.keys:
         caches += [keys.cache, int32(keys.indices), nothing if keys.lengths is None else int32(keys.lengths)]
     has_lengths = sum((keys.lengths is not None) << i for i, keys in enumerate(args.keys))
+    blocks = sum(-(-keys.topk // BLOCK) for keys in problem.sets)
+    may_split = has_lengths or splits(config, problem.B * problem.S_q, problem.Hq, blocks, clusters)
     with device_of(problem.device):
         loaded(config)(
             args.q,
@@ -111,5 +122,6 @@ def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
             args.empty_lse,
             has_lengths,
             int(args.attn_sink is not None),
+            int(may_split != 0),
             clusters,
         )
