@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, Lock
+from types import SimpleNamespace
 
 import pytest
 from sass import NEEDS, compiled, gates
@@ -157,3 +161,28 @@ def test_store_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert callable(store.load("mla_decode", config, never))
     assert len(caplog.messages) == 2
     store.load.cache_clear()
+
+
+def test_threads_compile_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The DSL's own state is the process's: kernels of two threads at once failed in its middle."""
+    import cutlass.cute as cute
+
+    from flash_mla.kernels.hopper import store
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cute.runtime, "load_module", lambda *_, **__: SimpleNamespace(kernel=print))
+    busy, together = Lock(), Barrier(4)
+
+    def build(config: int) -> SimpleNamespace:
+        assert busy.acquire(blocking=False)
+        time.sleep(0.02)
+        busy.release()
+        return SimpleNamespace(export_to_c=lambda file, function_name: Path(file).write_text(function_name))
+
+    def load(config: int) -> object:
+        together.wait()
+        return store.load.__wrapped__("kernel", config, build)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(load, range(4)))
+    assert len([*store.directory().iterdir()]) == 4
