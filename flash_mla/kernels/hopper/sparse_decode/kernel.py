@@ -23,7 +23,7 @@ Channels, producer -> consumer (full arrivals / empty arrivals):
     K   producer warps -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block
             many: one a warp (in a cluster also the peer's bytes) / 4 warps a CTA, as in MLA decode
             few: one a warp / the 4 warps that take the block
-            raw: 4 stages = two pairs of whole blocks; one a thread and one a warp / the 4 warps that take the block
+            raw: 4 stages = two pairs of whole blocks; one a warp and its rows' bytes / the 4 warps that take the block
         The mask of live keys travels with the left half of its block.
     Q   producer warp 0 -> warpgroups 0, 1   1 stage   1 + bytes / 8 warps
 
