@@ -228,7 +228,6 @@ DECODE = {
     "fp8_d64_16": dict(Hq=64, Hk=1, D=64, Dv=16, dtype=FP8),
     "fp32_d128": dict(Hq=32, Hk=8, D=128, Dv=128, dtype=torch.float32),
     "fp32_mla_16": dict(Hq=16, Hk=1, D=576, Dv=512, alias=True, dtype=torch.float32),
-    "fp32_mla_8": dict(Hq=8, Hk=1, D=576, Dv=512, alias=True, dtype=torch.float32),
     "mask_d128": dict(Hq=32, Hk=8, D=128, Dv=128, mask=torch.bool),
     "mask_float_d128": dict(Hq=32, Hk=8, D=128, Dv=128, mask=torch.float32),
     "page_16_d128": dict(Hq=32, Hk=8, D=128, Dv=128, page=16),

@@ -101,14 +101,8 @@ def config(
     rows = S_q * (Hq // Hk)
     columns = cut_columns(D, Dv, alias, itemsize, target)
 
-    # NOTE: three TF32 products keep q and a tile of K twice, in registers: with rows of 576 that is 5 to 10 KB of stack
-    # a thread. Exact products by 8 warps spill nothing: 58 us against 231 (H200, 4 requests of 448 tokens, 8 heads);
-    # they run on no matrix unit, so that a tile of 8 rows has half the work
-    wide = target.backend == "cuda" and itemsize == 4 and columns.d_main > 256
-    few = wide and rows <= 8
-
     # 64 rows fill Hopper's matrix instruction; elsewhere the accumulator's registers set the limit
-    most_m = min(64 if target.wgmma and itemsize < 4 else 32, max(8 if few else 16, power_of_2(rows)))
+    most_m = min(64 if target.wgmma and itemsize < 4 else 32, max(16, power_of_2(rows)))
 
     def smem(tile_m: int, stages: int, tile_n: int) -> int:
         wgmma = target.wgmma and tile_m == 64
@@ -119,18 +113,21 @@ def config(
     # small tiles fit twice, one program with the largest that fits
     half = target.smem // 2 - 1024
     tries: list[tuple[int, int, tuple[tuple[int, int], ...]]] = [(64, target.smem, WIDEST)]
-    for m in (32, 16, 8):
+    for m in (32, 16):
         tries += [(m, half, PIPELINED), (m, target.smem, PIPELINED + WIDEST)]
     fits = (
         (m, *tiles)
         for m, budget, candidates in tries
         for tiles in candidates
-        if m <= most_m and (few or m > 8) and smem(m, *tiles) <= budget
+        if m <= most_m and smem(m, *tiles) <= budget
     )
     found = next(fits, None)
     tile_m, stages, tile_n = found or (16, *WIDEST[-1])
+    # NOTE: three TF32 products keep q and a tile of K twice, in registers: with rows of 576 that is 5 to 10 KB of stack
+    # a thread. Exact products by 8 warps spill nothing: 58 us against 231 (H200, 4 requests of 448 tokens, 8 heads)
+    wide = target.backend == "cuda" and itemsize == 4 and columns.d_main > 256
     products = "ieee" if wide or not found else precision(itemsize, target)
-    warps = 8 if (wide and not few) or tile_m * columns.dv_tile > 32 * 256 else 4
+    warps = 8 if wide or tile_m * columns.dv_tile > 32 * 256 else 4
     per_sm = max(1, min(2, target.smem // smem(tile_m, stages, tile_n)))
 
     # cut requests unless there are so many items that the last one's length does not matter
