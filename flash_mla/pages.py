@@ -506,16 +506,19 @@ class Bound(NamedTuple):
         packed = self.packed
         lse = out.new_empty(out.shape[:3], dtype=torch.float32) if return_lse else None
         written = out.new_empty(out.shape) if packed else out
-        table = block_table.contiguous() if self.parts == 1 else table_of_blocks(block_table, self.parts)
-        q_descale, k_descale, v_descale = self.descales
-        args = DecodeArgs(
-            q.contiguous() if packed else q, self.k, self.v, table, seq_lens.contiguous(), None, q_descale, k_descale,
-            v_descale, None, self.softmax_scale, written, lse,
-        )  # fmt: skip
-        self.plan.launch(args)
+        self.plan.launch(self.args(q.contiguous() if packed else q, block_table, seq_lens, written, lse))
         if packed:
             out.copy_(written)
         return lse
+
+    def args(self, q: Tensor, block_table: Tensor, seq_lens: Tensor, out: Tensor, lse: Tensor | None) -> DecodeArgs:
+        """What the plan's launch takes, q and out packed where it wants them so."""
+        table = block_table.contiguous() if self.parts == 1 else table_of_blocks(block_table, self.parts)
+        q_descale, k_descale, v_descale = self.descales
+        return DecodeArgs(
+            q, self.k, self.v, table, seq_lens.contiguous(), None, q_descale, k_descale, v_descale, None,
+            self.softmax_scale, out, lse,
+        )  # fmt: skip
 
 
 def bind(call: PoolCall, out: Tensor) -> Bound:
