@@ -1,20 +1,21 @@
-"""Decode: problems and arguments to `kernels/triton/decode.py` and `combine.py`."""
+"""Decode: problems and arguments to `kernels/triton/decode.py`, `decode_latent.py` and `combine.py`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_mla.backends.triton.device import MAX_ROW_STRIDE, launch_fitting, refuse_columns, stored, target
-from flash_mla.kernels.triton import combine, decode
+from flash_mla.kernels.triton import combine, decode, decode_latent
 from flash_mla.kernels.triton.launcher import Launcher
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import MASK_BYTES, head_tiles, least_columns, smaller
-from flash_mla.problem import BLOCK, DecodeArgs, DecodeProblem
+from flash_mla.problem import ALIGNMENT, BLOCK, FP8, DecodeArgs, DecodeProblem
 
 MIN_PAGE = 16
 """Tokens: the least tile of the kernels, so that no page is smaller than a tile can be."""
@@ -42,6 +43,14 @@ def refuse(problem: DecodeProblem) -> str | None:
     return refuse_columns(problem)
 
 
+def is_latent(problem: DecodeProblem, on: Target) -> bool:
+    """Whether decode_latent's kernel takes it: an FP8 latent of 512 and no or 64 rope columns, rows on 16 bytes."""
+    steps = (*problem.k_strides[:-1], *(problem.rope_strides or (0,))[:-1])
+    whole = problem.aligned and not any(step % ALIGNMENT for step in steps)
+    dims = problem.alias and problem.Dv == 512 and problem.D in (512, 576)
+    return (on.wgmma or on.backend == "interpreter") and problem.kv_dtype == FP8 and dims and whole
+
+
 def config(problem: DecodeProblem, on: Target | None = None) -> DecodeConfig:
     """The kernels' tiles for a problem, on its device or on the target given."""
     on = on or target(problem.device)
@@ -49,6 +58,7 @@ def config(problem: DecodeProblem, on: Target | None = None) -> DecodeConfig:
         B=problem.B, Hq=problem.Hq, Hk=problem.Hk, S_q=problem.S_q, D=problem.D, Dv=problem.Dv,
         capacity=problem.table_blocks * problem.page, alias=problem.alias, mask=MASK_BYTES[problem.mask],
         itemsize=problem.kv_dtype.itemsize, target=on, batch_invariant=problem.batch_invariant,
+        latent=is_latent(problem, on),
     )  # fmt: skip
     if on.backend == "hip" and problem.mask == "float":
         # NOTE: Triton 3.6's AMD pipeliner destroys the mask's load ("operation destroyed but still has uses")
@@ -86,7 +96,7 @@ def smaller_config(config: DecodeConfig) -> DecodeConfig | None:
 def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> None:
     """The kernels with these tiles."""
     rows = problem.S_q * problem.ratio
-    if config.decode.widen:
+    if config.decode.widen and not config.decode.latent:
         args = in_half(problem, args)
     partial = None
     if config.decode.programs:
@@ -109,12 +119,13 @@ def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs
 
 
 def tensors(config: decode.Config, args: DecodeArgs, partial: Tensor | None) -> dict[str, Tensor | float | None]:
-    """decode_kernel's arguments that a call brings; `decode.constants` are the others."""
+    """The kernel's arguments that a call brings; `constants` are the others."""
+    form = "" if config.latent else config.widen
     return dict(
-        q_ptr=stored(args.q, config.widen),
-        k_ptr=stored(args.k, config.widen),
-        v_ptr=stored(args.v, config.widen),
-        rope_ptr=None if args.k_rope is None else stored(args.k_rope, config.widen),
+        q_ptr=stored(args.q, form),
+        k_ptr=stored(args.k, form),
+        **({} if config.latent else {"v_ptr": stored(args.v, form)}),
+        rope_ptr=None if args.k_rope is None else stored(args.k_rope, form),
         table_ptr=args.block_table,
         seq_lens_ptr=args.seq_lens,
         mask_ptr=args.mask,
@@ -144,13 +155,21 @@ def in_half(problem: DecodeProblem, args: DecodeArgs) -> DecodeArgs:
     return args._replace(q=q, q_descale=factor if args.q_descale is None else factor * args.q_descale)
 
 
+def kernel_of(config: decode.Config) -> tuple[Any, Callable[..., dict[str, int | bool | str]]]:
+    """The kernel that a config is for, and what gives its constants."""
+    if config.latent:
+        return decode_latent.decode_latent_kernel, decode_latent.constants
+    return decode.decode_kernel, decode.constants
+
+
 def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> tuple[Launcher, Launcher | None]:
     """The decode kernel and its combine, bound to all but their tensors."""
     rows = problem.S_q * problem.ratio
+    kernel, constants = kernel_of(config.decode)
     main = Launcher(
-        decode.decode_kernel,
+        kernel,
         decode.grid(config.decode, rows, problem.B * problem.Hk),
-        decode.constants(
+        constants(
             config.decode, q=args.q, k=args.k, v=args.v, k_rope=args.k_rope, block_table=args.block_table,
             mask=args.mask, q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale, out=args.out,
             flip=problem.scale_sign < 0, tail=problem.tail,

@@ -69,6 +69,42 @@ def bias(mask):
 
 
 @triton.jit
+def hide(
+    scores,
+    tokens,  # this and the next but mask_len and stride_mt, in dims that broadcast to the scores'
+    stored,
+    limit,
+    mask_rows,
+    mask_len,
+    stride_mt,
+    row_live,
+    mask_first,
+    MASK: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Scores as `attend`'s arguments say: a floating mask added, in base 2; -inf where a row does not see a key."""
+    keep = tokens < limit
+    if MASK != "none":
+        column = tokens - mask_first if TAIL else tokens
+        inside = stored & (column < mask_len)
+        if TAIL:
+            inside = inside & (column >= 0)
+        seen = row_live & inside
+        mask_tile = mask_rows + column.to(tl.int64) * stride_mt
+        if MASK == "bool":
+            allowed = tl.load(mask_tile, mask=seen, other=0) != 0
+            if TAIL:
+                allowed = allowed | (column < 0)
+            keep = keep & allowed
+        else:
+            added = bias(tl.load(mask_tile, mask=seen, other=float("-inf")))
+            if TAIL:
+                added = tl.where(column < 0, 0.0, added)
+            scores += added
+    return tl.where(keep, scores, float("-inf"))
+
+
+@triton.jit
 def attend(
     acc,  # [TILE_M, DV_TILE] FP32
     row_max,  # [TILE_M] FP32, base 2
@@ -132,25 +168,10 @@ def attend(
         scores *= scale
         unit = 1.0
     if TEST:
-        keep = tokens[None, :] < limit[:, None]
-        if MASK != "none":
-            column = tokens - mask_first if TAIL else tokens
-            inside = stored & (column < mask_len)
-            if TAIL:
-                inside = inside & (column >= 0)
-            seen = row_live[:, None] & inside[None, :]
-            mask_tile = mask_rows[:, None] + column.to(tl.int64)[None, :] * stride_mt
-            if MASK == "bool":
-                allowed = tl.load(mask_tile, mask=seen, other=0) != 0
-                if TAIL:
-                    allowed = allowed | (column < 0)[None, :]
-                keep = keep & allowed
-            else:
-                added = bias(tl.load(mask_tile, mask=seen, other=float("-inf")))
-                if TAIL:
-                    added = tl.where((column < 0)[None, :], 0.0, added)
-                scores += added
-        scores = tl.where(keep, scores, float("-inf"))
+        scores = hide(
+            scores, tokens[None, :], stored[None, :], limit[:, None], mask_rows[:, None] if MASK != "none" else None,
+            mask_len, stride_mt, row_live[:, None], mask_first, MASK, TAIL,
+        )  # fmt: skip
 
     # online softmax
     row_max_new = tl.maximum(row_max, tl.max(scores, 1) * unit)
