@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.kernels.triton.attend import LOG2E, attend, normalise, widen
+from flash_mla.kernels.triton.attend import LOG2E, attend, high_low, normalise, power_of, widen
 from flash_mla.kernels.triton.item import store_item
 from flash_mla.kernels.triton.share import (
     BLOCK,
@@ -52,7 +52,7 @@ class Config:
     tile_m query rows by tile_n tokens, which divide 64 and are in one page or in whole ones; d_main + d_rest columns of
     K, dv_tile of V; reuse says V is taken from the K tile; programs is 0 where every item is one program; pdl lets the
     combine start before decode has ended (programmatic dependent launch, NVIDIA from sm_90); pieces: of an item in a
-    batch-invariant call, 0 in others; latent: the kernel is decode_latent.py's.
+    batch-invariant call, 0 in others; latent: the kernel is decode_latent.py's; e4m3: scores are products of e4m3.
     """
 
     tile_m: int
@@ -69,6 +69,7 @@ class Config:
     stages: int
     pieces: int = 0
     latent: bool = False
+    e4m3: bool = False
 
 
 PIPELINED = ((4, 64), (3, 64), (4, 32), (3, 32), (4, 16), (3, 16))
@@ -90,7 +91,7 @@ def config(
     itemsize: int,
     target: Target,
     batch_invariant: bool = False,
-    latent: bool = False,
+    latent: int = 0,
 ) -> Config:
     """The tiles for these dims: pure arithmetic, no device.
 
@@ -99,7 +100,7 @@ def config(
         mask: bytes of an element (tiles.MASK_BYTES).
         itemsize: bytes of an element of K; q's may be 2 where it is 1.
         batch_invariant: the tiles are then the same for every B and capacity, as they are otherwise too.
-        latent: decode_latent.py takes this problem.
+        latent: bytes of an element of q where K is an FP8 latent whose rows Hopper's copies can bring, else 0.
     """
     rows = S_q * (Hq // Hk)
     columns = cut_columns(D, Dv, alias, itemsize, target)
@@ -134,8 +135,14 @@ def config(
     products = "ieee" if wide or not found else precision(itemsize, target)
     warps = 8 if wide or tile_m * columns.dv_tile > 32 * 256 else 4
     per_sm = max(1, min(2, target.smem // smem(tile_m, stages, tile_n)))
-    if latent:
-        tile_m, tile_n, stages, warps, per_sm = min(32, max(16, power_of_2(rows))), 64, 3, 8, 1
+    few, e4m3 = latent > 0 and rows <= 32, latent > 0 and rows > 32
+    if few:
+        tile_m, tile_n, stages, warps, per_sm = max(16, power_of_2(rows)), 64, 2, 4, 2
+    elif e4m3:
+        # q a term and V in FP16 beside K as it is copied: 212 KiB under 16-bit queries
+        d = columns.d_main + columns.d_rest
+        held = 64 * (2 * d + columns.d_rest + 2 * columns.dv_tile + latent * d) + 3 * 64 * 64 * mask
+        tile_m, tile_n, stages, warps, per_sm = 64, 64, 3 if held <= target.smem else 2, 8, 1
 
     # cut requests unless there are so many items that the last one's length does not matter
     programs = max(1, target.multiprocessors * per_sm // -(-rows // tile_m))
@@ -151,7 +158,7 @@ def config(
     pdl = target.backend == "cuda" and target.arch >= 90 and idle
     return Config(
         tile_m, tile_n, *columns, widening(itemsize, target, once=True), products, programs, pdl, warps, stages,
-        most_pieces, latent,
+        most_pieces, few, e4m3,
     )  # fmt: skip
 
 
@@ -212,6 +219,7 @@ def decode_kernel(
     WIDEN: tl.constexpr,
     WIDEN_Q: tl.constexpr,
     PRECISION: tl.constexpr,
+    TERMS: tl.constexpr,  # as in attend
 ):  # fmt: skip
     m_tile = tl.program_id(0)
     program = tl.program_id(1)
@@ -261,6 +269,14 @@ def decode_kernel(
             q_rest = widen(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN_Q)
         else:
             q_rest = q
+        q_low, q_rest_low, row_scale = None, None, None
+        if TERMS == 2:
+            q, q_rest = q.to(tl.float32), q_rest.to(tl.float32)
+            power = power_of(tl.maximum(tl.max(tl.abs(q), 1), tl.max(tl.abs(q_rest), 1)), 7)
+            inverse = (0x7F000000 - power).to(tl.float32, bitcast=True)[:, None]
+            row_scale = power.to(tl.float32, bitcast=True)
+            q, q_low = high_low(q * inverse)
+            q_rest, q_rest_low = high_low(q_rest * inverse)
 
         k_head = k_ptr + (b64 * stride_kb + kv_head.to(tl.int64) * stride_kh)
         v_head = v_ptr + (b64 * stride_vb + kv_head.to(tl.int64) * stride_vh)
@@ -299,7 +315,8 @@ def decode_kernel(
                 tokens=t + offs_n, end=seq_len, limit=limit, mask_rows=mask_rows, mask_len=mask_len,
                 stride_mt=stride_mt, row_live=row_live, offs_d=offs_d, offs_r=offs_r, offs_v=offs_v, D=D, DV=DV,
                 MASK=MASK, TEST=True, D_REST=D_REST, REUSE=REUSE, FLIP=FLIP, WIDEN=WIDEN, PRECISION=PRECISION,
-                rest_rows=rest_rows, TAIL=TAIL, mask_first=seq_len - S_Q,
+                rest_rows=rest_rows, TAIL=TAIL, mask_first=seq_len - S_Q, q_low=q_low, q_rest_low=q_rest_low,
+                row_scale=row_scale, TERMS=TERMS,
             )  # fmt: skip
 
         # write the item, or this share's part of it
@@ -311,7 +328,7 @@ def decode_kernel(
             part=(unit > share_start).to(tl.int32), cut=(unit > item_start) | (stop < item_end),
             partial_ptr=partial_ptr, sink_ptr=sink_ptr, out_ptr=out_ptr, lse_ptr=lse_ptr, heads=Hk * RATIO,
             stride_ob=stride_ob, stride_oh=stride_oh, stride_os=stride_os, S_Q=S_Q, DV=DV, SPLIT=SPLIT, PIECE=PIECE,
-            TILE_M=TILE_M, DV_TILE=DV_TILE,
+            TILE_M=TILE_M, DV_TILE=DV_TILE, COLUMNS=DV_TILE,
         )  # fmt: skip
 
         # on to the next head, or request
@@ -364,5 +381,6 @@ def constants(
         TAIL=tail, SPLIT=config.programs > 0, PIECE=PIECE if config.pieces else 0, MOST_PIECES=MOST_PIECES,
         PDL=config.pdl, TILE_M=config.tile_m, TILE_N=config.tile_n, D_MAIN=config.d_main, D_REST=config.d_rest,
         DV_TILE=config.dv_tile, REUSE=config.reuse, WIDEN=config.widen,
-        WIDEN_Q=config.widen if q.element_size() == 1 else "", PRECISION=config.precision,
+        WIDEN_Q=config.widen if q.element_size() == 1 and not config.e4m3 else "", PRECISION=config.precision,
+        TERMS=q.element_size() if config.e4m3 else 0,
     )  # fmt: skip
