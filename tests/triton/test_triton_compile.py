@@ -316,6 +316,30 @@ def test_prefill_compiles(case: str, target: str) -> None:
     within(case, build_prefill(case, TARGETS[target])[1], TARGETS[target])
 
 
+@pytest.mark.parametrize(
+    ("case", "target", "change", "expected"),
+    [
+        ("fp8_mla_16", "sm_90", {}, "latent"),
+        ("fp8_mla_128", "sm_90", {}, "e4m3"),
+        ("bf16_fp8_mla_128", "sm_90", {}, "e4m3"),
+        ("fp8_mla_16", "sm_90", {"D": 512}, "latent"),
+        ("fp8_mla_128", "sm_90", {"aligned": False}, "widened"),
+        ("fp8_mla_16", "sm_90", {"k_strides": (0, 584 * 64, 584 * 64, 584, 1)}, "widened"),
+        ("fp8_mla_16", "sm_90", {"alias": False}, "widened"),
+        ("fp8_mla_16", "sm_89", {}, "widened"),
+        ("fp8_mla_128", "sm_80", {}, "widened"),
+        ("mla_16", "sm_90", {}, "plain"),
+    ],
+)
+def test_what_decodes_a_latent(case: str, target: str, change: dict[str, Any], expected: str) -> None:
+    problem, _ = decode_case(**DECODE[case])
+    chosen = decode_phase.config(problem._replace(**change), TARGETS[target]).decode
+    kind = "latent" if chosen.latent else "e4m3" if chosen.e4m3 else "widened" if chosen.widen else "plain"
+    assert kind == expected
+    if kind == "widened":  # 32 rows spill
+        assert chosen.tile_m in (16, 64)
+
+
 @pytest.mark.parametrize("case", ["fp8_d64_32", "odd_d64_32"])
 def test_a_lost_descriptor_is_seen(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """V at its own 32 columns: the ptxas of Triton 3.6 reads a uniform register that nothing wrote."""
