@@ -111,3 +111,12 @@ def test_varlen():
     expected, expected_lse = varlen_oracle(q, k, v, *starts, 192**-0.5, True)
     assert_close(out, expected)
     assert_lse(lse, expected_lse, empty=-math.inf)
+
+
+@pytest.mark.parametrize("size", [1e5, -1e7, 1e8])
+def test_splits_weigh_one_in_all_however_large_scores_are(size):
+    """Equal keys whose values are 1: the rounding of lse, as large as 8 here, must not reach out."""
+    kv, q = torch.ones(4, 64, 1, 576, dtype=torch.bfloat16), torch.ones(1, 1, 16, 576, dtype=torch.bfloat16)
+    indices = torch.arange(256, dtype=torch.int32).view(1, 1, 256)
+    out, _ = decode(q, kv, None, None, 512, softmax_scale=size / 576, indices=indices)
+    assert torch.equal(out, torch.ones_like(out))
