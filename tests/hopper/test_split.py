@@ -16,12 +16,15 @@ def line(lengths: list[int], groups: int) -> list[tuple[int, int, int]]:
     return [(b, g, -(-length // split.PAIR)) for b, length in enumerate(lengths) for g in range(groups)]
 
 
-def plan(lengths: list[int], groups: int, clusters: int, start: int) -> Any:
+def plan(lengths: list[int], groups: int, clusters: int, start: int, most_parts: int = 8) -> Any:
     """The plan that the kernel chooses."""
     pairs = [split.weight(split.pairs(length), 1) for length in lengths]
     even = split.even(groups * sum(pairs), groups * len(pairs), clusters, start)
     whole = split.unsplit(max(pairs), groups * len(pairs), -(-groups * len(pairs) // clusters))
-    return even if split.pays(even, whole) else whole
+    if not split.pays(even, whole):
+        return whole
+    longer = split.longer(even.chunk, max(pairs), most_parts)
+    return even._replace(chunk=longer) if longer <= even.chunk + split.PATIENCE else even
 
 
 def walk(lengths: list[int], groups: int, clusters: int, start: int) -> list[list[tuple[Any, Any, int]]]:
@@ -111,10 +114,30 @@ def test_one_pair_is_never_split(lengths: list[int], groups: int, clusters: int)
     assert all(part.whole for _, part in walk_pieces(lengths, groups, clusters, 4))
 
 
+@settings(max_examples=200, deadline=None)
+@given(CASES)
+def test_clusters_that_are_left_out_have_no_work(case: tuple[list[int], int, int, int]) -> None:
+    lengths, groups, clusters, start = case
+    useful = split.useful_clusters(clusters, groups * len(lengths), -(-max(lengths) // 64))
+    everyone = walk(lengths, groups, clusters, start)
+    assert walk(lengths, groups, useful, start) == everyone[:useful]
+    assert not any(everyone[useful:])
+
+
 def test_a_uniform_batch_is_not_split() -> None:
     assert all(part.whole for segments in walk([4096] * 128, 1, 66, 1) for _, part, _ in segments)
     assert all(part.whole for segments in walk([4096] * 128, 1, 132, 1) for _, part, _ in segments)
     assert not all(part.whole for segments in walk([4096], 1, 66, 1) for _, part, _ in segments)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 3), st.integers(1, 70), st.integers(0, 2))
+def test_the_host_knows_whether_equal_items_are_split(
+    pairs: int, B: int, groups: int, clusters: int, start: int
+) -> None:
+    segments = [part for row in walk([split.PAIR * pairs] * B, groups, clusters, start) for _, part, _ in row]
+    if not split.splits_equal(pairs, B * groups, clusters, start, split.SPLIT_COST):
+        assert all(part.whole for part in segments)
 
 
 @pytest.mark.parametrize(("length", "pairs"), [(0, 0), (1, 1), (128, 1), (129, 2), (4096, 32)])
