@@ -16,12 +16,15 @@ def line(lengths: list[int], groups: int) -> list[tuple[int, int, int]]:
     return [(b, g, -(-length // split.PAIR)) for b, length in enumerate(lengths) for g in range(groups)]
 
 
-def plan(lengths: list[int], groups: int, clusters: int, start: int) -> Any:
+def plan(lengths: list[int], groups: int, clusters: int, start: int, most_parts: int = 8) -> Any:
     """The plan that the kernel chooses."""
     pairs = [split.weight(split.pairs(length), 1) for length in lengths]
     even = split.even(groups * sum(pairs), groups * len(pairs), clusters, start)
     whole = split.unsplit(max(pairs), groups * len(pairs), -(-groups * len(pairs) // clusters))
-    return even if split.pays(even, whole) else whole
+    if not split.pays(even, whole):
+        return whole
+    longer = split.longer(even.chunk, max(pairs), most_parts)
+    return even._replace(chunk=longer) if longer <= even.chunk + split.PATIENCE else even
 
 
 def walk(lengths: list[int], groups: int, clusters: int, start: int) -> list[list[tuple[Any, Any, int]]]:
@@ -109,6 +112,16 @@ def test_one_pair_is_never_split(lengths: list[int], groups: int, clusters: int)
     for start in range(3):
         assert all(part.whole for segments in walk(lengths, groups, clusters, start) for _, part, _ in segments)
     assert all(part.whole for _, part in walk_pieces(lengths, groups, clusters, 4))
+
+
+@settings(max_examples=200, deadline=None)
+@given(CASES)
+def test_clusters_that_are_left_out_have_no_work(case: tuple[list[int], int, int, int]) -> None:
+    lengths, groups, clusters, start = case
+    useful = split.useful_clusters(clusters, groups * len(lengths), -(-max(lengths) // 64))
+    everyone = walk(lengths, groups, clusters, start)
+    assert walk(lengths, groups, useful, start) == everyone[:useful]
+    assert not any(everyone[useful:])
 
 
 def test_a_uniform_batch_is_not_split() -> None:

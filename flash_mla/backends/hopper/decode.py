@@ -30,12 +30,16 @@ def bytes_of(mask: Tensor) -> Tensor:
     return mask.view(torch.uint8) if mask.shape[-1] else mask.new_zeros(1, dtype=torch.uint8).expand(*mask.shape[:3], 1)
 
 
+def items(config: Any, problem: DecodeProblem) -> int:
+    """Items of a call: the groups of query rows that a cluster takes, of every request."""
+    return problem.B * problem.Hk * -(-problem.ratio * problem.S_q // config.rows)
+
+
 def piece_slots(config: Any, problem: DecodeProblem) -> int:
     """Partial results of a call whose requests are cut into pieces; 0 where they are not."""
     if not config.piece:
         return 0
-    groups = problem.Hk * -(-problem.ratio * problem.S_q // config.rows)
-    return problem.B * groups * split.piece_slots(problem.table_blocks, config.piece)
+    return items(config, problem) * split.piece_slots(problem.table_blocks, config.piece)
 
 
 def factor(problem: DecodeProblem, descale: Tensor | None, unread: Tensor) -> Tensor:
@@ -62,9 +66,13 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
     """The launch of a kernel of a config, which fills args.out and args.lse. An int64 table or lengths are converted
     first."""
     device = problem.device
+    # NOTE: CTAs without work cost a short call up to a microsecond
     clusters = multiprocessors(device) // config.cluster
-    words = config.workspace_words(clusters, piece_slots(config, problem))
-    lse_shape = (problem.B, problem.Hq, problem.S_q)
+    clusters = split.useful_clusters(clusters, items(config, problem), problem.table_blocks)
+    # an lse that the call does not want lies behind the workspace
+    lse_start = config.workspace_words(clusters, piece_slots(config, problem))
+    B, Hq, S_q = lse_shape = (problem.B, problem.Hq, problem.S_q)
+    lse_strides, words = (Hq * S_q, S_q, 1), lse_start + B * Hq * S_q
     scalars = (
         int(problem.sink),
         query_row_stride(problem),
@@ -78,9 +86,9 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
 
     def launch(args: DecodeArgs) -> None:
         q, k, v, table, seq_lens, mask, q_descale, k_descale, v_descale, sink, scale, out, lse, _ = args
-        workspace = q.new_empty(words, dtype=torch.float32)
+        workspace = q.new_empty(words if lse is None else lse_start, dtype=torch.float32)
         if lse is None:
-            lse = q.new_empty(lse_shape, dtype=torch.float32)
+            lse = workspace.as_strided(lse_shape, lse_strides, lse_start)
         if factors:
             q_descale, k_descale, v_descale = (factor(problem, x, workspace) for x in (q_descale, k_descale, v_descale))
         # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own

@@ -58,6 +58,7 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     CONSUMER_REGISTERS,
     CONSUMER_WARPS,
     K_CHUNKS,
+    MOST_PARTS,
     PRODUCER_REGISTERS,
     STAGES,
     START,
@@ -117,7 +118,11 @@ class MlaDecode(Kernel[Config]):
             prefetch_table(tensors.table, cluster_id, clusters)
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
         piece = config.piece
-        work = find_work(table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START, piece=piece)
+        most_parts = MOST_PARTS // config.cluster
+        work = find_work(
+            table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START,
+            piece=piece, most_parts=most_parts,
+        )  # fmt: skip
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
