@@ -34,6 +34,10 @@ class Causal:
         if key0 + BLOCK > self.length - self.S_q + 1:
             consumer.rows.mask(consumer.S, key0)
 
+    def lone(self, pair):
+        """Whether the odd block of a pair lies wholly past the end: it is loaded, and left as it is (1; else 0)."""
+        return Int32(pair * split.PAIR + BLOCK >= self.length)
+
     @cute.jit
     def clear(self, consumer: Consumer, block: cutlass.Constexpr, pair, turn) -> None:
         """The even (0) or odd (1) block of a pair."""
@@ -70,6 +74,10 @@ def own_block(consumer: Consumer, pair):
 @dataclass(frozen=True)
 class Gathered:
     """Keys that the producers gathered, with zeros for those that are not there."""
+
+    def lone(self, pair) -> int:
+        """No block is past the end."""
+        return 0
 
     def clear(self, consumer: Consumer, block: cutlass.Constexpr, pair, turn) -> None:
         """Nothing is left to clear."""
@@ -119,6 +127,20 @@ def step_left(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr) -
     k.release(0)
 
     # P V of the odd block, and the next scores
+    if const_expr(follow):
+        multiply_odd(consumer, keys, pair, turn, follow)
+        score_even(consumer, turn + 1)
+    elif keys.lone(pair) == 0:
+        multiply_odd(consumer, keys, pair, turn, follow)
+    else:
+        k.wait(2, turn)
+        k.release(2)
+
+
+@cute.jit
+def multiply_odd(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr) -> None:
+    """Warpgroup 0 takes over P and the running max of the odd block: its P V."""
+    k = consumer.shared.k
     consumer.receive(Bar.P_ODD)
     consumer.rows.rescale(consumer.O)
     if const_expr(not follow):
@@ -127,8 +149,6 @@ def step_left(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr) -
     # NOTE: freed before the next scores are issued: their wait for K would hold the odd block back (5 % at S 8192)
     warpgroup.wait_group(0)
     k.release(2)
-    if const_expr(follow):
-        score_even(consumer, turn + 1)
 
 
 @cute.jit
@@ -139,7 +159,8 @@ def consume_right(consumer: Consumer, keys, first, last, count) -> None:
     does, it goes first and frees the even block one load earlier.
     """
     k, early = consumer.shared.k, const_expr(consumer.early)
-    for pair in cutlass.range(first, last, unroll=1):
+    whole = last - keys.lone(last - 1)
+    for pair in cutlass.range(first, whole, unroll=1):
         turn = count + pair - first
         if const_expr(early):
             multiply_even(consumer, keys, pair, turn)
@@ -176,6 +197,14 @@ def consume_right(consumer: Consumer, keys, first, last, count) -> None:
         keys.clear(consumer, 1, pair, turn)
         consumer.values(1)
         warpgroup.wait_group(0)
+        k.release(3)
+    if whole < last:
+        turn = count + last - 1 - first
+        consumer.shared.q.release(0)
+        multiply_even(consumer, keys, last - 1, turn)
+        warpgroup.wait_group(0)
+        k.release(1)
+        k.wait(3, turn)
         k.release(3)
 
 
