@@ -23,13 +23,17 @@ import cutlass.utils as utils
 from cutlass import Boolean, Float32, Int32, const_expr
 
 from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.lanes import held_columns
 from flash_mla.kernels.hopper.packing import Packing
+from flash_mla.kernels.hopper.split import NOTE
 from flash_mla.kernels.hopper.table import length_of
 
 WARPS = 8
 """Of a CTA."""
-CTAS = 396
-"""Of the grid: three for each SM of an H200, as many as its registers hold."""
+CTAS_AN_SM = 3
+"""As many as an SM's registers hold, of 80 a thread."""
+CTAS = 132 * CTAS_AN_SM
+"""Of the grid, on an H200."""
 ROUNDS = 5
 """32 clusters each: a Hopper chip has at most 144 SMs."""
 IN_FLIGHT = 8
@@ -48,6 +52,7 @@ def combine_kernel(
     packing: Packing,
     heads: Int32,
     empty_lse: Float32,
+    held: cutlass.Constexpr,  # the order of columns in out_partial, as `Partials.over` takes it
 ):
     cta, _, _ = cute.arch.block_idx()
     warp_id, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
@@ -57,18 +62,21 @@ def combine_kernel(
     parts = (out.shape[2] + 127) // 128
     smem = utils.SmemAllocator()
     sResult = smem.allocate_tensor(Float32, cute.make_layout((4, 32, WARPS)), 16)
-    sBegins = smem.allocate_tensor(Int32, cute.make_layout(32 * ROUNDS), 4)
+    sNotes = smem.allocate_tensor(Int32, cute.make_layout((32 * ROUNDS, NOTE), stride=(NOTE, 1)), 16)
     cute.arch.griddepcontrol_wait()
 
-    # list the clusters in which split items begin, every warp all of them
+    # list the notes of split items, every warp all of them; in a note's last word, the cluster that it is of
     items = Int32(0)
+    note = cute.make_rmem_tensor(NOTE, Int32)
     for i in cutlass.range_constexpr(ROUNDS):
         begins = Boolean(False)
         if 32 * i + lane < clusters:
-            begins = split_of[32 * i + lane, 0] >= 0
+            cute.autovec_copy(split_of[32 * i + lane, None], note)
+            begins = note[0] >= 0
         vote = cute.arch.vote_ballot_sync(begins)
         if begins:
-            sBegins[items + cute.arch.popc(vote & cute.arch.lanemask_lt())] = 32 * i + lane
+            note[NOTE - 1] = 32 * i + lane
+            cute.autovec_copy(note, sNotes[items + cute.arch.popc(vote & cute.arch.lanemask_lt()), None])
         items = items + cute.arch.popc(vote)
     cute.arch.sync_threads()
 
@@ -77,9 +85,9 @@ def combine_kernel(
     if few:
         unit = cta
         while unit < items * item_rows * parts:
-            cluster, part_row = sBegins[unit // (item_rows * parts)], unit // parts % item_rows
-            part = unit % parts
-            pieces = split_of[cluster, 2] - cluster + 1
+            item, part_row, part = unit // (item_rows * parts), unit // parts % item_rows, unit % parts
+            cluster = sNotes[item, NOTE - 1]
+            pieces = sNotes[item, 2] - cluster + 1
             result = cute.make_rmem_tensor(cute.make_layout((4, 1)), Float32)
             largest, total = add_pieces(
                 out_partial, lse_partial, cluster, pieces, part_row, part, warp_id, WARPS, result
@@ -92,20 +100,19 @@ def combine_kernel(
                     cute.autovec_copy(sResult[None, lane, w], other)
                     for e in cutlass.range_constexpr(4):
                         result[e, 0] = result[e, 0] + other[e]
-                request, group = split_of[cluster, 0], split_of[cluster, 1]
-                write_row(target, request, group, part_row, part, largest, total, result)
+                write_row(target, sNotes[item, 0], sNotes[item, 1], part_row, part, largest, total, result, held)
             cute.arch.sync_threads()
             unit = unit + CTAS
     else:
         # NOTE: rows go round the CTAs first, so that all SMs have some
         unit = cta + CTAS * warp_id
         while unit < items * item_rows:
-            cluster, part_row = sBegins[unit // item_rows], unit % item_rows
-            pieces = split_of[cluster, 2] - cluster + 1
+            item, part_row = unit // item_rows, unit % item_rows
+            cluster = sNotes[item, NOTE - 1]
+            pieces = sNotes[item, 2] - cluster + 1
             result = cute.make_rmem_tensor(cute.make_layout((4, parts)), Float32)
             largest, total = add_pieces(out_partial, lse_partial, cluster, pieces, part_row, 0, 0, 1, result)
-            request, group = split_of[cluster, 0], split_of[cluster, 1]
-            write_row(target, request, group, part_row, 0, largest, total, result)
+            write_row(target, sNotes[item, 0], sNotes[item, 1], part_row, 0, largest, total, result, held)
             unit = unit + CTAS * WARPS
 
 
@@ -123,6 +130,7 @@ def combine_pieces_kernel(
     heads: Int32,
     groups: Int32,
     piece: cutlass.Constexpr,
+    held: cutlass.Constexpr,
 ):
     cta, _, _ = cute.arch.block_idx()
     warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -143,7 +151,7 @@ def combine_pieces_kernel(
             largest, total = add_pieces(
                 out_partial, lse_partial, item * slots, pieces, part_row, 0, 0, 1, result, together=True
             )
-            write_row(target, request, item - request * groups, part_row, 0, largest, total, result)
+            write_row(target, request, item - request * groups, part_row, 0, largest, total, result, held)
         unit = unit + CTAS * WARPS
 
 
@@ -177,6 +185,9 @@ def add_pieces(
     lane = cute.arch.lane_idx()
     parts = result.shape[1]
     in_flight = min(IN_FLIGHT // parts, 32 // step)
+    values = cute.make_rmem_tensor(cute.make_layout((4, parts, in_flight)), Float32)
+    # NOTE: asked for before the weights are known: one latency of L2 less
+    load_pieces(out_partial, begin, pieces, part_row, part, start, step, values, together)
     # a row without keys: keep 2^(-inf - largest) at 0
     largest = Float32(-1.0e30)
     for chunk in cutlass.range(0, pieces, 32, unroll=1):
@@ -186,18 +197,13 @@ def add_pieces(
 
     total = Float32(0.0)
     result.fill(0.0)
-    values = cute.make_rmem_tensor(cute.make_layout((4, parts, in_flight)), Float32)
     for chunk in cutlass.range(0, pieces, 32, unroll=1):
         lse = lse_of(lse_partial, begin, chunk + lane, pieces, part_row, together)
         own = cute.math.exp2(lse - largest, fastmath=True)
         total = total + own
         for first in cutlass.range(start, cutlass.min(32, pieces - chunk), in_flight * step, unroll=1):
-            for i in cutlass.range_constexpr(in_flight):
-                piece = chunk + first + step * i
-                if piece < pieces:
-                    row = out_partial[slot_of(begin, piece, together), part_row, None]
-                    for p in cutlass.range_constexpr(parts):
-                        cute.autovec_copy(four_columns(row, part + p), values[None, p, i])
+            if chunk + first > start:
+                load_pieces(out_partial, begin, pieces, part_row, part, chunk + first, step, values, together)
             for i in cutlass.range_constexpr(in_flight):
                 weight = cute.arch.shuffle_sync(own, offset=first + step * i)
                 if chunk + first + step * i < pieces:
@@ -210,13 +216,36 @@ def add_pieces(
 
 
 @cute.jit
-def four_columns(row: cute.Tensor, part) -> cute.Tensor:
-    """The columns of a part of a row that a lane takes; lanes past the end repeat the last."""
-    return cute.local_tile(row, (4,), (cutlass.min(32 * part + cute.arch.lane_idx(), row.shape[0] // 4 - 1),))
+def load_pieces(
+    out_partial: cute.Tensor,
+    begin,
+    pieces,
+    part_row,
+    part,
+    first,
+    step: cutlass.Constexpr,
+    values: cute.Tensor,  # [four columns, parts, pieces]
+    together: cutlass.Constexpr,
+) -> None:
+    """Pieces first, first + step, ... of a row, as many as `values` holds and there are."""
+    for i in cutlass.range_constexpr(values.shape[2]):
+        piece = first + step * i
+        if piece < pieces:
+            row = out_partial[slot_of(begin, piece, together), part_row, None]
+            for p in cutlass.range_constexpr(values.shape[1]):
+                cute.autovec_copy(four_columns(row, part + p), values[None, p, i])
 
 
 @cute.jit
-def write_row(target: Target, request, group, part_row, part, largest, total, result: cute.Tensor) -> None:
+def four_columns(row: cute.Tensor, part) -> cute.Tensor:
+    """The columns of a part of a row that a lane takes; lanes past the end repeat the last."""
+    return cute.local_tile(row, (4,), (cutlass.min(32 * part + cute.arch.lane_idx(), cute.size(row) // 4 - 1),))
+
+
+@cute.jit
+def write_row(
+    target: Target, request, group, part_row, part, largest, total, result: cute.Tensor, held: cutlass.Constexpr
+) -> None:
     """Normalise a row, or parts of it, and write it; the warp with its first part writes its lse."""
     out, lse, rows = target.out, target.lse, target.lse.shape[1] // target.heads
     # the groups of a request are the row tiles of its first KV head, of its second, ...
@@ -233,11 +262,13 @@ def write_row(target: Target, request, group, part_row, part, largest, total, re
             sink_log2 = target.sink[target.packing.head_of(row)] * math.log2(math.e)
             denominator = denominator + cute.math.exp2(sink_log2 - largest, fastmath=True)
         scale = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
-        rounded = cute.make_rmem_tensor(4, out.element_type)
+        rounded, columns = cute.make_rmem_tensor(4, out.element_type), out[request, row, None]
+        if const_expr(held):
+            columns = cute.composition(columns, held_columns(out.shape[2]))
         for p in cutlass.range_constexpr(result.shape[1]):
             for e in cutlass.range_constexpr(4):
                 rounded[e] = (result[e, p] * scale).to(out.element_type)
-            cute.autovec_copy(rounded, four_columns(out[request, row, None], part + p))
+            cute.autovec_copy(rounded, four_columns(columns, part + p))
 
 
 def slot_of(begin, piece, together: bool):
@@ -256,29 +287,41 @@ def lse_of(lse_partial: cute.Tensor, begin, piece, pieces, part_row, together: c
 
 
 @cute.jit
-def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, stream, empty_lse=None):
+def combine(
+    out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, stream, empty_lse=None, held=False
+):
     """Launch the kernel behind the decode kernel of the same stream.
 
     has_sink and heads (KV heads): Int32; packing: the order of rows; empty_lse: lse of a row without keys, Float32;
-    None: -inf.
+    None: -inf; held: as `Partials.over` takes it.
     """
     empty_lse = -Float32.inf if const_expr(empty_lse is None) else empty_lse
-    combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, empty_lse).launch(
-        grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream
+    combine_kernel(
+        out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, empty_lse, held
+    ).launch(
+        grid=(CTAS, 1, 1),
+        block=(32 * WARPS, 1, 1),
+        min_blocks_per_mp=CTAS_AN_SM,
+        preferred_smem_carveout=100,
+        use_pdl=True,
+        stream=stream,
     )
 
 
 @cute.jit
-def combine_partials(tensors, has_sink, packing, heads, groups, stream, piece: cutlass.Constexpr):
+def combine_partials(
+    tensors, has_sink, packing, heads, groups, stream, piece: cutlass.Constexpr, held: cutlass.Constexpr
+):
     """Launch what a decode call needs, whose items are cut where ranges end or, unless `piece` is 0, into pieces.
 
     tensors: the call's; groups: items a request; the others as in `combine`.
     """
     out, lse, sink, partials = tensors.out, tensors.lse, tensors.sink, tensors.partials
     if const_expr(piece == 0):
-        combine(out, lse, *partials, sink, has_sink, packing, heads, stream)
+        combine(out, lse, *partials, sink, has_sink, packing, heads, stream, held=held)
     else:
         combine_pieces_kernel(
             out, lse, partials.out, partials.lse, tensors.table, tensors.seq_lens, sink, has_sink, packing, heads,
-            groups, piece,
-        ).launch(grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream)  # fmt: skip
+            groups, piece, held,
+        ).launch(grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), min_blocks_per_mp=CTAS_AN_SM,
+        preferred_smem_carveout=100, use_pdl=True, stream=stream)  # fmt: skip

@@ -63,7 +63,7 @@ class Config:
     token_major: bool = False
 
     Dv = DV
-    latent, factors = True, False
+    latent, factors, held = True, False, True
     q_unit = 8
     """Elements of q in the 16 bytes of which its strides are multiples."""
     threads = THREADS

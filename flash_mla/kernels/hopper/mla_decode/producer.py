@@ -67,8 +67,12 @@ class Producer:
                 self.prefetch(next_even, next_odd, pool_request)
                 self.load_half(0, even, pool_request, turn)
                 self.load_half(1, even, pool_request, turn)
-                self.load_half(2, odd, pool_request, turn)
-                self.load_half(3, odd, pool_request, turn)
+                if 2 * pair + 1 <= last_block:
+                    self.load_half(2, odd, pool_request, turn)
+                    self.load_half(3, odd, pool_request, turn)
+                else:
+                    self.leave_half(2, turn)
+                    self.leave_half(3, turn)
                 even, odd = next_even, next_odd
             done = done.plus(last - first)
         return done
@@ -121,6 +125,14 @@ class Producer:
                     self.load_chunk(stage, P_CHUNK, block, request)
 
     @cute.jit
+    def leave_half(self, stage: cutlass.Constexpr, count) -> None:
+        """Half of a block that is wholly past the end: it counts as loaded."""
+        k = self.shared.k
+        k.acquire(stage, count)
+        with cute.arch.elect_one():
+            k.arrive(stage)
+
+    @cute.jit
     def load_chunk(self, stage: cutlass.Constexpr, chunk, block, request) -> None:
         buffer = stage // 2
         gK, sK = self.gK[None, chunk, block, request], self.sK[None, buffer * K_CHUNKS + chunk]
@@ -142,9 +154,24 @@ class Producer:
 
     @cute.jit
     def prefetch_block(self, block, request) -> None:
-        address = self.pages[None, None, block, request].iterator.toint()
-        with cute.arch.elect_one():
-            cute.arch.inline_ptx(
-                "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
-                read_only_args=[address, Int32(2 * BLOCK * self.config.D)],
-            )
+        prefetch_rows(self.pages, block, request, 0, BLOCK)
+
+
+@cute.jit
+def prefetch_start(pages: cute.Tensor, block, request, rank, cluster: cutlass.Constexpr) -> None:
+    """Ask L2 for a block before the work is known; each CTA of a cluster for its part."""
+    rows = BLOCK // cluster
+    if pages.stride[0] == cute.size(pages, mode=[1]):
+        block = cutlass.max(0, cutlass.min(block, pages.shape[2] - 1))
+        prefetch_rows(pages, block, cutlass.min(request, pages.shape[3] - 1), rows * rank, rows)
+
+
+@cute.jit
+def prefetch_rows(pages: cute.Tensor, block, request, first, rows: cutlass.Constexpr) -> None:
+    """Ask L2 for some rows of a block, in one piece."""
+    address = pages[first, None, block, request].iterator.toint()
+    with cute.arch.elect_one():
+        cute.arch.inline_ptx(
+            "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
+            read_only_args=[address, Int32(pages.element_type.width // 8 * rows * cute.size(pages, mode=[1]))],
+        )

@@ -12,14 +12,14 @@ from cutlass import Float32, Int32, const_expr
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.decode import Tensors
-from flash_mla.kernels.hopper.lanes import quad_sum
+from flash_mla.kernels.hopper.lanes import HELD, held_by, quad_sum
 from flash_mla.kernels.hopper.limits import STAGED, TILE_M
-from flash_mla.kernels.hopper.mla_decode.config import CONSUMERS, HALF, Bar
+from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, CONSUMERS, HALF, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
 from flash_mla.kernels.hopper.mla_decode.pairs import Causal, Masked, consume_left, consume_right
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars
 from flash_mla.kernels.hopper.partials import slot_of
-from flash_mla.kernels.hopper.staging import store_rows
+from flash_mla.kernels.hopper.staging import store_rows, store_tile
 from flash_mla.kernels.hopper.walk import Done, Place
 
 
@@ -51,15 +51,18 @@ class Segments:
             done = done.plus(part.last - part.first)
             table, groups, piece = self.tensors.table, self.scalars.groups, consumer.config.piece
             slot = slot_of(place, part, self.cluster_id, groups, table, piece)
-            self.write_result(place.request, row0, part.whole, slot)
+            self.write_result(place.request, row0, part.whole, slot, place.left <= part.steps)
         elif const_expr(consumer.side == 0):  # noqa: SIM102
             if part.whole:
                 self.write_nothing(place.request, row0)
         return done
 
     @cute.jit
-    def write_result(self, request, row0, whole, slot) -> None:
-        """Normalise O and write it: to out and lse if the segment is a whole item, else to the partial slot."""
+    def write_result(self, request, row0, whole, slot, last=False) -> None:
+        """Normalise O and write it: to out and lse if the segment is a whole item, else to the partial slot.
+
+        last: nothing is loaded any more, so that the K buffers are free.
+        """
         consumer, tensors, partials = self.consumer, self.tensors, self.tensors.partials
         packing = self.scalars.packing
         rows_of, side, sSum = consumer.rows, consumer.side, consumer.shared.sSum
@@ -91,12 +94,17 @@ class Segments:
             # NOTE: a row without keys has O = 0 and, with a sink, a total above 0; without, 0 * inf would be NaN
             scales[r] = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
         if whole:
-            store_out(consumer, tensors.out, request, row0, scales)
+            if last:
+                out = tensors.out[request, None, None]
+                store_tile(consumer.O, scales, free_buffer(consumer), out, row0, HALF * side, consumer.tid)
+            else:
+                store_out(consumer, tensors.out, request, row0, scales)
         else:
+            tile = partials.out[slot, None, None].iterator + (2 * self.rank + side) * HELD
+            held = held_by(tile, consumer.tid)
             for r in cutlass.range_constexpr(2):
-                tile_row = rows_of.first + 8 * r
-                if row0 + tile_row < rows:
-                    store_partial(consumer, r, partials.out[slot, self.rank * TILE_M + tile_row, None], scales[r])
+                if row0 + rows_of.first + 8 * r < rows:
+                    store_partial(consumer, r, held[None, r, None], scales[r])
         # NOTE: the sums may be overwritten by the next segment only when both warpgroups have read them
         sync(Bar.SUMS, CONSUMERS)
 
@@ -116,13 +124,18 @@ class Segments:
 
 @cute.jit
 def store_partial(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, scale) -> None:
-    """One row's part of this thread, scaled: 8 bytes of it, 32 of the row, an instruction."""
-    two = cute.make_rmem_tensor(2, Float32)
-    for j in cutlass.range_constexpr(HALF // 8):
-        for e in cutlass.range_constexpr(2):
-            two[e] = consumer.O[4 * j + 2 * r + e] * scale
-        columns = HALF // 2 * consumer.side + 4 * j + consumer.rows.column // 2
-        cute.autovec_copy(two, cute.local_tile(row, (2,), (columns,)))
+    """One row's part of this thread, scaled: a warp stores 512 bytes in one piece."""
+    four = cute.make_rmem_tensor(4, Float32)
+    for group in cutlass.range_constexpr(HALF // 16):
+        for i in cutlass.range_constexpr(4):
+            four[i] = consumer.O[8 * group + 4 * (i // 2) + 2 * r + i % 2] * scale
+        cute.autovec_copy(four, row[None, group])
+
+
+def free_buffer(consumer: Consumer) -> cute.Pointer:
+    """This warp's chunk of the K buffers that this warpgroup alone reads as V, without the swizzle."""
+    chunk = consumer.shared.chunks(0, 4 * consumer.side) + consumer.tid // 32 * CHUNK_ELEMENTS
+    return cute.recast_ptr(chunk, swizzle_=cute.make_swizzle(0, 4, 3))
 
 
 @cute.jit
