@@ -6,6 +6,7 @@ Block ids and counts on the host; no tensor, no memory.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable
 
 
@@ -18,9 +19,15 @@ class BlockAllocator:
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self.holders = [0] * num_blocks
+        self.holders = array("i", [0]) * num_blocks
         self._free = bytearray(b"\1") * num_blocks
         self.num_free = num_blocks
+
+    def copy(self) -> BlockAllocator:
+        """One of the same state."""
+        twin = BlockAllocator(0)
+        twin.holders, twin._free, twin.num_free = self.holders[:], self._free[:], self.num_free
+        return twin
 
     def allocate(self, count: int, after: int | None = None) -> list[int]:
         """`count` blocks (at most num_free), next to each other where that can be.
@@ -64,6 +71,6 @@ class BlockAllocator:
 
     def grow(self, count: int) -> None:
         """`count` more blocks, with the ids after the last one."""
-        self.holders += [0] * count
+        self.holders.extend([0] * count)
         self._free += b"\1" * count
         self.num_free += count

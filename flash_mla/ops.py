@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flash_mla import contract
 from flash_mla.autograd import NO_SECOND_BACKWARD, one_by_one, prefill_backward, refuse_op, save_prefill
+from flash_mla.backends import append_rows
 from flash_mla.calls import (
     append_mha,
     attend_decode,
@@ -26,7 +27,7 @@ from flash_mla.calls import (
 from flash_mla.contract import DecodeCall, MhaCall, PrefillCall
 from flash_mla.gradients import backward
 from flash_mla.pages import PoolCall, attend_pools, plan_pools
-from flash_mla.problem import Options
+from flash_mla.problem import AppendRowsArgs, Options
 
 
 @torch.library.custom_op("flash_mla::flash_mla_with_kvcache", mutates_args=())
@@ -202,6 +203,21 @@ for op in (decode_op, prefill_op, mha_op):
     op.register_fake(fake)
 refuse_op(decode_op, "flash_mla_with_kvcache")
 refuse_op(mha_op, "mha_fwd_kvcache")
+
+
+def append_rows_op(*args: Any) -> None:
+    """What `quant.RowFormat.append` does once it has checked, eagerly too: AppendRowsArgs' rows into their pages."""
+    append_rows(AppendRowsArgs(*args))
+
+
+# NOTE: defined by its schema: the first call of a `custom_op` imports torch's compiler, which takes seconds
+ROWS = torch.library.Library("flash_mla", "FRAGMENT")
+ROWS.define(
+    "append_rows(Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) rope, Tensor slots, Tensor k_nope, Tensor k_rope, "
+    "Tensor? descale, int tile, int scale_size) -> ()"
+)
+ROWS.impl("append_rows", append_rows_op, "CompositeExplicitAutograd")
+torch.library.register_fake("flash_mla::append_rows", fake_append, lib=ROWS)
 
 
 # --- The backward of prefill ------------------------------------------------------------------------------------------

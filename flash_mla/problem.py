@@ -486,6 +486,26 @@ class AppendArgs(NamedTuple):
     num_tokens: Tensor | None
 
 
+class AppendRowsArgs(NamedTuple):
+    """New rows for a cache of FP8 rows (`quant.RowFormat`), with the memory they go to: views of its pages' bytes.
+
+    codes [num_blocks, page, quantised], scales [num_blocks, page, scale_bytes], rope [num_blocks, page, 2 * rope];
+    slots [N] int32 or int64 of any value, of which those outside of the pages are dropped; k_nope and k_rope [N, ..]
+    BF16, together a row; descale one FP32 number or None; tile dims share a scale of scale_size bytes (FP32 or e8m0),
+    both 0 where rows store none.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    rope: Tensor
+    slots: Tensor
+    k_nope: Tensor
+    k_rope: Tensor
+    descale: Tensor | None
+    tile: int
+    scale_size: int
+
+
 Problem = (
     DecodeProblem
     | PrefillProblem

@@ -226,7 +226,7 @@ class RowFormat:
         _check_tensor("rows", rows)
         if rows.dim() != 4 or rows.shape[2] != 1:
             raise self._rows_error(rows, "[num_blocks, page, 1, D]")
-        values = self._encode(rows[:, :, 0], descale)
+        values = self.encode(rows[:, :, 0], descale)
         pages = self.empty(rows.shape[0], rows.shape[1], rows.device)
         for part, value in zip(self.parts(pages), values, strict=True):
             part.copy_(value)
@@ -238,9 +238,16 @@ class RowFormat:
         return self._decode(self.parts(pages), descale)[:, :, None]
 
     def append(
-        self, pages: Tensor, slots: Tensor, k_nope: Tensor, k_rope: Tensor, descale: float | Tensor | None = None
+        self,
+        pages: Tensor,
+        slots: Tensor,
+        k_nope: Tensor,
+        k_rope: Tensor,
+        descale: float | Tensor | None = None,
+        *,
+        check_values: bool = True,
     ) -> None:
-        """Quantise N rows into their pages; reads `slots`, which waits for the GPU.
+        """Quantise N rows into their pages by one kernel, which writes the bytes that `quantise` does.
 
         Args:
             pages: [num_blocks, page, 1, row_bytes], written in place.
@@ -248,25 +255,29 @@ class RowFormat:
             k_nope: [N, D - 64] BF16, the latent.
             k_rope: [N, 64] BF16, its rope part.
             descale: as in `quantise`.
+            check_values: read `slots`, which waits for the GPU, and refuse one past the pages; False: such a row is
+                dropped, nothing waits, and a CUDA graph may capture the call.
         """
         self.check(pages)
         for name, part in (("k_nope", k_nope), ("k_rope", k_rope)):
             _check_tensor(name, part, pages.device)
             if part.dim() != 2 or len(part) != len(k_nope) or part.dtype != torch.bfloat16:
                 raise self._rows_error(part, f"{name} [N, ..], the same N in both,")
-        rows = torch.cat([k_nope, k_rope], dim=-1)
+        N, D = len(k_nope), k_nope.shape[1] + k_rope.shape[1]
         _check_slots(slots, pages.device)
-        if slots.shape != rows.shape[:1]:
-            raise self._rows_error(rows, f"[N, D] beside slots [N], not {list(slots.shape)},")
-        kept = slots >= 0
-        slots = slots[kept]
+        if D != self.head_dim or slots.shape != (N,):
+            raise self._rows_error(k_nope, f"k_nope and k_rope of D columns in all, not {D}, beside slots [{N}],")
         limit = pages.shape[0] * pages.shape[1]
-        if slots.numel() and (last := int(slots.max())) >= limit:
+        if check_values and N and (last := int(slots.max())) >= limit:
             raise BlockTableError(given=f"slot {last}", required=f"slots < {limit}, the tokens that {limit} rows hold")
-        values = self._encode(rows[kept], descale)
-        index = (slots // pages.shape[1], slots % pages.shape[1])
-        for part, value in zip(self.parts(pages), values, strict=True):
-            part[index] = value
+        self._descale(descale)
+        if isinstance(descale, Tensor):
+            descale = descale.to(pages.device, torch.float32)
+        elif descale is not None:  # filled on the device: a copy from the host could not be captured
+            descale = torch.full((), descale, dtype=torch.float32, device=pages.device)
+        # NOTE: an operator, since this module lies below the backends (see `ops`)
+        size = 0 if self.tile is None else self.scale_dtype.itemsize
+        torch.ops.flash_mla.append_rows(*self.parts(pages), slots, k_nope, k_rope, descale, self.tile or 0, size)
 
     def read(self, pages: Tensor, slots: Tensor, descale: float | Tensor | None = None) -> Tensor:
         """The rows of slots [..], [.., D] BF16; for a negative slot, that of slot 0 (the caller masks it)."""
@@ -332,8 +343,8 @@ class RowFormat:
         """How the bytes of a row in `_stretches` are cut: codes, scales if they lie there, rope."""
         return [self.quantised, *([] if self.page_split else [self.scale_bytes]), 2 * self.rope]
 
-    def _encode(self, rows: Tensor, descale: float | Tensor | None) -> Parts:
-        """The bytes of rows [.., D] BF16."""
+    def encode(self, rows: Tensor, descale: float | Tensor | None = None) -> Parts:
+        """The bytes of rows [.., D] BF16; descale as in `quantise`."""
         if rows.dtype != torch.bfloat16 or rows.shape[-1] != self.head_dim:
             raise self._rows_error(rows, f"[.., {self.head_dim}]")
         latent, rope = rows.split([self.quantised, self.rope], dim=-1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import hypothesis.strategies as st
@@ -503,7 +505,7 @@ def test_an_operation_that_fails_anywhere_is_undone(pool_blocks: int | None, ope
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             assert cache.lengths == lengths == tuple(cache.seq_lens.tolist())
             assert cache.num_free_blocks == free
-            assert [allocator.holders for allocator in cache._ledger.allocators] == holders
+            assert [[*allocator.holders] for allocator in cache._ledger.allocators] == holders
             for b, rows in enumerate(before):
                 for view, want in zip((cache.k_cache, cache.v_cache), rows, strict=True):
                     assert torch.equal(held_rows(cache, view, b), want), f"call {n}: request {b}"
@@ -512,6 +514,91 @@ def test_an_operation_that_fails_anywhere_is_undone(pool_blocks: int | None, ope
             break
     assert failing.left > 0
     assert n > 1
+
+
+def interrupt_at(line: int, run) -> bool:
+    """Run with a KeyboardInterrupt at the n-th line of the cache's code, as Ctrl-C may come; False: there are fewer."""
+    left, told = line, False
+
+    def trace(frame, event, _):
+        nonlocal left, told
+        own = "flash_mla/cache/" in frame.f_code.co_filename or frame.f_code.co_filename.endswith("flash_mla/blocks.py")
+        if event == "line":
+            left -= 1
+            if left == 0:
+                told = True
+                raise KeyboardInterrupt
+        return trace if own else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return told
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("pool_blocks", [None, 12])
+def test_an_interrupt_in_any_line_undoes_or_completes(pool_blocks: int | None, operation: str) -> None:
+    done = filled(pool_blocks)
+    OPERATIONS[operation](done)
+    for line in chain(range(1, 40), range(40, 1000, 3)):
+        cache = filled(pool_blocks)
+        lengths, free = cache.lengths, cache.num_free_blocks
+        before = [[held_rows(cache, view, b).clone() for view in (cache.k_cache, cache.v_cache)] for b in range(4)]
+        told = interrupt_at(line, lambda cache=cache: OPERATIONS[operation](cache))
+        assert (cache.lengths, cache.num_free_blocks) in ((lengths, free), (done.lengths, done.num_free_blocks))
+        assert cache.lengths == tuple(cache.seq_lens.tolist())
+        assert all(len(allocator.holders) == cache.k_cache.shape[2] for allocator in cache._ledger.allocators)
+        held: list[Counter[int]] = [Counter() for _ in cache._ledger.allocators]
+        for b, blocks in enumerate(cache._ledger.blocks):
+            assert cache.block_table[b, : len(blocks)].tolist() == blocks
+            held[b if pool_blocks is None else 0].update(blocks)
+        for allocator, counts in zip(cache._ledger.allocators, held, strict=True):
+            assert [*allocator.holders] == [counts[block] for block in range(len(allocator.holders))]
+            assert allocator.num_free == allocator.holders.count(0)
+        if cache.lengths == lengths != done.lengths:
+            for b, rows in enumerate(before):
+                for view, want in zip((cache.k_cache, cache.v_cache), rows, strict=True):
+                    assert torch.equal(held_rows(cache, view, b), want), f"line {line}: request {b}"
+        if not told:
+            break
+    assert line > 1
+    assert not told
+
+
+def test_threads_on_one_cache_take_turns() -> None:
+    """Appends, forks and frees of four threads, each on requests of its own: no block has two owners."""
+    cache = PagedKVCache(8, 1, D, max_seq_len=640, v_head_dim=Dv, pool_blocks=64, dtype=torch.float32)
+
+    def work(first: int) -> None:
+        for i in range(40):
+            rows = torch.full((1, 1, 17, D), float(first * 100 + i))
+            cache.append(rows, rows[..., :Dv], requests=[first])
+            if i % 10 == 5:
+                cache.fork(first, first + 1)
+                cache.append(rows, rows[..., :Dv], requests=[first + 1])
+                cache.free([first + 1])
+            if i % 10 == 9:
+                assert held_rows(cache, cache.k_cache, first)[0, -1, 0] == first * 100 + i
+                cache.truncate([30], [first])
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(work, first) for first in (0, 2, 4, 6)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(switch)
+    assert cache.lengths == (30, 0) * 4
+    assert tuple(cache.seq_lens.tolist()) == cache.lengths
+    assert cache.num_free_blocks == 64 - 4
+    assert len({int(cache.block_table[b, 0]) for b in (0, 2, 4, 6)}) == 4
 
 
 def test_a_request_may_copy_a_block_and_grow_in_one_append() -> None:

@@ -239,6 +239,17 @@ def test_append_writes_the_named_slots_alone(form: RowFormat, data: st.DataObjec
         assert memory_of(pages, block) == bytes(wanted)
 
 
+@formats
+def test_append_without_a_look_at_values_drops_what_lies_outside(form: RowFormat) -> None:
+    rows = latents(form, 1, 4)[0, :, 0]
+    pages, wanted = (form.empty(2, 8).view(torch.uint8) for _ in range(2))
+    for memory in (pages, wanted):
+        memory.untyped_storage().fill_(0xA5)
+    form.append(wanted, torch.tensor([15, 3]), rows[[0, 2], :-64], rows[[0, 2], -64:])
+    form.append(pages, torch.tensor([15, 16, 3, 2**40]), rows[:, :-64], rows[:, -64:], check_values=False)
+    assert [memory_of(pages, block) for block in range(2)] == [memory_of(wanted, block) for block in range(2)]
+
+
 def test_read_takes_any_shape_of_slots() -> None:
     rows = latents(MODEL1)
     pages = MODEL1.quantise(rows)

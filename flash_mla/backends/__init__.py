@@ -13,7 +13,8 @@ and a phase's module (one of PHASES, or one for each kernel) has
     launch(problem, config, args) -> None  fill args.out and args.lse; allocate nothing but workspace, read no value,
                                            raise nothing of the contract: what it cannot do, refuse has said
 
-Its module `append` has `launch(args)`, which writes AppendArgs' rows into the pages.
+Its module `append` has `launch(args)`, which writes AppendArgs' rows into the pages; Triton's and the CPU's also
+`launch_rows(args)`, which quantises AppendRowsArgs' on the way.
 
 Selection (see `plan`) takes the first that does not refuse.
 """
@@ -26,6 +27,7 @@ from typing import Any, Protocol, cast
 
 from flash_mla.problem import (
     AppendArgs,
+    AppendRowsArgs,
     BackwardProblem,
     DecodeProblem,
     IndexProblem,
@@ -81,6 +83,12 @@ def module(name: str, phase: str) -> Phase:
 def append(name: str, args: AppendArgs) -> None:
     """Write rows into their pages by the backend of that name."""
     importlib.import_module(f"{__name__}.{name}.append").launch(args)
+
+
+def append_rows(args: AppendRowsArgs) -> None:
+    """Quantise rows into their pages, by the backend of the device that they are on."""
+    name = "triton" if args.codes.device.type in ("cuda", "xpu") else "cpu"
+    importlib.import_module(f"{__name__}.{name}.append").launch_rows(args)
 
 
 def choose(name: str, problem: Problem) -> Phase | str:

@@ -1,13 +1,14 @@
 """Ledger: which blocks each request of a PagedKVCache holds, and how many tokens. Plain Python on the host, no tensor.
 
-An operation fills a Change with what it will make of this state; `commit` makes it so, `give_back` drops it.
+An operation is a Change: it works on a draft of this state, which then takes the ledger's place in one store. So one
+that raises, or is interrupted in any line, has changed nothing here.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from flash_mla.blocks import BlockAllocator
@@ -15,25 +16,6 @@ from flash_mla.errors import CacheFullError, SequenceLengthError
 from flash_mla.problem import BLOCK
 
 FREE_BLOCKS = "Call grow(blocks), or free(requests) that are done"
-
-
-@dataclass
-class Change:
-    """What an operation will make of the ledger, and what it has taken for it so far.
-
-    Attributes:
-        requests: request -> (its blocks, its length) afterwards.
-        taken: blocks allocated for them, with the request whose allocator gave them.
-        copies: block -> the block that it is a copy of.
-        entries: (request, i) of the table's entries that change.
-        put_back: what restores rows that were written over.
-    """
-
-    requests: dict[int, tuple[list[int], int]] = field(default_factory=dict)
-    taken: list[tuple[int, list[int]]] = field(default_factory=list)
-    copies: dict[int, int] = field(default_factory=dict)
-    entries: list[tuple[int, int]] = field(default_factory=list)
-    put_back: list[Callable[[], object]] = field(default_factory=list)
 
 
 class Room(NamedTuple):
@@ -49,7 +31,7 @@ class Ledger:
     Attributes:
         is_slabs: each request has `num_blocks` of its own; otherwise all share one pool of as many.
         allocators: one for each slab, or the pool's.
-        blocks: the blocks of each request, in the order of its tokens.
+        blocks: the blocks of each request, in the order of its tokens; a request whose blocks change gets a new list.
         lengths: the tokens of each request.
     """
 
@@ -59,14 +41,16 @@ class Ledger:
         self.blocks: list[list[int]] = [[] for _ in range(batch)]
         self.lengths = [0] * batch
 
+    def draft(self) -> Ledger:
+        """A ledger of lists of its own, but of the same allocators."""
+        draft = copy.copy(self)
+        draft.allocators, draft.blocks, draft.lengths = [*self.allocators], [*self.blocks], [*self.lengths]
+        return draft
+
     @property
     def num_free(self) -> int:
         """Blocks that no request holds."""
         return sum(allocator.num_free for allocator in self.allocators)
-
-    def allocator(self, b: int) -> BlockAllocator:
-        """The one that serves request b."""
-        return self.allocators[b if self.is_slabs else 0]
 
     # Checks, before anything is taken
 
@@ -124,75 +108,95 @@ class Ledger:
                     fix="Append tokens with append(), or lengthen with extend()",
                 )
 
-    # Changes
 
-    def extend(self, change: Change, rows: list[int], counts: list[int], room: Room) -> None:
+class Change:
+    """What an operation makes of a ledger, and what the device has to be told.
+
+    Attributes:
+        after: a draft of the ledger.
+        copies: block -> the block that it is a copy of.
+        entries: (request, i) of the table's entries that change.
+        put_back: what restores rows that were written over.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.after = ledger.draft()
+        self.copies: dict[int, int] = {}
+        self.entries: list[tuple[int, int]] = []
+        self.put_back: list[Callable[[], object]] = []
+        self._own: set[int] = set()  # of allocators that are the draft's alone
+
+    def _allocator(self, b: int) -> BlockAllocator:
+        """The draft's own of request b."""
+        i = b if self.after.is_slabs else 0
+        if i not in self._own:
+            self.after.allocators[i] = self.after.allocators[i].copy()
+            self._own.add(i)
+        return self.after.allocators[i]
+
+    def extend(self, rows: list[int], counts: list[int], room: Room) -> None:
         """Give the requests the blocks for so many more tokens."""
-        holders = self.allocators[0].holders
-        left: Counter[int] = Counter()  # holders that a shared block loses
+        after = self.after
         for b, count in zip(rows, counts, strict=True):
-            held = blocks = self.blocks[b]
-            if b in room.shared and holders[blocks[-1]] - left[blocks[-1]] > 1:
-                own = self._take(change, b, 1, blocks[-1])
-                left[blocks[-1]] += 1
-                change.copies[own[0]] = blocks[-1]
-                change.entries.append((b, len(blocks) - 1))
-                blocks = [*blocks[:-1], *own]
-            if room.missing[b]:
-                new = self._take(change, b, room.missing[b], blocks[-1] if blocks else None)
-                change.entries += [(b, len(held) + i) for i in range(room.missing[b])]
-                blocks = [*blocks, *new]
-            change.requests[b] = (blocks, self.lengths[b] + count)
+            blocks, missing = after.blocks[b], room.missing[b]
+            if missing or b in room.shared:
+                allocator = self._allocator(b)
+                if b in room.shared and allocator.holders[last := blocks[-1]] > 1:
+                    own = allocator.allocate(1, last)
+                    allocator.release([last])
+                    self.copies[own[0]] = last
+                    self.entries.append((b, len(blocks) - 1))
+                    blocks = [*blocks[:-1], *own]
+                self.entries += [(b, len(blocks) + i) for i in range(missing)]
+                after.blocks[b] = [*blocks, *allocator.allocate(missing, blocks[-1] if blocks else None)]
+            after.lengths[b] += count
 
-    def fork(self, change: Change, source: int, target: int) -> None:
+    def fork(self, source: int, target: int) -> None:
         """Share the source's full blocks of a pool with the target, and copy the partly filled one."""
-        blocks, length = self.blocks[source], self.lengths[source]
-        copied = 1 if length % BLOCK else 0
-        own = self._take(change, target, copied, blocks[-1]) if copied else []
-        change.requests[target] = ([*blocks[: len(blocks) - copied], *own], length)
-        change.copies = dict(zip(own, blocks[-1:], strict=False))
-        change.entries = [(target, i) for i in range(len(blocks))]
+        after = self.after
+        blocks, length = after.blocks[source], after.lengths[source]
+        allocator = self._allocator(target)
+        full = length // BLOCK
+        own = allocator.allocate(len(blocks) - full, blocks[-1]) if full < len(blocks) else []
+        allocator.share(blocks[:full])
+        after.blocks[target], after.lengths[target] = [*blocks[:full], *own], length
+        self.copies = dict(zip(own, blocks[full:], strict=True))
+        self.entries = [(target, i) for i in range(len(blocks))]
 
-    def move(self, change: Change, moves: dict[int, int]) -> None:
+    def move(self, moves: dict[int, int]) -> None:
         """Each request b of the moves becomes what moves[b] was, all at once."""
-        change.requests = {b: ([*self.blocks[source]], self.lengths[source]) for b, source in moves.items()}
+        after = self.after
+        new = {b: (after.blocks[source], after.lengths[source]) for b, source in moves.items()}
+        for b, (blocks, _) in new.items():
+            self._allocator(b).share(blocks)
+        for b, (blocks, length) in new.items():
+            self._allocator(b).release(after.blocks[b])
+            after.blocks[b], after.lengths[b] = [*blocks], length
 
-    def truncate(self, change: Change, rows: list[int], kept: list[int]) -> None:
+    def truncate(self, rows: list[int], kept: list[int]) -> None:
         """Keep the first tokens of each request."""
+        after = self.after
         for b, length in zip(rows, kept, strict=True):
-            change.requests[b] = (self.blocks[b][: -(-length // BLOCK)], length)
+            blocks, count = after.blocks[b], -(-length // BLOCK)
+            if count < len(blocks):
+                self._allocator(b).release(blocks[count:])
+                after.blocks[b] = blocks[:count]
+            after.lengths[b] = length
 
-    def _take(self, change: Change, b: int, count: int, after: int | None) -> list[int]:
-        """Blocks for request b, given back if the operation raises."""
-        blocks = self.allocator(b).allocate(count, after)
-        change.taken.append((b, blocks))
-        return blocks
+    def grow(self, count: int) -> None:
+        """`count` more blocks in the pool, or in each slab."""
+        for b in range(len(self.after.allocators)):
+            self._allocator(b).grow(count)
 
-    # Their end
+    def slots(self, rows: list[int], counts: list[int], slab_rows: int) -> list[int]:
+        """Where the last so many tokens of requests lie: rows of head 0 in the storage seen as [rows, D].
 
-    def commit(self, change: Change) -> None:
-        """Make it so: blocks that a request leaves lose a holder, those that it joins gain one."""
-        own: dict[int, set[int]] = {}
-        for b, taken in change.taken:
-            own.setdefault(b, set()).update(taken)
-        moved = [b for b, (blocks, _) in change.requests.items() if blocks is not self.blocks[b]]
-        for b in moved:
-            self.allocator(b).share(n for n in change.requests[b][0] if n not in own.get(b, ()))
-        for b in moved:
-            self.allocator(b).release(self.blocks[b])
-        for b, (blocks, length) in change.requests.items():
-            self.blocks[b], self.lengths[b] = blocks, length
-
-    def give_back(self, change: Change) -> None:
-        """Free what the change took."""
-        for b, blocks in change.taken:
-            self.allocator(b).release(blocks)
-
-    def slots(self, rows: list[int], counts: list[int], change: Change, slab_rows: int) -> list[int]:
-        """Where the new tokens lie: rows of head 0 in the storage seen as [rows, D], `slab_rows` of them a slab."""
+        slab_rows: how many of them a slab has; 0 of a pool.
+        """
+        after = self.after
         slots: list[int] = []
         for b, count in zip(rows, counts, strict=True):
-            start, slab, blocks = self.lengths[b], b * slab_rows, change.requests[b][0]
+            start, slab, blocks = after.lengths[b] - count, b * slab_rows, after.blocks[b]
             while count:
                 i, offset = divmod(start, BLOCK)
                 row, run = slab + blocks[i] * BLOCK + offset, min(count, BLOCK - offset)

@@ -11,10 +11,10 @@ Lengths, block lists and reference counts are plain Python on the host (`ledger`
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from threading import Lock
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ from flash_mla.kinds import explained_class
 from flash_mla.problem import BLOCK, DTYPES, FP8
 from flash_mla.quant import mark_scaled
 
-VIEWS = {"_k_rows", "_v_rows", "_head_rows", "_slab_rows", "_metadata", "k_cache", "v_cache"}
-"""Attributes of a PagedKVCache that `_bind` makes of its tensors."""
+MADE = {"_lock", "_k_rows", "_v_rows", "_head_rows", "_slab_rows", "_metadata", "k_cache", "v_cache"}
+"""Attributes of a PagedKVCache that are made anew of the others: no view is pickled, nor who holds the lock."""
 
 
 @explained_class
@@ -66,8 +66,20 @@ class PagedKVCache:
     The tensors are updated in place and stay the same objects until `grow`. An operation that raises leaves lengths,
     table and rows as they were: one that cannot be done raises a FlashMLAError before anything is changed, and one
     that runs out of memory, or is interrupted, is undone. A pickled or copied cache, `copy.copy` too, has memory of its
-    own. Requests are named by their batch index.
+    own. Operations of several threads on one cache come one after another. Requests are named by their batch index.
     """
+
+    k_cache: Tensor
+    v_cache: Tensor
+    block_table: Tensor
+    _ledger: Ledger
+    _k: Tensor
+    _v: Tensor
+    _k_rows: Tensor
+    _v_rows: Tensor
+    _head_rows: Tensor
+    _slab_rows: int
+    _metadata: dict[torch.Size, MLAMetadata]
 
     def __init__(
         self,
@@ -114,9 +126,9 @@ class PagedKVCache:
             table = torch.zeros(batch, table_blocks, dtype=torch.int32, device=device)
             k = torch.empty(*shape, head_dim, dtype=dtype, device=device)
             v = k[..., :v_dim] if latent else torch.empty(*shape, v_dim, dtype=dtype, device=device)
-        self._ledger = Ledger(batch, num_blocks, is_slabs=pool_blocks is None)
+        self._lock = Lock()
         with torch.inference_mode(False):
-            self._bind(table, k, v)
+            self._bind(Ledger(batch, num_blocks, is_slabs=pool_blocks is None), table, k, v)
 
     @classmethod
     def mla(cls, batch: int, head_dim: int = 576, v_head_dim: int = 512, **storage: Any) -> PagedKVCache:
@@ -186,8 +198,9 @@ class PagedKVCache:
         if v is not None:
             check_rows("v", v, self._v, len(rows), T)
         counts = [T] * len(rows) if num_tokens is None else self._counts(num_tokens, len(rows), T)
-        with self._extended(rows, counts) as change:
-            slots = self._ledger.slots(rows, counts, change, self._slab_rows)
+
+        def write(change: Change) -> None:
+            slots = change.slots(rows, counts, self._slab_rows)
             if len(slots) == len(rows) * T:
                 index = self._upload(slots, torch.int64).view(len(rows), 1, T) + self._head_rows  # [R, Hk, T]
                 kept = None
@@ -199,6 +212,8 @@ class PagedKVCache:
             if v is not None:
                 write_rows(self._v_rows, index, v, kept, self.v_descale)
 
+        self._extend(rows, counts, write)
+
     def extend(self, num_tokens: int | Sequence[int] | Tensor, requests: Sequence[int] | None = None) -> None:
         """Lengthen requests by tokens whose rows the caller then writes, as `mha_fwd_kvcache(k=, v=)` does.
 
@@ -207,8 +222,7 @@ class PagedKVCache:
             requests: the R different batch indices; omitted, all B.
         """
         rows = self._requests(requests)
-        with self._extended(rows, self._counts(num_tokens, len(rows))):
-            pass
+        self._extend(rows, self._counts(num_tokens, len(rows)))
 
     def decode(
         self,
@@ -266,13 +280,14 @@ class PagedKVCache:
             CacheFullError: no free block for the partly filled one.
         """
         source, target = self._requests([source, target])
-        self._ledger.check_fork(source, target)
-        if self._ledger.is_slabs:
-            self._move({target: source})
-            return
-        with self._changed() as change:
-            self._ledger.fork(change, source, target)
+
+        def share(change: Change) -> None:
+            change.fork(source, target)
             self._copy_blocks(change)
+
+        with self._lock:
+            self._ledger.check_fork(source, target)
+            self._change(partial(self._move, {target: source}) if self._ledger.is_slabs else share)
 
     def reorder(self, index: Sequence[int] | Tensor) -> None:
         """Request i becomes what request index[i] was (beam search); indices may repeat, or be left out.
@@ -285,7 +300,10 @@ class PagedKVCache:
         """
         batch = len(self._ledger.lengths)
         order = integers("index", index, batch, length=batch, most=batch - 1)
-        self._move({b: source for b, source in enumerate(order) if b != source})
+        moves = {b: source for b, source in enumerate(order) if b != source}
+        if moves:
+            with self._lock:
+                self._change(partial(self._move, moves))
 
     def truncate(self, lengths: Sequence[int] | Tensor, requests: Sequence[int] | None = None) -> None:
         """Shorten requests: tokens past the new lengths are dropped, and blocks that then hold none are given back.
@@ -304,9 +322,9 @@ class PagedKVCache:
         """
         rows = self._requests(requests)
         kept = integers("lengths", lengths, len(self._ledger.lengths), length=len(rows))
-        self._ledger.check_kept(rows, kept)
-        with self._changed() as change:
-            self._ledger.truncate(change, rows, kept)
+        with self._lock:
+            self._ledger.check_kept(rows, kept)
+            self._change(lambda change: change.truncate(rows, kept))
 
     def free(self, requests: Sequence[int]) -> None:
         """Empty these requests; a block returns to the free ones when its last holder leaves it."""
@@ -328,13 +346,13 @@ class PagedKVCache:
                 cause="grow only adds blocks",
                 fix="free(requests) gives blocks back",
             )
-        with torch.inference_mode(False):
+        with self._lock, torch.inference_mode(False):
+            change = Change(self._ledger)
+            change.grow(blocks)
             table = torch.nn.functional.pad(self.block_table, (0, blocks))
             k = more_blocks(self._k, blocks)
             v = k[..., : self._v.shape[-1]] if self._latent else more_blocks(self._v, blocks)
-            self._bind(table, k, v)
-        for allocator in self._ledger.allocators:
-            allocator.grow(blocks)
+            self._bind(change.after, table, k, v)
 
     # Copies
 
@@ -343,58 +361,63 @@ class PagedKVCache:
 
         A pickled view would come back as memory of its own.
         """
-        own = {name: x for name, x in vars(self).items() if name not in VIEWS}
+        own = {name: x for name, x in vars(self).items() if name not in MADE}
         v = self._v.shape[-1] if self._latent else self._v.view(torch.uint8)
         return own | {"_k": (self._k.view(torch.uint8), self._k.dtype), "_v": v}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         (k_bytes, dtype), v = state["_k"], state["_v"]
-        vars(self).update(state)
+        vars(self).update(state, _lock=Lock())
         k = k_bytes.view(dtype)
-        self._bind(self.block_table, k, k[..., :v] if self._latent else v.view(dtype))
+        self._bind(self._ledger, self.block_table, k, k[..., :v] if self._latent else v.view(dtype))
 
     def __copy__(self) -> PagedKVCache:
         return copy.deepcopy(self)
 
     # Bookkeeping
 
-    def _bind(self, table: Tensor, k: Tensor, v: Tensor) -> None:
-        """Take k [B or 1, Hk, Nblk, 64, D], v likewise and the table as the cache's tensors."""
-        batch, (_, Hk, Nblk, _, D) = len(self._ledger.lengths), k.shape
+    def _bind(self, ledger: Ledger, table: Tensor, k: Tensor, v: Tensor) -> None:
+        """Take k [B or 1, Hk, Nblk, 64, D], v likewise, the table and what is known of them, in one store."""
+        batch, (_, Hk, Nblk, _, D) = len(ledger.lengths), k.shape
         k_rows = k.view(-1, D)
-        v_rows = k_rows if self._latent else v.view(-1, v.shape[-1])
-        head_rows = torch.arange(Hk, device=k.device)[:, None] * (Nblk * BLOCK)
         k_cache, v_cache = (t.expand(batch, -1, -1, -1, -1) for t in (k, v))
-        # nothing that can fail from here on
-        self._k, self._v, self._k_rows, self._v_rows, self._head_rows = k, v, k_rows, v_rows, head_rows
-        self._slab_rows = Hk * Nblk * BLOCK if self._ledger.is_slabs else 0
-        self._metadata: dict[torch.Size, MLAMetadata] = {}
         if self._is_scaled:
             mark_scaled(k_cache)
             mark_scaled(v_cache)
-        self.k_cache, self.v_cache, self.block_table = k_cache, v_cache, table
+        vars(self).update(
+            _ledger=ledger,
+            _k=k,
+            _v=v,
+            _k_rows=k_rows,
+            _v_rows=k_rows if self._latent else v.view(-1, v.shape[-1]),
+            _head_rows=torch.arange(Hk, device=k.device)[:, None] * (Nblk * BLOCK),
+            _slab_rows=Hk * Nblk * BLOCK if ledger.is_slabs else 0,
+            _metadata={},
+            k_cache=k_cache,
+            v_cache=v_cache,
+            block_table=table,
+        )
 
-    @contextmanager
-    def _changed(self) -> Iterator[Change]:
-        """An operation: its body fills a Change and writes rows; then table and lengths follow, then the host's state.
+    def _change(self, fill: Callable[[Change], None]) -> None:
+        """An operation: `fill` fills a Change and writes rows; then table and lengths follow, then the host's state.
 
-        Where anything raises, what was taken is given back, and the device is told again what the host knows.
+        Where anything raises, the device is told again what the host knows. The lock is held.
         """
-        change = Change()
+        change = Change(self._ledger)
         try:
-            yield change
+            fill(change)
             self._publish(change)
+            self._ledger = change.after
         except BaseException:
-            self._undo(change)
+            if self._ledger is not change.after:
+                self._undo(change)
             raise
-        self._ledger.commit(change)
 
     def _undo(self, change: Change) -> None:
-        self._ledger.give_back(change)
         for put_back in change.put_back:
             put_back()
-        for b in change.requests:
-            if blocks := self._ledger.blocks[b]:
+        for b, blocks in enumerate(self._ledger.blocks):
+            if blocks and blocks is not change.after.blocks[b]:
                 self.block_table[b, : len(blocks)] = self._upload(blocks, torch.int32)
         self.seq_lens.copy_(self._upload(self._ledger.lengths, torch.int32))
 
@@ -403,21 +426,22 @@ class PagedKVCache:
         if change.entries:
             width = self.block_table.shape[1]
             index = self._upload([b * width + i for b, i in change.entries], torch.int64)
-            blocks = self._upload([change.requests[b][0][i] for b, i in change.entries], torch.int32)
+            blocks = self._upload([change.after.blocks[b][i] for b, i in change.entries], torch.int32)
             self.block_table.view(-1).index_copy_(0, index, blocks)
-        lengths = [*self._ledger.lengths]
-        for b, (_, length) in change.requests.items():
-            lengths[b] = length
-        self.seq_lens.copy_(self._upload(lengths, torch.int32))
+        self.seq_lens.copy_(self._upload(change.after.lengths, torch.int32))
 
-    @contextmanager
-    def _extended(self, rows: list[int], counts: list[int]) -> Iterator[Change]:
-        """Check, then give the requests the blocks for so many more tokens, whose rows the body writes."""
-        room = self._ledger.find_room(rows, counts, self.block_table.shape[1] * BLOCK)
-        with self._changed() as change:
-            self._ledger.extend(change, rows, counts, room)
+    def _extend(self, rows: list[int], counts: list[int], write: Callable[[Change], None] | None = None) -> None:
+        """Give the requests the blocks for so many more tokens, whose rows `write` writes."""
+
+        def fill(change: Change) -> None:
+            change.extend(rows, counts, room)
             self._copy_blocks(change)
-            yield change
+            if write is not None:
+                write(change)
+
+        with self._lock:
+            room = self._ledger.find_room(rows, counts, self.block_table.shape[1] * BLOCK)
+            self._change(fill)
 
     def _copy_blocks(self, change: Change) -> None:
         """Fill the pool's blocks that are to be copies."""
@@ -426,21 +450,18 @@ class PagedKVCache:
             for storage in self._storages():
                 storage[:, :, new] = storage[:, :, old]
 
-    def _move(self, moves: dict[int, int]) -> None:
+    def _move(self, moves: dict[int, int], change: Change) -> None:
         """Each request b of the moves becomes what moves[b] was, all at once."""
-        if not moves:
-            return
-        with self._changed() as change:
-            self._ledger.move(change, moves)
-            new, old = self._upload([*moves], torch.int64), self._upload([*moves.values()], torch.int64)
-            most = max(len(blocks) for blocks, _ in change.requests.values())
-            if self._ledger.is_slabs and most:
-                slabs = [storage[:, :, :most] for storage in self._storages()]
-                sources = [slab[old] for slab in slabs]
-                change.put_back = [partial(slab.__setitem__, new, slab[new]) for slab in slabs]
-                for slab, rows in zip(slabs, sources, strict=True):
-                    slab[new] = rows
-            self.block_table[new] = self.block_table[old]
+        change.move(moves)
+        new, old = self._upload([*moves], torch.int64), self._upload([*moves.values()], torch.int64)
+        most = max(len(change.after.blocks[b]) for b in moves)
+        if change.after.is_slabs and most:
+            slabs = [storage[:, :, :most] for storage in self._storages()]
+            sources = [slab[old] for slab in slabs]
+            change.put_back = [partial(slab.__setitem__, new, slab[new]) for slab in slabs]
+            for slab, rows in zip(slabs, sources, strict=True):
+                slab[new] = rows
+        self.block_table[new] = self.block_table[old]
 
     def _storages(self) -> tuple[Tensor, ...]:
         """The arrays that hold the rows, each once."""

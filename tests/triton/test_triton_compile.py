@@ -28,9 +28,18 @@ from triton.compiler import ASTSource  # noqa: E402
 from flash_mla.backends.triton import decode as decode_phase  # noqa: E402
 from flash_mla.backends.triton import prefill as prefill_phase  # noqa: E402
 from flash_mla.backends.triton.device import stored  # noqa: E402
-from flash_mla.kernels.triton import append, combine, decode, prefill, tiles  # noqa: E402
+from flash_mla.kernels.triton import append, combine, decode, prefill, rows, tiles  # noqa: E402
 from flash_mla.kernels.triton.target import Target  # noqa: E402
-from flash_mla.problem import FP8, AppendArgs, DecodeArgs, DecodeProblem, PrefillArgs, PrefillProblem  # noqa: E402
+from flash_mla.problem import (  # noqa: E402
+    FP8,
+    AppendArgs,
+    AppendRowsArgs,
+    DecodeArgs,
+    DecodeProblem,
+    PrefillArgs,
+    PrefillProblem,
+)
+from flash_mla.quant import FORMATS  # noqa: E402
 
 pytestmark = pytest.mark.compile
 
@@ -333,10 +342,26 @@ def test_combine_and_append_compile(target: str) -> None:
     }  # fmt: skip
     options = {"num_warps": chosen.combine.warps}
     within("combine", compile_for(combine.combine_kernel, tensors | constants, options, on), on)
-    rows = AppendArgs(
+    new = AppendArgs(
         meta(64, 1, 8, 576, dtype=torch.bfloat16), None, args.k, None, args.block_table, args.seq_lens, None
     )  # fmt: skip
-    within("append", compile_for(append.append_kernel, append.arguments(**rows._asdict()), {}, on), on)
+    within("append", compile_for(append.append_kernel, append.arguments(**new._asdict()), {}, on), on)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [*(("fp8_token", target) for target in TARGETS), *((name, "sm_90") for name in FORMATS if name != "fp8_token")],
+)
+def test_append_of_rows_compiles(name: str, target: str) -> None:
+    form, on, bf16 = FORMATS[name], TARGETS[target], torch.bfloat16
+    parts = form.parts(meta(2, 64, 1, form.row_bytes, dtype=torch.uint8))
+    descale = meta(1, dtype=torch.float32) if form.tile is None else None
+    size = 0 if form.tile is None else form.scale_dtype.itemsize
+    args = AppendRowsArgs(
+        *parts, meta(8, dtype=torch.int64), meta(8, form.head_dim - 64, dtype=bf16), meta(8, 64, dtype=bf16), descale,
+        form.tile or 0, size,
+    )  # fmt: skip
+    within("rows", compile_for(rows.append_rows_kernel, rows.arguments(**args._asdict()), {"num_warps": 1}, on), on)
 
 
 def test_the_early_combine_compiles() -> None:

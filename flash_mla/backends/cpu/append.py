@@ -1,11 +1,21 @@
-"""Write new rows into their pages on the CPU."""
+"""Write new rows into their pages on the CPU: as they are by torch's ops, or quantised by a compiled kernel."""
 
 from __future__ import annotations
 
-import torch
+import ctypes
+import functools
+import struct
 
+import torch
+from torch import Tensor
+
+from flash_mla.backends.cpu import engine
 from flash_mla.backends.cpu.surroundings import undisturbed
-from flash_mla.problem import BLOCK, FP8, AppendArgs
+from flash_mla.problem import BLOCK, FP8, AppendArgs, AppendRowsArgs
+from flash_mla.quant import RowFormat
+
+TEAM_ROWS = 256
+"""Rows from which on a team is woken: about 50 us of one core."""
 
 
 @undisturbed
@@ -27,3 +37,53 @@ def launch(args: AppendArgs) -> None:
                 cache[0].transpose(0, 2)[slot, block] = rows
             else:
                 cache.transpose(1, 3)[b, slot, block] = rows
+
+
+@undisturbed
+def launch_rows(args: AppendRowsArgs) -> None:
+    """Quantise AppendRowsArgs' rows into the pages; those of slots outside of the pages are dropped."""
+    rows = torch.cat([args.k_nope, args.k_rope], dim=-1)
+    scale = {0: torch.float32, 1: torch.float8_e8m0fnu, 4: torch.float32}[args.scale_size]
+    form = RowFormat("", args.codes.shape[2], args.rope.shape[2] // 2, args.tile or None, scale, args.scales.shape[2])
+    # NOTE: the kernel walks over whole vectors
+    if engine.missing() is None and not (form.quantised % 32 or args.tile % 32 or form.rope % 4):
+        return through_kernel(form, rows, args)
+    through_torch(form, rows, args)
+
+
+def through_torch(form: RowFormat, rows: Tensor, args: AppendRowsArgs) -> None:
+    """Quantise rows [N, D] by torch's ops."""
+    page = args.codes.shape[1]
+    kept = ((args.slots >= 0) & (args.slots < len(args.codes) * page)).nonzero()[:, 0]
+    index = (args.slots[kept] // page, args.slots[kept] % page)
+    for part, value in zip((args.codes, args.scales, args.rope), form.encode(rows[kept], args.descale), strict=True):
+        part[index] = value
+
+
+@functools.cache
+def kernel(form: RowFormat) -> engine.Entries:
+    """The compiled kernel of a format."""
+    from flash_mla.kernels.cpu.config import host
+    from flash_mla.kernels.cpu.rows import Quantising
+
+    size = 0 if form.tile is None else form.scale_dtype.itemsize
+    tile = form.tile or form.quantised
+    return engine.Entries(Quantising(host().lanes, form.quantised, form.rope, tile, size, form.scale_bytes), 0)
+
+
+def through_kernel(form: RowFormat, rows: Tensor, args: AppendRowsArgs) -> None:
+    """Quantise rows [N, D] by the compiled kernel."""
+    from flash_mla.kernels.cpu.rows import ARGUMENTS
+
+    slots, N = args.slots.contiguous(), len(rows)
+    descale = 1.0 if args.descale is None else float(args.descale)
+    values = {
+        "N": N, "rows": rows.data_ptr(), "rows_row": 2 * form.head_dim, "slots": slots.data_ptr(),
+        "slots_wide": int(slots.dtype == torch.int64), "tokens": args.codes.shape[:2].numel(),
+        "page": args.codes.shape[1], "descale": struct.unpack("<I", struct.pack("<f", descale))[0],
+    }  # fmt: skip
+    for name in ("codes", "scales", "rope"):
+        part: Tensor = getattr(args, name)
+        values |= {name: part.data_ptr(), f"{name}_block": part.stride(0), f"{name}_row": part.stride(1)}
+    packed = (ctypes.c_int64 * len(ARGUMENTS))(*(values.get(name, 0) for name in ARGUMENTS))
+    kernel(form).run(packed, min(max(N // TEAM_ROWS, 1), torch.get_num_threads()))

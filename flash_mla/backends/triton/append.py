@@ -1,12 +1,12 @@
-"""Append: new rows into their pages."""
+"""Append: new rows into their pages, as they are or quantised on the way."""
 
 from __future__ import annotations
 
 import torch
 
 from flash_mla.backends.triton.device import device_of
-from flash_mla.kernels.triton import append
-from flash_mla.problem import FP8, AppendArgs
+from flash_mla.kernels.triton import append, rows
+from flash_mla.problem import FP8, AppendArgs, AppendRowsArgs
 
 
 def launch(args: AppendArgs) -> None:
@@ -21,3 +21,11 @@ def launch(args: AppendArgs) -> None:
                 **bytes_of, block_table=args.block_table, start_pos=args.start_pos, num_tokens=args.num_tokens
             )
         )
+
+
+def launch_rows(args: AppendRowsArgs) -> None:
+    """Quantise AppendRowsArgs' rows into the pages; those of slots outside of the pages are dropped."""
+    if not len(args.slots):
+        return
+    with device_of(args.slots.device):
+        rows.append_rows_kernel[(len(args.slots),)](**rows.arguments(**args._asdict()), num_warps=1)

@@ -9,10 +9,11 @@ from flash_mla.kernels.cpu.few import Few
 from flash_mla.kernels.cpu.ir import POINTER, Code
 from flash_mla.kernels.cpu.many import Many
 from flash_mla.kernels.cpu.pairs import Pairs
+from flash_mla.kernels.cpu.rows import Quantising, Rows
 from flash_mla.kernels.cpu.tiles import Tiles
 from flash_mla.kernels.cpu.topk import Selection, Topk
 
-Kernel = Spec | Selection
+Kernel = Spec | Selection | Quantising
 """What names a kernel."""
 
 BY_UNIT = {"fma": Many, "avx512bf16": Pairs, "neon": Pairs, "amx": Tiles}
@@ -23,6 +24,8 @@ def build(spec: Kernel) -> ir.Module:
     """The module with `run(args)`, args as FIELDS names them, and `member(_, _, args)` for LLVM's OpenMP."""
     if isinstance(spec, Selection):
         module = Topk(spec).build()
+    elif isinstance(spec, Quantising):
+        module = Rows(spec).build()
     else:
         module = (BY_UNIT[spec.unit] if spec.many else Few)(spec).build()
     member = Code(module, "member", [POINTER] * 3)
