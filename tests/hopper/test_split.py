@@ -111,6 +111,16 @@ def test_one_pair_is_never_split(lengths: list[int], groups: int, clusters: int)
     assert all(part.whole for _, part in walk_pieces(lengths, groups, clusters, 4))
 
 
+@settings(max_examples=200, deadline=None)
+@given(CASES)
+def test_clusters_that_are_left_out_have_no_work(case: tuple[list[int], int, int, int]) -> None:
+    lengths, groups, clusters, start = case
+    useful = split.useful_clusters(clusters, groups * len(lengths), -(-max(lengths) // 64))
+    everyone = walk(lengths, groups, clusters, start)
+    assert walk(lengths, groups, useful, start) == everyone[:useful]
+    assert not any(everyone[useful:])
+
+
 def test_a_uniform_batch_is_not_split() -> None:
     assert all(part.whole for segments in walk([4096] * 128, 1, 66, 1) for _, part, _ in segments)
     assert all(part.whole for segments in walk([4096] * 128, 1, 132, 1) for _, part, _ in segments)

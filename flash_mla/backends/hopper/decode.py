@@ -31,12 +31,16 @@ def bytes_of(mask: Tensor) -> Tensor:
     return mask.view(torch.uint8) if mask.shape[-1] else mask.new_zeros(1, dtype=torch.uint8).expand(*mask.shape[:3], 1)
 
 
+def items(config: Any, problem: DecodeProblem) -> int:
+    """Items of a call: the groups of query rows that a cluster takes, of every request."""
+    return problem.B * problem.Hk * -(-problem.ratio * problem.S_q // config.rows)
+
+
 def piece_slots(config: Any, problem: DecodeProblem) -> int:
     """Partial results of a call whose requests are cut into pieces; 0 where they are not."""
     if not config.piece:
         return 0
-    groups = problem.Hk * -(-problem.ratio * problem.S_q // config.rows)
-    return problem.B * groups * split.piece_slots(problem.table_blocks, config.piece)
+    return items(config, problem) * split.piece_slots(problem.table_blocks, config.piece)
 
 
 def factor(problem: DecodeProblem, descale: Tensor | None, unread: Tensor) -> Tensor:
@@ -61,7 +65,9 @@ def kept_one(device: torch.device) -> Tensor:
 
 def launch(kernel: Callable[..., None], config: Any, problem: DecodeProblem, args: DecodeArgs) -> None:
     """Fill args.out and args.lse with the kernel of a config. An int64 table or lengths are converted first."""
+    # NOTE: CTAs without work cost a short call up to a microsecond
     clusters = multiprocessors(problem.device) // config.cluster
+    clusters = split.useful_clusters(clusters, items(config, problem), problem.table_blocks)
     words = config.workspace_words(clusters, piece_slots(config, problem))
     workspace = torch.empty(words, dtype=torch.float32, device=problem.device)
     lse = args.lse

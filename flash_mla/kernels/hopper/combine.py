@@ -25,15 +25,12 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.lanes import held_columns
 from flash_mla.kernels.hopper.packing import Packing
-from flash_mla.kernels.hopper.split import NOTE
 from flash_mla.kernels.hopper.table import length_of
 
 WARPS = 8
 """Of a CTA."""
-CTAS_AN_SM = 3
-"""As many as an SM's registers hold, of 80 a thread."""
-CTAS = 132 * CTAS_AN_SM
-"""Of the grid, on an H200."""
+CTAS = 396
+"""Of the grid: three for each SM of an H200, as many as its registers hold."""
 ROUNDS = 5
 """32 clusters each: a Hopper chip has at most 144 SMs."""
 IN_FLIGHT = 8
@@ -62,21 +59,18 @@ def combine_kernel(
     parts = (out.shape[2] + 127) // 128
     smem = utils.SmemAllocator()
     sResult = smem.allocate_tensor(Float32, cute.make_layout((4, 32, WARPS)), 16)
-    sNotes = smem.allocate_tensor(Int32, cute.make_layout((32 * ROUNDS, NOTE), stride=(NOTE, 1)), 16)
+    sBegins = smem.allocate_tensor(Int32, cute.make_layout(32 * ROUNDS), 4)
     cute.arch.griddepcontrol_wait()
 
-    # list the notes of split items, every warp all of them; in a note's last word, the cluster that it is of
+    # list the clusters in which split items begin, every warp all of them
     items = Int32(0)
-    note = cute.make_rmem_tensor(NOTE, Int32)
     for i in cutlass.range_constexpr(ROUNDS):
         begins = Boolean(False)
         if 32 * i + lane < clusters:
-            cute.autovec_copy(split_of[32 * i + lane, None], note)
-            begins = note[0] >= 0
+            begins = split_of[32 * i + lane, 0] >= 0
         vote = cute.arch.vote_ballot_sync(begins)
         if begins:
-            note[NOTE - 1] = 32 * i + lane
-            cute.autovec_copy(note, sNotes[items + cute.arch.popc(vote & cute.arch.lanemask_lt()), None])
+            sBegins[items + cute.arch.popc(vote & cute.arch.lanemask_lt())] = 32 * i + lane
         items = items + cute.arch.popc(vote)
     cute.arch.sync_threads()
 
@@ -85,9 +79,9 @@ def combine_kernel(
     if few:
         unit = cta
         while unit < items * item_rows * parts:
-            item, part_row, part = unit // (item_rows * parts), unit // parts % item_rows, unit % parts
-            cluster = sNotes[item, NOTE - 1]
-            pieces = sNotes[item, 2] - cluster + 1
+            cluster, part_row = sBegins[unit // (item_rows * parts)], unit // parts % item_rows
+            part = unit % parts
+            pieces = split_of[cluster, 2] - cluster + 1
             result = cute.make_rmem_tensor(cute.make_layout((4, 1)), Float32)
             largest, total = add_pieces(
                 out_partial, lse_partial, cluster, pieces, part_row, part, warp_id, WARPS, result
@@ -100,19 +94,20 @@ def combine_kernel(
                     cute.autovec_copy(sResult[None, lane, w], other)
                     for e in cutlass.range_constexpr(4):
                         result[e, 0] = result[e, 0] + other[e]
-                write_row(target, sNotes[item, 0], sNotes[item, 1], part_row, part, largest, total, result, held)
+                request, group = split_of[cluster, 0], split_of[cluster, 1]
+                write_row(target, request, group, part_row, part, largest, total, result, held)
             cute.arch.sync_threads()
             unit = unit + CTAS
     else:
         # NOTE: rows go round the CTAs first, so that all SMs have some
         unit = cta + CTAS * warp_id
         while unit < items * item_rows:
-            item, part_row = unit // item_rows, unit % item_rows
-            cluster = sNotes[item, NOTE - 1]
-            pieces = sNotes[item, 2] - cluster + 1
+            cluster, part_row = sBegins[unit // item_rows], unit % item_rows
+            pieces = split_of[cluster, 2] - cluster + 1
             result = cute.make_rmem_tensor(cute.make_layout((4, parts)), Float32)
             largest, total = add_pieces(out_partial, lse_partial, cluster, pieces, part_row, 0, 0, 1, result)
-            write_row(target, sNotes[item, 0], sNotes[item, 1], part_row, 0, largest, total, result, held)
+            request, group = split_of[cluster, 0], split_of[cluster, 1]
+            write_row(target, request, group, part_row, 0, largest, total, result, held)
             unit = unit + CTAS * WARPS
 
 
@@ -185,9 +180,6 @@ def add_pieces(
     lane = cute.arch.lane_idx()
     parts = result.shape[1]
     in_flight = min(IN_FLIGHT // parts, 32 // step)
-    values = cute.make_rmem_tensor(cute.make_layout((4, parts, in_flight)), Float32)
-    # NOTE: asked for before the weights are known: one latency of L2 less
-    load_pieces(out_partial, begin, pieces, part_row, part, start, step, values, together)
     # a row without keys: keep 2^(-inf - largest) at 0
     largest = Float32(-1.0e30)
     for chunk in cutlass.range(0, pieces, 32, unroll=1):
@@ -197,13 +189,18 @@ def add_pieces(
 
     total = Float32(0.0)
     result.fill(0.0)
+    values = cute.make_rmem_tensor(cute.make_layout((4, parts, in_flight)), Float32)
     for chunk in cutlass.range(0, pieces, 32, unroll=1):
         lse = lse_of(lse_partial, begin, chunk + lane, pieces, part_row, together)
         own = cute.math.exp2(lse - largest, fastmath=True)
         total = total + own
         for first in cutlass.range(start, cutlass.min(32, pieces - chunk), in_flight * step, unroll=1):
-            if chunk + first > start:
-                load_pieces(out_partial, begin, pieces, part_row, part, chunk + first, step, values, together)
+            for i in cutlass.range_constexpr(in_flight):
+                piece = chunk + first + step * i
+                if piece < pieces:
+                    row = out_partial[slot_of(begin, piece, together), part_row, None]
+                    for p in cutlass.range_constexpr(parts):
+                        cute.autovec_copy(four_columns(row, part + p), values[None, p, i])
             for i in cutlass.range_constexpr(in_flight):
                 weight = cute.arch.shuffle_sync(own, offset=first + step * i)
                 if chunk + first + step * i < pieces:
@@ -213,27 +210,6 @@ def add_pieces(
     for i in cutlass.range_constexpr(5):
         total = total + cute.arch.shuffle_sync_bfly(total, offset=1 << i)
     return largest, total
-
-
-@cute.jit
-def load_pieces(
-    out_partial: cute.Tensor,
-    begin,
-    pieces,
-    part_row,
-    part,
-    first,
-    step: cutlass.Constexpr,
-    values: cute.Tensor,  # [four columns, parts, pieces]
-    together: cutlass.Constexpr,
-) -> None:
-    """Pieces first, first + step, ... of a row, as many as `values` holds and there are."""
-    for i in cutlass.range_constexpr(values.shape[2]):
-        piece = first + step * i
-        if piece < pieces:
-            row = out_partial[slot_of(begin, piece, together), part_row, None]
-            for p in cutlass.range_constexpr(values.shape[1]):
-                cute.autovec_copy(four_columns(row, part + p), values[None, p, i])
 
 
 @cute.jit
@@ -298,14 +274,7 @@ def combine(
     empty_lse = -Float32.inf if const_expr(empty_lse is None) else empty_lse
     combine_kernel(
         out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, empty_lse, held
-    ).launch(
-        grid=(CTAS, 1, 1),
-        block=(32 * WARPS, 1, 1),
-        min_blocks_per_mp=CTAS_AN_SM,
-        preferred_smem_carveout=100,
-        use_pdl=True,
-        stream=stream,
-    )
+    ).launch(grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream)
 
 
 @cute.jit
@@ -323,5 +292,4 @@ def combine_partials(
         combine_pieces_kernel(
             out, lse, partials.out, partials.lse, tensors.table, tensors.seq_lens, sink, has_sink, packing, heads,
             groups, piece, held,
-        ).launch(grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), min_blocks_per_mp=CTAS_AN_SM,
-        preferred_smem_carveout=100, use_pdl=True, stream=stream)  # fmt: skip
+        ).launch(grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream)  # fmt: skip

@@ -96,6 +96,11 @@ def may_split(table_blocks: Any) -> Any:
     return table_blocks > 2
 
 
+def useful_clusters(clusters: int, items: int, table_blocks: int) -> int:
+    """Clusters of a grid: no more than there are steps to hand out, at most."""
+    return min(clusters, items * max(1, pairs(table_blocks * (PAIR // 2))))
+
+
 def pays(split: Shares, whole: Shares, cost: Any = SPLIT_COST) -> Any:
     """Whether splitting, which costs a call so many steps, beats whole items."""
     return split.chunk + cost < whole.chunk

@@ -10,6 +10,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+TILE_PITCH = 256 + 8
+"""Elements between the rows of `store_tile`: neither side then has bank conflicts."""
+TILE_STAGED = 16 * TILE_PITCH
+
 
 @cute.jit
 def store_rows(
@@ -48,7 +52,7 @@ def store_rows(
 def store_tile(
     O: cute.Tensor,  # [64, 256] / 128 threads
     scales: cute.Tensor,  # [2]: of this thread's two rows
-    staged: cute.Pointer,  # 16 * 256 elements of this warp
+    staged: cute.Pointer,  # TILE_STAGED elements of this warp
     out: cute.Tensor,  # [rows, at least column0 + 256], columns contiguous
     row0,
     column0: cutlass.Constexpr,
@@ -56,22 +60,25 @@ def store_tile(
 ) -> None:
     """As `store_rows`, through a piece that holds all that a warp has: one wait, and whole rows an instruction."""
     lane, warp_row = tid % 32, tid // 32 * 16
-    # 16 rows of 32 16-byte pieces, piece c of row i at place c ^ i % 8: neither side then has bank conflicts
-    written, width = lane % 16, cute.size(O) * 2
-    pieces = cute.make_rmem_tensor((8, 4), out.element_type)
+    written = staged + TILE_PITCH * (lane % 16) + 8 * (lane // 16)
     for eight in cutlass.range_constexpr(cute.size(O) // 8):
-        place = 8 * (eight // 4) + ((2 * (eight % 4) + lane // 16) ^ (written % 8))
-        store_eight(O, eight, scales, staged + width * written + 8 * place, out.element_type)
+        store_eight(O, eight, scales, written + 16 * eight, out.element_type)
     cute.arch.sync_warp()
+    pieces = cute.make_rmem_tensor((8, 4), out.element_type)
     for first in cutlass.range_constexpr(0, 16, 4):
         for r in cutlass.range_constexpr(4):
-            i = first + r
-            source = (staged + width * i + 8 * (lane ^ (i % 8))).align(16)
+            source = (staged + TILE_PITCH * (first + r) + 8 * lane).align(16)
             cute.autovec_copy(cute.make_tensor(source, cute.make_layout(8)), pieces[None, r])
         for r in cutlass.range_constexpr(4):
             row = row0 + warp_row + first + r
             if row < out.shape[0]:
                 cute.autovec_copy(pieces[None, r], cute.local_tile(out[row, None], (8,), (column0 // 8 + lane,)))
+
+
+@cute.jit
+def late(value):
+    """The same value, opaque: addresses made of it are not made ahead of a loop, in registers that the loop lacks."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[Int32(value)])
 
 
 @cute.jit

@@ -65,7 +65,7 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     Config,
 )
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
-from flash_mla.kernels.hopper.mla_decode.producer import Producer, prefetch_start
+from flash_mla.kernels.hopper.mla_decode.producer import Producer
 from flash_mla.kernels.hopper.mla_decode.result import Segments
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared
 from flash_mla.kernels.hopper.partials import note_split
@@ -116,15 +116,8 @@ class MlaDecode(Kernel[Config]):
         if warp_id == CONSUMER_WARPS + 1:
             prefetch_table(tensors.table, cluster_id, clusters)
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
-        # NOTE: asked for before the lengths, used behind them: K is a DRAM latency less away
-        start_request, start_block = cluster_id * table.shape[0] // clusters, Int32(0)
-        starts = warp_id == CONSUMER_WARPS + 2 and cluster_id * table.shape[0] % clusters < table.shape[0]
-        if starts:
-            start_block = table[start_request, 0]
         piece = config.piece
         work = find_work(table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START, piece=piece)
-        if starts:
-            prefetch_start(pages, start_block, start_request, rank, config.cluster)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()

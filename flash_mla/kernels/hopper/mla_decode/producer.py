@@ -154,24 +154,9 @@ class Producer:
 
     @cute.jit
     def prefetch_block(self, block, request) -> None:
-        prefetch_rows(self.pages, block, request, 0, BLOCK)
-
-
-@cute.jit
-def prefetch_start(pages: cute.Tensor, block, request, rank, cluster: cutlass.Constexpr) -> None:
-    """Ask L2 for a block before the work is known; each CTA of a cluster for its part."""
-    rows = BLOCK // cluster
-    if pages.stride[0] == cute.size(pages, mode=[1]):
-        block = cutlass.max(0, cutlass.min(block, pages.shape[2] - 1))
-        prefetch_rows(pages, block, cutlass.min(request, pages.shape[3] - 1), rows * rank, rows)
-
-
-@cute.jit
-def prefetch_rows(pages: cute.Tensor, block, request, first, rows: cutlass.Constexpr) -> None:
-    """Ask L2 for some rows of a block, in one piece."""
-    address = pages[first, None, block, request].iterator.toint()
-    with cute.arch.elect_one():
-        cute.arch.inline_ptx(
-            "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
-            read_only_args=[address, Int32(pages.element_type.width // 8 * rows * cute.size(pages, mode=[1]))],
-        )
+        address = self.pages[None, None, block, request].iterator.toint()
+        with cute.arch.elect_one():
+            cute.arch.inline_ptx(
+                "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
+                read_only_args=[address, Int32(2 * BLOCK * self.config.D)],
+            )

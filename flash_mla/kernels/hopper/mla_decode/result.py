@@ -14,12 +14,12 @@ from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.lanes import HELD, held_by, quad_sum
 from flash_mla.kernels.hopper.limits import STAGED, TILE_M
-from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, CONSUMERS, HALF, Bar
+from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, CONSUMERS, HALF, K_CHUNKS, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
 from flash_mla.kernels.hopper.mla_decode.pairs import Causal, Masked, consume_left, consume_right
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars
 from flash_mla.kernels.hopper.partials import slot_of
-from flash_mla.kernels.hopper.staging import store_rows, store_tile
+from flash_mla.kernels.hopper.staging import late, store_rows, store_tile
 from flash_mla.kernels.hopper.walk import Done, Place
 
 
@@ -64,49 +64,56 @@ class Segments:
         last: nothing is loaded any more, so that the K buffers are free.
         """
         consumer, tensors, partials = self.consumer, self.tensors, self.tensors.partials
-        packing = self.scalars.packing
         rows_of, side, sSum = consumer.rows, consumer.side, consumer.shared.sSum
-        global_lse, lse_partial, rows = tensors.lse, partials.lse, tensors.out.shape[1]
-        first_lane, empty_lse = consumer.tid % 4 == 0, self.scalars.empty_lse
+        rows, first_lane = tensors.out.shape[1], consumer.tid % 4 == 0
         # add the sums of the four threads of a row, and of the two warpgroups
         for r in cutlass.range_constexpr(2):
             total = quad_sum(rows_of.sum[r])
             if first_lane:
                 sSum[rows_of.first + 8 * r, side] = total
         sync(Bar.SUMS, CONSUMERS)
-        scales = cute.make_rmem_tensor(2, Float32)
+        scales, totals = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
         for r in cutlass.range_constexpr(2):
             tile_row = rows_of.first + 8 * r
-            row = row0 + tile_row
-            total = sSum[tile_row, 0] + sSum[tile_row, 1]
-            lse = rows_of.max[r] + cute.math.log2(total, fastmath=True)
-            lse = lse if total > 0.0 else -Float32.inf
-            writes = side == 0 and first_lane
-            if whole:
-                if row < rows:
-                    if writes:
-                        global_lse[request, packing.lse_of(row)] = lse * math.log(2.0) if total > 0.0 else empty_lse
-                    if self.scalars.has_sink != 0:
-                        sink = tensors.sink[packing.head_of(row)] * math.log2(math.e)
-                        total = total + cute.math.exp2(sink - rows_of.max[r], fastmath=True)
-            elif writes:
-                lse_partial[slot, self.rank * TILE_M + tile_row] = lse
+            totals[r] = sSum[tile_row, 0] + sSum[tile_row, 1]
+            total = totals[r]
+            if whole and self.scalars.has_sink != 0 and row0 + tile_row < rows:
+                sink = tensors.sink[self.scalars.packing.head_of(row0 + tile_row)] * math.log2(math.e)
+                total = total + cute.math.exp2(sink - rows_of.max[r], fastmath=True)
             # NOTE: a row without keys has O = 0 and, with a sink, a total above 0; without, 0 * inf would be NaN
             scales[r] = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
+        tid = late(consumer.tid)
         if whole:
             if last:
                 out = tensors.out[request, None, None]
-                store_tile(consumer.O, scales, free_buffer(consumer), out, row0, HALF * side, consumer.tid)
+                store_tile(consumer.O, scales, free_buffer(consumer, tid), out, row0, HALF * side, tid)
             else:
                 store_out(consumer, tensors.out, request, row0, scales)
         else:
             tile = partials.out[slot, None, None].iterator + (2 * self.rank + side) * HELD
-            held = held_by(tile, consumer.tid)
+            held = held_by(tile, tid)
             for r in cutlass.range_constexpr(2):
                 if row0 + rows_of.first + 8 * r < rows:
                     store_partial(consumer, r, held[None, r, None], scales[r])
+        # NOTE: behind the output, which the end of the kernel waits for: before it, 0.5 us of a short call
+        if const_expr(side == 0):  # noqa: SIM102
+            if first_lane:
+                for r in cutlass.range_constexpr(2):
+                    self.write_lse(request, row0, r, totals[r], whole, slot)
         # NOTE: the sums may be overwritten by the next segment only when both warpgroups have read them
         sync(Bar.SUMS, CONSUMERS)
+
+    @cute.jit
+    def write_lse(self, request, row0, r: cutlass.Constexpr, total, whole, slot) -> None:
+        """lse of one row: natural log, or base 2 to the partial slot."""
+        lse, lse_partial, tile_row = self.tensors.lse, self.tensors.partials.lse, self.consumer.rows.first + 8 * r
+        row = row0 + tile_row
+        base_2 = self.consumer.rows.max[r] + cute.math.log2(total, fastmath=True)
+        if not whole:
+            lse_partial[slot, self.rank * TILE_M + tile_row] = base_2 if total > 0.0 else -Float32.inf
+        elif row < lse.shape[1]:
+            natural = base_2 * math.log(2.0) if total > 0.0 else self.scalars.empty_lse
+            lse[request, self.scalars.packing.lse_of(row)] = natural
 
     @cute.jit
     def write_nothing(self, request, row0) -> None:
@@ -132,9 +139,10 @@ def store_partial(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, sc
         cute.autovec_copy(four, row[None, group])
 
 
-def free_buffer(consumer: Consumer) -> cute.Pointer:
-    """This warp's chunk of the K buffers that this warpgroup alone reads as V, without the swizzle."""
-    chunk = consumer.shared.chunks(0, 4 * consumer.side) + consumer.tid // 32 * CHUNK_ELEMENTS
+def free_buffer(consumer: Consumer, tid) -> cute.Pointer:
+    """Two chunks for this warp, of the K buffers that this warpgroup alone reads as V; without the swizzle."""
+    warp = tid // 32
+    chunk = consumer.shared.chunks(0, 4 * consumer.side) + (warp // 2 * K_CHUNKS + warp % 2 * 2) * CHUNK_ELEMENTS
     return cute.recast_ptr(chunk, swizzle_=cute.make_swizzle(0, 4, 3))
 
 
