@@ -250,9 +250,6 @@ def flash_mla_prefill(
     Raises:
         FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        contract.check_tensor(name, tensor)
-    contract.check_rank("q", q.shape, 4, "[B, Hq, P, D]")
     blocks = contract.sparse_blocks(sparse_layout, q)
     causal = contract.settle_causal(causal, attn_mask)
     descales = (q_descale, k_descale, v_descale)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad, profiler
 from flash_mla import contract
 from flash_mla.autograd import TO_TRAIN, transformed
 from flash_mla.errors import FlashMLAError, GradientError, ShapeError
-from flash_mla.kinds import RAW, check_flags, check_kinds, check_traced, flags_of, kinds_of
+from flash_mla.kinds import RAW, check_flags, check_kinds, check_memory, check_traced, flags_of, kinds_of
 from flash_mla.plan import check_backend
 
 P_ = ParamSpec("P_")
@@ -71,6 +71,7 @@ def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]
                     refuse_other_interfaces(function, args, kwargs)
                 check_kinds(function, args, kwargs)
                 refuse_transforms(name, error)
+                check_memory(*(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
                 raise
 
         return call

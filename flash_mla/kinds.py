@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from flash_mla.errors import DeviceError, FlashMLAError, ShapeError
+from flash_mla.errors import DeviceError, FlashMLAError, LayoutError, ShapeError
 
 P_ = ParamSpec("P_")
 R_ = TypeVar("R_")
@@ -91,6 +91,18 @@ def check_kinds(function: Callable[..., Any], args: tuple[object, ...], kwargs: 
                 "Pass a dense tensor where one is asked for, and a plain Python number, flag or text elsewhere",
             ) from None
     check_one_device(given)
+
+
+def check_memory(*tensors: Tensor) -> None:
+    """A LayoutError for a tensor whose storage was freed, as FSDP does: its address is 0, and a view of it fails."""
+    for x in tensors:
+        if not (x.is_meta or isinstance(x, FakeTensor)) and x.numel() and not x.untyped_storage().nbytes():
+            raise LayoutError(
+                f"a tensor {list(x.shape)} whose storage has 0 bytes",
+                "tensors with memory",
+                "A tensor's storage was freed",
+                "Resize the storage, and write its values again",
+            ) from None
 
 
 def check_one_device(given: dict[str, Any]) -> None:

@@ -8,8 +8,9 @@ read. No cache is copied, whatever its size.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Literal, NamedTuple, overload
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, overload
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.heads import as_heads, by_token, from_heads
 from flash_mla.launch import expand_descale
-from flash_mla.passed import Passed, traced
+from flash_mla.passed import Passed, spans, traced
 from flash_mla.plan import Plan, plan
 from flash_mla.problem import BLOCK, PLAIN, DecodeArgs, DecodeProblem, Options
 
@@ -154,6 +155,12 @@ class PoolCall(NamedTuple):
     attn_sink: Tensor | None = None
     options: Options = PLAIN
 
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """What the call reads."""
+        q, k_pages, v_pages, k_rope_pages, table, lengths, mask, _, _, _, _, descales, sink, _ = self
+        return (q, k_pages, v_pages, k_rope_pages, table, lengths, mask, sink, *descales)
+
 
 # --- Views ------------------------------------------------------------------------------------------------------------
 
@@ -256,19 +263,32 @@ class View(NamedTuple):
 
 
 class Route(NamedTuple):
-    """What a call that passed its checks leaves to one whose tensors differ from its own in values and places only.
+    """What a call that passed its checks leaves to one with the same facts.
 
     Attributes:
-        problem: whose plan is asked for again, so that a backend that comes or goes is noticed.
+        plan: of the problem, or of the same one with q and out packed; weak, as in `calls.Served`.
+        problem: over the page views, its queries as heads where `folded`, else 0, says how many a request has.
         k, v, k_rope: the page views.
         parts: blocks that a page was cut into.
+        spans: of out, then of the call's tensors.
     """
 
+    plan: ReferenceType[Plan]
     problem: DecodeProblem
+    folded: int
     k: View
     v: View
     k_rope: View | None
     parts: int
+    spans: tuple[int, ...] = ()
+
+    def views(self, call: PoolCall) -> DecodeCall:
+        """The call over page views."""
+        q, k, v, rope, table, lengths, mask, _, _, _, scale, descales, sink, options = call
+        k_rope = None if rope is None or self.k_rope is None else self.k_rope.of(rope)
+        table = table.contiguous() if self.parts == 1 else table_of_blocks(table, self.parts)
+        k, v = self.k.of(k), self.v.of(k if v is None else v)
+        return DecodeCall(q, k, v, table, lengths, mask, scale, descales, sink, options, k_rope)
 
 
 # NOTE: 30 us less on the host than views and checks (EPYC, minima of a thread's time).
@@ -276,28 +296,13 @@ ROUTES = Passed[Route]()
 
 
 def checked(call: PoolCall, out: Tensor | None) -> tuple[DecodeProblem, DecodeCall]:
-    """The problem of a call, and the call over page views; reads no value, and of out only how it lies.
-
-    A call without a mask is not checked again where the shapes, strides, dtypes and devices of all its tensors passed
-    before.
-    """
-    q, k_pages, v_pages, k_rope_pages, block_table, seq_lens, mask, layout, v_head_dim, causal, *_ = call
+    """The problem of a call, and the call over page views; reads no value, and of out only how it lies."""
     scale_sign = contract.check_scale(call.softmax_scale)
-    # page views take the pools' places below
-    views = DecodeCall(
-        q, k_pages, k_pages if v_pages is None else v_pages, block_table, seq_lens, mask, call.softmax_scale,
-        call.descales, call.attn_sink, call.options,
-    )  # fmt: skip
-    key = contract.facts_of(views, scale_sign, k_rope_pages, out)
-    if key is not None:
-        key = (key, v_pages is None, layout, type(v_head_dim), v_head_dim, causal)  # NOTE: 512.0 == 512, as a key too
-        if (route := ROUTES.get(key)) is not None:
-            k_rope = None if k_rope_pages is None or route.k_rope is None else route.k_rope.of(k_rope_pages)
-            table = block_table.contiguous() if route.parts == 1 else table_of_blocks(block_table, route.parts)
-            k, v = route.k.of(views.k_cache), route.v.of(views.v_cache)
-            return route.problem, DecodeCall(q, k, v, table, *views[4:-1], k_rope)
     k, v, k_rope, table = page_views(call)
-    views = views._replace(k_cache=k, v_cache=v, block_table=table, k_rope=k_rope)
+    views = DecodeCall(
+        call.q, k, v, table, call.seq_lens, call.mask, call.softmax_scale, call.descales, call.attn_sink, call.options,
+        k_rope,
+    )  # fmt: skip
     problem = pages_problem(views, scale_sign)
     if out is not None:
         contract.check_tensor("out", out)
@@ -305,10 +310,6 @@ def checked(call: PoolCall, out: Tensor | None) -> tuple[DecodeProblem, DecodeCa
             check_spread(out)
             problem = problem._replace(out_strides=out.stride())
         problem = problem._replace(aligned=problem.aligned and contract.is_aligned(out))
-    if key is not None:
-        rope = None if k_rope is None else View(k_rope.shape, k_rope.stride())
-        parts = k_pages.shape[1 if layout == "NHD" else 2] // k.shape[3]
-        ROUTES.keep(key, Route(problem, View(k.shape, k.stride()), View(v.shape, v.stride()), rope, parts))
     return problem, views
 
 
@@ -365,21 +366,58 @@ class Planned(NamedTuple):
     folded: int
 
 
+Also = Callable[[PoolCall], None]
+"""What another door checks of a call before our own checks; a function of a module, since it tells calls apart."""
+
+
 def plan_pools(
-    call: PoolCall, backend: str | None, out: Tensor | None, check_values: bool, out_is_new: bool = False
+    call: PoolCall,
+    backend: str | None,
+    out: Tensor | None,
+    check_values: bool,
+    out_is_new: bool = False,
+    also: Also | None = None,
 ) -> Planned:
     """Every check of the call, and its plan; `out_is_new`: out is nobody else's, and of the right kind."""
-    problem, views = checked(call, out)
-    if not out_is_new:
-        contract.check_out(out, problem, call)
+    _, k, v, _, _, _, _, layout, width, causal, _, _, _, options = call
+    # NOTE: 512.0 == 512, as a key too
+    key = contract.facts_of(
+        call, k, k if v is None else v, out, options, layout, type(width), width, causal, backend, out_is_new, also
+    )
+    route = None if key is None else ROUTES.get(key)
+    chosen = None if route is None else route.plan()
+    if route is None or chosen is None:
+        if also is not None:
+            also(call)
+        problem, views = checked(call, out)
+        if not out_is_new:
+            contract.check_out(out, problem, call)
+        chosen, route = route_of(call, views, problem, backend)
+        if key is not None:
+            ROUTES.keep(key, route._replace(spans=spans(out, *call.tensors)))
+    else:
+        if out is not None and not out_is_new:
+            contract.check_out_again(out, route.spans, call)
+        views = route.views(call)
+    views = fold(views) if route.folded else views
+    if check_values:
+        longest = contract.check_values(views.block_table, views.seq_lens, route.problem.Nblk, page=route.problem.page)
+        contract.check_mask_length("mask", None if call.options.tail else call.mask, longest)
+    return Planned(chosen, route.problem, views, route.folded)
+
+
+def route_of(call: PoolCall, views: DecodeCall, problem: DecodeProblem, backend: str | None) -> tuple[Plan, Route]:
+    """The plan of a checked call, and its route but for the spans."""
     folded = problem.S_q if not call.causal and call.mask is None and problem.S_q > 1 else 0
     if folded:
-        problem, views = fold(problem, views)
+        q = fold(views).q
+        problem = problem._replace(Hq=q.shape[1], S_q=1, q_strides=q.stride(), out_strides=None)
     chosen = pick(problem, backend)
-    if check_values:
-        longest = contract.check_values(views.block_table, views.seq_lens, problem.Nblk, page=problem.page)
-        contract.check_mask_length("mask", None if call.options.tail else call.mask, longest)
-    return Planned(chosen, problem, views, folded)
+    k, v, rope = views.k_cache, views.v_cache, views.k_rope
+    k_rope = None if rope is None else View(rope.shape, rope.stride())
+    parts = call.k_pages.shape[1 if call.layout == "NHD" else 2] // problem.page
+    k_view, v_view = View(k.shape, k.stride()), View(v.shape, v.stride())
+    return chosen, Route(ref(chosen), problem, folded, k_view, v_view, k_rope, parts)
 
 
 def attend_pools(
@@ -390,9 +428,10 @@ def attend_pools(
     *,
     check_values: bool = False,
     out_is_new: bool = False,
+    also: Also | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """decode_over_pages but for its default scale's warning; `out_is_new`: see `plan_pools`."""
-    planned = plan_pools(call, backend, out, check_values, out_is_new)
+    """decode_over_pages but for its default scale's warning; `out_is_new`, `also`: see `plan_pools`."""
+    planned = plan_pools(call, backend, out, check_values, out_is_new, also)
     return (attend_folded if planned.folded else attend_packed)(planned, out, return_lse)
 
 
@@ -410,7 +449,6 @@ def attend_packed(planned: Planned, out: Tensor | None, return_lse: bool) -> Ten
     return out.copy_(result)
 
 
-@lru_cache(maxsize=4096)
 def pick(problem: DecodeProblem, backend: str | None) -> Plan:
     """The plan of the problem, or of the same one with q and out packed where the backend that serves wants them so."""
     Hq, S_q, D = problem.Hq, problem.S_q, problem.D
@@ -476,13 +514,11 @@ def bind(call: PoolCall, out: Tensor) -> Bound:
 # --- Without causality ------------------------------------------------------------------------------------------------
 
 
-def fold(problem: DecodeProblem, call: DecodeCall) -> tuple[DecodeProblem, DecodeCall]:
+def fold(call: DecodeCall) -> DecodeCall:
     """The same attention with the S_q queries as heads (see `heads`), out contiguous."""
-    Hk, S_q, sink = problem.Hk, problem.S_q, call.attn_sink
-    q = as_heads(call.q, Hk)
-    sink = None if sink is None else sink.view(Hk, 1, problem.ratio).expand(-1, S_q, -1).reshape(-1)
-    folded = problem._replace(Hq=q.shape[1], S_q=1, q_strides=q.stride(), out_strides=None)
-    return folded, call._replace(q=q, attn_sink=sink)
+    Hk, S_q, sink = call.k_cache.shape[1], call.q.shape[2], call.attn_sink
+    sink = None if sink is None else sink.view(Hk, 1, -1).expand(-1, S_q, -1).reshape(-1)
+    return call._replace(q=as_heads(call.q, Hk), attn_sink=sink)
 
 
 def attend_folded(planned: Planned, out: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:

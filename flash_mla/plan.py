@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import profiler
@@ -18,13 +19,20 @@ logger = logging.getLogger("flash_mla")
 """The library's one logger: info for a kernel that is compiled, warning for a fallback, debug for selection."""
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """The backend's module that runs a problem, and its kernel config. `name` is "empty" where there is no work."""
 
     name: str
     phase: Phase
     problem: Problem
     config: Hashable
+
+    @cached_property
+    def bound(self) -> Callable[[Any], None] | None:
+        """The launch that the phase bound to this problem at the first call, if it is one that does."""
+        bind = getattr(self.phase, "bind", None)
+        return None if bind is None else bind(self.problem, self.config)
 
     def launch(self, args: Args) -> None:
         """Fill args.out and args.lse; while torch's profiler runs, as a range of the phase's module name.
@@ -34,8 +42,14 @@ class Plan(NamedTuple):
         if isinstance(args[0], FakeTensor):
             return None
         if not profiler._is_profiler_enabled:
-            return self.phase.launch(self.problem, self.config, args)
+            return self._launch(args)
         with profiler.record_function(self.phase.__name__):
+            self._launch(args)
+
+    def _launch(self, args: Args) -> None:
+        if self.bound is not None:
+            self.bound(args)
+        else:
             self.phase.launch(self.problem, self.config, args)
 
     def append(self, args: AppendArgs) -> None:

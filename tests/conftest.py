@@ -16,7 +16,6 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from flash_mla.backends.cpu import engine
-from flash_mla.pages import pick
 from flash_mla.plan import plan
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -64,4 +63,3 @@ def cpu_engine(request):
 def forget_plans():
     """A plan holds the backend's module that was chosen."""
     plan.cache_clear()
-    pick.cache_clear()

@@ -31,7 +31,7 @@ ROOMS = {
     "contract": (
         "given tensors",
         "caches masks memory order scales values",
-        "mla_metadata decode_call prefill_call",
+        "facts mla_metadata decode_call prefill_call",
         "__init__",
     ),
 }

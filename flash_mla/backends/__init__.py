@@ -12,6 +12,8 @@ and a phase's module (one of PHASES, or one for each kernel) has
     config(problem) -> Hashable            the kernel and tile choice: a pure function that needs no device
     launch(problem, config, args) -> None  fill args.out and args.lse; allocate nothing but workspace, read no value,
                                            raise nothing of the contract: what it cannot do, refuse has said
+    bind(problem, config) -> launch(args)  in place of launch, where the host's time counts: all that follows from the
+                                           problem is worked out once, the kernel loaded
 
 Its module `append` has `launch(args)`, which writes AppendArgs' rows into the pages; Triton's and the CPU's also
 `launch_rows(args)`, which quantises AppendRowsArgs' on the way.

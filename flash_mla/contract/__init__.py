@@ -15,7 +15,8 @@ from flash_mla.contract.caches import (
     check_table,
     is_alias,
 )
-from flash_mla.contract.decode_call import decode, decode_problem, facts_of
+from flash_mla.contract.decode_call import decode, decode_problem
+from flash_mla.contract.facts import facts_of
 from flash_mla.contract.given import NO_DESCALES, DecodeCall, Descales, MhaCall, PrefillCall, inputs_of
 from flash_mla.contract.masks import (
     check_decode_mask,
@@ -24,7 +25,7 @@ from flash_mla.contract.masks import (
     settle_causal,
     sparse_blocks,
 )
-from flash_mla.contract.memory import check_apart, check_out, refuse_learning_out
+from flash_mla.contract.memory import check_apart, check_out, check_out_again, refuse_learning_out
 from flash_mla.contract.mla_metadata import MLAMetadata, check_metadata, check_shape, metadata
 from flash_mla.contract.order import DEEPSEEK_NAMES, deepseek_order, refuse_deepseek_order
 from flash_mla.contract.prefill_call import mha, prefill, prefill_problem
@@ -41,7 +42,7 @@ from flash_mla.contract.tensors import (
     named,
     out_dtype,
 )
-from flash_mla.contract.values import check_prompt_values, check_values
+from flash_mla.contract.values import check_prefill_lengths, check_prompt_values, check_values
 
 __all__ = [
     "DEEPSEEK_NAMES",
@@ -66,6 +67,8 @@ __all__ = [
     "check_monotonic",
     "check_on",
     "check_out",
+    "check_out_again",
+    "check_prefill_lengths",
     "check_prompt_values",
     "check_rank",
     "check_scale",

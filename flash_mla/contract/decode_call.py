@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
@@ -14,52 +13,14 @@ from flash_mla.contract.order import refuse_deepseek_order
 from flash_mla.contract.scales import check_descales, check_descales_given, check_scale, check_sink
 from flash_mla.contract.tensors import check_on, check_tensor, is_aligned, named, out_dtype
 from flash_mla.errors import LayoutError
-from flash_mla.passed import Passed, facts, traced
-from flash_mla.problem import FP8, DecodeProblem
-from flash_mla.quant import needs_descale
+from flash_mla.problem import DecodeProblem
 
 
 def decode(call: DecodeCall) -> DecodeProblem:
-    """The problem of a `flash_mla_with_kvcache` call; reads no value.
-
-    A call without a mask whose shapes, strides, dtypes and devices passed before is not checked again.
-    """
-    scale_sign = check_scale(call.softmax_scale)
-    key = facts_of(call, scale_sign)
-    problem = None if key is None else PASSED.get(key)
-    if problem is not None:
-        return problem
-    refuse_deepseek_order(call.q, call.k_cache, call.v_cache)
-    problem = checked_decode(call, scale_sign)
-    return problem if key is None else PASSED.keep(key, problem)
-
-
-# NOTE: 4 us against 16 for the checks; a whole call without its launch then takes 13 us (Zen 4).
-PASSED = Passed[DecodeProblem]()
-
-
-def facts_of(call: DecodeCall, scale_sign: int, *others: Tensor | None) -> Hashable | None:
-    """All that the checks of a call without a mask look at, as a key; None where they have to look themselves.
-
-    others: more tensors that they look at.
-    """
-    q, k, v, block_table, seq_lens, mask, _, descales, attn_sink, options, _ = call
-    if mask is not None or traced(q):
-        return None
-    try:
-        tensors = facts(q, k, v, block_table, seq_lens, attn_sink, *descales, *others)
-        k_start, v_start = k.data_ptr(), v.data_ptr()
-    except AttributeError:  # a number, whose value counts, or something that should be a tensor
-        return None
-    if not k_start:  # without memory, addresses do not tell what is an alias
-        return None
-    marked = k.dtype == FP8 and (needs_descale(k), needs_descale(v))
-    return tensors, k_start == v_start, marked, scale_sign, options
-
-
-def checked_decode(call: DecodeCall, scale_sign: int) -> DecodeProblem:
-    """As `decode`, every check made."""
-    q, k_cache, v_cache, block_table, seq_lens, mask, _, descales, attn_sink, options, _ = call
+    """The problem of a `flash_mla_with_kvcache` call; reads no value."""
+    q, k_cache, v_cache, block_table, seq_lens, mask, softmax_scale, descales, attn_sink, options, _ = call
+    scale_sign = check_scale(softmax_scale)
+    refuse_deepseek_order(q, k_cache, v_cache)
     check_tensor("q", q)
     check_tensor("k_cache", k_cache)
     check_tensor("v_cache", v_cache)

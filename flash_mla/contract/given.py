@@ -35,6 +35,12 @@ class DecodeCall(NamedTuple):
     options: Options = PLAIN
     k_rope: Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """What the call reads."""
+        q, k, v, table, lengths, mask, _, descales, sink, _, k_rope = self
+        return (q, k, v, table, lengths, mask, sink, k_rope, *descales)
+
 
 class PrefillCall(NamedTuple):
     """A `flash_mla_prefill` call; sparse_layout: bool [B, Hq, ceil(P/64), ceil(P/64)]."""
@@ -49,6 +55,12 @@ class PrefillCall(NamedTuple):
     seq_lens: Tensor | None = None
     descales: Descales = NO_DESCALES
     attn_sink: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """What the call reads."""
+        q, k, v, blocks, mask, _, _, lengths, descales, sink = self
+        return (q, k, v, blocks, mask, lengths, sink, *descales)
 
 
 class MhaCall(NamedTuple):
@@ -66,12 +78,24 @@ class MhaCall(NamedTuple):
     softmax_scale: float | None
     descales: Descales
 
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """What the call reads."""
+        q, k_cache, v_cache, table, mask, k, v, start_pos, _, _, descales = self
+        return (q, k_cache, v_cache, table, mask, k, v, start_pos, *descales)
+
 
 class Given(Protocol):
     """Any of them."""
 
     @property
+    def q(self) -> Tensor: ...
+    @property
+    def softmax_scale(self) -> float | None: ...
+    @property
     def descales(self) -> Descales: ...
+    @property
+    def tensors(self) -> tuple[Any, ...]: ...
     def _asdict(self) -> dict[str, Any]: ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_mla.contract.tensors import check_on, check_tensor, named
+from flash_mla.contract.tensors import check_on, check_rank, check_tensor, named
 from flash_mla.errors import MaskShapeError, ShapeError
 from flash_mla.layout import BlockSparseLayout
 from flash_mla.problem import BLOCK, MaskKind
@@ -92,6 +92,8 @@ def sparse_blocks(sparse_layout: object, q: Tensor) -> Tensor | None:
     """A bool tensor, a BlockSparseLayout or a BlockMask -> bool [B, Hq, ceil(P/64), ceil(P/64)], expanded."""
     if sparse_layout is None:
         return None
+    check_tensor("q", q)
+    check_rank("q", q.shape, 4, "[B, Hq, P, D]")
     if not isinstance(sparse_layout, (Tensor, BlockSparseLayout)):
         if not hasattr(sparse_layout, "BLOCK_SIZE"):
             raise ShapeError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from flash_mla.contract.given import Given, inputs_of
 from flash_mla.contract.tensors import check_on, check_tensor, is_aligned, named
 from flash_mla.errors import DTypeError, GradientError, LayoutError, ShapeError
+from flash_mla.passed import apart, span
 from flash_mla.problem import BLOCK, DecodeProblem, PrefillProblem
 
 Some = TypeVar("Some", DecodeProblem, PrefillProblem)
@@ -37,6 +38,16 @@ def check_out(out: Tensor | None, problem: Some, call: Given) -> Some:
     refuse_learning_out(out)
     check_apart("out", out, **inputs_of(call))
     return problem if is_aligned(out) else problem._replace(aligned=False)
+
+
+def check_out_again(out: Tensor, spans: Sequence[int], call: Given) -> None:
+    """Of an `out` whose facts passed `check_out`, what they do not tell: where it lies, and whether it requires grad.
+
+    spans: of out, then of the call's tensors.
+    """
+    refuse_learning_out(out)
+    if not apart(out, spans[0], call.tensors, spans[1:]):
+        check_apart("out", out, **inputs_of(call))
 
 
 def refuse_learning_out(out: Tensor) -> None:
@@ -68,10 +79,8 @@ def check_apart(written: str, target: Tensor, **inputs: object) -> None:
 
 def reach(tensor: Tensor) -> tuple[int, int]:
     """The addresses from a tensor's first byte to past its last."""
-    if not tensor.numel():
-        return 0, 0
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
+    start = tensor.data_ptr() if tensor.numel() else 0
+    return start, start + span(tensor)
 
 
 def check_writable(name: str, cache: Tensor) -> None:

@@ -25,6 +25,7 @@ from flash_mla.contract.tensors import (
     check_monotonic,
     check_on,
     check_rank,
+    check_tensor,
     is_aligned,
     named,
     out_dtype,
@@ -38,6 +39,7 @@ def prefill(call: PrefillCall) -> PrefillProblem:
     """The problem of a `flash_mla_prefill` call; reads no value."""
     q, k, v, sparse_layout, attn_mask, causal, softmax_scale, seq_lens, descales, attn_sink = call
     for name, tensor, layout in (("q", q, "[B, Hq, P, D]"), ("k", k, "[B, Hk, P, D]"), ("v", v, "[B, Hk, P, Dv]")):
+        check_tensor(name, tensor)
         check_rank(name, tensor.shape, 4, layout)
         check_last_dim(name, tensor)
         check_monotonic(name, tensor.shape[:3], tensor.stride()[:3], "B H P")

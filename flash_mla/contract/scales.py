@@ -63,6 +63,7 @@ def check_descale(name: str, value: float | Tensor | None, B: int, Hk: int, devi
                 "Pass the scale that the values were divided by",
             )
         return True
+    check_tensor(name, value)
     if value.dtype != torch.float32:
         raise DTypeError(f"{name} {value.dtype}", "float32", f"`{name}` is not FP32", f"Call {name}.float()")
     check_on(device, **{name: value})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.errors import DeviceError, DTypeError, LayoutError, ShapeError
+from flash_mla.kinds import check_memory
 from flash_mla.problem import ALIGNMENT, DTYPES, FP8
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -114,8 +115,11 @@ def check_last_dim(name: str, tensor: Tensor) -> None:
 
 
 def is_aligned(*tensors: Tensor) -> bool:
-    """Whether each tensor's first element lies on ALIGNMENT bytes."""
-    return not any(tensor.data_ptr() % ALIGNMENT for tensor in tensors)
+    """Whether each tensor's first element lies on ALIGNMENT bytes; a LayoutError for one whose memory was freed."""
+    starts = [tensor.data_ptr() for tensor in tensors]
+    if not all(starts):
+        check_memory(*tensors)
+    return not any(start % ALIGNMENT for start in starts)
 
 
 def out_dtype(dtype: torch.dtype) -> torch.dtype:

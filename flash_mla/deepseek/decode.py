@@ -86,9 +86,6 @@ def flash_mla_with_kvcache(
         FlashMLAError: a subclass that names what does not fit. Values are not checked.
     """
     if indices is None:
-        check_query(q, "[b, s_q, h_q, d]", 4)
-        check_tensor("k_cache", k_cache)
-        check_rank("k_cache", k_cache.shape, 4, "[num_blocks, page, h_kv, d]")
         sparse_only = (extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
         if any(x is not None for x in sparse_only):
             raise ShapeError(
@@ -98,6 +95,9 @@ def flash_mla_with_kvcache(
                 "Pass indices",
             )
         if is_fp8_kvcache:
+            check_query(q, "[b, s_q, h_q, d]", 4)
+            check_tensor("k_cache", k_cache)
+            check_rank("k_cache", k_cache.shape, 4, "[num_blocks, page, h_kv, d]")
             return dense_rows(
                 q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, attn_sink, backend
             )
@@ -153,8 +153,6 @@ def flash_mla_with_kvcache_fp8(
     The others, and what is returned (out in BF16), are as in flash_mla_with_kvcache.
     """
     check_query(q, "[b, s_q, h_q, d]", 4)
-    check_tensor("k_cache", k_cache)
-    check_rank("k_cache", k_cache.shape, 4, "[num_blocks, page, h_kv, d]")
     if q.dtype != FP8:
         raise DTypeError(f"q {q.dtype}", f"q {FP8}", "The function is for FP8", "Call flash_mla_with_kvcache")
     descales = (descale_q, descale_k)
@@ -212,24 +210,34 @@ def dense(
 ) -> tuple[Tensor, Tensor]:
     """Our own decode over pages, as `decode_over_pages` has it; q and out are read and written where they lie."""
     block_table, cache_seqlens = named_tokens(block_table, cache_seqlens)
-    B, S_q, Hq, D = q.shape
+    check_query(q, "[b, s_q, h_q, d]", 4)
+    check_head_dims(q.shape[3], Dv)
+    descale_q, descale_k = (None if x is None else x.to(torch.float32).view(-1, 1) for x in descales)
+    out = q.new_empty((*q.shape[:3], Dv), dtype=out_dtype(q.dtype))
+    call = PoolCall(
+        q.transpose(1, 2), k_cache, None, None, block_table, cache_seqlens, v_head_dim=Dv, causal=causal,
+        softmax_scale=softmax_scale, descales=(descale_q, descale_k, descale_k), attn_sink=attn_sink,
+    )  # fmt: skip
+    result = attend_pools(call, True, out.transpose(1, 2), backend, out_is_new=True, also=check_dense)
+    return out, empty_is_inf(result[1])
+
+
+def check_dense(call: PoolCall) -> None:
+    """What the package's dense decode asks of a call beyond `decode_over_pages`, in its own names."""
+    q, k_cache, Dv = call.q.transpose(1, 2), call.k_pages, call.v_head_dim
+    check_tensor("k_cache", k_cache)
+    check_rank("k_cache", k_cache.shape, 4, "[num_blocks, page, h_kv, d]")
     check_same_dtype(q, "k_cache", k_cache)
-    check_head_dims(D, Dv)
+    B, _, _, D = q.shape
+    assert Dv is not None
     if k_cache.shape[3] != D or Dv > D:
         raise ShapeError(
             f"{named(q=q, k_cache=k_cache)}, head_dim_v = {Dv}",
             "k_cache [num_blocks, page, h_kv, d] with q's d, and head_dim_v <= d",
             "V is the first head_dim_v columns of K",
         )
-    check_index("cache_seqlens", cache_seqlens, (B,), "[b]")
-    descale_q, descale_k = (None if x is None else x.to(torch.float32).view(-1, 1) for x in descales)
-    out = q.new_empty(B, S_q, Hq, Dv, dtype=out_dtype(q.dtype))
-    call = PoolCall(
-        q.transpose(1, 2), k_cache, None, None, block_table, cache_seqlens, v_head_dim=Dv, causal=causal,
-        softmax_scale=softmax_scale, descales=(descale_q, descale_k, descale_k), attn_sink=attn_sink,
-    )  # fmt: skip
-    result = attend_pools(call, True, out.transpose(1, 2), backend, out_is_new=True)
-    return out, empty_is_inf(result[1])
+    check_tensor("cache_seqlens", call.seq_lens)
+    check_index("cache_seqlens", call.seq_lens, (B,), "[b]")
 
 
 def named_tokens(block_table: Tensor | None, cache_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -163,7 +164,8 @@ class SparseCall(NamedTuple):
     max_logits: bool = False
 
 
-PASSED: Passed[SparseProblem] = Passed()
+PASSED: Passed[ReferenceType[Plan]] = Passed()
+"""Plans, weak as in `calls.Served`."""
 
 
 def sparse(call: SparseCall, backend: str | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -198,8 +200,9 @@ def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
     if not traced(call.q):  # a traced tensor has no address
         tensors = facts(q, attn_sink, *(x for pool in pools for x in pool[1:]))
         key = (tensors, formatted, type(Dv), Dv, sign, max_logits, backend)
-        if (known := PASSED.get(key)) is not None:
-            return plan(known, backend)
+        known = PASSED.get(key)
+        if known is not None and (chosen := known()) is not None:
+            return chosen
     check_query(q, "[b, s_q, h_q, d]", 4)
     check_tensor("k_cache", pools[0].cache)
     check_rank("k_cache", pools[0].cache.shape, 4, "[num_blocks, page, h_kv, d]")
@@ -218,7 +221,7 @@ def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
     problem = sparse_problem(q, fmt, keys, Dv, sign, attn_sink, max_logits)
     chosen = plan(problem, backend)
     if key is not None:
-        PASSED.keep(key, problem)
+        PASSED.keep(key, ref(chosen))
     return chosen
 
 

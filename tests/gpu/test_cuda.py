@@ -153,3 +153,18 @@ def test_every_e4m3_code_in_ptx(way):
     widen_kernel[(1,)](codes, out, way)
     real = codes[codes & 0x7F != 0x7F].long()
     assert torch.equal(out[real].view(torch.int16), codes.view(torch.float8_e4m3fn).half()[real].view(torch.int16))
+
+
+def test_a_remembered_call_runs_on_the_stream_of_the_call(step):
+    """q is written late on a stream of its own: a launch on the stream of the calls before would read the old one."""
+    case, arguments, metadata = step
+    for _ in range(2):
+        flash_mla_with_kvcache(**arguments, metadata=metadata)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        arguments["q"].neg_()
+        out = flash_mla_with_kvcache(**arguments, metadata=metadata)
+    stream.synchronize()
+    judge(case, arguments, out)

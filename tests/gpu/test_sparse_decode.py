@@ -9,7 +9,9 @@ import torch
 
 from flash_mla import deepseek
 from flash_mla.backends import hopper
+from flash_mla.reference import format_rows
 from flash_mla.testing import run
+from flash_mla.testing.budget import check
 from flash_mla.testing.deepseek_cases import SparseDecodeCase
 
 pytestmark = [
@@ -86,6 +88,27 @@ def test_replay_sees_new_lengths_and_indices(heads: int) -> None:
     want = deepseek.flash_mla_with_kvcache(**{**later.arguments, "backend": "hopper"})
     assert torch.equal(out, want[0])
     assert torch.equal(lse, want[1])
+
+
+@pytest.mark.parametrize("heads", [16, 8])
+@pytest.mark.parametrize("power", [-40, 0, 30])
+def test_scales_and_heads_of_any_magnitude(heads: int, power: int) -> None:
+    """Beside few heads rows keep their scales: these lie up to 2^24 apart, heads up to 2^9, and q has any size."""
+    case = replace(V32, Hq=heads, topk=300)
+    call, generator = case.call(), torch.Generator().manual_seed(power)
+
+    def powers(lowest: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return (2.0 ** torch.randint(lowest, 1, shape, generator=generator)).cuda()
+
+    rows = call.arguments["k_cache"].view(torch.uint8)[..., 512:528]
+    scales = rows.contiguous().view(torch.float32)
+    rows.copy_((scales * powers(-24, scales.shape)).view(torch.uint8))
+    call.arguments["q"].mul_(powers(-9, (heads, 1)) * 2.0**power)
+    call.arguments["softmax_scale"] = call.reference["softmax_scale"] = 0.05 * 2.0**-power
+    (_, *rest), *_ = call.reference["pools"]
+    call.reference["pools"] = [(format_rows(call.arguments["k_cache"], "fp8_ds_mla"), *rest)]
+    verdict = check(*case.invoke(call), *case.truth(call), torch.bfloat16)
+    assert not verdict.failures, verdict
 
 
 def test_int64_indices_name_what_int32_ones_do() -> None:

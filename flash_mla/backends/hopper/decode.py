@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
+from flash_mla.backends.hopper.device import LOG2_E, int32, multiprocessors, on_device
 from flash_mla.backends.hopper.strides import query_row_stride
 from flash_mla.kernels.hopper import split
 from flash_mla.problem import DecodeArgs, DecodeProblem
@@ -63,38 +62,50 @@ def kept_one(device: torch.device) -> Tensor:
     return torch.ones((1, 1)).to(device)
 
 
-def launch(kernel: Callable[..., None], config: Any, problem: DecodeProblem, args: DecodeArgs) -> None:
-    """Fill args.out and args.lse with the kernel of a config. An int64 table or lengths are converted first."""
+def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Callable[[DecodeArgs], None]:
+    """The launch of a kernel of a config, which fills args.out and args.lse. An int64 table or lengths are converted
+    first."""
+    device = problem.device
     # NOTE: CTAs without work cost a short call up to a microsecond
-    clusters = multiprocessors(problem.device) // config.cluster
+    clusters = multiprocessors(device) // config.cluster
     clusters = split.useful_clusters(clusters, items(config, problem), problem.table_blocks)
     words = config.workspace_words(clusters, piece_slots(config, problem))
-    workspace = torch.empty(words, dtype=torch.float32, device=problem.device)
-    lse = args.lse
-    if lse is None:
-        lse = torch.empty((problem.B, problem.Hq, problem.S_q), dtype=torch.float32, device=problem.device)
-    descales = (args.q_descale, args.k_descale, args.v_descale)
-    # a cache that all requests share has one request, whatever its batch stride says
-    requests = (problem.B if strides[0] else 1 for strides in (problem.k_strides, problem.v_strides))
-    # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own
-    with device_of(problem.device):
+    lse_shape = (problem.B, problem.Hq, problem.S_q)
+    scalars = (
+        int(problem.sink),
+        query_row_stride(problem),
+        int(problem.tail),
+        # a cache that all requests share has one request, whatever its batch stride says
+        *(problem.B if strides[0] else 1 for strides in (problem.k_strides, problem.v_strides)),
+        int(split.may_split(problem.table_blocks)),
+        clusters,
+    )
+    latent, factors = config.latent, config.factors
+
+    def launch(args: DecodeArgs) -> None:
+        q, k, v, table, seq_lens, mask, q_descale, k_descale, v_descale, sink, scale, out, lse, _ = args
+        workspace = q.new_empty(words, dtype=torch.float32)
+        if lse is None:
+            lse = q.new_empty(lse_shape, dtype=torch.float32)
+        if factors:
+            q_descale, k_descale, v_descale = (factor(problem, x, workspace) for x in (q_descale, k_descale, v_descale))
+        # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own
         kernel(
-            args.q,
-            args.k,
-            None if config.latent else args.v,
-            int32(args.block_table),
-            int32(args.seq_lens),
-            workspace if args.attn_sink is None else args.attn_sink,
-            *(factor(problem, x, workspace) if config.factors else None for x in descales),
-            args.out,
+            q,
+            k,
+            None if latent else v,
+            int32(table),
+            int32(seq_lens),
+            workspace if sink is None else sink,
+            q_descale,
+            k_descale,
+            v_descale,
+            out,
             lse,
             workspace,
-            None if args.mask is None else bytes_of(args.mask),
-            args.softmax_scale * math.log2(math.e),
-            int(args.attn_sink is not None),
-            query_row_stride(problem),
-            int(problem.tail),
-            *requests,
-            int(split.may_split(problem.table_blocks)),
-            clusters,
+            None if mask is None else bytes_of(mask),
+            scale * LOG2_E,
+            *scalars,
         )
+
+    return on_device(device, launch)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -24,6 +26,10 @@ from flash_mla.problem import (
 HALVES: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """torch's 16-bit dtypes and their names in the kernels' configs."""
 DTYPES: dict[torch.dtype, Literal["bf16", "fp16", "fp8"]] = {**HALVES, FP8: "fp8"}
+
+
+LOG2_E = math.log2(math.e)
+"""The kernels' exponentials are powers of 2."""
 
 
 @functools.cache
@@ -92,3 +98,16 @@ def int32(values: Tensor) -> Tensor:
 def device_of(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes a device the current one, which it nearly always is: then the switch would cost the host 2 us."""
     return contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def on_device(device: torch.device, launch: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The launch, made with this device as the current one."""
+    index = device.index
+
+    def there(args: Any) -> None:
+        if index == torch.cuda.current_device():
+            return launch(args)
+        with torch.cuda.device(device):
+            return launch(args)
+
+    return there

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from flash_mla.backends.hopper import decode
@@ -55,13 +57,14 @@ def config(problem: DecodeProblem) -> Config:
     )
 
 
-def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
-    """Fill args.out and args.lse. Allocates workspace: 2 * tile_n FP32 rows of Dv an SM (at most 17 MB on 132 SMs); for
-    a batch-invariant call tile_n rows for each piece that a row of the table has room for, at most 16 a head.
+def bind(problem: DecodeProblem, config: Config) -> Callable[[DecodeArgs], None]:
+    """The launch, which fills args.out and args.lse. It allocates workspace: 2 * tile_n FP32 rows of Dv an SM (at most
+    17 MB on 132 SMs); for a batch-invariant call tile_n rows for each piece that a row of the table has room for, at
+    most 16 a head.
 
-    The first launch of a config loads its kernel, and the first ever on a machine compiles it.
+    The kernel is loaded here, and compiled the first time ever on a machine.
     """
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.gqa_decode.kernel import build
 
-    decode.launch(store.load("gqa_decode", config, build), config, problem, args)
+    return decode.bind(store.load("gqa_decode", config, build), config, problem)

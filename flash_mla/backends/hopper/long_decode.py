@@ -6,6 +6,8 @@ the request is shorter: those rows see nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flash_mla.backends.hopper import prefill
 from flash_mla.backends.hopper.device import int32
 from flash_mla.kernels.hopper.prefill.config import Config
@@ -39,10 +41,15 @@ def config(problem: DecodeProblem) -> Config:
     return prefill.config(as_prefill(problem))
 
 
-def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
-    """Fill args.out and args.lse. Allocates what `prefill.launch` says, and the positions of the first queries."""
-    same = {name: value for name, value in args._asdict().items() if name in PrefillArgs._fields}
-    lengths = int32(args.seq_lens).clamp(0, problem.table_blocks * BLOCK)
-    same["seq_lens"] = lengths
-    call = PrefillArgs(**same, start_pos=lengths - problem.S_q, block_mask=None)
-    prefill.launch(as_prefill(problem), config, call)
+def bind(problem: DecodeProblem, config: Config) -> Callable[[DecodeArgs], None]:
+    """The launch, which fills args.out and args.lse. It allocates what `prefill.bind` says, and the positions of the
+    first queries."""
+    attend = prefill.bind(as_prefill(problem), config)
+
+    def launch(args: DecodeArgs) -> None:
+        same = {name: value for name, value in args._asdict().items() if name in PrefillArgs._fields}
+        lengths = int32(args.seq_lens).clamp(0, problem.table_blocks * BLOCK)
+        same["seq_lens"] = lengths
+        attend(PrefillArgs(**same, start_pos=lengths - problem.S_q, block_mask=None))
+
+    return launch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import HALVES
 from flash_mla.backends.hopper.strides import is_token_major, refuse_query, refuse_rows
@@ -36,13 +38,14 @@ def config(problem: DecodeProblem) -> Config:
     return Config(HALVES[problem.dtype], problem.D, cluster, piece, masked, is_token_major(problem))
 
 
-def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
-    """Fill args.out and args.lse. Allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on 132 SMs); of a batch-
-    invariant call 64 rows for each piece that a row of the table has room for, at most 16 (2 MB a request and tile).
+def bind(problem: DecodeProblem, config: Config) -> Callable[[DecodeArgs], None]:
+    """The launch, which fills args.out and args.lse. It allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on
+    132 SMs); of a batch-invariant call 64 rows for each piece that a row of the table has room for, at most 16 (2 MB a
+    request and tile).
 
-    The first launch of a config loads its kernel, and the first ever on a machine compiles it.
+    The kernel is loaded here, and compiled the first time ever on a machine.
     """
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.mla_decode.kernel import build
 
-    decode.launch(store.load("mla_decode", config, build), config, problem, args)
+    return decode.bind(store.load("mla_decode", config, build), config, problem)

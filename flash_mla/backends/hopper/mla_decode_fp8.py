@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -48,12 +49,13 @@ def config(problem: DecodeProblem) -> Config:
     return Config(QUERIES[problem.dtype], problem.D, tile_n, cluster, problem.descale, is_token_major(problem))
 
 
-def launch(problem: DecodeProblem, config: Config, args: DecodeArgs) -> None:
-    """Fill args.out and args.lse. Allocates workspace: 2 * tile_n FP32 rows of 512 an SM (35 MB on 132 SMs at most).
+def bind(problem: DecodeProblem, config: Config) -> Callable[[DecodeArgs], None]:
+    """The launch, which fills args.out and args.lse. It allocates workspace: 2 * tile_n FP32 rows of 512 an SM (35 MB
+    on 132 SMs at most).
 
-    The first launch of a config loads its kernel, and the first ever on a machine compiles it.
+    The kernel is loaded here, and compiled the first time ever on a machine.
     """
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.mla_decode_fp8.kernel import build
 
-    decode.launch(store.load("mla_decode_fp8", config, build), config, problem, args)
+    return decode.bind(store.load("mla_decode_fp8", config, build), config, problem)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import DTYPES, device_of, int32, multiprocessors
+from flash_mla.backends.hopper.device import DTYPES, LOG2_E, int32, multiprocessors, on_device
 from flash_mla.backends.hopper.strides import refuse_rows
 from flash_mla.kernels.hopper.prefill import schedule
 from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
@@ -71,11 +71,10 @@ def readable(x: Tensor, config: Config) -> Tensor:
 
 
 def factors(problem: PrefillProblem, *descales: Tensor | None) -> Tensor:
-    """The product of the descales that are there, [B, Hk]; not read where the call has none at all."""
+    """The product of the descales that are there, [B, Hk]."""
     given = [descale for descale in descales if descale is not None]
     if not given:
-        make = torch.ones if problem.descale else torch.empty
-        return make((1, 1), dtype=torch.float32, device=problem.device).expand(problem.B, problem.Hk)
+        return torch.ones((1, 1), dtype=torch.float32, device=problem.device).expand(problem.B, problem.Hk)
     return functools.reduce(torch.mul, given)
 
 
@@ -110,66 +109,64 @@ def list_blocks(problem: PrefillProblem, args: PrefillArgs) -> tuple[Tensor, Ten
     return block_map, bits
 
 
-def launch(problem: PrefillProblem, config: Config, args: PrefillArgs) -> None:
-    """Fill args.out and args.lse. Allocates workspace: a counter; lse where the call wants none; what
-    `list_blocks` says.
+def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], None]:
+    """The launch, which fills args.out and args.lse. It allocates workspace: a counter; lse where the call wants none;
+    what `list_blocks` says. An int64 table or lengths are converted first, on the device.
 
-    An int64 table or lengths are converted first, on the device. The first launch of a config loads its kernel, and the
-    first ever on a machine compiles it.
+    The kernel is loaded here, and compiled the first time ever on a machine.
     """
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.prefill.kernel import build
     from flash_mla.kernels.hopper.prefill.shared import Scalars, Tensors
 
     kernel = store.load("prefill", config, build)
+    device = problem.device
     B, Hq, P = problem.B, problem.Hq, problem.P
     tiles = -(-P // config.tile_m) * B * Hq
-    ctas = min(tiles, config.ctas_sm * multiprocessors(problem.device))
-    lse = args.lse if args.lse is not None else args.q.new_empty((B, Hq, P), dtype=torch.float32)
+    ctas = min(tiles, config.ctas_sm * multiprocessors(device))
     # NOTE: nobody takes a second tile where each CTA has one: the counter is not read then
-    counter = (torch.zeros if tiles > ctas else torch.empty)(1, dtype=torch.int32, device=problem.device)
-    ints = counter if args.block_table is None else int32(args.block_table)
-    keys = min(problem.S_kv, args.block_table.shape[1] * BLOCK) if args.block_table is not None else problem.S_kv
-    # NOTE: the kernel counts its heads on q, so that a broadcast q must have them all
-    q = args.q.contiguous() if 0 in problem.q_strides else args.q
-    nothing = counter.view(1, 1, 1, 1)
-    block_map, mask_bits = (nothing.view(torch.uint8), nothing)
-    if config.sparse:
-        with device_of(problem.device):
-            block_map, mask_bits = list_blocks(problem, args)
-    tensors: dict[str, Any] = {
-        "table": ints.view(1, 1) if args.block_table is None else ints,
-        "seq_lens": counter if args.seq_lens is None else int32(args.seq_lens),
-        "start_pos": counter if args.start_pos is None else int32(args.start_pos),
-        "score_scale": factors(problem, args.q_descale, args.k_descale),
-        "value_scale": factors(problem, args.v_descale),
-        "sink": lse.view(-1) if args.attn_sink is None else args.attn_sink,
-        "lse": lse.view(B * Hq, P),
-        "counter": counter,
-        "block_map": block_map,
-        "mask_bits": mask_bits,
-    }
+    make_counter = torch.zeros if tiles > ctas else torch.empty
     kv_bytes = config.itemsize * problem.S_kv * (problem.D + problem.Dv)
     order = schedule.order(kv_bytes, problem.ratio, B * Hq, -(-P // config.tile_m), problem.causal, ctas)
-    scalars: dict[str, Any] = {
-        "scale_log2": args.softmax_scale * math.log2(math.e),
-        "Hq": Hq,
-        "Hk": problem.Hk,
-        "S_kv": keys,
-        **order._asdict(),
-        "causal": int(problem.causal),
-        "has_lens": int(args.seq_lens is not None),
-        "has_start": int(args.start_pos is not None),
-        "has_descale": int(problem.descale),
-        "has_sink": int(args.attn_sink is not None),
-    }
-    with device_of(problem.device):
-        kernel(
-            readable(q, config),
-            readable(args.k, config),
-            readable(args.v, config),
-            args.out,
-            Tensors(**tensors),
-            Scalars(**scalars),
-            ctas,
+    flags = (problem.causal, problem.seq_lens, problem.start_pos, problem.sink, problem.descale)
+    scalars = (*order, *map(int, flags))
+    # NOTE: what the kernel does not read may be any tensor of the right kind
+    nothing, no_number = (torch.empty(1, dtype=x, device=device) for x in (torch.int32, torch.float32))
+    no_bits, no_factor = nothing.view(1, 1, 1, 1), no_number.view(1, 1).expand(B, problem.Hk)
+    no_blocks, no_table = no_bits.view(torch.uint8), nothing.view(1, 1)
+    # NOTE: the kernel counts its heads on q, so that a broadcast q must have them all
+    broadcast = 0 in problem.q_strides
+    converted = problem.dtype == FP8 and config.dtype != "fp8"
+    as_given = not broadcast and not converted and 0 not in (*problem.k_strides[:2], *problem.v_strides[:2])
+
+    def launch(args: PrefillArgs) -> None:
+        q, k, v, table, seq_lens, start_pos, *_ = args
+        keys = problem.S_kv if table is None else min(problem.S_kv, table.shape[1] * BLOCK)
+        blocks, bits = list_blocks(problem, args) if config.sparse else (no_blocks, no_bits)
+        if not as_given:
+            q = q.contiguous() if broadcast else q
+            q, k, v = (readable(x, config) for x in (q, k, v))
+        lse = args.lse
+        lse = torch.empty((B * Hq, P), dtype=torch.float32, device=device) if lse is None else lse.view(B * Hq, P)
+        score_scale = value_scale = no_factor
+        if problem.descale:
+            score_scale, value_scale = (
+                factors(problem, args.q_descale, args.k_descale),
+                factors(problem, args.v_descale),
+            )
+        tensors: tuple[Any, ...] = (
+            no_table if table is None else int32(table),
+            nothing if seq_lens is None else int32(seq_lens),
+            nothing if start_pos is None else int32(start_pos),
+            no_number if args.attn_sink is None else args.attn_sink,
+            score_scale,
+            value_scale,
+            lse,
+            make_counter(1, dtype=torch.int32, device=device),
+            blocks,
+            bits,
         )
+        numbers: tuple[Any, ...] = (args.softmax_scale * LOG2_E, Hq, problem.Hk, keys, *scalars)
+        kernel(q, k, v, args.out, Tensors(*tensors), Scalars(*numbers), ctas)
+
+    return on_device(device, launch)

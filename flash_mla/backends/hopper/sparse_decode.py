@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import device_of, int32, multiprocessors
+from flash_mla.backends.hopper.device import LOG2_E, int32, multiprocessors, on_device
 from flash_mla.kernels.hopper.sparse_decode.config import DV, TILES, Config
 from flash_mla.problem import ALIGNMENT, BLOCK, SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS
@@ -68,48 +66,43 @@ def config(problem: SparseProblem) -> Config:
     return Config(rows_name(problem), len(problem.sets), tile_heads, cluster)
 
 
-@functools.cache
-def loaded(config: Config) -> Callable[..., None]:
-    """The kernel of a config. The first call loads it, and the first ever on a machine compiles it."""
-    # NOTE: imports in a function cost the host a microsecond each in every call
+def bind(problem: SparseProblem, config: Config) -> Callable[[SparseArgs], None]:
+    """The launch, which fills args.out and args.lse. It allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on
+    132 SMs); int64 indices or lengths are converted first, on the device.
+
+    The kernel is loaded here, and compiled the first time ever on a machine.
+    """
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.sparse_decode.kernel import build
 
-    return store.load("sparse_decode", config, build)
-
-
-@functools.cache
-def grid(config: Config, device: torch.device) -> tuple[int, int]:
-    """Clusters of a launch, and the words of its workspace."""
+    kernel = store.load("sparse_decode", config, build)
+    device = problem.device
     clusters = multiprocessors(device) // config.cluster
-    return clusters, config.workspace_words(clusters)
-
-
-def launch(problem: SparseProblem, config: Config, args: SparseArgs) -> None:
-    """Fill args.out and args.lse. Allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on 132 SMs).
-
-    int64 indices or lengths are converted first, on the device.
-    """
-    clusters, words = grid(config, problem.device)
-    workspace = torch.empty(words, dtype=torch.float32, device=problem.device)
+    words = config.workspace_words(clusters)
+    has_lengths = sum(keys.lengths << i for i, keys in enumerate(problem.sets))
+    has_sink = int(problem.sink)
     # NOTE: what the kernel does not read may be any tensor of the right kind
-    nothing = workspace.view(torch.int32)
-    caches: list[Tensor] = []
-    for keys in args.keys:
-        caches += [keys.cache, int32(keys.indices), nothing if keys.lengths is None else int32(keys.lengths)]
-    has_lengths = sum((keys.lengths is not None) << i for i, keys in enumerate(args.keys))
-    with device_of(problem.device):
-        loaded(config)(
+    nothing = torch.empty(1, dtype=torch.int32, device=device)
+
+    def launch(args: SparseArgs) -> None:
+        workspace = args.q.new_empty(words, dtype=torch.float32)
+        caches: list[Tensor] = []
+        for cache, indices, lengths in args.keys:
+            caches += (cache, int32(indices), nothing if lengths is None else int32(lengths))
+        if len(args.keys) == 1:
+            caches *= 2
+        kernel(
             args.q,
             *caches,
-            *(caches if config.caches == 1 else ()),
             workspace if args.attn_sink is None else args.attn_sink,
             args.out,
             args.lse,
             workspace,
-            args.softmax_scale * math.log2(math.e),
+            args.softmax_scale * LOG2_E,
             args.empty_lse,
             has_lengths,
-            int(args.attn_sink is not None),
+            has_sink,
             clusters,
         )
+
+    return on_device(device, launch)

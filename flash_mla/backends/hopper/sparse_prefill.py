@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.device import HALVES, device_of, int32, multiprocessors
+from flash_mla.backends.hopper.device import HALVES, LOG2_E, int32, multiprocessors, on_device
 from flash_mla.kernels.hopper.limits import TMA_BYTES
 from flash_mla.kernels.hopper.mla_decode.config import WIDTHS
 from flash_mla.kernels.hopper.sparse_prefill.config import MAX_ORDERED, MAX_ROWS, TILES, Config, bin_shift
@@ -76,36 +76,41 @@ def ordered(indices: Tensor, lengths: Tensor | None, num_rows: int, wave: int) -
     return ids, counts
 
 
-def launch(problem: SparseProblem, config: Choice, args: SparseArgs) -> None:
-    """Fill args.out, args.lse and args.max_logits. Allocates workspace: the ids in order, where they are ordered.
+def bind(problem: SparseProblem, config: Choice) -> Callable[[SparseArgs], None]:
+    """The launch, which fills args.out, args.lse and args.max_logits. It allocates workspace: the ids in order, where
+    they are ordered; int64 indices and lengths are converted first, on the device.
 
-    int64 indices and lengths are converted first, on the device. The first launch of a config loads its kernel, and the
-    first ever on a machine compiles it.
+    The kernel is loaded here, and compiled the first time ever on a machine.
     """
     from flash_mla.kernels.hopper import store
     from flash_mla.kernels.hopper.sparse_prefill import kernel as sparse_prefill
 
     kernel = store.load("sparse_prefill", config.kernel, sparse_prefill.build)
-    (keys,) = args.keys
-    indices, lengths = int32(keys.indices), None if keys.lengths is None else int32(keys.lengths)
     head_tiles = -(-problem.Hq // config.kernel.tile_heads)
     ctas = min(problem.B * head_tiles, multiprocessors(problem.device))
-    max_logits = torch.empty_like(args.lse) if args.max_logits is None else args.max_logits
-    with device_of(problem.device):
+    num_rows, wave = problem.sets[0].page, max(1, ctas // head_tiles)
+    # NOTE: what the kernel does not read may be any tensor of the right kind
+    no_lengths, no_sink = (torch.empty(1, dtype=x, device=problem.device) for x in (torch.int32, torch.float32))
+
+    def launch(args: SparseArgs) -> None:
+        ((cache, indices, lengths),) = args.keys
+        indices, lengths = int32(indices), None if lengths is None else int32(lengths)
         if config.order:
-            indices, lengths = ordered(indices, lengths, problem.sets[0].page, max(1, ctas // head_tiles))
+            indices, lengths = ordered(indices, lengths, num_rows, wave)
         kernel(
             args.q,
-            keys.cache,
+            cache,
             indices,
-            indices[0, 0, :1] if lengths is None else lengths,
-            args.lse.view(-1) if args.attn_sink is None else args.attn_sink,
+            no_lengths if lengths is None else lengths,
+            no_sink if args.attn_sink is None else args.attn_sink,
             args.out,
             args.lse,
-            max_logits,
-            args.softmax_scale * math.log2(math.e),
+            args.max_logits,
+            args.softmax_scale * LOG2_E,
             int(lengths is not None),
             int(args.attn_sink is not None),
             ctas,
         )
         args.mark_empty()
+
+    return on_device(problem.device, launch)

@@ -17,6 +17,11 @@ SPLIT_COST = 1
 """Steps that splitting costs a call: about 5 us, at 4.5 to 7 us a step."""
 ROPE_CHUNK = 8
 
+RAW_GROUP = 128
+"""Columns of one scale, where rows stay raw: two tiles of O^T."""
+RAW_BLOCKS = 4
+"""Blocks in shared memory there."""
+
 GRANULE = 4
 """Rows that a producer warp's ring holds together."""
 GRANULES = 4
@@ -104,10 +109,33 @@ class Config:
         return self.D // CHUNK
 
     @property
+    def blocks(self) -> int:
+        """Blocks in shared memory."""
+        return RAW_BLOCKS if self.raw else 2
+
+    @property
+    def k_bytes(self) -> int:
+        """Their bytes."""
+        return self.blocks * (BLOCK * self.layout.row_bytes if self.raw else K_CHUNKS * CHUNK_BYTES)
+
+    @property
+    def p_buffers(self) -> int:
+        """Buffers of P, beside few heads: two a warpgroup, each of them once, or once for each scale of a row."""
+        return 4 * (DV // RAW_GROUP if self.raw else 1)
+
+    @property
+    def raw(self) -> bool:
+        """Whether rows stay as they are in shared memory, and the consumers convert them in registers.
+
+        That takes one FP32 scale for 128 columns, which the products are multiplied by: `raw.py`.
+        """
+        return self.few and self.layout.scale == "fp32" and self.layout.group == RAW_GROUP
+
+    @property
     def producer_warps(self) -> int:
         """Warps that fill the rows of a block; in a cluster each CTA fills half of the block."""
         # NOTE: 8 leave 128 registers on entry, too few for O of 32 heads, or of 64 in two halves
-        return 8 if self.tile_heads <= 16 else 4
+        return 8 if self.few and not self.raw else 4
 
     @property
     def thread_rows(self) -> int:
@@ -136,6 +164,9 @@ class Config:
             return 144, 112
         if self.producer_warps == 8:
             return self.entry_registers, self.entry_registers
+        if self.raw and self.tile_heads == 8:
+            # NOTE: at 88 the producers spill
+            return 200, 104
         # NOTE: at 200 the consumers' wgmma are serialised
         return 208, 88
 
@@ -213,14 +244,17 @@ class Config:
 
     def smem_bytes(self) -> int:
         """Shared memory of a CTA: Q, two K buffers, what the consumers exchange, live keys, work search, barriers."""
-        q, k = 2 * self.tile_heads * self.D, 2 * K_CHUNKS * CHUNK_BYTES
+        q, k = 2 * self.tile_heads * self.D, self.k_bytes
         if self.few:
-            # P, two buffers a warpgroup; row sums of each warp, row max of each warpgroup
-            rest = 2 * 4 * self.tile_heads * BLOCK + 4 * self.tile_heads * (CONSUMER_WARPS + 2) + self.ring_bytes
+            # P; row sums of each warp, row max of each warpgroup; rings, or units of the heads and peaks of scales
+            rest = 2 * self.p_buffers * self.tile_heads * BLOCK + 4 * self.tile_heads * (CONSUMER_WARPS + 2)
+            rest += 4 * (self.tile_heads + CONSUMER_WARPS) if self.raw else self.ring_bytes
         else:
             # row max of each block, row sums; staged out
             rest = 4 * (2 * TILE_M + 2 * TILE_M) + CONSUMER_WARPS * 2 * STAGED
-        return smem_bytes(q, k, rest, 2 * BLOCK // 8, 4 * split.scan_words(self.warps), barrier_bytes(STAGES, 1))
+        return smem_bytes(
+            q, k, rest, self.blocks * BLOCK // 8, 4 * split.scan_words(self.warps), barrier_bytes(STAGES, 1)
+        )
 
     # what the consumers of MLA decode and of GQA decode read of their configs
 
@@ -229,10 +263,21 @@ class Config:
         """Dtype of q, of the rows once converted, and of out."""
         return "bf16"
 
-    product = dtype
-    fp8 = False
-    stages = 2
-    """Blocks in shared memory."""
+    @property
+    def product(self) -> Literal["bf16", "fp16"]:
+        """Dtype of P and of V as an operand."""
+        return "fp16" if self.raw else "bf16"
+
+    @property
+    def fp8(self) -> bool:
+        """Whether V is converted on its way to registers, which trades rows of O^T."""
+        return self.raw
+
+    @property
+    def stages(self) -> int:
+        """Blocks in shared memory."""
+        return self.blocks
+
     q_stages = 1
     Dv = DV
     tiles_m = DV // TILE_M

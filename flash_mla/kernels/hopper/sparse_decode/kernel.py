@@ -3,10 +3,10 @@
 The rows lie in one paged cache or in two, in a row format (FP8) or in BF16; all heads of a token share them. A token is
 what a request is in dense decode: its keys are its indices, in blocks of 64, those of the second cache behind.
 
-Grid: one CTA an SM, persistent. A CTA takes a tile of a token's heads: all of up to 16 (`few.py`), or 64 (`many.py`);
-two CTAs with 64 heads each of one token form a cluster. Every CTA finds its range of keys from the counts on the device
-(`split.py`); `combine.py` adds the pieces of tokens that were split. Nothing comes from the host: a captured graph
-stays right when indices and counts change.
+Grid: one CTA an SM, persistent. A CTA takes a tile of a token's heads: all of up to 16 (`few.py`; `raw.py` over rows of
+one FP32 scale for 128 columns), or 64 (`many.py`); two CTAs with 64 heads each of one token form a cluster. Every CTA
+finds its range of keys from the counts on the device (`split.py`); `combine.py` adds the pieces of tokens that were
+split. Nothing comes from the host: a captured graph stays right when indices and counts change.
 
 Bound. 64 heads against a block are 8.9 MFLOP, 2176 cycles of an SM's tensor cores. Its 64 rows are 42 KB in
 fp8_ds_mla: 2300 cycles at an SM's share of 4.3 TB/s. To make them BF16 takes 16384 pairs of values through two
@@ -15,20 +15,22 @@ conversions: 1024 to 4096 cycles of an SM, and a cluster shares them. With 16 he
 Roles (producers behind the two consumer warpgroups):
     many   warpgroups 0, 1   208 registers   as in MLA decode: scores of the even, of the odd block; half of O each
     few    warpgroups 0, 1   128 or 144    as in GQA decode: the even, the odd blocks; merged in the end
-    producer warps: 4 at 88 registers beside many, 8 at 128 (112) beside few; the first loads Q (TMA), notes split items
-    (BF16 rows of few heads: 128 and 128, and the producers beside many)
+    raw    warpgroups 0, 1   200 or 208    the same, and they convert rows on the way to their products
+    producer warps: 4 at 88 registers beside many, 8 at 128 (112) beside few, 4 at 104 (88) beside raw; the first loads
+    Q (TMA), notes split items (BF16 rows of few heads: 128 and 128, and the producers beside many)
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
     K   producer warps -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block
             many: one a warp (in a cluster also the peer's bytes) / 4 warps a CTA, as in MLA decode
             few: one a warp / the 4 warps that take the block
+            raw: 4 stages = two pairs of whole blocks; one a thread and one a warp / the 4 warps that take the block
         The mask of live keys travels with the left half of its block.
     Q   producer warp 0 -> warpgroups 0, 1   1 stage   1 + bytes / 8 warps
 
-Steady state of a producer warp beside few: `ring.py`. Beside many, a batch (up to 4 or 6 loads of 16 bytes a thread):
-start the loads of the next batch | wait for the stage | convert the batch, e4m3 -> FP16 -> FP32 * scale -> BF16, one
-rounding | store it swizzled. Then, at the end of a half block: proxy fence, arrive; in a cluster copy the rows to the
-peer (bulk copy, 1 KB a chunk a warp).
+Steady state of a producer warp beside few: `ring.py`, `raw.py`. Beside many, a batch (up to 4 or 6 loads of 16 bytes a
+thread): start the loads of the next batch | wait for the stage | convert the batch, e4m3 -> FP16 -> FP32 * scale ->
+BF16, one rounding | store it swizzled. Then, at the end of a half block: proxy fence, arrive; in a cluster copy the
+rows to the peer (bulk copy, 1 KB a chunk a warp).
 
 Supports any number of heads and of tokens, any topk, pages of any length at any pitch (multiples of 16 bytes), rows of
 `config.ROWS`. Rows that no index names are never read, indices outside a cache name none; keys that are not there have
@@ -51,13 +53,12 @@ from flash_mla.kernels.hopper.combine import combine
 from flash_mla.kernels.hopper.launch import Kernel, launch_persistent, place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
-from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS, STAGES, START
+from flash_mla.kernels.hopper.mla_decode.config import STAGES, START
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer as ManyConsumer
 from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.partials import Partials, note_split
-from flash_mla.kernels.hopper.sparse_decode import few, many
+from flash_mla.kernels.hopper.sparse_decode import few, many, raw, raw_consumer
 from flash_mla.kernels.hopper.sparse_decode.config import (
-    CHUNK_BYTES,
     CONSUMER_WARPS,
     DV,
     SPLIT_COST,
@@ -172,18 +173,18 @@ class SparseDecode(Kernel[Config]):
         scalars: Scalars,
     ):
         config = self.config
-        roles, align, array = few if config.few else many, cute.struct.Align, cute.struct.MemRange
+        align, array = cute.struct.Align, cute.struct.MemRange
         fields = {
             "sQ": align[array[BFloat16, config.tile_heads * config.D], 1024],
-            "sK": align[array[BFloat16, K_CHUNKS * CHUNK_BYTES], 1024],
-            **roles.Shared.fields(config),
+            "sK": align[array[BFloat16, config.k_bytes // 2], 1024],
+            **shared_of(config).fields(config),
             "sScan": array[Int32, scan_words(config.warps)],
-            "sLive": align[array[Uint8, 2 * BLOCK // 8], 8],
+            "sLive": align[array[Uint8, config.blocks * BLOCK // 8], 8],
             "k_barriers": array[Int64, Channel.words(STAGES)],
             "q_barriers": array[Int64, Channel.words(1)],
         }
         storage = cute.struct(type("Storage", (), {"__annotations__": fields}))
-        shared = roles.Shared.over(config, allocate(storage, config))
+        shared = shared_of(config).over(config, allocate(storage, config))
         lengths = Lengths(caches, tokens, S_q)
         tensors = Tensors(lengths, lengths, *results)
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -207,15 +208,16 @@ class SparseDecode(Kernel[Config]):
             warp = warp_id - CONSUMER_WARPS
             if warp == 0 and rank == 0:
                 note_split(results.partials, work, lengths, lengths, scalars.groups, cluster_id)
-            producers = RingProducer if config.ringed else Producer
+            producers = raw.RawProducer if config.raw else RingProducer if config.ringed else Producer
             producers.over(shared, lengths, rank, warp, *load_q).run(scalars.groups, work)
         else:
             if const_expr(config.registers[0] > config.entry_registers):
                 cute.arch.setmaxregister_increase(config.registers[0])
             tidx, _, _ = cute.arch.thread_idx()
             if const_expr(config.few):
-                consumer = few.Consumer.over(shared, warp_id // 4, tidx % WARPGROUP)
-                segments = few.Segments(consumer, tensors, scalars, cluster_id)
+                roles = raw_consumer if const_expr(config.raw) else few
+                consumer = roles.Consumer.over(shared, warp_id // 4, tidx % WARPGROUP)
+                segments = roles.Segments(consumer, tensors, scalars, cluster_id)
                 walk(work, lengths, lengths, scalars.groups, segments.compute, Done.nothing())
             elif warp_id < CONSUMER_WARPS // 2:
                 consumer = ManyConsumer.over(shared, 0, tidx, scalars.scale_log2)
@@ -227,6 +229,11 @@ class SparseDecode(Kernel[Config]):
                 walk(work, lengths, lengths, scalars.groups, right.compute, Done.nothing())
         for channel in (shared.q, shared.k):
             channel.check()
+
+
+def shared_of(config: Config) -> type:
+    """The views of shared memory of this kind of CTA."""
+    return raw.Shared if config.raw else few.Shared if config.few else many.Shared
 
 
 def arguments(config: Config) -> tuple:

@@ -1,0 +1,176 @@
+"""Sparse decode with few heads over rows of one FP32 scale for 128 codes: rows stay raw in shared memory.
+
+A block lies there as in the cache, one row of 656 bytes behind the other: 8 rows have each 16-byte piece in other
+banks. Four producer warps only copy (`cp.async`); four blocks are in shared memory. The consumers read codes by
+`ldmatrix` and make them FP16, which holds every e4m3, as the A operand of their products, in registers:
+
+    S^T [64, heads] = sum over scales g of scale[key, g] * (K_g q_g^T), and the rope part, in BF16
+    O^T [128 g.., heads] += V_g^T P_g^T,  P_g = P * scale[key, g] / unit
+
+So a block crosses shared memory three times as bytes, where converted rows would cross it once as bytes and three times
+as BF16, and no scale is multiplied into a code.
+
+A thread of `ldmatrix` gets four neighbouring codes of a key, so that a step of 16 columns has them in the order 0, 1,
+4, 5, 8, 9, 12, 13, 2, 3, ..: q is put in that order, and made FP16 times a power of two of its head's own. V is read as
+GQA decode over e4m3 reads it. `unit` is a power of two near the largest scale so far, one a warpgroup, so that P_g is
+FP16 whatever the scales are; it moves where the running max does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float16, Float32, Int32, Uint8
+
+from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.boxes import row_layout
+from flash_mla.kernels.hopper.channel import Channel
+from flash_mla.kernels.hopper.gqa_decode import shared
+from flash_mla.kernels.hopper.limits import BLOCK, WARP
+from flash_mla.kernels.hopper.mla_decode.config import STAGES
+from flash_mla.kernels.hopper.sparse_decode.config import CONSUMER_WARPS, Config
+from flash_mla.kernels.hopper.sparse_decode.producer import Producer
+from flash_mla.kernels.hopper.sparse_decode.ring import copy_async
+from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.walk import Done, Place, walk
+
+
+@dataclass(frozen=True)
+class Shared(shared.Shared):
+    """Views of a CTA's shared memory. sQ [heads, D] BF16 as it arrives; sQ16: the same bytes as FP16, once they are.
+
+    sP [heads, 64, buffer], GROUPS buffers for each that is in use; raw: the first byte of the blocks; sLive: a bit for
+    each key of each; sPeak: the largest scale of each consumer warp.
+    """
+
+    sQ16: cute.Tensor
+    raw: Int32
+    sLive: cute.Tensor
+    sPeak: cute.Tensor
+
+    @staticmethod
+    def fields(config: Config) -> dict:
+        """Those of this kind of CTA alone."""
+        align, array, heads = cute.struct.Align, cute.struct.MemRange, config.tile_heads
+        return {
+            "sP": align[array[Float16, config.p_buffers * heads * BLOCK], 1024],
+            "sSum": array[Float32, CONSUMER_WARPS * heads],
+            "sMax": array[Float32, 2 * heads],
+            "sUnit": array[Float32, heads],
+            "sPeak": array[Float32, CONSUMER_WARPS],
+        }
+
+    @staticmethod
+    def over(config: Config, storage) -> Shared:
+        def view(field, dtype, columns: int, count: int) -> cute.Tensor:
+            one = row_layout(dtype, heads, columns)
+            stacked = cute.append(one.outer, cute.make_layout(count, stride=heads * columns))
+            return field.get_tensor(stacked, swizzle=one.inner, dtype=dtype)
+
+        heads = config.tile_heads
+        k = Channel.over(
+            "K",
+            storage.k_barriers.data_ptr(),
+            STAGES,
+            readers=CONSUMER_WARPS // 2,
+            writers=config.producer_warps * (WARP + 1),
+        )
+        return Shared(
+            config=config,
+            sQ=view(storage.sQ, BFloat16, config.D, 1),
+            sQ16=view(storage.sQ, Float16, config.D, 1),
+            sK=None,
+            sV=None,
+            sP=view(storage.sP, Float16, BLOCK, config.p_buffers),
+            exchange=cute.make_tensor(
+                cute.recast_ptr(storage.sP.data_ptr(), dtype=Float32),
+                cute.make_layout((128, heads // 2, 2), stride=(1, 128, 128 * heads // 2)),
+            ),
+            sSum=storage.sSum.get_tensor(cute.make_layout((heads, CONSUMER_WARPS))),
+            sMax=storage.sMax.get_tensor(cute.make_layout((heads, 2))),
+            sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(config.warps))),
+            sUnit=storage.sUnit.get_tensor(cute.make_layout(heads)),
+            q=Channel.over("Q", storage.q_barriers.data_ptr(), 1, readers=CONSUMER_WARPS),
+            k=k,
+            v=k,
+            raw=storage.sK.data_ptr().toint(),
+            sLive=storage.sLive.get_tensor(cute.make_layout(config.blocks * BLOCK // 8)),
+            sPeak=storage.sPeak.get_tensor(cute.make_layout(CONSUMER_WARPS)),
+        )
+
+
+@dataclass(frozen=True)
+class RawProducer(Producer):
+    """One of the warps that copy rows, 16 of each block."""
+
+    @classmethod
+    def over(cls, shared, lengths, rank, warp, tma_q, tQ) -> Self:
+        made = Producer.over(shared, lengths, rank, warp, tma_q, tQ)
+        shared.k.written_by("producer warps", shared.config.producer_warps * (WARP + 1))
+        return cls(**vars(made))
+
+    @staticmethod
+    def rows_at_hand(config: Config) -> dict[str, cute.Tensor]:
+        """Registers for what is read and not yet stored: none."""
+        return {"words": None, "scales": None}
+
+    @cute.jit
+    def copy(self, side: cutlass.Constexpr, target) -> None:
+        """Start to copy the warp's rows of a block of the pair; rows that are not there arrive as zeros."""
+        rows, pieces = BLOCK // self.config.producer_warps, self.config.row_pieces
+        for step in cutlass.range_constexpr(-(-rows * pieces // WARP)):
+            # the rows that begin in this step's 32 pieces: at most one
+            row = WARP * step // pieces
+            behind = Int32(1) if self.lane >= pieces * (row + 1) - WARP * step else Int32(0)
+            address = cute.arch.shuffle_sync(self.row[0], offset=rows * side + row + behind)
+            if WARP * step + self.lane < rows * pieces:
+                piece = WARP * step + self.lane - pieces * (row + behind)
+                copy_async(target + 16 * (WARP * step + self.lane), address + 16 * piece, 16, address != 0)
+
+    @cute.jit
+    def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
+        """Q, and every block of a segment."""
+        token, first, last = place.request, part.first, part.last
+        if last > first:
+            keys = self.lengths.keys(token)
+            self.read_index(keys, first, last)
+            self.find_row(keys, first, 0)
+            self.read_index(keys, first + 1, last)
+            for pair in cutlass.range(first, last, unroll=1):
+                self.find_row(keys, pair + 1, 1)
+                self.read_index(keys, pair + 2, last)
+                self.fill_pair(done.items + pair - first)
+                if pair == first and self.warp == 0:
+                    # behind the first pair: the last segment may still read Q
+                    self.load_q(keys, place.group, done.segments)
+                self.go_on()
+            done = done.plus(last - first)
+        return done
+
+    @cute.jit
+    def fill_pair(self, turn) -> None:
+        """Start to copy a pair of blocks."""
+        config, k = self.config, self.shared.k
+        block_bytes = BLOCK * config.layout.row_bytes
+        warp_bytes = block_bytes // config.producer_warps
+        votes = cute.arch.vote_ballot_sync(self.row[0] != 0)
+        for side in cutlass.range_constexpr(2):
+            stage = 2 * (turn % 2) + side
+            k.acquire(stage, turn // 2)
+            self.copy(side, self.shared.raw + stage * block_bytes + self.warp * warp_bytes)
+            k.arrive_copied(stage)
+            sLive = self.shared.sLive
+            if self.lane % 8 == 0 and self.side == side:
+                sLive[8 * stage + self.octet] = Uint8((votes >> self.lane) & 255)
+            k.arrive_warp(stage)
+
+    @cute.jit
+    def run(self, groups, work) -> None:
+        """Fill the stages for the CTA's segments."""
+        done = walk(work, self.lengths, self.lengths, groups, self.load_segment, Done.nothing())
+        # a CTA must outlive its copies: block i of a pair of blocks was filled in every second turn
+        for stage in cutlass.range_constexpr(STAGES):
+            self.shared.k.acquire(stage, (done.items + 1 - stage // 2) // 2)
