@@ -16,12 +16,15 @@ def line(lengths: list[int], groups: int) -> list[tuple[int, int, int]]:
     return [(b, g, -(-length // split.PAIR)) for b, length in enumerate(lengths) for g in range(groups)]
 
 
-def plan(lengths: list[int], groups: int, clusters: int, start: int) -> Any:
+def plan(lengths: list[int], groups: int, clusters: int, start: int, most_parts: int = 8) -> Any:
     """The plan that the kernel chooses."""
     pairs = [split.weight(split.pairs(length), 1) for length in lengths]
     even = split.even(groups * sum(pairs), groups * len(pairs), clusters, start)
     whole = split.unsplit(max(pairs), groups * len(pairs), -(-groups * len(pairs) // clusters))
-    return even if split.pays(even, whole) else whole
+    if not split.pays(even, whole):
+        return whole
+    longer = split.longer(even.chunk, max(pairs), most_parts)
+    return even._replace(chunk=longer) if longer <= even.chunk + split.PATIENCE else even
 
 
 def walk(lengths: list[int], groups: int, clusters: int, start: int) -> list[list[tuple[Any, Any, int]]]:

@@ -262,12 +262,6 @@ def lse_of(lse_partial: cute.Tensor, begin, piece, pieces, part_row, together: c
     return value
 
 
-def units_of(out: cute.Tensor, lse_partial: cute.Tensor, heads):
-    """Rows of a KV head; those of an item; parts of a row."""
-    rows = out.shape[1] // heads
-    return rows, cutlass.min(lse_partial.shape[1], rows), (out.shape[2] + 127) // 128
-
-
 @cute.jit
 def combine(
     out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, stream, empty_lse=None, held=False
@@ -278,13 +272,9 @@ def combine(
     None: -inf; held: as `Partials.over` takes it.
     """
     empty_lse = -Float32.inf if const_expr(empty_lse is None) else empty_lse
-    rows, item_rows, parts = units_of(out, lse_partial, heads)
-    # of the items, one begins in a cluster
-    items = cutlass.min(out.shape[0] * heads * ((rows + item_rows - 1) // item_rows), split_of.shape[0])
-    ctas = cutlass.min(CTAS, items * item_rows * parts)
     combine_kernel(
         out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, empty_lse, held
-    ).launch(grid=(ctas, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream)
+    ).launch(grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream)
 
 
 @cute.jit
@@ -299,9 +289,7 @@ def combine_partials(
     if const_expr(piece == 0):
         combine(out, lse, *partials, sink, has_sink, packing, heads, stream, held=held)
     else:
-        _, item_rows, _ = units_of(out, partials.lse, heads)
-        ctas = cutlass.min(CTAS, out.shape[0] * groups * item_rows)
         combine_pieces_kernel(
             out, lse, partials.out, partials.lse, tensors.table, tensors.seq_lens, sink, has_sink, packing, heads,
             groups, piece, held,
-        ).launch(grid=(ctas, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream)  # fmt: skip
+        ).launch(grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream)  # fmt: skip

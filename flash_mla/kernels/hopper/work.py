@@ -48,13 +48,17 @@ def warp_scan(value):
 
 
 @cute.jit
-def choose(total, heaviest, items, most_items, clusters, start, split_cost):
+def choose(total, heaviest, items, most_items, clusters, start, split_cost, most_parts: cutlass.Constexpr):
     """The plan for `items` items of `total` steps, the heaviest of `heaviest`; `most_items`: a cluster's share."""
     even = split.even(total, items, clusters, start, cutlass.min, cutlass.max)
     whole = split.unsplit(heaviest, items, most_items)
     chunk, total, floor, start = even.chunk, even.total, Int32(1), even.start
     if not split.pays(even, whole, split_cost):
         chunk, total, floor, start = whole.chunk, whole.total, whole.floor, Int32(0)
+    elif const_expr(most_parts > 0):
+        longer = split.longer(chunk, heaviest, most_parts, cutlass.max)
+        if longer <= chunk + split.PATIENCE:
+            chunk = longer
     return split.Shares(chunk, total, floor, start)
 
 
@@ -70,6 +74,7 @@ def find_work(
     start: cutlass.Constexpr = 0,  # steps that beginning an item costs
     split_cost: cutlass.Constexpr = split.SPLIT_COST,
     piece: cutlass.Constexpr = 0,  # pairs of a piece (see `walk`); 0: items are cut where ranges end
+    most_parts: cutlass.Constexpr = 0,  # into which an item is cut, if that costs little (`split.longer`); 0: any
 ):
     """This cluster's range of the line of steps, found by all `warps` warps of a CTA; a barrier of it lies inside.
 
@@ -77,7 +82,7 @@ def find_work(
     """
     work = Work(*[Int32(0)] * 7)
     if split.may_split(table.shape[1]):
-        work = search(table, seq_lens, groups, cluster_id, clusters, warps, sScan, start, split_cost, piece)
+        work = search(table, seq_lens, groups, cluster_id, clusters, warps, sScan, start, split_cost, piece, most_parts)
     else:
         work = whole_items(seq_lens.shape[0] * groups, groups, cluster_id, clusters)
         cute.arch.sync_threads()
@@ -111,6 +116,7 @@ def search(
     start: cutlass.Constexpr,
     split_cost: cutlass.Constexpr,
     piece: cutlass.Constexpr,
+    most_parts: cutlass.Constexpr,
 ):
     """`find_work` by the lengths.
 
@@ -149,7 +155,9 @@ def search(
     if const_expr(piece > 0):
         chunk, floor, start = (total + clusters - 1) // clusters, Int32(1), Int32(0)
     else:
-        chunk, total, floor, start = choose(total, heaviest, B * groups, most_items, clusters, Int32(start), split_cost)
+        chunk, total, floor, start = choose(
+            total, heaviest, B * groups, most_items, clusters, Int32(start), split_cost, most_parts
+        )
     # where the range starts, and the request there
     here = cluster_id * chunk
     request, begin = Int32(0), Int32(0)

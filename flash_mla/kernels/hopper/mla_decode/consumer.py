@@ -17,7 +17,7 @@ from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.mla_decode.config import CONSUMER_WARPS, CONSUMERS, HALF, Bar, Config
 from flash_mla.kernels.hopper.mla_decode.shared import Shared
 from flash_mla.kernels.hopper.packing import Packing
-from flash_mla.kernels.hopper.softmax import LAZY, LOW, Rows
+from flash_mla.kernels.hopper.softmax import LAZY, Rows
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,7 @@ class Consumer:
     @cute.jit
     def move_max(self, r: cutlass.Constexpr, new_max) -> None:
         """Set the running max; `factor` is what the sums and O are off by since."""
-        fresh = self.rows.max[r] == LOW
         self.rows.move_max(r, new_max)
-        # NOTE: a row that has seen no key has O = 0: its first block rescales nothing (400 cycles of a short call)
-        self.rows.factor[r] = Float32(1.0) if fresh else self.rows.factor[r]
         self.rows.sum[r] = self.rows.sum[r] * self.rows.factor[r]
 
     @cute.jit

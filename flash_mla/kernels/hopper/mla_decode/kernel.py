@@ -58,6 +58,7 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     CONSUMER_REGISTERS,
     CONSUMER_WARPS,
     K_CHUNKS,
+    MOST_PARTS,
     PRODUCER_REGISTERS,
     STAGES,
     START,
@@ -70,7 +71,7 @@ from flash_mla.kernels.hopper.mla_decode.result import Segments
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared
 from flash_mla.kernels.hopper.partials import note_split
 from flash_mla.kernels.hopper.split import scan_words
-from flash_mla.kernels.hopper.table import prefetch_table
+from flash_mla.kernels.hopper.table import prefetch_table, touch_inputs
 from flash_mla.kernels.hopper.walk import Done, walk
 from flash_mla.kernels.hopper.work import find_work
 
@@ -114,10 +115,23 @@ class MlaDecode(Kernel[Config]):
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         if warp_id == CONSUMER_WARPS + 1:
+            touch_inputs(tensors.table, tensors.seq_lens, cluster_id, clusters)
             prefetch_table(tensors.table, cluster_id, clusters)
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
         piece = config.piece
-        work = find_work(table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START, piece=piece)
+        most_parts = MOST_PARTS // config.cluster
+        work = find_work(
+            table,
+            seq_lens,
+            groups,
+            cluster_id,
+            clusters,
+            WARPS,
+            shared.sScan,
+            START,
+            piece=piece,
+            most_parts=most_parts,
+        )
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()

@@ -34,9 +34,9 @@ class Causal:
         if key0 + BLOCK > self.length - self.S_q + 1:
             consumer.rows.mask(consumer.S, key0)
 
-    def lone(self, pair):
-        """Whether the odd block of a pair lies wholly past the end: it is loaded, and left as it is (1; else 0)."""
-        return Int32(pair * split.PAIR + BLOCK >= self.length)
+    def lone(self, first):
+        """Whether a segment that begins with pair `first` is one even block: the odd one lies wholly past the end."""
+        return first * split.PAIR + BLOCK >= self.length
 
     @cute.jit
     def clear(self, consumer: Consumer, block: cutlass.Constexpr, pair, turn) -> None:
@@ -75,9 +75,9 @@ def own_block(consumer: Consumer, pair):
 class Gathered:
     """Keys that the producers gathered, with zeros for those that are not there."""
 
-    def lone(self, pair) -> int:
+    def lone(self, first) -> bool:
         """No block is past the end."""
-        return 0
+        return False
 
     def clear(self, consumer: Consumer, block: cutlass.Constexpr, pair, turn) -> None:
         """Nothing is left to clear."""
@@ -90,7 +90,7 @@ def consume_left(consumer: Consumer, keys, first, last, count) -> None:
     for pair in cutlass.range(first, last - 1, unroll=1):
         step_left(consumer, keys, pair, count + pair - first, True)
     consumer.shared.q.release(0)
-    step_left(consumer, keys, last - 1, count + last - 1 - first, False)
+    step_left(consumer, keys, last - 1, count + last - 1 - first, False, keys.lone(first))
 
 
 @cute.jit
@@ -105,8 +105,11 @@ def score_even(consumer: Consumer, turn) -> None:
 
 
 @cute.jit
-def step_left(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr) -> None:
-    """One pair, whose even block's scores are there; `follow`: then the scores of the next pair's even block."""
+def step_left(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr, lone=False) -> None:
+    """One pair, whose even block's scores are there; `follow`: then the scores of the next pair's even block.
+
+    lone: there is no odd block (see `Causal.lone`).
+    """
     k = consumer.shared.k
     # softmax of the even block
     keys.hide(consumer, pair)
@@ -127,14 +130,13 @@ def step_left(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr) -
     k.release(0)
 
     # P V of the odd block, and the next scores
-    if const_expr(follow):
-        multiply_odd(consumer, keys, pair, turn, follow)
-        score_even(consumer, turn + 1)
-    elif keys.lone(pair) == 0:
-        multiply_odd(consumer, keys, pair, turn, follow)
-    else:
+    if lone:
         k.wait(2, turn)
         k.release(2)
+    else:
+        multiply_odd(consumer, keys, pair, turn, follow)
+    if const_expr(follow):
+        score_even(consumer, turn + 1)
 
 
 @cute.jit
@@ -159,8 +161,7 @@ def consume_right(consumer: Consumer, keys, first, last, count) -> None:
     does, it goes first and frees the even block one load earlier.
     """
     k, early = consumer.shared.k, const_expr(consumer.early)
-    whole = last - keys.lone(last - 1)
-    for pair in cutlass.range(first, whole, unroll=1):
+    for pair in cutlass.range(first, last, unroll=1):
         turn = count + pair - first
         if const_expr(early):
             multiply_even(consumer, keys, pair, turn)
@@ -198,14 +199,18 @@ def consume_right(consumer: Consumer, keys, first, last, count) -> None:
         consumer.values(1)
         warpgroup.wait_group(0)
         k.release(3)
-    if whole < last:
-        turn = count + last - 1 - first
-        consumer.shared.q.release(0)
-        multiply_even(consumer, keys, last - 1, turn)
-        warpgroup.wait_group(0)
-        k.release(1)
-        k.wait(3, turn)
-        k.release(3)
+
+
+@cute.jit
+def consume_right_half(consumer: Consumer, keys, pair, turn) -> None:
+    """Warpgroup 1 with a lone even block: it has no scores of its own."""
+    k = consumer.shared.k
+    consumer.shared.q.release(0)
+    multiply_even(consumer, keys, pair, turn)
+    warpgroup.wait_group(0)
+    k.release(1)
+    k.wait(3, turn)
+    k.release(3)
 
 
 @cute.jit

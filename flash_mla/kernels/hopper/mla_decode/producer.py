@@ -67,7 +67,7 @@ class Producer:
                 self.prefetch(next_even, next_odd, pool_request)
                 self.load_half(0, even, pool_request, turn)
                 self.load_half(1, even, pool_request, turn)
-                if 2 * pair + 1 <= last_block:
+                if 2 * first < last_block:
                     self.load_half(2, odd, pool_request, turn)
                     self.load_half(3, odd, pool_request, turn)
                 else:

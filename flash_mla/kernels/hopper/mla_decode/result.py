@@ -16,7 +16,7 @@ from flash_mla.kernels.hopper.lanes import HELD, held_by, quad_sum
 from flash_mla.kernels.hopper.limits import STAGED, TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, CONSUMERS, HALF, K_CHUNKS, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
-from flash_mla.kernels.hopper.mla_decode.pairs import Causal, Masked, consume_left, consume_right
+from flash_mla.kernels.hopper.mla_decode.pairs import Causal, Masked, consume_left, consume_right, consume_right_half
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars
 from flash_mla.kernels.hopper.partials import slot_of
 from flash_mla.kernels.hopper.staging import late, store_rows, store_tile
@@ -46,6 +46,8 @@ class Segments:
                 keys = Masked(length, packing.S_q, self.tensors.mask, place.request, row0)
             if const_expr(consumer.side == 0):
                 consume_left(consumer, keys, part.first, part.last, done.items)
+            elif keys.lone(part.first):
+                consume_right_half(consumer, keys, part.first, done.items)
             else:
                 consume_right(consumer, keys, part.first, part.last, done.items)
             done = done.plus(part.last - part.first)
