@@ -23,7 +23,6 @@ import cutlass.utils as utils
 from cutlass import Boolean, Float32, Int32, const_expr
 
 from flash_mla.kernels.hopper import split
-from flash_mla.kernels.hopper.lanes import held_columns
 from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.table import length_of
 
@@ -49,7 +48,6 @@ def combine_kernel(
     packing: Packing,
     heads: Int32,
     empty_lse: Float32,
-    held: cutlass.Constexpr,  # the order of columns in out_partial, as `Partials.over` takes it
 ):
     cta, _, _ = cute.arch.block_idx()
     warp_id, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
@@ -95,7 +93,7 @@ def combine_kernel(
                     for e in cutlass.range_constexpr(4):
                         result[e, 0] = result[e, 0] + other[e]
                 request, group = split_of[cluster, 0], split_of[cluster, 1]
-                write_row(target, request, group, part_row, part, largest, total, result, held)
+                write_row(target, request, group, part_row, part, largest, total, result)
             cute.arch.sync_threads()
             unit = unit + CTAS
     else:
@@ -107,7 +105,7 @@ def combine_kernel(
             result = cute.make_rmem_tensor(cute.make_layout((4, parts)), Float32)
             largest, total = add_pieces(out_partial, lse_partial, cluster, pieces, part_row, 0, 0, 1, result)
             request, group = split_of[cluster, 0], split_of[cluster, 1]
-            write_row(target, request, group, part_row, 0, largest, total, result, held)
+            write_row(target, request, group, part_row, 0, largest, total, result)
             unit = unit + CTAS * WARPS
 
 
@@ -125,7 +123,6 @@ def combine_pieces_kernel(
     heads: Int32,
     groups: Int32,
     piece: cutlass.Constexpr,
-    held: cutlass.Constexpr,
 ):
     cta, _, _ = cute.arch.block_idx()
     warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -146,7 +143,7 @@ def combine_pieces_kernel(
             largest, total = add_pieces(
                 out_partial, lse_partial, item * slots, pieces, part_row, 0, 0, 1, result, together=True
             )
-            write_row(target, request, item - request * groups, part_row, 0, largest, total, result, held)
+            write_row(target, request, item - request * groups, part_row, 0, largest, total, result)
         unit = unit + CTAS * WARPS
 
 
@@ -215,13 +212,11 @@ def add_pieces(
 @cute.jit
 def four_columns(row: cute.Tensor, part) -> cute.Tensor:
     """The columns of a part of a row that a lane takes; lanes past the end repeat the last."""
-    return cute.local_tile(row, (4,), (cutlass.min(32 * part + cute.arch.lane_idx(), cute.size(row) // 4 - 1),))
+    return cute.local_tile(row, (4,), (cutlass.min(32 * part + cute.arch.lane_idx(), row.shape[0] // 4 - 1),))
 
 
 @cute.jit
-def write_row(
-    target: Target, request, group, part_row, part, largest, total, result: cute.Tensor, held: cutlass.Constexpr
-) -> None:
+def write_row(target: Target, request, group, part_row, part, largest, total, result: cute.Tensor) -> None:
     """Normalise a row, or parts of it, and write it; the warp with its first part writes its lse."""
     out, lse, rows = target.out, target.lse, target.lse.shape[1] // target.heads
     # the groups of a request are the row tiles of its first KV head, of its second, ...
@@ -238,13 +233,11 @@ def write_row(
             sink_log2 = target.sink[target.packing.head_of(row)] * math.log2(math.e)
             denominator = denominator + cute.math.exp2(sink_log2 - largest, fastmath=True)
         scale = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
-        rounded, columns = cute.make_rmem_tensor(4, out.element_type), out[request, row, None]
-        if const_expr(held):
-            columns = cute.composition(columns, held_columns(out.shape[2]))
+        rounded = cute.make_rmem_tensor(4, out.element_type)
         for p in cutlass.range_constexpr(result.shape[1]):
             for e in cutlass.range_constexpr(4):
                 rounded[e] = (result[e, p] * scale).to(out.element_type)
-            cute.autovec_copy(rounded, four_columns(columns, part + p))
+            cute.autovec_copy(rounded, four_columns(out[request, row, None], part + p))
 
 
 def slot_of(begin, piece, together: bool):
@@ -263,33 +256,29 @@ def lse_of(lse_partial: cute.Tensor, begin, piece, pieces, part_row, together: c
 
 
 @cute.jit
-def combine(
-    out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, stream, empty_lse=None, held=False
-):
+def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, stream, empty_lse=None):
     """Launch the kernel behind the decode kernel of the same stream.
 
     has_sink and heads (KV heads): Int32; packing: the order of rows; empty_lse: lse of a row without keys, Float32;
-    None: -inf; held: as `Partials.over` takes it.
+    None: -inf.
     """
     empty_lse = -Float32.inf if const_expr(empty_lse is None) else empty_lse
-    combine_kernel(
-        out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, empty_lse, held
-    ).launch(grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream)
+    combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, empty_lse).launch(
+        grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream
+    )
 
 
 @cute.jit
-def combine_partials(
-    tensors, has_sink, packing, heads, groups, stream, piece: cutlass.Constexpr, held: cutlass.Constexpr
-):
+def combine_partials(tensors, has_sink, packing, heads, groups, stream, piece: cutlass.Constexpr):
     """Launch what a decode call needs, whose items are cut where ranges end or, unless `piece` is 0, into pieces.
 
     tensors: the call's; groups: items a request; the others as in `combine`.
     """
     out, lse, sink, partials = tensors.out, tensors.lse, tensors.sink, tensors.partials
     if const_expr(piece == 0):
-        combine(out, lse, *partials, sink, has_sink, packing, heads, stream, held=held)
+        combine(out, lse, *partials, sink, has_sink, packing, heads, stream)
     else:
         combine_pieces_kernel(
             out, lse, partials.out, partials.lse, tensors.table, tensors.seq_lens, sink, has_sink, packing, heads,
-            groups, piece, held,
+            groups, piece,
         ).launch(grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream)  # fmt: skip

@@ -9,7 +9,6 @@ A kernel is an object with `config`, `kernel`, the device function, and
 with `Tensors` between them. A config says what is the kernel's: `latent`, whether K is all there is, of one KV head, V
 its first columns; `factors`, whether it takes descales at all, and `descale`, whether they count; `rows`, query rows of
 a cluster; `token_major`, their order; `q_unit`, elements of q in the 16 bytes of which TMA's strides are multiples;
-`held`, the order of its partial results (`Partials.over`);
 `piece`, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); `masked`, whether there is a
 bool mask.
 """
@@ -102,7 +101,7 @@ class Decode:
             out=packed_out,
             lse=packed_lse,
             partials=Partials.over(
-                workspace, clusters, config.rows, config.Dv, piece_slots(table, groups, config.piece), config.held
+                workspace, clusters, config.rows, config.Dv, piece_slots(table, groups, config.piece)
             ),
             mask=Mask(seen, tail) if const_expr(config.masked) else None,
         )
@@ -114,7 +113,7 @@ class Decode:
         scalars = self.kernel.scalars(scale_log2, packing, has_sink, rows, tiles, heads)
         launch_persistent(self.kernel.kernel(*loads, tensors, scalars), config, clusters, stream)
         if splits != 0:
-            combine_partials(tensors, has_sink, packing, Int32(heads), groups, stream, config.piece, config.held)
+            combine_partials(tensors, has_sink, packing, Int32(heads), groups, stream, config.piece)
 
 
 def pages(cache: cute.Tensor, requests) -> cute.Tensor:

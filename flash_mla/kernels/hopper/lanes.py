@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import cutlass.cute as cute
 
-HELD = 64 * 256
-"""Elements of a tile of 256 columns, which is what a warpgroup holds."""
-
 
 def row_of(tid):
     """The first of a thread's two rows; the second is 8 below. tid: of the thread among those that hold the tile."""
@@ -35,27 +32,3 @@ def quad_max(value):
     """Maximum over the four threads that share a row, in each of them."""
     value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=1))
     return cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=2))
-
-
-# --- Tiles as they are held -------------------------------------------------------------------------------------------
-# Sixteen columns of a row are four of each of its threads. Stored so, thread by thread, they are 512 bytes of a warp.
-
-
-def held_columns(columns: int) -> cute.Layout:
-    """Place -> column, the four of a thread side by side."""
-    return cute.make_layout(((2, 2, 4, columns // 16),), stride=((1, 8, 2, 16),))
-
-
-def held_tiles(rows: int, columns: int, slots, slot) -> cute.Layout:
-    """[slots, rows, columns] of tiles as they are held, the columns by place; slot: elements of one."""
-    halves = columns // 256
-    return cute.make_layout(
-        (slots, (8, 2, 4, rows // 64), (2, 2, 4, 16, halves)),
-        stride=(slot, (16, HELD // 8, HELD // 4, HELD * halves), (1, 2, 4, 128, HELD)),
-    )
-
-
-def held_by(tile: cute.Pointer, tid) -> cute.Tensor:
-    """[four, two rows, sixteens] of a thread in a tile of 256 columns, as it is held."""
-    first = (tile + tid // 32 * (HELD // 4) + 4 * (tid % 32)).align(16)
-    return cute.make_tensor(first, cute.make_layout((4, 2, 16), stride=(1, HELD // 8, 128)))

@@ -12,7 +12,6 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 from flash_mla.kernels.hopper import split
-from flash_mla.kernels.hopper.lanes import held_tiles
 from flash_mla.kernels.hopper.split import NOTE, SLOTS
 from flash_mla.kernels.hopper.walk import Place, walk
 from flash_mla.kernels.hopper.work import Work
@@ -31,17 +30,14 @@ class Partials(NamedTuple):
     split_of: cute.Tensor
 
     @staticmethod
-    def over(workspace: cute.Tensor, clusters, rows: int, columns: int, piece_slots=None, held=False) -> Partials:
-        """piece_slots: partial results of a call in pieces; None: it has none. held: out lies as `lanes.held_tiles`."""
+    def over(workspace: cute.Tensor, clusters, rows: int, columns: int, piece_slots=None) -> Partials:
+        """piece_slots: partial results of a call in pieces; None: it has none."""
         # NOTE: pieces grow with the batch: their offsets do not fit 32 bits
         slots, row = (SLOTS * clusters, columns) if piece_slots is None else (piece_slots, Int64(columns))
         values = slots * rows * row
         out, lse, notes = workspace.iterator, workspace.iterator + values, workspace.iterator + (values + slots * rows)
-        layout = cute.make_layout((slots, rows, columns), stride=(rows * row, columns, 1))
-        if held:
-            layout = held_tiles(rows, columns, slots, rows * row)
         return Partials(
-            cute.make_tensor(out, layout),
+            cute.make_tensor(out, cute.make_layout((slots, rows, columns), stride=(rows * row, columns, 1))),
             cute.make_tensor(lse, cute.make_layout((slots, rows), stride=(rows, 1))),
             cute.make_tensor(cute.recast_ptr(notes, dtype=Int32), cute.make_layout((clusters, NOTE), stride=(NOTE, 1))),
         )

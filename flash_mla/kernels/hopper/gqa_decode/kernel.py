@@ -12,13 +12,13 @@ Softmax is then 64 * tile_n / 128 elements a thread and a block: 4 at tile_n 8.
 
 Roles (384 threads; up to 168 registers; where O is large the consumers take 232 and leave 40):
     warpgroups 0, 1   alternate blocks of the range, each with its own max, sum and O; merged at the end of the segment
-    warp 8            TMA of K and V
-    warp 9            TMA of Q; notes the split item for combine
+    warp 8            TMA of Q, K and V
+    warp 9            notes the split item for combine
     warps 10, 11      16-bit queries over FP8
 
 Channels, producer -> consumers (full arrivals / empty arrivals):
     K, V   warp 8 -> warpgroup 0 or 1   `stages` stages of one block    1 + bytes / 4 warps
-    Q      warp 9 -> warpgroups 0, 1    `q_stages` stages of one tile   1 + bytes / 8 warps
+    Q      warp 8 -> warpgroups 0, 1    `q_stages` stages of one tile   1 + bytes / 8 warps
            warps 10, 11 -> the same                                     2 / 8 warps
 
 Steady state of a warpgroup, a block: S^T | P against the max so far -> shared memory | one barrier, which also tells
@@ -130,12 +130,10 @@ class GqaDecode(Kernel[Config]):
         if warp_id >= CONSUMER_WARPS:
             if const_expr(config.wide):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-            producer = Producer.over(shared, table, scalars, load_q, load_k, load_v)
             if warp_id == CONSUMER_WARPS:
+                producer = Producer.over(shared, table, scalars, load_q, load_k, load_v)
                 walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing(), piece)
             elif warp_id == CONSUMER_WARPS + 1:
-                if const_expr(config.q_terms == 1):
-                    walk(work, table, seq_lens, groups, producer.load_query, Done.nothing(), piece)
                 if const_expr(piece == 0):
                     note_split(tensors.partials, work, table, seq_lens, groups, cta)
             elif const_expr(config.q_terms == 2):

@@ -1,4 +1,4 @@
-"""The producing warps of a GQA decode: one fills the stages of K and V by TMA, the other those of Q."""
+"""The producing warp of a GQA decode: it fills the stages of Q, K and V by TMA."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import Tma, tma_boxes
@@ -20,7 +20,7 @@ from flash_mla.kernels.hopper.walk import Done, Place, block_range
 
 @dataclass(frozen=True)
 class Producer:
-    """A warp that fills the stages of K and V, or of Q, by TMA.
+    """One warp that fills the stages by TMA.
 
     sQ [chunk], gQ [row tile, chunk, KV head, request]; sK, sV [chunk of a stage], gK, gV [chunk, KV head, block,
     request]; each of one box. blocks, requests: of the caches.
@@ -62,11 +62,13 @@ class Producer:
 
     @cute.jit
     def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
-        """The blocks of a segment."""
+        """Q, and the blocks of a segment."""
         config, shared, table, lane = self.config, self.shared, self.table, cute.arch.lane_idx()
         if part.last > part.first:
             item = Item.at(place, self.scalars)
             first, last = block_range(part, length)
+            if const_expr(config.q_terms == 1):
+                self.load_q(item, done.segments)
             request = cutlass.min(item.request, self.requests - 1)
             ids = Int32(0)
             for block in cutlass.range(first, last, unroll=1):
@@ -78,14 +80,6 @@ class Producer:
                 self.load_page(shared.k, self.tma[1], self.gK, self.sK, config.k_chunks, page, turn)
                 self.load_page(shared.v, self.tma[2], self.gV, self.sV, config.v_chunks, page, turn)
             done = done.plus(last - first)
-        return done
-
-    @cute.jit
-    def load_query(self, place: Place, length, part: split.Segment, done: Done) -> Done:
-        """Q of a segment."""
-        if part.last > part.first:
-            self.load_q(Item.at(place, self.scalars), done.segments)
-            done = done.plus(0)
         return done
 
     @cute.jit

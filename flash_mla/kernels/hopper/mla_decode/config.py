@@ -30,8 +30,6 @@ assert CONSUMERS * CONSUMER_REGISTERS + (THREADS - CONSUMERS) * PRODUCER_REGISTE
 
 START = 2
 """Steps of 128 tokens that beginning an item costs, 3.4 us each."""
-MOST_PARTS = 64
-"""CTAs that compute parts of one item, if fewer would cost little: the others are there for combine by then."""
 PIECES = (16, 32, 64)
 """Pairs of blocks in a piece of a batch-invariant call: of less than 64 query rows, of more, and of a cluster of two.
 What a piece costs (a start, a partial result) goes with the rows, and its work with the pairs: 128 heads of 8192 tokens
@@ -65,7 +63,7 @@ class Config:
     token_major: bool = False
 
     Dv = DV
-    latent, factors, held = True, False, True
+    latent, factors = True, False
     q_unit = 8
     """Elements of q in the 16 bytes of which its strides are multiples."""
     threads = THREADS

@@ -14,8 +14,8 @@ cycles at 128 bytes a cycle, so the tensor cores are never far ahead of it.
 Roles (384 threads; entry 168 registers):
     warpgroup 0   232 registers   S0 = Q K_even^T, softmax, O[:, 0:256]
     warpgroup 1   232 registers   S1 = Q K_odd^T, softmax, O[:, 256:512]
-    warp 8         40 registers   TMA of K; L2 prefetch one pair ahead                   `producer.py`
-    warp 9         40 registers   asks L2 for the table; TMA of Q; notes the split item for combine
+    warp 8         40 registers   TMA of Q and K; L2 prefetch one pair ahead             `producer.py`
+    warp 9         40 registers   asks L2 for the table; notes the split item for combine
 Both consumers need both P: each keeps its own in registers and finds the other's in shared memory, in the rope chunk
 of the K buffer that the scores came from, which is dead by then. So Q and two K buffers fill shared memory.
 
@@ -23,7 +23,7 @@ Channels, producer -> consumer (full arrivals / empty arrivals):
     K   warp 8 -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block   1 + bytes / 4 warps a CTA
         Stages 0 and 2 are freed by warpgroup 0, stages 1 and 3 by warpgroup 1, each after its P V; the rope chunk of
         the even block travels with stage 1, of the odd block with stage 2: with the half whose reader reads that P.
-    Q   warp 9 -> warpgroups 0, 1   1 stage                                                  1 + bytes / 8 warps
+    Q   warp 8 -> warpgroups 0, 1   1 stage                                                  1 + bytes / 8 warps
     P0  warpgroup 0 -> 1, P1  warpgroup 1 -> 0   named barriers, with the running max beside P
 
 Steady state, a pair of blocks:
@@ -58,7 +58,6 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     CONSUMER_REGISTERS,
     CONSUMER_WARPS,
     K_CHUNKS,
-    MOST_PARTS,
     PRODUCER_REGISTERS,
     STAGES,
     START,
@@ -71,7 +70,7 @@ from flash_mla.kernels.hopper.mla_decode.result import Segments
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared
 from flash_mla.kernels.hopper.partials import note_split
 from flash_mla.kernels.hopper.split import scan_words
-from flash_mla.kernels.hopper.table import prefetch_table, touch_inputs
+from flash_mla.kernels.hopper.table import prefetch_table
 from flash_mla.kernels.hopper.walk import Done, walk
 from flash_mla.kernels.hopper.work import find_work
 
@@ -115,35 +114,21 @@ class MlaDecode(Kernel[Config]):
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         if warp_id == CONSUMER_WARPS + 1:
-            touch_inputs(tensors.table, tensors.seq_lens, cluster_id, clusters)
             prefetch_table(tensors.table, cluster_id, clusters)
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
         piece = config.piece
-        most_parts = MOST_PARTS // config.cluster
-        work = find_work(
-            table,
-            seq_lens,
-            groups,
-            cluster_id,
-            clusters,
-            WARPS,
-            shared.sScan,
-            START,
-            piece=piece,
-            most_parts=most_parts,
-        )
+        work = find_work(table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START, piece=piece)
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp_id >= CONSUMER_WARPS:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-            producer = Producer.over(shared, table, rank, *load_q, *load_k, pages)
             if warp_id == CONSUMER_WARPS:
+                producer = Producer.over(shared, table, rank, *load_q, *load_k, pages)
                 done = walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing(), piece)
                 producer.outlive_peers(done)
-            elif warp_id == CONSUMER_WARPS + 1:
-                walk(work, table, seq_lens, groups, producer.load_query, Done.nothing(), piece)
+            elif warp_id == CONSUMER_WARPS + 1:  # noqa: SIM102
                 if rank == 0 and const_expr(piece == 0):
                     note_split(tensors.partials, work, table, seq_lens, groups, cluster_id)
         else:

@@ -34,10 +34,6 @@ class Causal:
         if key0 + BLOCK > self.length - self.S_q + 1:
             consumer.rows.mask(consumer.S, key0)
 
-    def lone(self, first):
-        """Whether a segment that begins with pair `first` is one even block: the odd one lies wholly past the end."""
-        return first * split.PAIR + BLOCK >= self.length
-
     @cute.jit
     def clear(self, consumer: Consumer, block: cutlass.Constexpr, pair, turn) -> None:
         """The even (0) or odd (1) block of a pair."""
@@ -75,10 +71,6 @@ def own_block(consumer: Consumer, pair):
 class Gathered:
     """Keys that the producers gathered, with zeros for those that are not there."""
 
-    def lone(self, first) -> bool:
-        """No block is past the end."""
-        return False
-
     def clear(self, consumer: Consumer, block: cutlass.Constexpr, pair, turn) -> None:
         """Nothing is left to clear."""
 
@@ -90,7 +82,7 @@ def consume_left(consumer: Consumer, keys, first, last, count) -> None:
     for pair in cutlass.range(first, last - 1, unroll=1):
         step_left(consumer, keys, pair, count + pair - first, True)
     consumer.shared.q.release(0)
-    step_left(consumer, keys, last - 1, count + last - 1 - first, False, keys.lone(first))
+    step_left(consumer, keys, last - 1, count + last - 1 - first, False)
 
 
 @cute.jit
@@ -105,11 +97,8 @@ def score_even(consumer: Consumer, turn) -> None:
 
 
 @cute.jit
-def step_left(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr, lone=False) -> None:
-    """One pair, whose even block's scores are there; `follow`: then the scores of the next pair's even block.
-
-    lone: there is no odd block (see `Causal.lone`).
-    """
+def step_left(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr) -> None:
+    """One pair, whose even block's scores are there; `follow`: then the scores of the next pair's even block."""
     k = consumer.shared.k
     # softmax of the even block
     keys.hide(consumer, pair)
@@ -130,19 +119,6 @@ def step_left(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr, l
     k.release(0)
 
     # P V of the odd block, and the next scores
-    if lone:
-        k.wait(2, turn)
-        k.release(2)
-    else:
-        multiply_odd(consumer, keys, pair, turn, follow)
-    if const_expr(follow):
-        score_even(consumer, turn + 1)
-
-
-@cute.jit
-def multiply_odd(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr) -> None:
-    """Warpgroup 0 takes over P and the running max of the odd block: its P V."""
-    k = consumer.shared.k
     consumer.receive(Bar.P_ODD)
     consumer.rows.rescale(consumer.O)
     if const_expr(not follow):
@@ -151,6 +127,8 @@ def multiply_odd(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr
     # NOTE: freed before the next scores are issued: their wait for K would hold the odd block back (5 % at S 8192)
     warpgroup.wait_group(0)
     k.release(2)
+    if const_expr(follow):
+        score_even(consumer, turn + 1)
 
 
 @cute.jit
@@ -199,18 +177,6 @@ def consume_right(consumer: Consumer, keys, first, last, count) -> None:
         consumer.values(1)
         warpgroup.wait_group(0)
         k.release(3)
-
-
-@cute.jit
-def consume_right_half(consumer: Consumer, keys, pair, turn) -> None:
-    """Warpgroup 1 with a lone even block: it has no scores of its own."""
-    k = consumer.shared.k
-    consumer.shared.q.release(0)
-    multiply_even(consumer, keys, pair, turn)
-    warpgroup.wait_group(0)
-    k.release(1)
-    k.wait(3, turn)
-    k.release(3)
 
 
 @cute.jit

@@ -1,4 +1,4 @@
-"""The producing warps of an MLA decode: one fills the halves of K blocks by TMA, the other Q."""
+"""The producing warp of an MLA decode: it fills Q and the halves of K blocks by TMA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVICT_FIRST = 0x12F0000000000000
 
 @dataclass(frozen=True)
 class Producer:
-    """A warp that fills the K stages, or Q, by TMA; in a cluster it loads its share of every K stage for all CTAs.
+    """One warp that fills the K stages and Q by TMA; in a cluster it loads its share of every stage for all CTAs.
 
     sQ [chunk], gQ [row tile, chunk, request] and sK [buffer chunk], gK [chunk, block, request], each of 64 x 64 boxes;
     pages [64, D, blocks, requests] is the cache itself.
@@ -51,7 +51,7 @@ class Producer:
 
     @cute.jit
     def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
-        """Every pair of a segment, half block by half block in the order in which the consumers free them."""
+        """Q, and every pair of a segment, half block by half block in the order in which the consumers free them."""
         table, request, first, last = self.table, place.request, part.first, part.last
         if last > first:
             blocks = self.pages.shape[2]
@@ -59,6 +59,7 @@ class Producer:
             pool_request = cutlass.min(request, self.pages.shape[3] - 1)
             even = block_of(table, request, 2 * first, blocks)
             odd = block_of(table, request, cutlass.min(2 * first + 1, last_block), blocks)
+            self.load_q(place.group * self.config.cluster + self.rank, request, done.segments)
             for pair in cutlass.range(first, last, unroll=1):
                 # read the next ids while this pair is loaded
                 next_even = block_of(table, request, cutlass.min(2 * pair + 2, last_block), blocks)
@@ -67,23 +68,10 @@ class Producer:
                 self.prefetch(next_even, next_odd, pool_request)
                 self.load_half(0, even, pool_request, turn)
                 self.load_half(1, even, pool_request, turn)
-                if 2 * first < last_block:
-                    self.load_half(2, odd, pool_request, turn)
-                    self.load_half(3, odd, pool_request, turn)
-                else:
-                    self.leave_half(2, turn)
-                    self.leave_half(3, turn)
+                self.load_half(2, odd, pool_request, turn)
+                self.load_half(3, odd, pool_request, turn)
                 even, odd = next_even, next_odd
             done = done.plus(last - first)
-        return done
-
-    @cute.jit
-    def load_query(self, place: Place, length, part: split.Segment, done: Done) -> Done:
-        """Q of a segment."""
-        # NOTE: by a warp of its own: asking for Q first held K back by 0.8 us
-        if part.last > part.first:
-            self.load_q(place.group * self.config.cluster + self.rank, place.request, done.segments)
-            done = done.plus(0)
         return done
 
     @cute.jit
@@ -123,14 +111,6 @@ class Producer:
             if const_expr(config.stage_chunks(stage) == 5):  # noqa: SIM102
                 if self.rank == buffer:
                     self.load_chunk(stage, P_CHUNK, block, request)
-
-    @cute.jit
-    def leave_half(self, stage: cutlass.Constexpr, count) -> None:
-        """Half of a block that is wholly past the end: it counts as loaded."""
-        k = self.shared.k
-        k.acquire(stage, count)
-        with cute.arch.elect_one():
-            k.arrive(stage)
 
     @cute.jit
     def load_chunk(self, stage: cutlass.Constexpr, chunk, block, request) -> None:

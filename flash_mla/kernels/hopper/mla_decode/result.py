@@ -12,14 +12,14 @@ from cutlass import Float32, Int32, const_expr
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.decode import Tensors
-from flash_mla.kernels.hopper.lanes import HELD, held_by, quad_sum
+from flash_mla.kernels.hopper.lanes import quad_sum
 from flash_mla.kernels.hopper.limits import STAGED, TILE_M
-from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, CONSUMERS, HALF, K_CHUNKS, Bar
+from flash_mla.kernels.hopper.mla_decode.config import CONSUMERS, HALF, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
-from flash_mla.kernels.hopper.mla_decode.pairs import Causal, Masked, consume_left, consume_right, consume_right_half
+from flash_mla.kernels.hopper.mla_decode.pairs import Causal, Masked, consume_left, consume_right
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars
 from flash_mla.kernels.hopper.partials import slot_of
-from flash_mla.kernels.hopper.staging import late, store_rows, store_tile
+from flash_mla.kernels.hopper.staging import store_rows
 from flash_mla.kernels.hopper.walk import Done, Place
 
 
@@ -46,76 +46,59 @@ class Segments:
                 keys = Masked(length, packing.S_q, self.tensors.mask, place.request, row0)
             if const_expr(consumer.side == 0):
                 consume_left(consumer, keys, part.first, part.last, done.items)
-            elif keys.lone(part.first):
-                consume_right_half(consumer, keys, part.first, done.items)
             else:
                 consume_right(consumer, keys, part.first, part.last, done.items)
             done = done.plus(part.last - part.first)
             table, groups, piece = self.tensors.table, self.scalars.groups, consumer.config.piece
             slot = slot_of(place, part, self.cluster_id, groups, table, piece)
-            self.write_result(place.request, row0, part.whole, slot, place.left <= part.steps)
+            self.write_result(place.request, row0, part.whole, slot)
         elif const_expr(consumer.side == 0):  # noqa: SIM102
             if part.whole:
                 self.write_nothing(place.request, row0)
         return done
 
     @cute.jit
-    def write_result(self, request, row0, whole, slot, last=False) -> None:
-        """Normalise O and write it: to out and lse if the segment is a whole item, else to the partial slot.
-
-        last: nothing is loaded any more, so that the K buffers are free.
-        """
+    def write_result(self, request, row0, whole, slot) -> None:
+        """Normalise O and write it: to out and lse if the segment is a whole item, else to the partial slot."""
         consumer, tensors, partials = self.consumer, self.tensors, self.tensors.partials
+        packing = self.scalars.packing
         rows_of, side, sSum = consumer.rows, consumer.side, consumer.shared.sSum
-        rows, first_lane = tensors.out.shape[1], consumer.tid % 4 == 0
+        global_lse, lse_partial, rows = tensors.lse, partials.lse, tensors.out.shape[1]
+        first_lane, empty_lse = consumer.tid % 4 == 0, self.scalars.empty_lse
         # add the sums of the four threads of a row, and of the two warpgroups
         for r in cutlass.range_constexpr(2):
             total = quad_sum(rows_of.sum[r])
             if first_lane:
                 sSum[rows_of.first + 8 * r, side] = total
         sync(Bar.SUMS, CONSUMERS)
-        scales, totals = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+        scales = cute.make_rmem_tensor(2, Float32)
         for r in cutlass.range_constexpr(2):
             tile_row = rows_of.first + 8 * r
-            totals[r] = sSum[tile_row, 0] + sSum[tile_row, 1]
-            total = totals[r]
-            if whole and self.scalars.has_sink != 0 and row0 + tile_row < rows:
-                sink = tensors.sink[self.scalars.packing.head_of(row0 + tile_row)] * math.log2(math.e)
-                total = total + cute.math.exp2(sink - rows_of.max[r], fastmath=True)
+            row = row0 + tile_row
+            total = sSum[tile_row, 0] + sSum[tile_row, 1]
+            lse = rows_of.max[r] + cute.math.log2(total, fastmath=True)
+            lse = lse if total > 0.0 else -Float32.inf
+            writes = side == 0 and first_lane
+            if whole:
+                if row < rows:
+                    if writes:
+                        global_lse[request, packing.lse_of(row)] = lse * math.log(2.0) if total > 0.0 else empty_lse
+                    if self.scalars.has_sink != 0:
+                        sink = tensors.sink[packing.head_of(row)] * math.log2(math.e)
+                        total = total + cute.math.exp2(sink - rows_of.max[r], fastmath=True)
+            elif writes:
+                lse_partial[slot, self.rank * TILE_M + tile_row] = lse
             # NOTE: a row without keys has O = 0 and, with a sink, a total above 0; without, 0 * inf would be NaN
             scales[r] = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
-        tid = late(consumer.tid)
         if whole:
-            if last:
-                out = tensors.out[request, None, None]
-                store_tile(consumer.O, scales, free_buffer(consumer, tid), out, row0, HALF * side, tid)
-            else:
-                store_out(consumer, tensors.out, request, row0, scales)
+            store_out(consumer, tensors.out, request, row0, scales)
         else:
-            tile = partials.out[slot, None, None].iterator + (2 * self.rank + side) * HELD
-            held = held_by(tile, tid)
             for r in cutlass.range_constexpr(2):
-                if row0 + rows_of.first + 8 * r < rows:
-                    store_partial(consumer, r, held[None, r, None], scales[r])
-        # NOTE: behind the output, which the end of the kernel waits for: before it, 0.5 us of a short call
-        if const_expr(side == 0):  # noqa: SIM102
-            if first_lane:
-                for r in cutlass.range_constexpr(2):
-                    self.write_lse(request, row0, r, totals[r], whole, slot)
+                tile_row = rows_of.first + 8 * r
+                if row0 + tile_row < rows:
+                    store_partial(consumer, r, partials.out[slot, self.rank * TILE_M + tile_row, None], scales[r])
         # NOTE: the sums may be overwritten by the next segment only when both warpgroups have read them
         sync(Bar.SUMS, CONSUMERS)
-
-    @cute.jit
-    def write_lse(self, request, row0, r: cutlass.Constexpr, total, whole, slot) -> None:
-        """lse of one row: natural log, or base 2 to the partial slot."""
-        lse, lse_partial, tile_row = self.tensors.lse, self.tensors.partials.lse, self.consumer.rows.first + 8 * r
-        row = row0 + tile_row
-        base_2 = self.consumer.rows.max[r] + cute.math.log2(total, fastmath=True)
-        if not whole:
-            lse_partial[slot, self.rank * TILE_M + tile_row] = base_2 if total > 0.0 else -Float32.inf
-        elif row < lse.shape[1]:
-            natural = base_2 * math.log(2.0) if total > 0.0 else self.scalars.empty_lse
-            lse[request, self.scalars.packing.lse_of(row)] = natural
 
     @cute.jit
     def write_nothing(self, request, row0) -> None:
@@ -133,19 +116,13 @@ class Segments:
 
 @cute.jit
 def store_partial(consumer: Consumer, r: cutlass.Constexpr, row: cute.Tensor, scale) -> None:
-    """One row's part of this thread, scaled: a warp stores 512 bytes in one piece."""
-    four = cute.make_rmem_tensor(4, Float32)
-    for group in cutlass.range_constexpr(HALF // 16):
-        for i in cutlass.range_constexpr(4):
-            four[i] = consumer.O[8 * group + 4 * (i // 2) + 2 * r + i % 2] * scale
-        cute.autovec_copy(four, row[None, group])
-
-
-def free_buffer(consumer: Consumer, tid) -> cute.Pointer:
-    """Two chunks for this warp, of the K buffers that this warpgroup alone reads as V; without the swizzle."""
-    warp = tid // 32
-    chunk = consumer.shared.chunks(0, 4 * consumer.side) + (warp // 2 * K_CHUNKS + warp % 2 * 2) * CHUNK_ELEMENTS
-    return cute.recast_ptr(chunk, swizzle_=cute.make_swizzle(0, 4, 3))
+    """One row's part of this thread, scaled: 8 bytes of it, 32 of the row, an instruction."""
+    two = cute.make_rmem_tensor(2, Float32)
+    for j in cutlass.range_constexpr(HALF // 8):
+        for e in cutlass.range_constexpr(2):
+            two[e] = consumer.O[4 * j + 2 * r + e] * scale
+        columns = HALF // 2 * consumer.side + 4 * j + consumer.rows.column // 2
+        cute.autovec_copy(two, cute.local_tile(row, (2,), (columns,)))
 
 
 @cute.jit

@@ -150,17 +150,14 @@ class SparseDecode(Kernel[Config]):
                 out.iterator, cute.make_layout((tokens, Hq, DV), stride=(cute.assume(Int64(Hq) * DV, divby=DV), DV, 1))
             ),
             lse=cute.make_tensor(lse.iterator, cute.make_layout((tokens, Hq), stride=(Hq, 1))),
-            partials=Partials.over(workspace, clusters, config.tile_rows, DV, held=not config.few),
+            partials=Partials.over(workspace, clusters, config.tile_rows, DV),
         )
         groups = (Hq + (config.tile_rows - 1)) // config.tile_rows
         packing = Packing(Int32(1))
         scalars = Scalars(scale_log2, has_sink, groups, Hq, packing, empty_lse)
         load_q = load_of(gQ, config.tile_heads, CHUNK)
         launch_persistent(self.kernel(load_q, caches, tokens, S_q, results, scalars), config, clusters, stream)
-        combine(
-            results.out, results.lse, *results.partials, sink, has_sink, packing, Int32(1), stream, empty_lse,
-            held=not config.few,
-        )  # fmt: skip
+        combine(results.out, results.lse, *results.partials, sink, has_sink, packing, Int32(1), stream, empty_lse)
 
     @cute.kernel
     def kernel(
