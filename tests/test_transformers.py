@@ -13,7 +13,8 @@ transformers = pytest.importorskip("transformers")
 
 from flash_mla import ModelError, SequenceLengthError, ShapeError  # noqa: E402
 from flash_mla.errors import DeviceError, DTypeError, GradientError  # noqa: E402
-from flash_mla.integrations.transformers import PagedCache, paged_cache, step  # noqa: E402
+from flash_mla.integrations.transformers import PagedCache, attention, layer, paged_cache  # noqa: E402
+from flash_mla.integrations.transformers.token import TokenDecode  # noqa: E402
 
 VOCAB = 264
 FP8 = torch.float8_e4m3fn
@@ -179,13 +180,50 @@ def test_reset_serves_the_next_batch() -> None:
         assert cache.pages.lengths == (0, 0)
 
 
-def test_metadata_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    original = step.get_mla_metadata
-    monkeypatch.setattr(step, "get_mla_metadata", lambda *a, **k: made.append(a) or original(*a, **k))
-    model = build("DeepseekV3")
-    model.generate(**prompts([8, 12]), max_new_tokens=6, do_sample=False, past_key_values=paged_cache(model, 2, 20))
-    assert len(made) == 5, "one for each decode step of two layers"
+@pytest.mark.parametrize("family", ["DeepseekV3", "Llama"])
+def test_a_call_is_checked_once_a_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps follow; and again in a cache that grew, whose tensors are others."""
+    made: list[layer.PoolCall] = []
+    original = layer.bind
+    monkeypatch.setattr(layer, "bind", lambda call, out: made.append(call) or original(call, out))
+    model, options = build(family), {"max_new_tokens": 6, "do_sample": False}
+    cache = paged_cache(model, 2, 20)
+    expected = model.generate(**prompts([8, 12]), **options, past_key_values=cache)
+    assert len(made) == 2
+    cache.reset()
+    cache.pages.grow(1)
+    assert torch.equal(model.generate(**prompts([8, 12]), **options, past_key_values=cache), expected)
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "Youtu", "Llama", "Qwen3"])
+def test_bound_steps_of_one_token(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: over a block's end, ragged, in chunks with padding before, under beams, and with other weights."""
+    bound: list[TokenDecode] = []
+    made = TokenDecode.__init__
+    monkeypatch.setattr(TokenDecode, "__init__", lambda self, *a: bound.append(self) or made(self, *a))
+    monkeypatch.setattr(attention, "launches_bind", lambda query, cache: not torch.is_grad_enabled())
+    model, options = build(family), {"max_new_tokens": 12, "do_sample": False}
+    cache = None
+    for seed, beams in enumerate([1, 2, 1]):
+        inputs = prompts([60, 44] if beams == 1 else [61], seed=seed)
+        model.set_attn_implementation("eager")
+        expected = model.generate(**inputs, **options, num_beams=beams)
+        cache = cache or hostile_cache(model, 2, 72)
+        cache.reset()
+        model.set_attn_implementation("paged_kv_cache")
+        chunks = {"prefill_chunk_size": 30 + seed}
+        tokens = model.generate(**inputs, **options, num_beams=beams, past_key_values=cache, **chunks)
+        assert torch.equal(tokens, expected)
+        assert len(bound) == 2, "one a layer, whatever the step"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter * 1.5  # other memory
+    model.set_attn_implementation("eager")
+    expected = model.generate(**inputs, **options)
+    cache.reset()
+    model.set_attn_implementation("paged_kv_cache")
+    assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
 
 
 class FixedAttention(transformers.LlamaForCausalLM):
@@ -357,9 +395,9 @@ def test_fp8_cache(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.pages.k_cache.itemsize == 1
     assert (logits(cache) - expected).norm() <= 0.06 * expected.norm()
     with monkeypatch.context() as patch:
-        decode = step.flash_mla_with_kvcache
-        patch.setattr(step, "flash_mla_with_kvcache", lambda *a, k_descale, v_descale, **k: decode(*a, **k))
-        cache.reset()
+        ones = (None, torch.ones(1, 1), torch.ones(1, 1))
+        patch.setattr(layer, "bind", lambda call, out, bind=layer.bind: bind(call._replace(descales=ones), out))
+        cache = paged_cache(model, 2, 70, dtype=FP8, k_descale=factors, **values)
         assert (logits(cache) - expected).norm() > 0.06 * expected.norm(), "the test would not see a lost descale"
 
 

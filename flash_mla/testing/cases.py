@@ -265,6 +265,8 @@ class MhaCase:
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": FP8}
 RAGGED = (1, 0, 64, 65, 300)
+DESCALES: tuple[Descale, ...] = ("scalar", "head", "request")
+"""Shapes of a descale beside the number and the whole tensor, which most cases have."""
 LONG = (700, 513, 1)
 """Long enough for runs of eight consecutive blocks, which the CPU backend reads in place."""
 
@@ -351,14 +353,27 @@ def decode_cases() -> list[DecodeCase]:
         replace(mla, name="decode/fp8-mla-no-rope", dtype=FP8, descale="float", D=512),
         replace(mla, name="decode/fp8-mla-pool", dtype=FP8, layout="pool"),
     ]
-    for heads in (1, 64, 128):
-        cases.append(replace(mla, name=f"decode/fp8-mla-heads-{heads}", dtype=FP8, descale="tensor", Hq=heads))
+    fp8 = replace(mla, dtype=FP8, descale="tensor")
+    cases += [
+        replace(fp8, name="decode/fp8-mla-queries-2", S_q=2, lengths=(300, 1)),
+        replace(fp8, name="decode/fp8-mla-mask", S_q=2, mask="bool-rows", lengths=(130, 3)),
+        replace(fp8, name="decode/fp8-mla-tail", S_q=4, tail="float", lengths=(130, 4)),
+        replace(fp8, name="decode/fp8-mla-invariant", batch_invariant=True, lengths=(2200, 0)),
+        *(replace(fp8, name=f"decode/fp8-mla-heads-{heads}", Hq=heads) for heads in (1, 64, 128)),
+    ]
+    for shape in DESCALES:
+        cases += [
+            replace(fp8, name=f"decode/fp8-mla-descale-{shape}", descale=shape, lengths=(70, 3)),
+            replace(gqa, name=f"decode/fp8-gqa-descale-{shape}", dtype=FP8, descale=shape, lengths=(70, 3)),
+        ]
     for name in ("bf16", "fp16"):
         over = replace(mla, dtype=DTYPES[name], kv_dtype=FP8)
         cases += [
             replace(over, name=f"decode/{name}-over-fp8-mla", descale="tensor"),
             replace(over, name=f"decode/{name}-over-fp8-mla-heads-128", descale="float", Hq=128),
             replace(over, name=f"decode/{name}-over-fp8-mla-sink", Hq=40, S_q=2, sink=True, layout="pool"),
+            replace(over, name=f"decode/{name}-over-fp8-mla-no-rope", descale="head", D=512, lengths=(130, 3)),
+            replace(over, name=f"decode/{name}-over-fp8-mla-queries-8", descale="request", S_q=8, lengths=(130, 7)),
             replace(gqa, name=f"decode/{name}-over-fp8-gqa", dtype=DTYPES[name], kv_dtype=FP8, descale="tensor"),
         ]
     return cases
@@ -423,6 +438,7 @@ def prefill_cases() -> list[PrefillCase]:
         replace(base, name="prefill/sink-sparse", sink=True, sparse="tensor", mask="bool"),
         replace(base, name="prefill/scale", softmax_scale=0.31),
         replace(base, name="prefill/descale", descale="tensor"),
+        *(replace(base, name=f"prefill/fp8-descale-{x}", dtype=FP8, descale=x, P=70, D=128) for x in DESCALES),
         replace(base, name="prefill/fp8-ragged", dtype=FP8, descale="float", lengths=(130, 65)),
         replace(base, name="prefill/fp8-sparse-heads", dtype=FP8, sparse="heads", mask="float-heads"),
     ]
@@ -468,6 +484,7 @@ def mha_cases() -> list[MhaCase]:
         replace(base, name="mha/latent", D=576, Dv=512, alias=True, write=False),
         replace(chunk, name="mha/latent-chunk", D=576, Dv=512, alias=True, write=False, layout="pool"),
         replace(chunk, name="mha/fp8-pool", dtype=FP8, descale="float", layout="pool"),
+        *(replace(fp8, name=f"mha/fp8-descale-{x}", descale=x, P=70) for x in DESCALES),
         replace(fp8, name="mha/fp8-long", P=700),
         replace(fp8, name="mha/fp8-long-chunk", P=300, starts=(450, 64), layout="pool"),
     ]

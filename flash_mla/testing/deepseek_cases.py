@@ -227,7 +227,10 @@ class SparsePrefillCase:
 
 @dataclass(frozen=True)
 class DenseDecodeCase:
-    """A call of deepseek.flash_mla_with_kvcache with a block table, or, in FP8, of flash_mla_with_kvcache_fp8."""
+    """A call of deepseek.flash_mla_with_kvcache with a block table, or, in FP8, of flash_mla_with_kvcache_fp8.
+
+    format: a row format's name, of a pool of one KV head; None: the pool is in `dtype`.
+    """
 
     name: str
     lengths: tuple[int, ...] = (140, 0, 1, 64, 3)
@@ -238,6 +241,7 @@ class DenseDecodeCase:
     Dv: int = 512
     page: int = 64
     dtype: torch.dtype = torch.bfloat16
+    format: str | None = None
     causal: bool = True
     sink: bool = False
     softmax_scale: float | None = None
@@ -272,6 +276,10 @@ class DenseDecodeCase:
             factors = {
                 name: torch.tensor([x], device=self.device) for name, x in (("descale_q", 0.5), ("descale_k", 0.25))
             }
+        rows = pool.double().flatten(0, 1) * (0.25 if factors else 1.0)
+        if self.format is not None:
+            pool = FORMATS[self.format].quantise(pool)
+            rows = format_rows(pool, self.format).view_as(rows)
         arguments = {
             "q": q,
             "k_cache": pool,
@@ -280,11 +288,11 @@ class DenseDecodeCase:
             "head_dim_v": self.Dv,
             "softmax_scale": self.softmax_scale,
             "causal": self.causal,
-            **(factors if self.dtype == FP8 else {"attn_sink": sink}),
+            **(factors if self.dtype == FP8 else {"attn_sink": sink, "is_fp8_kvcache": self.format is not None}),
         }
         reference = {
             "q": q.double() * (0.5 if factors else 1.0),
-            "rows": pool.double().flatten(0, 1) * (0.25 if factors else 1.0),  # [slots, Hk, D]
+            "rows": rows,  # [slots, Hk, D]
             "indices": indices.to(self.device),
             "softmax_scale": self.D**-0.5 if self.softmax_scale is None else self.softmax_scale,
             "sink": sink,
@@ -443,6 +451,10 @@ def drop_in_cases() -> list[DropInCase]:
         replace(prefill, name="deepseek/sparse-prefill-heads-3", Hq=3),
         replace(prefill, name="deepseek/sparse-prefill-128", D=128, Dv=128),
     ]
+    for format_name, D in widths.items():
+        cases.append(replace(dense, name=f"deepseek/dense-rows-{format_name}", format=format_name, D=D))
+    rows = replace(dense, format="fp8_token", S_q=1, sink=True)
+    cases.append(replace(rows, name="deepseek/dense-rows-full", Hq=64, causal=False, lengths=(70, 0, 3)))
     for name, dtype in DTYPES.items():
         cases.append(replace(dense, name=f"deepseek/dense-{name}", dtype=dtype))
         if dtype != FP8:

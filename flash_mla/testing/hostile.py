@@ -21,7 +21,8 @@ Order = Literal["shuffled", "ordered"]
 MaskShape = Literal["bool", "float", "bool-rows", "float-rows", "bool-heads", "float-heads"]
 """bool|float: [B, 1, 1, L] in decode, [B, 1, P, L] in prefill; rows: [B, 1, S_q, L]; heads: [B, Hq, S_q, L]."""
 
-Descale = Literal["float", "tensor"]
+Descale = Literal["float", "scalar", "head", "request", "tensor"]
+"""A number, or a tensor [], [Hk], [B, 1] or [B, Hk]."""
 Sparse = Literal["tensor", "heads", "layout", "block-mask"]
 
 
@@ -53,7 +54,10 @@ class Source:
         if kind is None:
             return None
         factors = torch.rand(B, Hk, generator=self.generator) + 0.5
-        return float(factors.flatten()[0]) if kind == "float" else factors.to(self.device)
+        if kind == "float":
+            return float(factors[0, 0])
+        shaped = {"scalar": factors[0, 0], "head": factors[0], "request": factors[:, :1], "tensor": factors}[kind]
+        return shaped.to(self.device)
 
 
 def nan_filled(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

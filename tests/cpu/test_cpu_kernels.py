@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import llvmlite.binding as llvm
@@ -89,6 +91,27 @@ def test_a_folder_that_cannot_be_written_costs_the_file_alone(tmp_path, monkeypa
     (tmp_path / "flash_mla").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert store.load.__wrapped__(SPECS["gqa"])["run"]
+
+
+def test_threads_that_ask_at_once_compile_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled, count = store.compiled, 0
+
+    def counted(spec, target):
+        nonlocal count
+        count += 1
+        return compiled(spec, target)
+
+    monkeypatch.setattr(store, "compiled", counted)
+    together = threading.Barrier(4)
+
+    def load(_):
+        together.wait()
+        return store.load.__wrapped__(SPECS["gqa"])["run"]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(load, range(4)))
+    assert count == 1
 
 
 def test_a_key_names_spec_and_processor():

@@ -15,8 +15,9 @@ import pytest
 
 from flash_mla.kernels.cpu import config, store
 from flash_mla.kernels.cpu.config import Spec, Target
+from flash_mla.kernels.cpu.formats import round_bf16
 from flash_mla.kernels.cpu.ir import F32, I32, POINTER, Value, vector
-from flash_mla.kernels.cpu.pairs import Pairs
+from flash_mla.kernels.cpu.pairs import Pairs, beside
 from flash_mla.kernels.cpu.tiles import SIDE, Tiles
 from flash_mla.plan import plan
 from flash_mla.testing import DecodeCase, PrefillCase, run
@@ -155,6 +156,7 @@ def written(request, monkeypatch, tmp_path):
     monkeypatch.setattr(Target, "registers", 32)
     monkeypatch.setattr(Target, "units", (unit, "fma"))
     monkeypatch.setattr(Pairs, "multiply", lambda self, x, y, total: pair_sums(x, y, total))
+    monkeypatch.setattr(Pairs, "rounded", lambda self, x, y: beside(*(round_bf16(z).bits(self.V) for z in (x, y))))
     for method in ("tile_load", "tile_store", "tile_clear", "tile_multiply", "places", "rows"):
         monkeypatch.setattr(Tiles, method, getattr(Written, method), raising=False)
     monkeypatch.setattr(Tiles, "open", lambda self: None)

@@ -25,6 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from flash_mla.backends.triton import append as append_phase  # noqa: E402
 from flash_mla.backends.triton import decode as decode_phase  # noqa: E402
 from flash_mla.backends.triton import prefill as prefill_phase  # noqa: E402
 from flash_mla.backends.triton.device import stored  # noqa: E402
@@ -345,7 +346,8 @@ def test_combine_and_append_compile(target: str) -> None:
     new = AppendArgs(
         meta(64, 1, 8, 576, dtype=torch.bfloat16), None, args.k, None, args.block_table, args.seq_lens, None
     )  # fmt: skip
-    within("append", compile_for(append.append_kernel, append.arguments(**new._asdict()), {}, on), on)
+    given = append_phase.tensors(new) | append.constants(*new[:5])
+    within("append", compile_for(append.append_kernel, given, {}, on), on)
 
 
 @pytest.mark.parametrize(

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from flash_mla.backends.triton.device import device_of
 from flash_mla.kernels.triton import append, rows
+from flash_mla.kernels.triton.launcher import Launcher
+from flash_mla.passed import Passed, facts
 from flash_mla.problem import FP8, AppendArgs, AppendRowsArgs
+
+LAUNCHERS = Passed[Launcher]()
+"""Kernels bound to all but their tensors, by what these look like."""
 
 
 def launch(args: AppendArgs) -> None:
     """Write AppendArgs' rows into the pages; rows whose place lies outside the table or the cache are dropped."""
-    bytes_of = {name: getattr(args, name) for name in ("k", "v", "k_cache", "v_cache")}
     if args.k.dtype == FP8:  # a copy: the bytes do
-        bytes_of = {name: None if x is None else x.view(torch.uint8) for name, x in bytes_of.items()}
-    B, Hk, P, _ = args.k.shape
+        copied = {name: getattr(args, name) for name in ("k", "v", "k_cache", "v_cache")}
+        args = args._replace(**{name: x.view(torch.uint8) for name, x in copied.items() if x is not None})
+    key = facts(*args)
+    launcher = LAUNCHERS.get(key)
+    if launcher is None:
+        bound = Launcher(append.append_kernel, append.grid(*args.k.shape[:3]), append.constants(*args[:5]), {})
+        launcher = LAUNCHERS.keep(key, bound)
     with device_of(args.k.device):
-        append.append_kernel[append.grid(B, Hk, P)](
-            **append.arguments(
-                **bytes_of, block_table=args.block_table, start_pos=args.start_pos, num_tokens=args.num_tokens
-            )
-        )
+        launcher(tensors(args))
+
+
+def tensors(args: AppendArgs) -> dict[str, Tensor | None]:
+    """append_kernel's arguments that a call brings."""
+    return dict(
+        k_ptr=args.k,
+        v_ptr=args.v,
+        k_cache_ptr=args.k_cache,
+        v_cache_ptr=args.v_cache,
+        table_ptr=args.block_table,
+        start_pos_ptr=args.start_pos,
+        num_tokens_ptr=args.num_tokens,
+    )
 
 
 def launch_rows(args: AppendRowsArgs) -> None:

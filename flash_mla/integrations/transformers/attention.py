@@ -22,6 +22,9 @@ from flash_mla.mla import MLAProjection
 # NOTE: transformers takes any name with "flash" in it for one of FlashAttention's and checks it as such.
 ATTENTION = "paged_kv_cache"
 
+UNKNOWN = ("sliding_window", "softcap", "s_aux")
+"""Arguments of attention that the paged path does not compute."""
+
 
 def note_tokens(
     batch_size: int,
@@ -79,34 +82,38 @@ def paged_attention(
             cause="Rows of a paged cache carry no gradient: the projections of K and V would learn nothing",
             fix="Call model.eval(); to train, switch back with model.set_attn_implementation('sdpa')",
         )
-    extras = {name: kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux")}
-    if dropout or any(extra is not None for extra in extras.values()):
+    extras = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if dropout or extras:
         raise ModelError(
-            given=f"{dropout=}, " + ", ".join(name for name, extra in extras.items() if extra is not None),
+            given=f"{dropout=}, " + ", ".join(extras),
             required="plain causal attention without dropout",
             cause="The paged path does not compute these",
             fix="Call model.eval(), or use a transformers cache for this model",
         )
     cache = key.cache
     step, layer = cache.step(attention_mask), cache.layer(key.layer)
-    is_latent = hasattr(module, "expand_kv")
-    q, k, v = (as_attention_takes(x, cache.dtype) for x in (query, key.k, key.v))
-    step.write(torch.cat([k, v], -1) if is_latent else k, layer.k_cache, layer.k_descale)
-    if not is_latent:
-        step.write(v, layer.v_cache, layer.v_descale)
+    is_latent, picked = layer.is_latent, kwargs.get("indices")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    picked = kwargs.get("indices")
+    q, k, v = (as_attention_takes(x, cache.dtype) for x in (query, key.k, key.v))
+    if step.is_token and picked is None and launches_bind(query, cache.pages.k_cache):
+        held = projection(module, q.dtype) if is_latent else None
+        return cache.token_decode(key.layer, q, scale, held)(q, k, v, step.starts), None
+    step.write(torch.cat([k, v], -1) if is_latent else k, layer.k_rows, layer.k_descale)
+    if not is_latent:
+        step.write(v, layer.v_rows, layer.v_descale)
     if picked is not None and step.is_first and step.longest <= picked.shape[-1]:
         picked = None  # nothing is left out
     if picked is not None:
-        out = lift(module, attend_picked(step, absorb(module, q), layer, picked, scale).transpose(1, 2))
+        held = projection(module, q.dtype)
+        out = held.project(attend_picked(step, held.absorb(q), layer, picked, scale).transpose(1, 2))
     elif step.is_first:
         if is_latent:
             k, v = (as_attention_takes(x, cache.dtype) for x in module.expand_kv(key.k, key.v))
         q, k, v = step.align(q), step.align(k), step.align(v)
         out = cast(Tensor, flash_mla_prefill(q, k, v, softmax_scale=scale, seq_lens=step.lengths))
     elif is_latent:
-        out = lift(module, step.decode(absorb(module, step.align(q)), layer, scale))
+        held = projection(module, q.dtype)
+        out = held.project(step.decode(held.absorb(step.align(q)), layer, scale))
     else:
         out = step.decode(step.align(q), layer, scale)
     inputs = learning(query, key.k, key.v)
@@ -116,20 +123,17 @@ def paged_attention(
     return out.to(query.dtype), None
 
 
+def launches_bind(query: Tensor, cache: Tensor) -> bool:
+    """Whether a step of one token a sequence goes through `token`: on a GPU, where nothing is cast, quantised or
+    differentiated in between."""
+    is_plain = query.dtype == cache.dtype and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
+    return is_plain and query.is_cuda
+
+
 def as_attention_takes(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in the cache's dtype; under autocast rounded to autocast's first, as torch's own attention does."""
     device = x.device.type
     return (x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x).to(dtype)
-
-
-def absorb(module: Any, q: Tensor) -> Tensor:
-    """MLA's queries over latents: [B, Hq, P, nope + rope] -> [B, Hq, P, kv_lora_rank + rope]."""
-    return projection(module, q.dtype).absorb(q)
-
-
-def lift(module: Any, out: Tensor) -> Tensor:
-    """The values of what `absorb`'s queries found: [B, Hq, P, kv_lora_rank] -> [B, Hq, P, Dv]."""
-    return projection(module, out.dtype).project(out)
 
 
 def projection(module: Any, dtype: torch.dtype) -> MLAProjection:

@@ -11,25 +11,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flash_mla.cache import PagedKVCache
 from flash_mla.errors import ModelError, ShapeError
+from flash_mla.integrations.transformers.layer import Layer
 from flash_mla.integrations.transformers.step import Step, Tokens, admit
+from flash_mla.integrations.transformers.token import TokenDecode
+from flash_mla.mla import MLAProjection
+from flash_mla.passed import facts
 from flash_mla.problem import FP8
 
 if TYPE_CHECKING:
     from flash_mla.integrations.transformers.graph import DecodeGraph
-
-
-class Layer(NamedTuple):
-    """One layer's part of the cache: views.
-
-    k_cache [B, Hk, Nblk, 64, D], v_cache [B, Hk, Nblk, 64, Dv]; index_cache [B, 1, Nblk, 64, index_dim], the columns of
-    a row behind the latent, or None; k_descale and v_descale [1, Hk] of an FP8 cache, or None.
-    """
-
-    k_cache: Tensor
-    v_cache: Tensor
-    index_cache: Tensor | None
-    k_descale: Tensor | None
-    v_descale: Tensor | None
 
 
 class PagedCache(Cache):
@@ -53,6 +43,8 @@ class PagedCache(Cache):
         self.dtype = pages.k_cache.dtype if dtype is None else dtype
         self.index_dim = index_dim
         self.graph: DecodeGraph | None = None
+        self._layers: list[Layer] = []
+        self._scratch: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -77,24 +69,32 @@ class PagedCache(Cache):
         self.seen += tokens.count
 
     def layer(self, index: int) -> Layer:
-        """One layer's views."""
-        pages = self.pages
-        heads = pages.k_cache.shape[1] // len(self.layers)
-        own = slice(index * heads, (index + 1) * heads)
-        k_cache, v_cache, index_cache = pages.k_cache[:, own], pages.v_cache[:, own], None
-        if self.index_dim:
-            k_cache, index_cache = k_cache[..., : -self.index_dim], k_cache[..., -self.index_dim :]
-        if pages.k_descale is None or pages.v_descale is None:
-            return Layer(k_cache, v_cache, index_cache, None, None)
-        return Layer(k_cache, v_cache, index_cache, pages.k_descale[:, own], pages.v_descale[:, own])
+        """One layer's part, made once for the cache's tensors."""
+        if not self._layers or self._layers[0].pool is not self.pages.k_cache:
+            self._layers = [Layer(self.pages, i, len(self.layers), self.index_dim) for i in range(len(self.layers))]
+        return self._layers[index]
+
+    def token_decode(self, index: int, q: Tensor, scale: float, held: MLAProjection | None) -> TokenDecode:
+        """A layer's bound call for q, made once for q's shape, scale and projection."""
+        layer, key = self.layer(index), (facts(q), scale)
+        call = layer.tokens.get(key)
+        if call is None or call.held is not held:
+            pages = self.pages
+            made = TokenDecode(layer, q, pages.block_table, pages.seq_lens, scale, held, self._scratch)
+            call = layer.tokens.keep(key, made)
+        return call
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without views, which a copy would give memory of their own."""
+        return vars(self) | {"_layers": [], "_scratch": {}}
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """Write a layer's new index keys [B, P, index_dim]; all of its keys [B, longest, index_dim]."""
-        index_cache, step = self.layer(layer_idx).index_cache, self._step
-        assert index_cache is not None
+        rows, step = self.layer(layer_idx).index_rows, self._step
+        assert rows is not None
         assert step is not None
-        step.write(indexer_key_states[:, None].to(index_cache.dtype), index_cache)
-        return index_cache[0, 0].flatten(0, 1)[step.places]
+        step.write(indexer_key_states[:, None].to(rows.dtype), rows)
+        return rows[0, step.places]
 
     @property
     def batch_size(self) -> int:

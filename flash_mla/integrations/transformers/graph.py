@@ -69,7 +69,6 @@ class DecodeGraph:
             self._ids, self._position_ids = ids.clone(), position_ids.clone()
             self._made_for = None
             try:
-                self.step = Step.of_last_tokens(pages)
                 self._replay, self._logits = self._capture(lambda: self._forward(forward))
             except RuntimeError as error:
                 raise ModelError(
@@ -88,8 +87,7 @@ class DecodeGraph:
         return self._logits.clone()
 
     def _forward(self, forward: Callable[..., Any]) -> Tensor:
-        assert self.step is not None
-        self.step.locate_last()
+        self.step = Step.of_last_tokens(self.cache.pages)
         cache = {CACHE: self.cache}
         return forward(input_ids=self._ids, position_ids=self._position_ids, use_cache=True, **cache).logits
 

@@ -27,7 +27,9 @@ def note_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def prepare_checked(prepare: Callable[..., Any], input_ids: Any, *args: Any, **kwargs: Any) -> Any:
     """A model's prepare_inputs_for_generation; the first of a generation checks the prompt against the cache."""
     cache = cache_of(kwargs)
-    if isinstance(cache, PagedCache) and kwargs.get("is_first_iteration") and isinstance(input_ids, Tensor):
+    # given where `generate` takes the ids for all tokens so far; not for a chunk, or for what follows the cache
+    is_whole = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None
+    if isinstance(cache, PagedCache) and is_whole and isinstance(input_ids, Tensor):
         check_prompt(cache, input_ids, kwargs.get("attention_mask"))
     return prepare(input_ids, *args, **kwargs)
 
@@ -35,8 +37,7 @@ def prepare_checked(prepare: Callable[..., Any], input_ids: Any, *args: Any, **k
 def check_prompt(cache: PagedCache, input_ids: Tensor, mask: Tensor | None) -> None:
     """Refuse a whole prompt that does not begin with the tokens in the cache; waits for the GPU where it holds any."""
     seen = cache.seen
-    is_whole = mask is None or mask.shape[1] == input_ids.shape[1]  # otherwise: only what follows the cache
-    if not seen or not is_whole or cache.ids is None or cache.ids.shape[1] != seen:
+    if not seen or cache.ids is None or cache.ids.shape[1] != seen:
         return
     begins = input_ids.shape[1] > seen
     if begins:

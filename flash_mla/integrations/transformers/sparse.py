@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from flash_mla.deepseek import flash_mla_with_kvcache
-from flash_mla.integrations.transformers.cache import Layer, PagedCache
+from flash_mla.integrations.transformers.cache import PagedCache
+from flash_mla.integrations.transformers.layer import Layer
 from flash_mla.integrations.transformers.step import Step, Tokens
 
 MODELS = ("deepseek_v32", "glm_moe_dsa")

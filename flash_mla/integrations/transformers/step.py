@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flash_mla.api import MLAMetadata, flash_mla_with_kvcache, get_mla_metadata
 from flash_mla.cache import PagedKVCache
 from flash_mla.errors import ShapeError
 from flash_mla.problem import BLOCK
 from flash_mla.quant import quantise
 
 if TYPE_CHECKING:
-    from flash_mla.integrations.transformers.cache import Layer
+    from flash_mla.integrations.transformers.layer import Layer
 
 MAX_S_Q = 8  # most query tokens of a decode call
 
@@ -40,7 +39,8 @@ class Tokens:
         """Of each request: tokens before this pass, tokens of this pass; None without a mask. Waits for the GPU."""
         if self.mask is None:
             return None
-        new, all_ = torch.stack([self.mask[:, -self.count :].sum(-1), self.mask.sum(-1)]).tolist()
+        new = self.mask[:, -1] if self.count == 1 else self.mask[:, -self.count :].sum(-1)
+        new, all_ = torch.stack([new, self.mask.sum(-1)]).tolist()
         return [(total - count, count) for total, count in zip(all_, new, strict=True)]
 
 
@@ -87,42 +87,48 @@ class Step:
         is_first: no request held a token before.
         position: [B, P], where in its request a token lies; for padding any number.
         keep: [B, P] bool, False for padding; None: no padding.
+        is_token: each request has one new token, and had others before.
+        starts: [B] int32, the tokens before that one.
         slots: [tokens kept], where in a layer's pool, seen as [Nblk * 64, D], their rows go.
         longest: tokens of the longest request.
     """
 
     def __init__(self, pages: PagedKVCache, tokens: Tokens) -> None:
         self.is_first = not any(pages.lengths)
-        starts = pages.seq_lens.clone()
         self.keep = admit(pages, tokens)
         self.longest = max(pages.lengths)
         self._pages, self._tokens = pages, tokens.count
         self._kept: Tensor | None = None
-        self._calls: list[tuple[slice, Tensor, MLAMetadata]] = []
-        if tokens.count == 1 and self.keep is None:
-            self.locate_last()
-        else:
-            self._locate(starts)
+        self.is_token = tokens.count == 1 and self.keep is None and not self.is_first
+        if not self.is_token:
+            self._locate()
 
     @classmethod
     def of_last_tokens(cls, pages: PagedKVCache) -> Step:
-        """The pass of every request's last token, which has its block; `locate_last` finds where these tokens lie."""
+        """The pass of every request's last token, which has its block; all that it is comes from the device."""
         step = cls.__new__(cls)
-        step.is_first, step.keep, step.longest = False, None, max(pages.lengths)
-        step._pages, step._tokens, step._kept, step._calls = pages, 1, None, []
+        step.is_first, step.keep, step.is_token, step.longest = False, None, True, max(pages.lengths)
+        step._pages, step._tokens, step._kept = pages, 1, None
         return step
 
-    def locate_last(self) -> None:
-        """Position and slot of every request's last token, from the lengths and tables on the device."""
-        position = (self._pages.seq_lens - 1).long().unsqueeze(1)
-        block = position // BLOCK
-        self.position = position
-        self.slots = torch.add(position, self._pages.block_table.gather(1, block) - block, alpha=BLOCK).flatten()
+    @cached_property
+    def starts(self) -> Tensor:
+        return self._pages.seq_lens - 1
 
-    def _locate(self, starts: Tensor) -> None:
-        """Position and slots of all new tokens, which follow `starts` [B] earlier ones; how `align` orders them."""
-        pages, P, keep, device = self._pages, self._tokens, self.keep, starts.device
-        B = len(starts)
+    @cached_property
+    def position(self) -> Tensor:
+        return self.starts.long().unsqueeze(1)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        block = self.position // BLOCK
+        return torch.add(self.position, self._pages.block_table.gather(1, block) - block, alpha=BLOCK).flatten()
+
+    def _locate(self) -> None:
+        """Position and slots of all new tokens, which follow those before; how `align` orders them."""
+        pages, P, keep = self._pages, self._tokens, self.keep
+        B, device = len(pages.lengths), pages.seq_lens.device
+        starts = pages.seq_lens - (P if keep is None else keep.sum(-1))
         arrival = torch.arange(P, device=device).expand(B, P) if keep is None else (keep.cumsum(-1) - 1).clamp(min=0)
         request = torch.arange(B, device=device)[:, None].expand(B, P).flatten()
         self.position = starts[:, None] + arrival
@@ -151,14 +157,14 @@ class Step:
         rows = blocks * BLOCK + token % BLOCK
         return rows.where(token < self._pages.seq_lens[:, None], 0)
 
-    def write(self, rows: Tensor, cache: Tensor, descale: Tensor | None = None) -> None:
-        """Write new rows [B, Hk, P, D], those of padding aside, into a layer's pool [B, Hk, Nblk, 64, D]."""
-        rows = rows.detach()
-        if descale is not None:  # NOTE: torch copies e4m3 by index as bytes only
-            rows, cache = quantise(rows, descale)[0].view(torch.uint8), cache.view(torch.uint8)
+    def write(self, rows: Tensor, target: Tensor, descale: Tensor | None = None) -> None:
+        """Write new rows [B, Hk, P, D], those of padding aside, into a layer's pool, seen as [Hk, Nblk * 64, D]."""
+        if rows.requires_grad:
+            rows = rows.detach()
+        if descale is not None:
+            rows = quantise(rows, descale)[0].view(torch.uint8)
         rows = rows.transpose(0, 1).flatten(1, 2)  # [Hk, B * P, D]
-        rows = rows if self._kept is None else rows[:, self._kept]
-        cache[0].flatten(1, 2).index_copy_(1, self.slots, rows)
+        target.index_copy_(1, self.slots, rows if self._kept is None else rows[:, self._kept])
 
     def align(self, rows: Tensor) -> Tensor:
         """[B, H, P, D] with a request's tokens side by side: first in the step's prefill, last in its decode."""
@@ -173,28 +179,17 @@ class Step:
             return out.transpose(1, 2)
         return out[self._request, :, self._rank].masked_fill_(~self.keep[:, :, None, None], 0)
 
+    @cached_property
+    def _lengths(self) -> list[Tensor]:
+        """[B] each: tokens of the requests up to the last one of each decode call of the step."""
+        later = range(self._tokens - MAX_S_Q, 0, -MAX_S_Q)
+        lengths = self._pages.seq_lens
+        return [*[(lengths - tokens).clamp(min=0) for tokens in later], lengths]
+
     def decode(self, q: Tensor, layer: Layer, scale: float) -> Tensor:
         """Attention of q [B, Hq, P, D] over a layer's pages, at most MAX_S_Q tokens a call."""
-        if not self._calls:
-            for first in range(0, self._tokens, MAX_S_Q):
-                queries = slice(first, min(first + MAX_S_Q, self._tokens))
-                later = self._tokens - queries.stop
-                lengths = (self._pages.seq_lens - later).clamp(min=0) if later else self._pages.seq_lens
-                metadata = get_mla_metadata(
-                    q[:, :, queries].shape,
-                    layer.k_cache.shape,
-                    self._pages.block_table,
-                    lengths,
-                    v_head_dim=layer.v_cache.shape[-1],
-                    check_values=False,
-                )
-                self._calls.append((queries, lengths, metadata))
         table = self._pages.block_table
-        parts = []
-        for queries, lengths, metadata in self._calls:
-            part = flash_mla_with_kvcache(
-                q[:, :, queries].contiguous(), layer.k_cache, layer.v_cache, table, lengths, metadata=metadata,
-                softmax_scale=scale, k_descale=layer.k_descale, v_descale=layer.v_descale,
-            )  # fmt: skip
-            parts.append(cast(Tensor, part))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        if self._tokens <= MAX_S_Q:
+            return layer.decode(q, table, self._pages.seq_lens, scale)
+        calls = zip(q.split(MAX_S_Q, dim=2), self._lengths, strict=True)
+        return torch.cat([layer.decode(part, table, lengths, scale) for part, lengths in calls], 2)

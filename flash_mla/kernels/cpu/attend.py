@@ -47,6 +47,7 @@ class Attend(Item):
         self.end()
         with g.when(self.splits > 1):
             self.merge(claim)
+        self.keep((self.splits > 1).pick(self.parts, self.m["own"]))
         self.store()
         g.goto(claim)
         g.b.position_at_end(done)

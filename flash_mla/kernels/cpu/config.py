@@ -168,6 +168,11 @@ class Spec:
         return TILE_BLOCKS * BLOCK if self.unit == "amx" else BLOCK
 
     @property
+    def stored(self) -> int:
+        """Bytes of a row of K as the cache stores it."""
+        return ROWS[self.kv].width if self.kv in ROWS else self.D * SIZE[self.kv]
+
+    @property
     def held(self) -> str:
         """The element type that products read."""
         if self.kv == "fp8":
@@ -203,6 +208,11 @@ class Spec:
         return max(-(-self.keys // self.tile_n) * self.tile_n, self.keys + self.lanes)
 
     @property
+    def paired(self) -> int:
+        """Bytes of a chunk of V in pairs of keys; on AMX with those that keep chunks out of one set of L1."""
+        return 2 * self.keys * self.chunk + (128 if self.unit == "amx" else 0)
+
+    @property
     def state(self) -> int:
         """Bytes of the vectors of max or sum, in whole lines."""
         return -(-self.vectors * self.lanes * 4 // 64) * 64
@@ -213,12 +223,10 @@ class Spec:
         return 2 * self.state + 4 * self.rows * self.padded(self.Dv)
 
     def memory(self) -> tuple[dict[str, Part], int]:
-        """The one ledger of a thread's memory, by name, and its bytes. max, sum and o adjoin: a partial result."""
+        """The one ledger of a thread's memory, by name, and its bytes; `own` is a partial result."""
         staged = BLOCK * SIZE[self.held] if self.staged else 0
         sizes = {
-            "max": self.state,
-            "sum": self.state,
-            "o": 4 * self.rows * self.padded(self.Dv),
+            "own": self.partial,
             "q": 4 * self.rows * self.padded(self.depth),
             "scores": 4 * self.rows * self.width,
             "bias": 4 * self.tile_m * self.width if self.mask else 0,
@@ -231,7 +239,7 @@ class Spec:
             "k": staged * self.D,
             "v": 0 if self.alias else staged * self.Dv,
             "wide": 4 * BLOCK * self.padded(self.D) if self.many and not self.pairs else 0,
-            "pairs": 2 * self.keys * self.padded(self.Dv) if self.pairs else 0,
+            "pairs": self.padded(self.Dv) // self.chunk * self.paired if self.pairs else 0,
             "copy": 2 * BLOCK * self.D if self.unit == "amx" and self.source == "rows" else 0,
             "weights": 2 * self.keys * self.rows if self.unit == "amx" else 0,
             "reach": 8 * self.tiles if self.unit == "amx" else 0,

@@ -168,18 +168,18 @@ class Few(Attend):
     def prefetch_chunks(self, c: Value, j: Value, block: Block) -> None:
         """Where there is one tile: ask for the next block's rows of K, in the columns at hand."""
         s = self.spec
-        if block.ahead is not None and s.tiles == 1:
+        if block.ahead is not None and s.tiles == 1 and not s.staged:
             for n in range(s.tile_n):
-                self.g.prefetch(block.ahead[0] + (j + n) * block.k_row + c * (s.chunk * SIZE[s.kv]), 2)
+                self.g.prefetch(block.ahead[0](j + n) + c * (s.chunk * SIZE[s.kv]), 2)
 
     def prefetch_k(self, t: Value, j: Value, block: Block) -> None:
-        """Where there are several: each asks for its share of each row."""
+        """Where there are several, or rows are named: each asks for its share of each row."""
         s = self.spec
-        if block.ahead is None or s.tiles == 1:
+        if block.ahead is None or (s.tiles == 1 and not s.staged):
             return
-        bytes_a_tile = -(-(s.D * SIZE[s.kv]) // (64 * s.tiles)) * 64
+        bytes_a_tile = -(-s.stored // (64 * s.tiles)) * 64
         for n in range(s.tile_n):
-            row = block.ahead[0] + (j + n) * block.k_row + t * bytes_a_tile
+            row = block.ahead[0](j + n) + t * bytes_a_tile
             for line in range(0, bytes_a_tile, 64):
                 self.g.prefetch(row + line, 2)
 
@@ -195,4 +195,4 @@ class Few(Attend):
         first = ((c * s.tiles + t) * BLOCK + j) * lines // (chunks * s.tiles)
         for n in range(-(-2 * lines // (chunks * s.tiles))):
             line = first + n
-            self.g.prefetch(block.ahead[1] + line // lines * block.v_row + line % lines * 64, 2)
+            self.g.prefetch(block.ahead[1](line // lines) + line % lines * 64, 2)

@@ -160,6 +160,9 @@ class Value:
     def store(self, x: Value, align: int = 1) -> None:
         self.b.store(x.v, self.v, align=align)
 
+    def load_atomic(self, kind: ir.Type, order: str) -> Value:
+        return Value(self.b, self.b.load_atomic(self.v, order, 8, typ=kind))
+
     def add_atomic(self, x: int, order: str) -> Value:
         """Add to the I64 at this pointer; the value before."""
         return Value(self.b, self.b.atomic_rmw("add", self.v, constant(I64, x), order))

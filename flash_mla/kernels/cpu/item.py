@@ -7,10 +7,11 @@ r // S_q: all queries of a KV head in decode, those of one head in prefill, the 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from llvmlite import ir
 
-from flash_mla.kernels.cpu.config import Spec
+from flash_mla.kernels.cpu.config import BLOCK, Spec
 from flash_mla.kernels.cpu.formats import CODE, SIZE, SPLIT, narrow, store_pair
 from flash_mla.kernels.cpu.ir import F32, I32, I64, POINTER, Code, Value, vector
 from flash_mla.kernels.cpu.lanes import exp, interleave, log
@@ -40,6 +41,23 @@ FIELDS = ARGUMENTS.split()
 """The arguments, 8 bytes each."""
 
 
+class Place(NamedTuple):
+    """Which item: its group of rows, split of the keys, item head and request. Its keys are [0, n) of a request of
+    `length`, whose query 0 stands at `start`; they need so many splits, and this one's are the blocks [first, stop).
+    """
+
+    group: Value
+    split: Value
+    h: Value
+    b: Value
+    length: Value
+    start: Value
+    n: Value
+    splits: Value
+    first: Value
+    stop: Value
+
+
 class Item:
     """The item that is being worked on. `a` are the arguments by name, `m` the parts of the thread's memory."""
 
@@ -60,52 +78,84 @@ class Item:
         return self.a[name].cast("inttoptr", POINTER)
 
     def begin(self, number: Value, claim: ir.Block) -> None:
-        """Begin the item of this number: the groups of a split adjoin, then splits, heads and requests. Claim another
-        where its keys need fewer splits."""
-        g, a = self.g, self.a
-        # NOTE: the last rows of a causal call see the most keys, and come first
-        self.group = a["groups"] - 1 - number % a["groups"]
-        x = number // a["groups"]
-        self.split = x % a["splits"]
-        x = x // a["splits"]
-        self.h, self.b = x % a["heads"], x // a["heads"]
-        self.bounds()
+        """Begin the item of this number; claim another where its keys need fewer splits."""
+        g, a, s = self.g, self.a, self.spec
+        self.number, self.place = number, self.locate(number)
+        self.group, self.split, self.h, self.b, self.length, self.start, self.n, self.splits, *_ = self.place
         has_keys = g.label("has_keys")
         g.b.cbranch((self.split < self.splits).v, has_keys, claim)
         g.b.position_at_end(has_keys)
+        self.r0, self.nr = self.rows_of(self.group)
+        self.live_tiles = (self.nr + (s.tile_m - 1)) // s.tile_m
+        self.live_vectors = self.live_tiles * (s.tile_m // s.deep)
+        self.causal = a["causal"].differs(0)
+        self.scale = (self.args + 8 * FIELDS.index("scale")).load(F32) * self.descale("q") * self.descale("k")
+        self.begin_partial()
         self.load_q()
         self.begin_rows()
 
-    def bounds(self) -> None:
-        """Rows [r0, r0 + nr), keys [0, n), the position of query 0."""
-        g, a, span = self.g, self.a, self.spec.span or self.spec.rows
-        self.r0 = self.group * span
-        self.nr = (a["R"] - self.r0).min(span)
-        self.live_tiles = (self.nr + (self.spec.tile_m - 1)) // self.spec.tile_m
-        self.live_vectors = self.live_tiles * (self.spec.tile_m // self.spec.deep)
-        self.scale = (self.args + 8 * FIELDS.index("scale")).load(F32) * self.descale("q") * self.descale("k")
-        self.splits = a["splits"]
+    def rows_of(self, group: Value) -> tuple[Value, Value]:
+        """The first of a group's rows, and how many they are."""
+        span = self.spec.span or self.spec.rows
+        return group * span, (self.a["R"] - group * span).min(span)
+
+    def locate(self, number: Value) -> Place:
+        """The item of this number: the groups of a split adjoin, then splits, heads and requests."""
+        g, a, block = self.g, self.a, self.spec.block
+        # NOTE: the last rows of a causal call see the most keys, and come first
+        group = a["groups"] - 1 - number % a["groups"]
+        x = number // a["groups"]
+        split = x % a["splits"]
+        x = x // a["splits"]
+        h, b = x % a["heads"], x // a["heads"]
         if self.spec.source == "sparse":
-            return
+            none = g.const(0)
+            return Place(group, split, h, b, none, none, none, a["splits"], *self.named(b, split))
         length = g.variable(a["cap"])
         with g.when(a["lens"].differs(0)):
-            length.set(g.integer(self.pointer("lens"), self.b, a["lens_wide"]).max(0).min(a["cap"]))
-        self.length = length.get()
-        start = g.variable(a["from_end"].differs(0).pick(self.length - a["S_q"], 0))
+            length.set(g.integer(self.pointer("lens"), b, a["lens_wide"]).max(0).min(a["cap"]))
+        start = g.variable(a["from_end"].differs(0).pick(length.get() - a["S_q"], 0))
         with g.when(a["starts"].differs(0)):
-            start.set(g.integer(self.pointer("starts"), self.b, a["starts_wide"]).max(0).min(a["cap"]))
-        self.start, self.causal = start.get(), a["causal"].differs(0)
-        last = self.r0 % a["S_q"] + self.nr
-        reach = (self.start + last.min(a["S_q"])).max(0).min(self.length)
-        self.n = self.causal.pick(reach, self.length)
-        blocks = (self.n + (self.spec.block - 1)) // self.spec.block
+            start.set(g.integer(self.pointer("starts"), b, a["starts_wide"]).max(0).min(a["cap"]))
+        r0, nr = self.rows_of(group)
+        last = (r0 % a["S_q"] + nr).min(a["S_q"])
+        n = a["causal"].differs(0).pick((start.get() + last).max(0).min(length.get()), length.get())
+        blocks = (n + (block - 1)) // block
         # NOTE: by the item's own keys, so that a longer request beside it changes no bit
-        self.splits = (blocks // a["part"]).max(1).min(a["splits"])
-        self.first, self.stop = self.part_of(blocks)
+        splits = (blocks // a["part"]).max(1).min(a["splits"])
+        return Place(group, split, h, b, length.get(), start.get(), n, splits, *part_of(blocks, split, splits))
 
-    def part_of(self, blocks: Value) -> tuple[Value, Value]:
-        """This split's blocks."""
-        return blocks * self.split // self.splits, blocks * (self.split + 1) // self.splits
+    def named(self, b: Value, split: Value) -> tuple[Value, Value]:
+        """The blocks of a split of the rows that are named by index."""
+        blocks = [(self.count(n, b) + (BLOCK - 1)) // BLOCK for n in range(self.spec.sets)]
+        return part_of(blocks[0] if len(blocks) == 1 else blocks[0] + blocks[1], split, self.a["splits"])
+
+    def count(self, n: int, b: Value) -> Value:
+        """How many indices request b has in cache n."""
+        a = self.a
+        count = self.g.variable(a[f"topk{n}"])
+        with self.g.when(a[f"count{n}"].differs(0)):
+            given = self.g.integer(self.pointer(f"count{n}"), b, a[f"count{n}_wide"])
+            count.set(given.max(0).min(a[f"topk{n}"]))
+        return count.get()
+
+    def following(self) -> Place:
+        """What this thread will most likely claim next; this item again, where there are no more."""
+        number = (self.args + 8 * FIELDS.index("next")).load_atomic(I64, "monotonic")
+        return self.locate((number < self.a["work"]).pick(number, self.number))
+
+    def begin_partial(self) -> None:
+        """Where max, sum and O lie: in the thread's memory, or among those of the item's other splits."""
+        a, s, m = self.a, self.spec, self.m
+        one = (self.b * a["heads"] + self.h) * a["groups"] + self.group  # the item without its split
+        self.parts = self.pointer("partial") + one * a["splits"] * s.partial
+        self.counter = self.pointer("done") + one * 8
+        self.keep((self.splits > 1).pick(self.parts + self.split * s.partial, m["own"]))
+
+    def keep(self, at: Value) -> None:
+        """max, sum and O are those at this address."""
+        s = self.spec
+        self.m |= {"max": at, "sum": at + s.state, "o": at + 2 * s.state}
 
     def descale(self, name: str) -> Value:
         """The descale of q, k or v for this request and KV head; 1 where there is none."""
@@ -165,41 +215,34 @@ class Item:
     # --- The end ------------------------------------------------------------------------------------------------------
 
     def merge(self, claim: ir.Block) -> None:
-        """Leave this split's max, sum and O; the last to do so merges all, in their order, and goes on to store."""
-        g, a, s, m, W = self.g, self.a, self.spec, self.m, self.spec.lanes
-        one = (self.b * a["heads"] + self.h) * a["groups"] + self.group  # the item without its split
-        parts = self.pointer("partial") + one * a["splits"] * s.partial
-        own = parts + self.split * s.partial
-        with g.loop(0, s.partial, 4 * W) as at:
-            (own + at).store((m["max"] + at).load(self.V, 4), 4)
-        counter = self.pointer("done") + one * 8
-        before = counter.add_atomic(1, "acq_rel")
+        """Claim another item, unless all other splits are done: then add them up in their order, in the first's place,
+        and go on to store."""
+        g, s, W, parts = self.g, self.spec, self.spec.lanes, self.parts
+        before = self.counter.add_atomic(1, "acq_rel")
         last = g.label("last")
         g.b.cbranch((before + 1).equals(self.splits).v, last, claim)
         g.b.position_at_end(last)
-        counter.store(g.const(0), 8)  # for the next call
-        with g.loop(0, self.live_vectors * (4 * W), 4 * W) as t:
-            top = g.variable(self.lowest)
+        self.counter.store(g.const(0), 8)  # for the next call
+        with g.loop(0, self.live_vectors) as t:
+            at = t * (4 * W)
+            top, total = g.variable(self.lowest), g.variable(self.zero)
             with g.loop(0, self.splits) as part:
-                top.set(top.get().max((parts + part * s.partial + t).load(self.V, 4)))
-            (m["max"] + t).store(top.get(), 4)
-            (m["sum"] + t).store(self.zero, 4)
-        self.clear_o()
-        with g.loop(0, self.splits) as part:
-            source = parts + part * s.partial
-            with g.loop(0, self.live_vectors) as t:
-                peak = (m["max"] + t * (4 * W)).load(self.V, 4)
-                base = peak.equals(-math.inf).pick(0.0, peak)
-                factor = exp((source + t * (4 * W)).load(self.V, 4) - base)
-                at = m["sum"] + t * (4 * W)
-                at.store((source + s.state + t * (4 * W)).load(self.V, 4).fma(factor, at.load(self.V, 4)), 4)
+                top.set(top.get().max((parts + part * s.partial + at).load(self.V, 4)))
+            base = top.get().equals(-math.inf).pick(0.0, top.get())
+            with g.loop(0, self.splits) as part:
+                source = parts + part * s.partial
+                factor = exp((source + at).load(self.V, 4) - base)
+                total.set((source + s.state + at).load(self.V, 4).fma(factor, total.get()))
+                first = part.equals(0)
                 with g.loop(0, s.padded(s.Dv) // s.chunk) as c:
                     for r in range(s.deep):
                         for half in (0, 1):
                             x = (c * (s.rows * s.chunk) + t * (s.deep * s.chunk) + (r * s.chunk + half * W)) * 4
-                            o = m["o"] + x
-                            y = (source + 2 * s.state + x).load(self.V, 4)
-                            o.store(y.fma(factor.shuffle([r] * W), o.load(self.V, 4)), 4)
+                            o, y = (p + 2 * s.state + x for p in (parts, source))
+                            old = first.pick(self.zero, o.load(self.V, 4))
+                            o.store(y.load(self.V, 4).fma(factor.shuffle([r] * W), old), 4)
+            (parts + at).store(top.get(), 4)
+            (parts + s.state + at).store(total.get(), 4)
 
     def store(self) -> None:
         """out = O / sum by V's descale and the sink's share; lse = max + ln sum."""
@@ -251,3 +294,8 @@ class Item:
         a = self.a
         head = self.h * (a["R"] // a["S_q"]) + r // a["S_q"]
         return base + self.b * a["lse_b"] + head * a["lse_h"] + r % a["S_q"] * a["lse_r"]
+
+
+def part_of(blocks: Value, split: Value, splits: Value) -> tuple[Value, Value]:
+    """The blocks of a split."""
+    return blocks * split // splits, blocks * (split + 1) // splits

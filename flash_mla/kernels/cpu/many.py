@@ -159,12 +159,14 @@ class Many(Attend):
         s = self.spec
         if block.ahead is None:
             return
-        rows = [(block.ahead[0], block.k_row, s.D), (block.ahead[1], block.v_row, s.Dv)]
-        for base, stride, columns in rows[:1] if s.alias else rows:
-            share = -(-columns * SIZE[s.kv] // (64 * s.tiles)) * 64
+        rows = [(block.ahead[0], s.stored)]
+        if not s.alias:
+            rows.append((block.ahead[1], s.Dv * SIZE[s.kv]))
+        for row, size in rows:
+            share = -(-size // (64 * s.tiles)) * 64
             with self.g.loop(j, j + s.tile_n) as key:
                 for line in range(0, share, 64):
-                    self.g.prefetch(base + key * stride + t * share + line, 2)
+                    self.g.prefetch(row(key) + t * share + line, 2)
 
     def softmax(self, t: Value, reach: Value) -> None:
         """Move the running max; p = exp(S - max), and its sum."""
@@ -172,7 +174,7 @@ class Many(Attend):
         per_tile = self.spec.tile_m // W
         with g.loop(t * per_tile, (t + 1) * per_tile) as v:
             at = v * (4 * W)
-            peak = (m["peak"] + at).load(self.V, 4)
+            peak = self.moved((m["max"] + at).load(self.V, 4), (m["peak"] + at).load(self.V, 4))
             base = peak.equals(-math.inf).pick(0.0, peak)  # a row that sees no key yet: exp(-inf) is 0
             factor = exp((m["max"] + at).load(self.V, 4) - base)
             (m["max"] + at).store(peak, 4)
@@ -180,6 +182,10 @@ class Many(Attend):
             total = g.variable((m["sum"] + at).load(self.V, 4) * factor)
             self.weigh(v, base, reach, total)
             (m["sum"] + at).store(total.get(), 4)
+
+    def moved(self, old: Value, peak: Value) -> Value:
+        """What weights are relative to, from now on: the largest score."""
+        return peak
 
     def weigh(self, v: Value, base: Value, reach: Value, total: Variable) -> None:
         """p = exp(S - base) of vector v of the rows, in place; add to its sum."""

@@ -13,7 +13,7 @@ The sum of the weights is of those before rounding: lse stays FP32's. The instru
 from __future__ import annotations
 
 from flash_mla.kernels.cpu.formats import SIZE, chunk, round_bf16, tail
-from flash_mla.kernels.cpu.ir import BF16, I32, Value, Variable, vector
+from flash_mla.kernels.cpu.ir import BF16, I16, I32, Value, Variable, vector
 from flash_mla.kernels.cpu.lanes import exp
 from flash_mla.kernels.cpu.many import Many
 from flash_mla.kernels.cpu.walk import Block
@@ -51,8 +51,18 @@ class Pairs(Many):
                 p = exp(self.score(key, v).load(self.V, 4) - base)
                 weights.append((key < reach).pick(p, self.zero))
                 total.set(total.get() + weights[-1])
-            first, second = (round_bf16(p).bits(self.V) for p in weights)
-            self.score(j, v).store(beside(first, second), 4)
+            self.score(j, v).store(self.rounded(*weights), 4)
+
+    def rounded(self, first: Value, second: Value) -> Value:
+        """FP32 lanes rounded to BF16, in pairs."""
+        if self.spec.unit == "neon":
+            return beside(round_bf16(first).bits(self.V), round_bf16(second).bits(self.V))
+        # NOTE: one instruction (`vcvtneps2bf16`) where integers take six
+        kind, W = vector(I32, self.spec.lanes), self.spec.lanes
+        low, high = (
+            x.cast("fptrunc", vector(BF16, W)).bits(vector(I16, W)).cast("zext", kind) for x in (first, second)
+        )
+        return (low | (high << 16)).bits(self.V)
 
     def filled(self, keys: Value) -> Value:
         """Keys up to the next multiple of `padding`."""

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -26,6 +27,8 @@ logger = logging.getLogger("flash_mla")
 
 DIGEST = 32
 """Bytes of the digest in front of the code."""
+COMPILING = threading.Lock()
+"""Threads that ask for one kernel at once compile it once: the others find it stored."""
 
 
 def directory() -> Path:
@@ -112,15 +115,16 @@ ENGINES: list[llvm.ExecutionEngine] = []
 @functools.cache
 def load(spec: Kernel) -> dict[str, int]:
     """The addresses of a kernel's entry points `run` and `member`, on the host."""
-    file = path(spec, host())
-    code = stored(file)
-    if code is None:
-        started = time.monotonic()
-        code = compiled(spec, host())
-        keep(file, code)
-        logger.info("compiled %s for %s in %.1f s", spec, host().cpu, time.monotonic() - started)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine(host()))
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    ENGINES.append(engine)
+    with COMPILING:
+        file = path(spec, host())
+        code = stored(file)
+        if code is None:
+            started = time.monotonic()
+            code = compiled(spec, host())
+            keep(file, code)
+            logger.info("compiled %s for %s in %.1f s", spec, host().cpu, time.monotonic() - started)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine(host()))
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        ENGINES.append(engine)
     return {name: engine.get_function_address(name) for name in ("run", "member")}

@@ -21,15 +21,16 @@ from __future__ import annotations
 from llvmlite import ir
 
 from flash_mla.kernels.cpu.config import BLOCK
-from flash_mla.kernels.cpu.formats import round_bf16
 from flash_mla.kernels.cpu.ir import I8, I32, I64, Value, Variable, vector
 from flash_mla.kernels.cpu.lanes import exp, turn
 from flash_mla.kernels.cpu.many import Rows
-from flash_mla.kernels.cpu.pairs import Pairs, beside
+from flash_mla.kernels.cpu.pairs import Pairs
 from flash_mla.kernels.cpu.walk import Block
 
 SIDE = 16
 """Rows of a tile, and FP32 columns."""
+LEEWAY = 8.0
+"""How far a score may pass what weights are relative to: e^8 of one, beside sums in FP32 of which BF16 keeps 8 bits."""
 A, B = (4, 5), (6, 7)
 """The registers of A and of B; C has 0 to 3."""
 
@@ -107,7 +108,11 @@ class Tiles(Pairs):
     def pair(self, j: Value, c: Value) -> Value:
         """[chunk, pair of keys, column], for the same reason."""
         s = self.spec
-        return self.m["pairs"] + (c * (s.keys // 2) + (self.waiting.get() + j) // 2) * (s.chunk * 4)
+        return self.pairs_of(c) + (self.waiting.get() + j) // 2 * (s.chunk * 4)
+
+    def pairs_of(self, c: Value) -> Value:
+        """Where chunk c of V starts; chunks lie a line apart, not in one set of L1."""
+        return self.m["pairs"] + c * self.spec.paired
 
     def scores(self, t: Value, k: Value, k_row: int | Value, reach: Value, block: Block) -> None:
         g, s, m = self.g, self.spec, self.m
@@ -140,6 +145,13 @@ class Tiles(Pairs):
         """The scores wait for those of the next blocks."""
         self.reach_of(t).store(self.waiting.get() + self.filled(reach), 8)
 
+    def moved(self, old: Value, peak: Value) -> Value:
+        """The largest score, once it is far above what weights were relative to: else O is scaled at nearly every step,
+        since one of 16 rows moves."""
+        if self.spec.source == "sparse":  # its max_logits are asked for
+            return peak
+        return (peak > old + LEEWAY).pick(peak, old)
+
     def weigh(self, v: Value, base: Value, reach: Value, total: Variable) -> None:
         """p = exp(S - base), turned: [row, key]."""
         with self.g.loop(0, reach, 2 * SIDE) as j:
@@ -149,8 +161,8 @@ class Tiles(Pairs):
                 for key in (j + 2 * i, j + (2 * i + 1)):
                     p = exp(self.score(key, v).load(self.V, 4) - base)
                     total.set(total.get() + p)
-                    pair.append(round_bf16(p).bits(self.V))
-                words.append(beside(*pair))
+                    pair.append(p)
+                words.append(self.rounded(*pair))
             for r, x in enumerate(turn(words)):
                 (self.m["weights"] + (v * SIDE + r) * (2 * self.spec.keys) + j * 2).store(x, 64)
 
@@ -182,7 +194,7 @@ class Tiles(Pairs):
         for a, half, place in places:
             self.tile_load(2 * a + half, place, width)
         with g.loop(0, reach, 2 * SIDE) as j:
-            pairs = m["pairs"] + (c * s.keys + j) // 2 * width
+            pairs = self.pairs_of(c) + j // 2 * width
             for a in range(self.across):
                 self.tile_load(A[a], m["weights"] + (first + a * SIDE) * line + j * 2, line)
                 for half in (0, 1):

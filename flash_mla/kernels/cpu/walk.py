@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 from flash_mla.kernels.cpu.config import BLOCK
 from flash_mla.kernels.cpu.formats import ROWS, SIZE, stage_row
-from flash_mla.kernels.cpu.ir import I1, I8, I64, POINTER, Value
-from flash_mla.kernels.cpu.item import Item
+from flash_mla.kernels.cpu.ir import I1, I8, I64, POINTER, Value, Variable
+from flash_mla.kernels.cpu.item import Item, Place
 
 
 class Block(NamedTuple):
     """The keys of a step: pointers to the first row of K and V, bytes from row to row, how many keys; limit(t) is the
     key past which a row sees none, for each lane of vector t of the state, counted from the block's first; and the
-    least and the most of them."""
+    least and the most of them; and where rows of K and V of the block after it start, which are asked for meanwhile."""
 
     k: Value
     k_row: Any
@@ -23,9 +23,11 @@ class Block(NamedTuple):
     keys: Value
     limit: Callable[[Value], tuple[Value, Value, Value]]
     mask_key: Value
-    ahead: tuple[Value, Value] | None
+    ahead: tuple[Row, Row] | None
 
 
+Row = Callable[[Value], Value]
+"""Where row j starts."""
 Step = Callable[[Block], None]
 """Attend to a block."""
 
@@ -33,24 +35,35 @@ Step = Callable[[Block], None]
 def walk_pages(item: Item, step: Step) -> None:
     """Blocks [first, stop) of this item's KV head, through the table or one after another."""
     g, a, s, m = item.g, item.a, item.spec, item.m
-    head = item.h // a["share"]
     names = ["k", "v", *(["rope"] if s.rope else [])]
-    bases = {x: item.pointer(x) + item.b * a[f"{x}_b"] + head * a[f"{x}_h"] for x in names}
-    table = item.pointer("table") + item.b * a["table_row"]
 
-    def rows(i: Value) -> dict[str, Value]:
+    def rows(of: Place, i: Value) -> dict[str, Value]:
         """The first rows of block i: a page, or 64 rows of a larger one."""
         number, inside = i // (s.page // s.block), i % (s.page // s.block) * s.block
         if s.source == "table":
+            table = item.pointer("table") + of.b * a["table_row"]
             number = g.integer(table, number, a["table_wide"]).max(0).min(a["Nblk"] - 1)
+        bases = {x: item.pointer(x) + of.b * a[f"{x}_b"] + of.h // a["share"] * a[f"{x}_h"] for x in names}
         return {x: base + number * a[f"{x}_p"] + inside * a[f"{x}_k"] for x, base in bases.items()}
 
-    with g.loop(item.first, item.stop) as i:
+    with g.loop(item.place.first, item.place.stop) as i:
         kept = g.const(True, I1)
         if s.layout:
             kept = (item.row("layout", item.r0 // BLOCK) + i * a["layout_k"]).load(I8).differs(0)
         with g.when(kept):
-            here, ahead = rows(i), rows((i + 1).min(item.stop - 1))
+            here = rows(item.place, i)
+            ahead = {x: g.variable(at) for x, at in here.items()}
+
+            def ask(of: Place, i: Value, ahead: dict[str, Variable] = ahead) -> None:
+                for x, at in rows(of, i).items():
+                    ahead[x].set(at)
+
+            with g.either(i + 1 < item.place.stop) as (more, last):
+                with more:
+                    ask(item.place, i + 1)
+                with last:
+                    following = item.following()
+                    ask(following, following.first.min((following.n - 1) // s.block).max(0))
             first = i * s.block
             count = (item.n - first).min(s.block)
 
@@ -59,11 +72,12 @@ def walk_pages(item: Item, step: Step) -> None:
                 least, most = ((m[name] + t * 8).load(I64, 8) - first for name in ("low", "high"))
                 return own, least, most
 
+            next_rows = {x: at.get() for x, at in ahead.items()}
             if s.staged:
-                step(Block(*stage_pages(item, here, count, ahead), count, limit, first, None))
+                step(Block(*stage_pages(item, here, count, next_rows), count, limit, first, None))
             else:
-                following = ahead["k"], ahead["v"]
-                step(Block(here["k"], a["k_k"], here["v"], a["v_k"], count, limit, first, following))
+                k, v = (lambda j, x=x: next_rows[x] + j * a[f"{x}_k"] for x in ("k", "v"))
+                step(Block(here["k"], a["k_k"], here["v"], a["v_k"], count, limit, first, (k, v)))
 
 
 def stage_pages(
@@ -91,59 +105,68 @@ def stage_pages(
 
 def walk_named(item: Item, step: Step) -> None:
     """The rows that the query names, 64 indices at a time: those that name one are gathered, and no others."""
-    g, a, s = item.g, item.a, item.spec
-    counts = []
-    for n in range(s.sets):
-        count = g.variable(a[f"topk{n}"])
-        with g.when(a[f"count{n}"].differs(0)):
-            given = g.integer(item.pointer(f"count{n}"), item.b, a[f"count{n}_wide"])
-            count.set(given.max(0).min(a[f"topk{n}"]))
-        counts.append(count.get())
-    blocks = [(count + (BLOCK - 1)) // BLOCK for count in counts]
-    total = blocks[0] if s.sets == 1 else blocks[0] + blocks[1]
-    first, stop = item.part_of(total)
-    before = g.const(0)
-    for n in range(s.sets):
-        with g.loop((first - before).max(0), (stop - before).min(blocks[n])) as i:
-            found = gather(item, n, i * BLOCK, (counts[n] - i * BLOCK).min(BLOCK))
+    g, s, m = item.g, item.spec, item.m
+    first, stop = item.place.first, item.place.stop
+    found = g.variable(find(item, item.place, first))
+    with g.loop(first, stop) as i:
+        count = found.get()
+        gather(item, count)
+        with g.either(i + 1 < stop) as (more, last):
+            with more:
+                found.set(find(item, item.place, i + 1))
+            with last:
+                following = item.following()
+                found.set(find(item, following, following.first))
 
-            def limit(t: Value, found: Value = found) -> tuple[Value, Value, Value]:
-                return found.index().splat(s.lanes), found, found
+        def limit(t: Value, count: Value = count) -> tuple[Value, Value, Value]:
+            return count.index().splat(s.lanes), count, count
 
-            with g.when(found > 0):
-                rows = (item.m["k"], s.D * SIZE[s.held])
-                step(Block(*rows, *rows, found, limit, found, None))
-        before = before + blocks[n]
+        def ahead(j: Value) -> Value:
+            return (m["addresses"] + j * 8).load(POINTER, 8)
+
+        with g.when(count > 0):
+            rows = (m["k"], s.D * SIZE[s.held])
+            step(Block(*rows, *rows, count, limit, count, (ahead, ahead)))
 
 
-def gather(item: Item, n: int, first: Value, named: Value) -> Value:
-    """Stage the rows of indices [first, first + named) of cache n; how many name a row."""
-    g, a, s = item.g, item.a, item.spec
+def find(item: Item, of: Place, i: Value) -> Value:
+    """Write the addresses of the rows that block i of an item names, and of their scales; how many there are."""
+    g, s = item.g, item.spec
     form = ROWS.get(s.kv)
-    indices = item.pointer(f"indices{n}") + item.b * a[f"i_b{n}"] + item.h * a[f"i_h{n}"]
     rows, scales = item.m["addresses"], item.m["addresses"] + 8 * (BLOCK + 8)
+    counts = [item.count(n, of.b) for n in range(s.sets)]
+    a, first, count = item.a, i * BLOCK, counts[0]
+    names = ("cache", "indices", "wide", "limit", "page", "c_p", "c_k", "i_b", "i_h")
+    own = {name: a[f"{name}0"] for name in names}
+    if s.sets == 2:
+        before = (counts[0] + (BLOCK - 1)) // BLOCK
+        second = i >= before
+        first, count = second.pick((i - before) * BLOCK, first), second.pick(counts[1], count)
+        own = {name: second.pick(a[f"{name}1"], x) for name, x in own.items()}
+    indices = own["indices"].cast("inttoptr", POINTER) + of.b * own["i_b"] + of.h * own["i_h"]
+    base = own["cache"].cast("inttoptr", POINTER)
     found = g.variable(g.const(0))
-    with g.loop(first, first + named) as j:
-        index = g.integer(indices, j, a[f"wide{n}"])
-        inside = (index >= 0) & (index < a[f"limit{n}"])
+    with g.loop(first, (first + BLOCK).min(count)) as j:
+        index = g.integer(indices, j, own["wide"])
+        inside = (index >= 0) & (index < own["limit"])
         index = inside.pick(index, 0)
-        page, slot = index // a[f"page{n}"], index % a[f"page{n}"]
+        slot, page = index % own["page"], base + index // own["page"] * own["c_p"]
         here = found.get()
-        base = a[f"cache{n}"] + page * a[f"c_p{n}"]
         if form and form.scales_apart:
-            (scales + here * 8).store(base + a[f"page{n}"] * form.width + slot * form.scale_bytes, 8)
-            (rows + here * 8).store(base + slot * form.width, 8)
+            (scales + here * 8).store(page + own["page"] * form.width + slot * form.scale_bytes, 8)
+            (rows + here * 8).store(page + slot * form.width, 8)
         else:
-            (rows + here * 8).store(base + slot * a[f"c_k{n}"], 8)
+            (rows + here * 8).store(page + slot * own["c_k"], 8)
         found.set(here + inside.cast("zext", I64))
-    count = found.get()
-    stored = form.width if form else s.D * SIZE[s.kv]
+    return found.get()
+
+
+def gather(item: Item, count: Value) -> None:
+    """Stage the rows that were found."""
+    g, s = item.g, item.spec
+    form = ROWS.get(s.kv)
+    rows, scales = item.m["addresses"], item.m["addresses"] + 8 * (BLOCK + 8)
     with g.loop(0, count) as j:
-        # NOTE: eight rows ahead: the latency of DRAM, and its fill buffers are not all taken
-        following = (rows + (j + 8).min(count - 1) * 8).load(POINTER, 8)
-        for line in range(0, stored, 64):
-            g.prefetch(following + line, 3)
         row = (rows + j * 8).load(POINTER, 8)
         scale = (scales + j * 8).load(POINTER, 8) if form and form.scales_apart else row
         stage_row(g, row, item.m["k"] + j * (s.D * SIZE[s.held]), s.kv, s.D, s.lanes, scale)
-    return count

@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 
 ARCH = "sm_90a"
 logger = logging.getLogger("flash_mla")
+COMPILING = threading.Lock()
+"""The DSL traces into a state of the whole process: two threads that compiled at once got errors of its own."""
 
 
 def directory() -> Path:
@@ -46,17 +49,18 @@ def load(name: str, config: Hashable, build: Callable[[Any], Any]) -> Callable[.
     """
     import cutlass.cute as cute
 
-    file = path(name, config)
-    if not file.exists():
-        started = time.monotonic()
-        logger.info("compiling %s %s for %s", name, config, ARCH)
-        os.environ.setdefault("CUTE_DSL_ARCH", ARCH)
-        compiled = build(config)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # NOTE: written aside and renamed, so that a process beside this one never reads half a file
-        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            part = Path(scratch) / file.name
-            compiled.export_to_c(str(part), function_name=name)
-            part.replace(file)
-        logger.info("compiled %s in %.0f s, kept in %s", name, time.monotonic() - started, file.parent)
-    return getattr(cute.runtime.load_module(str(file), enable_tvm_ffi=True), name)
+    with COMPILING:
+        file = path(name, config)
+        if not file.exists():
+            started = time.monotonic()
+            logger.info("compiling %s %s for %s", name, config, ARCH)
+            os.environ.setdefault("CUTE_DSL_ARCH", ARCH)
+            compiled = build(config)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # NOTE: written aside and renamed, so that a process beside this one never reads half a file
+            with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+                part = Path(scratch) / file.name
+                compiled.export_to_c(str(part), function_name=name)
+                part.replace(file)
+            logger.info("compiled %s in %.0f s, kept in %s", name, time.monotonic() - started, file.parent)
+        return getattr(cute.runtime.load_module(str(file), enable_tvm_ffi=True), name)

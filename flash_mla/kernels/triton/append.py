@@ -80,27 +80,13 @@ def grid(B: int, Hk: int, P: int) -> tuple[int, int, int]:
     return -(-P // TILE_T), Hk, B
 
 
-def arguments(
-    *,
-    k: Tensor,
-    v: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    block_table: Tensor,
-    start_pos: Tensor | None,
-    num_tokens: Tensor | None,
-) -> dict[str, Tensor | int | None]:
-    """append_kernel's arguments."""
+def constants(
+    k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, block_table: Tensor
+) -> dict[str, int | bool | str]:
+    """append_kernel's arguments after its tensors."""
     D = k.shape[3]
     Dv = 0 if v is None else v.shape[3]
     return dict(
-        k_ptr=k,
-        v_ptr=v,
-        k_cache_ptr=k_cache,
-        v_cache_ptr=v_cache,
-        table_ptr=block_table,
-        start_pos_ptr=start_pos,
-        num_tokens_ptr=num_tokens,
         P=k.shape[2],
         Nblk=k_cache.shape[2],
         table_blocks=block_table.shape[1],
