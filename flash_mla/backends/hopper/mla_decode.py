@@ -7,6 +7,7 @@ from collections.abc import Callable
 from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import HALVES
 from flash_mla.backends.hopper.strides import is_token_major, refuse_query, refuse_rows
+from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.limits import TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, PIECES, WIDTHS, Config
 from flash_mla.problem import DecodeArgs, DecodeProblem
@@ -35,7 +36,9 @@ def config(problem: DecodeProblem) -> Config:
     cluster = 2 if -(-rows // TILE_M) % 2 == 0 else 1
     piece = PIECES[2 if cluster == 2 else rows >= TILE_M] if problem.batch_invariant else 0
     masked = problem.mask != "none"
-    return Config(HALVES[problem.dtype], problem.D, cluster, piece, masked, is_token_major(problem))
+    # NOTE: a batch-invariant call has one kernel, however long the table is
+    short = not (piece or split.may_split(problem.table_blocks))
+    return Config(HALVES[problem.dtype], problem.D, cluster, piece, masked, is_token_major(problem), short)
 
 
 def bind(problem: DecodeProblem, config: Config) -> Callable[[DecodeArgs], None]:

@@ -63,6 +63,25 @@ def choose(total, heaviest, items, most_items, clusters, start, split_cost, most
 
 
 @cute.jit
+def find_short_work(seq_lens: cute.Tensor, groups, cluster_id, clusters) -> Work:
+    """This cluster's range where an item is a pair of blocks at most: each weighs one step, whatever the lengths are.
+
+    A barrier of the CTA lies inside, as in `find_work`.
+    """
+    items, chunk = seq_lens.shape[0] * groups, Int32(1)
+    # NOTE: a division is 100 cycles
+    if items > clusters:
+        chunk = (items + clusters - 1) // clusters
+    here = cluster_id * chunk
+    steps = cutlass.max(0, cutlass.min(chunk, items - here))
+    request, group = here if steps > 0 else 0, Int32(0)
+    if groups > 1:
+        request, group = request // groups, request % groups
+    cute.arch.sync_threads()
+    return Work(request, group, Int32(0), steps, chunk, Int32(1), Int32(0))
+
+
+@cute.jit
 def find_work(
     table: cute.Tensor,  # [B, table_blocks] int32
     seq_lens: cute.Tensor,  # [B] int32
@@ -76,53 +95,11 @@ def find_work(
     piece: cutlass.Constexpr = 0,  # pairs of a piece (see `walk`); 0: items are cut where ranges end
     most_parts: cutlass.Constexpr = 0,  # into which an item is cut, if that costs little (`split.longer`); 0: any
 ):
-    """This cluster's range of the line of steps, found by all `warps` warps of a CTA; a barrier of it lies inside.
-
-    Where no item can be split, the lengths are not waited for.
-    """
-    work = Work(*[Int32(0)] * 7)
-    if split.may_split(table.shape[1]):
-        work = search(table, seq_lens, groups, cluster_id, clusters, warps, sScan, start, split_cost, piece, most_parts)
-    else:
-        work = whole_items(seq_lens.shape[0] * groups, groups, cluster_id, clusters)
-        cute.arch.sync_threads()
-    return work
-
-
-@cute.jit
-def whole_items(items, groups, cluster_id, clusters) -> Work:
-    """A cluster's range where every item weighs one step."""
-    chunk = Int32(1)
-    # NOTE: a division is 100 cycles
-    if items > clusters:
-        chunk = (items + clusters - 1) // clusters
-    here = cluster_id * chunk
-    steps = cutlass.max(0, cutlass.min(chunk, items - here))
-    request, group = here if steps > 0 else 0, Int32(0)
-    if groups > 1:
-        request, group = request // groups, request % groups
-    return Work(request, group, Int32(0), steps, chunk, Int32(1), Int32(0))
-
-
-@cute.jit
-def search(
-    table: cute.Tensor,
-    seq_lens: cute.Tensor,
-    groups,
-    cluster_id,
-    clusters,
-    warps: cutlass.Constexpr,
-    sScan: cute.Tensor,
-    start: cutlass.Constexpr,
-    split_cost: cutlass.Constexpr,
-    piece: cutlass.Constexpr,
-    most_parts: cutlass.Constexpr,
-):
-    """`find_work` by the lengths.
+    """This cluster's range of the line of steps, found by all `warps` warps of a CTA.
 
     Up to 32 requests, a lane each, every warp finds it alone. Beyond, warp w sums the weights of its run of requests;
     where the plan splits, the warp in whose run the range starts then scans that run 32 requests at a time. sScan holds
-    the warps' sums, their maxima, the request and its start.
+    the warps' sums, their maxima, the request and its start. A barrier of the CTA lies inside in either case.
     """
     warp_id, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
     B = seq_lens.shape[0]

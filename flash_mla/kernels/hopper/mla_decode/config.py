@@ -30,6 +30,8 @@ assert CONSUMERS * CONSUMER_REGISTERS + (THREADS - CONSUMERS) * PRODUCER_REGISTE
 
 START = 2
 """Steps of 128 tokens that beginning an item costs, 3.4 us each."""
+MOST_PARTS = 64
+"""CTAs that compute parts of one item, if fewer would cost little: the others are there for combine by then."""
 PIECES = (16, 32, 64)
 """Pairs of blocks in a piece of a batch-invariant call: of less than 64 query rows, of more, and of a cluster of two.
 What a piece costs (a start, a partial result) goes with the rows, and its work with the pairs: 128 heads of 8192 tokens
@@ -52,7 +54,7 @@ class Config:
 
     dtype of q, k and out; D, the width of K's rows (576, or 512 without a rope part); cluster, the CTAs that share K;
     piece, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); masked, whether there is a
-    bool mask; token_major, the order of rows.
+    bool mask; token_major, the order of rows; short, whether no row of the table has more than a pair of blocks.
     """
 
     dtype: Literal["bf16", "fp16"]
@@ -61,6 +63,7 @@ class Config:
     piece: int = 0
     masked: bool = False
     token_major: bool = False
+    short: bool = False
 
     Dv = DV
     latent, factors = True, False

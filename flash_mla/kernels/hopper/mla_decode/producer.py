@@ -59,7 +59,8 @@ class Producer:
             pool_request = cutlass.min(request, self.pages.shape[3] - 1)
             even = block_of(table, request, 2 * first, blocks)
             odd = block_of(table, request, cutlass.min(2 * first + 1, last_block), blocks)
-            self.load_q(place.group * self.config.cluster + self.rank, request, done.segments)
+            if const_expr(not self.config.short):
+                self.load_q(place.group * self.config.cluster + self.rank, request, done.segments)
             for pair in cutlass.range(first, last, unroll=1):
                 # read the next ids while this pair is loaded
                 next_even = block_of(table, request, cutlass.min(2 * pair + 2, last_block), blocks)
@@ -68,11 +69,31 @@ class Producer:
                 self.prefetch(next_even, next_odd, pool_request)
                 self.load_half(0, even, pool_request, turn)
                 self.load_half(1, even, pool_request, turn)
-                self.load_half(2, odd, pool_request, turn)
-                self.load_half(3, odd, pool_request, turn)
+                if const_expr(self.config.short) and 2 * first == last_block:
+                    self.leave_half(2, turn)
+                    self.leave_half(3, turn)
+                else:
+                    self.load_half(2, odd, pool_request, turn)
+                    self.load_half(3, odd, pool_request, turn)
                 even, odd = next_even, next_odd
             done = done.plus(last - first)
         return done
+
+    @cute.jit
+    def load_query(self, place: Place, length, part: split.Segment, done: Done) -> Done:
+        """Q of a segment, by a warp of its own: K is not held back."""
+        if part.last > part.first:
+            self.load_q(place.group * self.config.cluster + self.rank, place.request, done.segments)
+            done = done.plus(0)
+        return done
+
+    @cute.jit
+    def leave_half(self, stage: cutlass.Constexpr, count) -> None:
+        """Half of a block that is wholly past the end: it counts as loaded."""
+        k = self.shared.k
+        k.acquire(stage, count)
+        with cute.arch.elect_one():
+            k.arrive(stage)
 
     @cute.jit
     def outlive_peers(self, done: Done) -> None:
