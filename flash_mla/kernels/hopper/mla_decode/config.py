@@ -30,6 +30,9 @@ assert CONSUMERS * CONSUMER_REGISTERS + (THREADS - CONSUMERS) * PRODUCER_REGISTE
 
 START = 2
 """Steps of 128 tokens that beginning an item costs, 3.4 us each."""
+FEW = 64
+"""CTAs up to which a short call takes half tiles: they leave the tensor cores half empty, but each SM has half of Q to
+load and half of the output to store, which is what such a call waits for."""
 MOST_PARTS = 64
 """CTAs that compute parts of one item, if fewer would cost little: the others are there for combine by then."""
 PIECES = (16, 32, 64)
@@ -54,7 +57,8 @@ class Config:
 
     dtype of q, k and out; D, the width of K's rows (576, or 512 without a rope part); cluster, the CTAs that share K;
     piece, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); masked, whether there is a
-    bool mask; token_major, the order of rows; short, whether no row of the table has more than a pair of blocks.
+    bool mask; token_major, the order of rows; short, whether no row of the table has more than a pair of blocks;
+    tile_m, query rows of a CTA, TILE_M or, in short calls, half of it.
     """
 
     dtype: Literal["bf16", "fp16"]
@@ -64,6 +68,7 @@ class Config:
     masked: bool = False
     token_major: bool = False
     short: bool = False
+    tile_m: int = TILE_M
 
     Dv = DV
     latent, factors = True, False
@@ -79,7 +84,7 @@ class Config:
     @property
     def rows(self) -> int:
         """Query rows of a cluster."""
-        return TILE_M * self.cluster
+        return self.tile_m * self.cluster
 
     def stage_chunks(self, stage: int) -> int:
         """Chunks that travel through a stage: four of V, and the rope chunk with stages 1 and 2."""

@@ -87,7 +87,11 @@ class MlaDecode(Kernel[Config]):
     def loads(self, q: cute.Tensor, k: cute.Tensor, _v: None) -> tuple[Tma, Tma, cute.Tensor]:
         """TMA of Q and K; K itself, [64, D, Nblk, requests]."""
         k = k[None, None, 0, None, None]
-        return load_of(q[None, None, 0, None], TILE_M, CHUNK), load_of(k, BLOCK, CHUNK, self.config.cluster > 1), k
+        return (
+            load_of(q[None, None, 0, None], self.config.tile_m, CHUNK),
+            load_of(k, BLOCK, CHUNK, self.config.cluster > 1),
+            k,
+        )
 
     def scalars(self, scale_log2, packing, has_sink, _rows, tiles, _heads) -> Scalars:
         return Scalars(scale_log2, packing, has_sink, tiles)

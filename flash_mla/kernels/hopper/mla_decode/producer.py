@@ -10,7 +10,7 @@ from cutlass import Int32, Int64, const_expr
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import tma_boxes
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
 from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, K_CHUNKS, P_CHUNK, STAGES, Config
 from flash_mla.kernels.hopper.mla_decode.shared import Shared
 from flash_mla.kernels.hopper.table import block_of
@@ -43,7 +43,7 @@ class Producer:
     @staticmethod
     def over(shared: Shared, table: cute.Tensor, rank, tma_q, tQ, tma_k, tK, pages) -> Producer:
         many = cute.make_layout(2 * K_CHUNKS, stride=CHUNK_ELEMENTS)
-        sQ, gQ = tma_boxes(tma_q, shared.sQ.iterator, many, tQ, (TILE_M, CHUNK), (None, None, None))
+        sQ, gQ = tma_boxes(tma_q, shared.sQ.iterator, many, tQ, (shared.config.tile_m, CHUNK), (None, None, None))
         sK, gK = tma_boxes(tma_k, shared.k_buffers, many, tK, (BLOCK, CHUNK), (0, None, None, None))
         for channel in shared.channels:
             channel.written_by("producer")
@@ -109,7 +109,7 @@ class Producer:
         q = self.shared.q
         q.acquire(0, count)
         with cute.arch.elect_one():
-            q.expect(0, self.config.chunks * 2 * CHUNK_ELEMENTS)
+            q.expect(0, self.config.chunks * 2 * CHUNK * self.config.tile_m)
         for chunk in cutlass.range_constexpr(self.config.chunks):
             cute.copy(self.tma_q, self.gQ[None, row_tile, chunk, request], self.sQ[None, chunk], tma_bar_ptr=q.bar(0))
 

@@ -111,12 +111,12 @@ class Segments:
         sync(Bar.SUMS, CONSUMERS)
 
     @cute.jit
-    def write_nothing(self, request, row0) -> None:
+    def write_nothing(self, request, row0, tile_rows: cutlass.Constexpr = TILE_M) -> None:
         """An empty request: out 0."""
         out, lse, tid = self.tensors.out, self.tensors.lse, self.consumer.tid
         zeros = cute.make_rmem_tensor(8, out.element_type)
         zeros.fill(0.0)
-        for i in cutlass.range(TILE_M // 2, unroll=1):
+        for i in cutlass.range(tile_rows // 2, unroll=1):
             row = row0 + 2 * i + tid // 64
             if row < out.shape[1]:
                 cute.autovec_copy(zeros, cute.local_tile(out[request, row, None], (8,), (tid % 64,)))

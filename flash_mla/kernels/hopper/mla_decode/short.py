@@ -15,7 +15,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.barriers import sync
-from flash_mla.kernels.hopper.limits import BLOCK, TILE_M
+from flash_mla.kernels.hopper.limits import BLOCK, STAGED
 from flash_mla.kernels.hopper.mla_decode import result
 from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, CONSUMERS, HALF, K_CHUNKS, Bar
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
@@ -26,7 +26,7 @@ from flash_mla.kernels.hopper.mla_decode.pairs import (
     step_even,
     step_odd,
 )
-from flash_mla.kernels.hopper.staging import late, store_tile
+from flash_mla.kernels.hopper.staging import late, store_rows, store_tile
 from flash_mla.kernels.hopper.walk import Done, Place
 
 
@@ -38,7 +38,8 @@ class ShortSegments(result.Segments):
     def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """Compute an item and write its result; of an empty request, zeros."""
         consumer = self.consumer
-        row0 = (place.group * consumer.config.cluster + self.rank) * TILE_M
+        tile_m = consumer.config.tile_m
+        row0 = (place.group * consumer.config.cluster + self.rank) * tile_m
         if part.last > part.first:
             consumer.start(row0, length, self.scalars.packing, False)
             consumer.shared.q.wait(0, done.segments)
@@ -52,14 +53,20 @@ class ShortSegments(result.Segments):
             done = done.plus(1)
             self.write_item(place.request, row0, place.left <= part.steps)
         elif const_expr(consumer.side == 0):
-            self.write_nothing(place.request, row0)
+            self.write_nothing(place.request, row0, tile_m)
         return done
 
     @cute.jit
     def write_item(self, request, row0, last) -> None:
         """Normalise O and write it, then lse. last: nothing is loaded any more, so that the K buffers are free."""
         consumer, tensors, scalars = self.consumer, self.tensors, self.scalars
-        rows_of, sSum, rows = consumer.rows, consumer.shared.sSum, tensors.out.shape[1]
+        rows_of, sSum = consumer.rows, consumer.shared.sSum
+        # of a half tile the other rows hold nothing
+        rows = cutlass.min(tensors.out.shape[1], row0 + consumer.config.tile_m)
+        out = cute.make_tensor(
+            tensors.out[request, None, None].iterator,
+            cute.make_layout((rows, tensors.out.shape[2]), stride=tensors.out.stride[1:]),
+        )
         self.add_sums()
         scales, totals = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
         for r in cutlass.range_constexpr(2):
@@ -71,25 +78,26 @@ class ShortSegments(result.Segments):
                 total = total + cute.math.exp2(sink - rows_of.max[r], fastmath=True)
             scales[r] = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
         if last:
-            tid, out = late(consumer.tid), tensors.out[request, None, None]
+            tid = late(consumer.tid)
             store_tile(consumer.O, scales, free_buffer(consumer, tid), out, row0, HALF * consumer.side, tid)
         else:
-            result.store_out(consumer, tensors.out, request, row0, scales)
+            staged = consumer.shared.staged + (4 * consumer.side + consumer.tid // 32) * STAGED
+            store_rows(consumer.O, scales, staged, out, row0, HALF * consumer.side, consumer.tid)
         # NOTE: behind the output, which the end of the kernel waits for
         if const_expr(consumer.side == 0):  # noqa: SIM102
             if consumer.tid % 4 == 0:
                 for r in cutlass.range_constexpr(2):
-                    self.write_lse(request, row0 + rows_of.first + 8 * r, rows_of.max[r], totals[r])
+                    row = row0 + rows_of.first + 8 * r
+                    if row < rows:
+                        self.write_lse(request, row, rows_of.max[r], totals[r])
         # NOTE: the sums may be overwritten by the next item only when both warpgroups have read them
         sync(Bar.SUMS, CONSUMERS)
 
     @cute.jit
     def write_lse(self, request, row, row_max, total) -> None:
-        """lse of one row, if it is there."""
-        lse, empty = self.tensors.lse, self.scalars.empty_lse
-        if row < lse.shape[1]:
-            natural = (row_max + cute.math.log2(total, fastmath=True)) * math.log(2.0)
-            lse[request, self.scalars.packing.lse_of(row)] = natural if total > 0.0 else empty
+        """lse of one row."""
+        lse, natural = self.tensors.lse, (row_max + cute.math.log2(total, fastmath=True)) * math.log(2.0)
+        lse[request, self.scalars.packing.lse_of(row)] = natural if total > 0.0 else self.scalars.empty_lse
 
 
 @cute.jit
