@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flash_mla import contract
-from flash_mla.autograd import Prefill, learning, transformed
+from flash_mla.autograd import learning, transformed
 from flash_mla.calls import (
     append_mha,
     as_tensors,
@@ -28,6 +28,7 @@ from flash_mla.calls import (
 )
 from flash_mla.contract import DecodeCall, MhaCall, MLAMetadata, PrefillCall
 from flash_mla.entry import entry
+from flash_mla.gradients import Prefill
 from flash_mla.layout import BlockSparseLayout
 from flash_mla.passed import traced
 from flash_mla.problem import Options

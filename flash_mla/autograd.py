@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from flash_mla.errors import GradientError
-from flash_mla.problem import FP8
 
 FORWARD_ONLY = "it is forward only: its kernels compute no gradient"
 TO_TRAIN = (
@@ -118,10 +117,6 @@ NO_FP8_BACKWARD = (
     "with FP8 tensors or a descale it is forward only: gradients of quantised values are not defined here",
     "Train in BF16, FP16 or FP32, and quantise what is served",
 )
-NO_MASK_BACKWARD = (
-    "it has no gradient of attn_mask, which would be as large as the scores",
-    "Detach the mask; a learned bias needs torch's scaled_dot_product_attention",
-)
 NO_SECOND_BACKWARD = (
     "its backward has no backward of its own",
     "Leave create_graph out; second derivatives need plain torch operators",
@@ -160,35 +155,3 @@ def one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
     return rule
-
-
-def save_prefill(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, blocks, mask, causal, softmax_scale, seq_lens, *descales, attn_sink, backend, _ = inputs
-    ctx.shapes = shapes_of(inputs)
-    ctx.quantised = q.dtype == FP8 or any(x is not None for x in descales)
-    ctx.causal, ctx.softmax_scale, ctx.backend = causal, softmax_scale, backend
-    if not ctx.quantised:
-        ctx.save_for_backward(q, k, v, *output, blocks, mask, seq_lens, attn_sink)
-
-
-def prefill_backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad
-    if ctx.quantised:
-        return refusals(d_out, ctx.shapes, wanted, "flash_mla_prefill", *NO_FP8_BACKWARD)
-    masks = [i == 4 and needs for i, needs in enumerate(wanted)]
-    gradients = list(refusals(d_out, ctx.shapes, masks, "flash_mla_prefill", *NO_MASK_BACKWARD))
-    q, k, v, out, lse, blocks, mask, seq_lens, attn_sink = ctx.saved_tensors
-    # NOTE: without a graph to record, the Function would only bind signatures: 14 % of a small call's profile
-    compute = PrefillBackward.apply if torch.is_grad_enabled() else torch.ops.flash_mla.flash_mla_prefill_backward
-    dq, dk, dv, d_sink = compute(
-        d_out, d_lse, q, k, v, out, lse, blocks, mask, ctx.causal, ctx.softmax_scale, seq_lens, attn_sink, ctx.backend,
-        wanted[0], wanted[1] or wanted[2],
-    )  # fmt: skip
-    computed = {0: dq, 1: dk, 2: dv, 11: d_sink}
-    for i, gradient in computed.items():
-        gradients[i] = gradient if wanted[i] else None
-    return tuple(gradients)
-
-
-Prefill = differentiable("flash_mla_prefill", save_prefill, prefill_backward)
-PrefillBackward = differentiable("flash_mla_prefill_backward", *refusal("flash_mla_prefill", *NO_SECOND_BACKWARD))

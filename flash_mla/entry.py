@@ -51,6 +51,8 @@ def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]
         @wraps(function)
         def call(*args: P_.args, **kwargs: P_.kwargs) -> R_:
             check_flags(function, flags, args, kwargs)
+            if (backend := kwargs.get("backend")) is not None and not isinstance(backend, str):
+                check_backend(backend)  # a custom op takes bytes for a string
             try:
                 # NOTE: first whether a graph is traced: that branch looks at no flag which dynamo would guard on
                 if torch.compiler.is_compiling():

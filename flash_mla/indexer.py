@@ -224,10 +224,10 @@ def topk_indices(
     if block_table is not None:
         check_table(block_table, -1)
         B = block_table.shape[0]
-        if page < 1 or (rows and (not B or rows % B)):
+        if not 1 <= page < 2**31 or (rows and (not B or rows % B)):
             raise ShapeError(
                 f"{named(scores=scores, block_table=block_table)}, page = {page}",
-                "rows a multiple of block_table's B, page >= 1",
+                "rows a multiple of block_table's B, page from 1 to 2^31 - 1",
                 "Each request has the same number of query rows",
             )
     out = torch.empty(rows, topk, dtype=torch.int32, device=scores.device)
@@ -325,13 +325,13 @@ def check_paged(
         if S_q > 1:
             limits = limits + torch.arange(1 - S_q, 1, device=q.device)
     width = block_table.shape[1] * page if max_context_len is None else max_context_len
-    if width < 0:
+    if isinstance(width, bool) or width < 0:
         raise ShapeError(f"max_context_len = {width}", "max_context_len >= 0", "A row cannot have fewer than 0 scores")
     return limits, width
 
 
 def check_topk(topk: int) -> None:
-    if not isinstance(topk, int) or topk < 1:
+    if type(topk) is not int or topk < 1:
         raise ShapeError(f"topk = {topk}", "an integer topk >= 1", "A selection of no key leaves nothing to attend to")
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_mla.errors import MaskShapeError, ShapeError
-from flash_mla.kinds import explained_class
+from flash_mla.kinds import explained_class, is_dense
 from flash_mla.problem import BLOCK
 
 if TYPE_CHECKING:
@@ -41,9 +41,11 @@ class BlockSparseLayout:
     blocks: Tensor
 
     def __post_init__(self) -> None:
-        if not isinstance(self.blocks, Tensor):
+        if not is_dense(self.blocks):
             raise MaskShapeError(
-                given=f"blocks = {self.blocks!r}"[:200], required="a bool tensor", cause="A layout is made of a tensor"
+                given=f"blocks = {self.blocks!r}"[:200],
+                required="a dense bool tensor",
+                cause="A layout is made of a tensor",
             )
         if self.blocks.dim() != 4 or self.blocks.dtype != torch.bool:
             raise MaskShapeError(
@@ -157,6 +159,8 @@ class BlockSparseLayout:
 
     def __and__(self, other: BlockSparseLayout) -> BlockSparseLayout:
         """The blocks that both keep; the batch and head dims broadcast."""
+        if not isinstance(other, BlockSparseLayout):
+            return NotImplemented
         leading = zip(self.shape[:2], other.shape[:2], strict=True)
         if self.shape[2:] != other.shape[2:] or any(a != b and 1 not in (a, b) for a, b in leading):
             raise MaskShapeError(
@@ -173,6 +177,8 @@ class BlockSparseLayout:
 
     def __repr__(self) -> str:
         """The shape, the density, and a picture of the first request's first head; waits for the GPU."""
+        if self.blocks.is_meta or not self.blocks.numel():
+            return f"BlockSparseLayout({list(self.shape)} blocks of 64x64)"
         picture = self.blocks[0, 0].float()
         rows, columns = (min(n, PICTURE) for n in picture.shape)
         picture = F.adaptive_max_pool2d(picture[None], (rows, columns))[0]

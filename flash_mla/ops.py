@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_mla import contract
-from flash_mla.autograd import NO_SECOND_BACKWARD, one_by_one, prefill_backward, refuse_op, save_prefill
+from flash_mla.autograd import NO_SECOND_BACKWARD, one_by_one, refuse_op
 from flash_mla.backends import append_rows
 from flash_mla.calls import (
     append_mha,
@@ -25,7 +25,7 @@ from flash_mla.calls import (
     plan_prefill,
 )
 from flash_mla.contract import DecodeCall, MhaCall, PrefillCall
-from flash_mla.gradients import backward
+from flash_mla.gradients import gradients_of, prefill_backward, prefill_gradients, save_prefill
 from flash_mla.pages import PoolCall, attend_pools, plan_pools
 from flash_mla.problem import AppendRowsArgs, Options
 
@@ -226,7 +226,7 @@ torch.library.register_fake("flash_mla::append_rows", fake_append, lib=ROWS)
 @torch.library.custom_op("flash_mla::flash_mla_prefill_backward", mutates_args=())
 def prefill_backward_op(
     d_out: Tensor,
-    d_lse: Tensor,
+    d_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -244,34 +244,20 @@ def prefill_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, d_sink) of a flash_mla_prefill that gave out and lse; empty tensors in place of what is not wanted,
     and of d_sink without a sink."""
-    dq, dk, dv, d_sink = gradients_of(q, k, v, attn_sink, dq_wanted, dkv_wanted)
     with torch.no_grad():
-        backward(
-            q, k, v, out, lse, d_out, d_lse, causal=causal, seq_lens=seq_lens, mask=attn_mask,
-            softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-            block_mask=contract.sparse_blocks(sparse_layout, q), attn_sink=attn_sink, backend=backend,
-            dq=dq if dq_wanted else None, dk=dk if dkv_wanted else None, dv=dv if dkv_wanted else None,
-            d_sink=None if attn_sink is None else d_sink,
+        return prefill_gradients(
+            d_out, d_lse, q, k, v, out, lse, sparse_layout, attn_mask, causal, softmax_scale, seq_lens, attn_sink,
+            backend, dq_wanted, dkv_wanted,
         )  # fmt: skip
-    return dq, dk, dv, d_sink
 
 
 @prefill_backward_op.register_fake
 def fake_prefill_backward(
-    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes and dtypes of the gradients."""
     *_, attn_sink, _backend, dq_wanted, dkv_wanted = others
     return gradients_of(q, k, v, attn_sink, dq_wanted, dkv_wanted)
-
-
-def gradients_of(
-    q: Tensor, k: Tensor, v: Tensor, attn_sink: Tensor | None, dq_wanted: bool, dkv_wanted: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for (dq, dk, dv, d_sink): contiguous, of q's dtype, the sink's FP32."""
-    wanted = ((q, dq_wanted), (k, dkv_wanted), (v, dkv_wanted))
-    dq, dk, dv = (x.new_empty(x.shape if needs else (0,)) for x, needs in wanted)
-    return dq, dk, dv, q.new_empty((0,) if attn_sink is None else attn_sink.shape, dtype=torch.float32)
 
 
 refuse_op(prefill_backward_op, "flash_mla_prefill", *NO_SECOND_BACKWARD)

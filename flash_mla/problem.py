@@ -239,7 +239,8 @@ class BackwardArgs(NamedTuple):
     """The tensors of one backward call, normalised.
 
     q to attn_sink as in PrefillArgs; out [B, Hq, P, Dv] and lse [B, Hq, P] that the forward gave, and their gradients
-    d_out, last dim contiguous, and d_lse FP32. Written, each of any strides but with its last dim contiguous: dq
+    d_out, last dim contiguous, and d_lse FP32, or None of 0. Written, each of any strides but with its last dim
+    contiguous: dq
     [B, Hq, P, D] or None; dk [B, Hk, S_kv, D] and dv [B, Hk, S_kv, Dv], or None both; d_sink [Hq] FP32, or None without
     a sink. They are the sums over what the forward computed: a row without keys gives none, and keys that no row sees
     get 0.
@@ -257,7 +258,7 @@ class BackwardArgs(NamedTuple):
     out: Tensor
     lse: Tensor
     d_out: Tensor
-    d_lse: Tensor
+    d_lse: Tensor | None
     dq: Tensor | None
     dk: Tensor | None
     dv: Tensor | None

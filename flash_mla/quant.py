@@ -23,6 +23,8 @@ from flash_mla.errors import BlockTableError, DeviceError, DTypeError, LayoutErr
 from flash_mla.kinds import explained, explained_class
 from flash_mla.problem import BLOCK, FP8
 
+SOURCES = (torch.bfloat16, torch.float16, torch.float32)
+"""What is quantised."""
 E4M3_MAX = 448.0
 TINY = torch.finfo(torch.float32).tiny
 SCALE_MIN = 1e-4
@@ -35,18 +37,26 @@ def quantise(x: Tensor, descale: float | Tensor | None = None, *, per_head: bool
 
     Args:
         x: [B, H, ...] BF16, FP16 or FP32.
-        descale: a float or a tensor that broadcasts to [B, H]; None takes max|x| / 448 over the finite values.
+        descale: a float above 0 or a tensor that broadcasts to [B, H]; None takes max|x| / 448 over the finite values.
         per_head: with descale None, one factor for each request and head instead of one for the tensor.
 
     Returns:
         x in e4m3, in x's shape; the factor, FP32 [] or [B, H] (a given tensor in its own shape).
     """
     _check_tensor("x", x)
+    if x.dtype not in SOURCES or (per_head and x.dim() < 2):
+        raise DTypeError(
+            given=f"x {list(x.shape)} {x.dtype}, {per_head=}",
+            required="BF16, FP16 or FP32; [B, H, ...] with per_head",
+            cause="`x` is not what is quantised",
+            fix="Cast it; dequantise what is FP8 already",
+        )
     if descale is None:
-        sizes = finite_abs(x).flatten(2) if per_head else finite_abs(x).flatten()
+        sizes = finite_abs(x)[..., None].flatten(2) if per_head else finite_abs(x).flatten()
         amax = sizes.amax(dim=-1) if sizes.shape[-1] else sizes.new_zeros(sizes.shape[:-1])
         factor = (amax / E4M3_MAX).clamp_min(TINY)
     else:
+        _check_divisor(descale)
         factor = _factor(descale, x)
     return _to_e4m3(x.float() / _per_row(factor, x)), factor
 
@@ -98,6 +108,23 @@ def _check_slots(slots: object, device: torch.device) -> None:
             required="int32 or int64",
             cause="`slots` is not an integer tensor",
             fix="Call slots.to(torch.int64)",
+        )
+
+
+def _check_last(slots: Tensor, limit: int) -> None:
+    """No slot is past the pages; reads them."""
+    if (last := int(slots.max())) >= limit:
+        raise BlockTableError(given=f"slot {last}", required=f"slots < {limit}, the tokens that {limit} rows hold")
+
+
+def _check_divisor(descale: float | Tensor) -> None:
+    """What stored values are divided by is a finite number above 0; of a tensor no value is read."""
+    if not isinstance(descale, Tensor) and not 0 < descale < math.inf:
+        raise ShapeError(
+            given=f"descale = {descale!r}",
+            required="a finite number above 0, or a tensor of such",
+            cause="Values are divided by it to be stored",
+            fix="Pass max|x| / 448, or None to have it found",
         )
 
 
@@ -268,9 +295,9 @@ class RowFormat:
         if D != self.head_dim or slots.shape != (N,):
             raise self._rows_error(k_nope, f"k_nope and k_rope of D columns in all, not {D}, beside slots [{N}],")
         limit = pages.shape[0] * pages.shape[1]
-        if check_values and N and (last := int(slots.max())) >= limit:
-            raise BlockTableError(given=f"slot {last}", required=f"slots < {limit}, the tokens that {limit} rows hold")
-        self._descale(descale)
+        if check_values and N:
+            _check_last(slots, limit)
+        _check_divisor(self._descale(descale))
         if isinstance(descale, Tensor):
             descale = descale.to(pages.device, torch.float32)
         elif descale is not None:  # filled on the device: a copy from the host could not be captured
@@ -280,10 +307,17 @@ class RowFormat:
         torch.ops.flash_mla.append_rows(*self.parts(pages), slots, k_nope, k_rope, descale, self.tile or 0, size)
 
     def read(self, pages: Tensor, slots: Tensor, descale: float | Tensor | None = None) -> Tensor:
-        """The rows of slots [..], [.., D] BF16; for a negative slot, that of slot 0 (the caller masks it)."""
+        """The rows of slots [..], [.., D] BF16; for a negative slot, that of slot 0 (the caller masks it).
+
+        A slot past the pages is an error on a CPU; a GPU, which is not waited for, gives the last row.
+        """
         self.check(pages)
         _check_slots(slots, pages.device)
-        flat = slots.clamp_min(0).flatten()
+        limit = pages.shape[0] * pages.shape[1]
+        named = slots.clamp_min(0)
+        if slots.numel() and (not limit or pages.device.type == "cpu"):
+            _check_last(named, limit)
+        flat = named.clamp_max(max(limit - 1, 0)).flatten()
         data, scales = self._stretches(pages)
         codes, *between, rope = gather_rows(data, flat).split(self._columns(), dim=-1)
         gathered = Parts(codes, between[0] if between else gather_rows(scales, flat), rope)
@@ -347,8 +381,10 @@ class RowFormat:
         """The bytes of rows [.., D] BF16; descale as in `quantise`."""
         if rows.dtype != torch.bfloat16 or rows.shape[-1] != self.head_dim:
             raise self._rows_error(rows, f"[.., {self.head_dim}]")
-        latent, rope = rows.split([self.quantised, self.rope], dim=-1)
+        # NOTE: contiguous, for else a rope of no dims has no bytes to view
+        latent, rope = rows.contiguous().split([self.quantised, self.rope], dim=-1)
         if self.tile is None:
+            _check_divisor(self._descale(descale))
             stored = _to_e4m3(latent.float() / self._descale(descale))
             scales = stored.view(torch.uint8)[..., :0]
         else:

@@ -385,8 +385,11 @@ def test_appending_keeps_no_graph() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"batch": 0}, {"head_dim": 0}, {"max_seq_len": 0}, {"pool_blocks": 0}, {"latent": True, "v_head_dim": 9}],
-)
+    [
+        {"batch": 0}, {"head_dim": 0}, {"max_seq_len": 0}, {"pool_blocks": 0}, {"latent": True, "v_head_dim": 9},
+        {"dtype": FP8, "k_descale": 0.0}, {"dtype": FP8, "v_descale": -1.0}, {"dtype": FP8, "k_descale": float("nan")},
+    ],
+)  # fmt: skip
 def test_constructor_refuses(bad: dict) -> None:
     good = {"batch": 1, "num_kv_heads": 1, "head_dim": 8, "max_seq_len": 64}
     with pytest.raises(ShapeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from flash_mla import (
     get_mla_metadata,
     mha_fwd_kvcache,
 )
+from flash_mla.contract.memory import share_memory
 from flash_mla.reference import decode_reference, mha_reference, prefill_reference
 from flash_mla.testing import DecodeCase, MhaCase, PrefillCase, check, storage_bytes
 
@@ -262,6 +264,48 @@ def test_caches_interleaved_in_one_tensor_are_legal(dim):
     both = torch.stack([x["k_cache"], x["v_cache"]], dim)
     x["k_cache"], x["v_cache"] = both.unbind(dim)
     assert torch.equal(mha_fwd_kvcache(**x), want)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_out_between_rows_of_q_is_apart(backend, by_token):
+    """q and out as columns of one tensor share no byte; one column more, and they do."""
+    B, Hq, S_q, D = 2, 4, 2, 64
+    pools = [torch.randn(3, 64, 2, D, dtype=torch.bfloat16) for _ in range(2)]
+    table, lengths = torch.tensor([[2], [0]], dtype=torch.int32), torch.tensor([50, 64], dtype=torch.int32)
+    both = torch.randn((B, S_q, Hq, 2 * D) if by_token else (B, Hq, S_q, 2 * D), dtype=torch.bfloat16)
+    both = both.transpose(1, 2) if by_token else both
+    q, out = both[..., :D], both[..., D:].fill_(math.nan)
+    before = q.clone()
+    want = decode_over_pages(before, *pools, table, lengths, backend=backend)
+    assert decode_over_pages(q, *pools, table, lengths, out=out, backend=backend) is out
+    assert torch.equal(out, want)
+    assert torch.equal(q, before)
+    with pytest.raises(LayoutError, match="`out` overlaps `q`"):
+        decode_over_pages(q, *pools, table, lengths, out=both[..., D - 1 : -1], backend=backend)
+
+
+def part(draw, whole):
+    """A part of a tensor: some dims narrowed, two swapped."""
+    for dim, size in enumerate(whole.shape):
+        if draw.random() < 0.4:
+            first = draw.randrange(size)
+            whole = whole.narrow(dim, first, draw.randint(1, size - first))
+    return whole.transpose(0, 1) if draw.random() < 0.3 else whole
+
+
+def test_what_shares_a_byte_is_never_taken_to_be_apart():
+    draw = random.Random(0)
+    exact = 0
+    for _ in range(1000):
+        whole = torch.zeros(*(draw.randint(1, 4) for _ in range(3)), draw.choice((4, 8)), dtype=torch.int16)
+        one, other = part(draw, whole), part(draw, whole)
+        whole.zero_()
+        one.fill_(1)
+        truth = bool(other.any())
+        assert share_memory(one, other) or not truth
+        exact += share_memory(one, other) == truth
+    assert exact > 900
 
 
 # --- Surroundings -----------------------------------------------------------------------------------------------------

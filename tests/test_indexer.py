@@ -406,7 +406,9 @@ def test_paged_errors(changes, error, says):
         ({"scores": torch.zeros(9, 6).T}, LayoutError, "contiguous"),
         ({"ends": torch.zeros(5, dtype=torch.int32)}, ShapeError, "ends"),
         ({"block_table": torch.zeros(4, 3, dtype=torch.int32)}, ShapeError, "same number of query rows"),
-        ({"block_table": torch.zeros(3, 3, dtype=torch.int32), "page": 0}, ShapeError, "page >= 1"),
+        ({"block_table": torch.zeros(3, 3, dtype=torch.int32), "page": 0}, ShapeError, "page from 1"),
+        ({"block_table": torch.zeros(3, 3, dtype=torch.int32), "page": 2**40}, ShapeError, "page from 1"),
+        ({"topk": True}, ShapeError, "topk >= 1"),
     ],
 )
 def test_topk_errors(changes, error, says):

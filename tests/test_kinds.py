@@ -19,6 +19,7 @@ import torch
 import flash_mla
 from flash_mla import (
     BlockSparseLayout,
+    DeviceError,
     FlashMLAError,
     PagedKVCache,
     ShapeError,
@@ -419,3 +420,16 @@ def test_a_flag_is_refused_before_the_cache_is_written() -> None:
     with pytest.raises(ShapeError, match="return_lse"):
         mha_fwd_kvcache(**arguments, return_lse="yes")
     assert torch.equal(before, storage_bytes(arguments["k_cache"]))
+
+
+def test_bytes_are_no_name_of_a_backend() -> None:
+    """A custom op takes them for a string; behind a call in eager mode, they are refused all the same."""
+    q, k, v = (torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3))
+    starts = torch.tensor([0, 8], dtype=torch.int32)
+    rows = q[0].transpose(0, 1)
+    for call in (
+        lambda: flash_mla_prefill(q, k, v, backend=b"cpu"),
+        lambda: deepseek.flash_attn_varlen_func(rows, rows, rows, starts, starts, 8, 8, backend=b"cpu"),
+    ):
+        with pytest.raises(DeviceError, match="backend=b'cpu'"):
+            call()

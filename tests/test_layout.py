@@ -130,6 +130,17 @@ def test_a_layout_is_immutable() -> None:
         layout.blocks = blocks  # type: ignore[misc]
 
 
+def test_a_layout_of_nothing_has_no_picture() -> None:
+    for blocks in (torch.zeros(1, 1, 0, 0), torch.zeros(0, 1, 2, 2), torch.zeros(1, 1, 2, 2, device="meta")):
+        layout = BlockSparseLayout(blocks.bool())
+        assert repr(layout) == f"BlockSparseLayout({list(blocks.shape)} blocks of 64x64)"
+
+
+def test_only_layouts_combine() -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        BlockSparseLayout.causal(64) & [True]  # type: ignore[operator]
+
+
 def test_repr_draws_the_blocks() -> None:
     assert repr(BlockSparseLayout.causal(129)) == (
         "BlockSparseLayout([1, 1, 3, 3] blocks of 64x64, density 66.7%)\n  ■··\n  ■■·\n  ■■■"
@@ -145,6 +156,7 @@ def test_repr_draws_the_blocks() -> None:
     [
         (lambda: BlockSparseLayout(torch.ones(2, 2, dtype=torch.bool)), MaskShapeError),
         (lambda: BlockSparseLayout(torch.ones(1, 1, 2, 2)), MaskShapeError),
+        (lambda: BlockSparseLayout(torch.ones(1, 1, 2, 2, dtype=torch.bool).to_sparse()), MaskShapeError),
         (lambda: BlockSparseLayout.from_dense_mask(torch.ones(64, 64)), MaskShapeError),
         (lambda: BlockSparseLayout.from_dense_mask(torch.ones(64, dtype=torch.bool)), MaskShapeError),
         (lambda: BlockSparseLayout.causal(0), ShapeError),

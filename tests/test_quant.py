@@ -403,3 +403,55 @@ def test_append_refuses(change: dict, error: type) -> None:
     with pytest.raises(error):
         fmt.append(**call | change)
     assert torch.equal(pages.view(torch.uint8), before)
+
+
+# --- What is no row, slot or factor ----------------------------------------------------------------------------------
+
+
+@formats
+def test_a_slot_past_the_pages_is_no_row(form: RowFormat) -> None:
+    pages = form.quantise(torch.randn(2, 64, 1, form.head_dim).bfloat16())
+    for slot in (128, 2**40):
+        with pytest.raises(BlockTableError, match="slot"):
+            form.read(pages, torch.tensor([0, slot]))
+    for slot in (0, -1):
+        with pytest.raises(BlockTableError, match="slot"):
+            form.read(pages[:0], torch.tensor([slot]))
+    assert torch.equal(form.read(pages, torch.tensor([-7])), form.read(pages, torch.tensor([0])))
+
+
+@formats
+def test_rows_may_lie_anywhere(form: RowFormat) -> None:
+    rows = torch.randn(2, 64, 1, form.head_dim).bfloat16()
+    want = form.quantise(rows).view(torch.uint8)
+    assert torch.equal(form.quantise(torch.stack([rows, rows], -1)[..., 0]).view(torch.uint8), want)
+    one = form.quantise(rows[:1].expand(2, -1, -1, -1)).view(torch.uint8)
+    assert torch.equal(one[0], one[1])
+
+
+@pytest.mark.parametrize("descale", [0.0, -1.0, math.nan, math.inf])
+def test_no_value_is_divided_by_what_is_no_factor(descale: float) -> None:
+    rows = torch.randn(1, 64, 1, 576).bfloat16()
+    pages = FLAT.quantise(rows)
+    before = pages.view(torch.uint8).clone()
+    slots, parts = torch.tensor([3]), rows[0, :1, 0].split([512, 64], -1)
+    for call in (
+        lambda: quantise(rows, descale),
+        lambda: FLAT.quantise(rows, descale),
+        lambda: FLAT.append(pages, slots, *parts, descale),
+    ):
+        with pytest.raises(ShapeError, match="descale"):
+            call()
+    assert torch.equal(pages.view(torch.uint8), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float64, torch.complex64, torch.float8_e4m3fn])
+def test_only_floats_that_are_not_fp8_yet_are_quantised(dtype: torch.dtype) -> None:
+    with pytest.raises(DTypeError, match=str(dtype)):
+        quantise(torch.ones(2, 3, 4).to(dtype))
+
+
+def test_a_factor_a_head_needs_heads() -> None:
+    assert quantise(torch.randn(2, 3), per_head=True)[1].shape == (2, 3)
+    with pytest.raises(DTypeError, match="per_head"):
+        quantise(torch.randn(3), per_head=True)

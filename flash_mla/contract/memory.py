@@ -68,7 +68,7 @@ def check_apart(written: str, target: Tensor, **inputs: object) -> None:
         if not isinstance(tensor, Tensor):
             continue
         start, end = reach(tensor)
-        if first < end and start < last:
+        if first < end and start < last and meet(target, tensor):
             raise LayoutError(
                 f"{written} at bytes {first:#x} to {last:#x}, {name} at {start:#x} to {end:#x}",
                 f"{written} in memory of its own",
@@ -99,25 +99,47 @@ def check_writable(name: str, cache: Tensor) -> None:
 
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two written caches meet. Exact where both have the same strides, as parts of one tensor have."""
+    """Whether two tensors have a byte in common; see `meet`."""
     (start, end), (first, last) = reach(one), reach(other)
-    if start >= last or first >= end:
-        return False
-    if one.stride()[:3] != other.stride()[:3]:
+    return start < last and first < end and meet(one, other)
+
+
+def meet(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors whose ends enclose each other's have a byte in common.
+
+    Exact where both have the same strides over contiguous runs, as parts of one tensor have: K beside V, q beside out.
+    Of others: yes.
+    """
+    (run, dims), (other_run, other_dims) = runs(one), runs(other)
+    extent = max(run, other_run)
+    for stride, size in dims:
+        if stride < extent:
+            return True
+        extent += stride * (size - 1)
+    if dims != other_dims:
         return True
-    low, high = (one, other) if start <= first else (other, one)
-    dims = sorted(((s, n) for s, n in zip(one.stride()[:3], one.shape[:3], strict=True) if s and n > 1), reverse=True)
-    slabs = (BLOCK * low.shape[4], BLOCK * high.shape[4])
-    return slabs_meet(abs(first - start) // one.element_size(), slabs, dims)
+    distance = other.data_ptr() - one.data_ptr()
+    lengths = (run, other_run) if distance >= 0 else (other_run, run)
+    return runs_meet(abs(distance), lengths, dims[::-1])
 
 
-def slabs_meet(distance: int, slabs: tuple[int, int], dims: Sequence[tuple[int, int]]) -> bool:
-    """Whether a slab of the lower tensor meets one of the higher, which begins `distance` elements later.
+def runs(tensor: Tensor) -> tuple[int, list[tuple[int, int]]]:
+    """(bytes that lie one after another, [(bytes from one such run to the next, how many)]), the least stride first."""
+    run = tensor.element_size()
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    dims = sorted((stride * run, size) for stride, size in pairs if stride and size > 1)
+    while dims and dims[0][0] == run:
+        run *= dims.pop(0)[1]
+    return run, dims
+
+
+def runs_meet(distance: int, lengths: tuple[int, int], dims: Sequence[tuple[int, int]]) -> bool:
+    """Whether a run of the lower tensor meets one of the higher, which begins `distance` bytes later.
 
     dims (stride, size) from the largest stride on; each stride is at least the extent of what it steps over.
     """
     if not dims:
-        return -slabs[1] < distance < slabs[0]
+        return -lengths[1] < distance < lengths[0]
     (stride, size), *rest = dims
     steps = distance // stride
-    return any(slabs_meet(distance - i * stride, slabs, rest) for i in (steps, steps + 1) if abs(i) < size)
+    return any(runs_meet(distance - i * stride, lengths, rest) for i in (steps, steps + 1) if abs(i) < size)

@@ -74,8 +74,7 @@ def flash_mla_sparse_fwd(
     Returns:
         out [s_q, h_q, d_v] in q's dtype; max_logits [s_q, h_q] FP32, the greatest scaled score; lse [s_q, h_q] FP32,
         natural log. A query without keys: 0, -inf, +inf. out and lse carry gradients to q, kv (the sum over all that
-        name a row) and attn_sink, the same bits in every run, on the CPU and by Triton, to which calls of Hopper's
-        forward go; through max_logits a backward raises.
+        name a row) and attn_sink, the same bits in every run; through max_logits a backward raises.
     """
     check_query(q, "[s_q, h_q, d]", 3)
     check_tensor("kv", kv)

@@ -61,8 +61,8 @@ def flash_attn_varlen_func(
         softmax_scale: 1/sqrt(d) if None.
         causal: query i of s_q sees keys t <= s_kv - s_q + i of its sequence.
         deterministic: always so.
-        backend: run this backend or raise; None takes the first that can. Hopper has no backward, which then goes to
-            the first that has.
+        backend: run this backend or raise; None takes the first that can. Hopper has a backward of 128/128 and 192/128;
+            of other calls the backward goes to the first that has one.
 
     Returns:
         out [total_q, h_q, d_v] in q's dtype; lse [total_q, h_q] FP32, natural log. A query without keys: 0 and -inf.

@@ -107,7 +107,7 @@ def test_prepare_and_columns_compile(target: str) -> None:
         attn_sink=meta(32, dtype=torch.float32), softmax_scale=0.1, out=args.out, lse=args.lse, d_out=args.out,
         d_lse=args.lse, dq=None, dk=None, dv=None, d_sink=None,
     )  # fmt: skip
-    arguments = phase.prepare_arguments(problem, like, prepared)
+    arguments = phase.prepare_tensors(like, prepared) | phase.prepare_constants(problem, like)
     assert compile_for(backward.prepare_kernel, arguments, {"num_warps": 4}, on).stack <= MAX_STACK
     ints = meta(2, dtype=torch.int32)
     arguments = dict(

@@ -49,6 +49,8 @@ def build(case: str, kernel: str, target: Target) -> Built:
     part = slice(0, problem.forward.B)
     with torch.device("meta"):
         chunk = phase.empty_chunk(problem, config, problem.forward.B)
+        shape = (problem.forward.B, config.slots, problem.forward.D)
+        partial = torch.empty(shape, dtype=phase.wide(problem))
         rows = [torch.empty(problem.forward.Hq, problem.forward.B) for _ in range(4)]
     prepared = phase.Prepared(rows[0], rows[1], *(rows[2:] if problem.forward.sink else (None, None)))
     if kernel == "queries":
@@ -57,11 +59,11 @@ def build(case: str, kernel: str, target: Target) -> Built:
         return compile_for(sparse_backward.sparse_queries_kernel, arguments, options, target)
     if kernel == "keys":
         options = {"num_warps": config.keys_warps, "num_stages": 2}
-        arguments = phase.keys_arguments(problem, config, args, chunk, part)
+        arguments = phase.keys_arguments(problem, config, args, chunk, partial, part)
         return compile_for(sparse_backward.sparse_keys_kernel, arguments, options, target)
     order, starts, dkv = meta(64, dtype=torch.int64), meta(64, dtype=torch.int32), meta(64, 64, dtype=torch.float32)
-    arguments = phase.sum_arguments(problem, config, chunk, order, starts, dkv)
-    return compile_for(sparse_backward.sum_kernel, arguments, {"num_warps": 4}, target)
+    arguments = phase.sum_arguments(problem, config, partial, order, starts, dkv)
+    return compile_for(sparse_backward.sum_kernel, arguments, {"num_warps": 1}, target)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -49,20 +49,20 @@ def launch(problem: BackwardProblem, config: None, args: BackwardArgs) -> None:
     for b in range(forward.B):
         start = 0 if args.start_pos is None else int(args.start_pos[b])
         keys = forward.S_kv if args.seq_lens is None else min(forward.S_kv, max(int(args.seq_lens[b]), 0))
-        d_out, d_lse, lse, q, out = (
-            x[b].unflatten(0, heads).float() for x in (args.d_out, args.d_lse, args.lse, args.q, args.out)
-        )
-        d_lse = d_lse.masked_fill(lse == -math.inf, 0.0)  # -inf whatever the inputs
+        d_out, lse, q, out = (x[b].unflatten(0, heads).float() for x in (args.d_out, args.lse, args.q, args.out))
+        d_lse = zeros(lse)
+        if args.d_lse is not None:  # where lse is -inf it is so whatever the inputs
+            d_lse = args.d_lse[b].unflatten(0, heads).float().masked_fill(lse == -math.inf, 0.0)
         rows = live_rows(d_out, d_lse, lse)
         d_out, d_lse, lse, q, out = (x[:, :, :rows] for x in (d_out, d_lse, lse, q, out))
         k, v = (x[b, :, :keys].float() for x in (args.k, args.v))
-        if args.attn_sink is not None:
+        if args.attn_sink is not None and d_sink is not None:
             left = torch.sigmoid(lse - args.attn_sink.view(*heads, 1)).masked_fill(lse == -math.inf, 0.0)
             d_sink -= ((1.0 - left) * (d_out * out).sum(-1)).sum(-1)
             d_out = d_out * left.unsqueeze(-1)
         # NOTE: as many heads at a time as fill the threads: gradients of all at once are memory that is new to every
         # call, which took 10% of its time (4 heads of 128 columns, 2048 tokens, one thread)
-        through = args.mask is None and args.block_mask is None and not d_lse.any()
+        through = args.mask is None and args.block_mask is None and (args.d_lse is None or not d_lse.any())
         step = max(torch.get_num_threads() // forward.ratio, 1) if through else forward.Hk
         for first in range(0, forward.Hk, step):
             own = slice(first, min(first + step, forward.Hk))
@@ -125,8 +125,11 @@ def through_op(
     if not alone:
         dq, dk, dv = zeros(q), zeros(k), zeros(v)
     # the op wants one head dim
-    q, k = (F.pad(x, (0, max(Dv - D, 0))) for x in (q, k))
-    v, d_out, out = (F.pad(x, (0, max(D - Dv, 0))) for x in (v, d_out, out))
+    # NOTE: a pad by nothing copies
+    if Dv > D:
+        q, k = (F.pad(x, (0, Dv - D)) for x in (q, k))
+    if D > Dv:
+        v, d_out, out = (F.pad(x, (0, D - Dv)) for x in (v, d_out, out))
     for rows, keys, causal in every:
         own = [x[:, :, rows] for x in (d_out, q, out, lse)]
         one, two, three = flash_backward(

@@ -20,6 +20,7 @@ from flash_mla.problem import (
     DecodeProblem,
     PrefillProblem,
     Problem,
+    SparseBackwardProblem,
     SparseProblem,
 )
 
@@ -59,10 +60,10 @@ def refuse(problem: Problem) -> str | None:
     """Why no Hopper kernel runs on this device or with these facts, or None."""
     if (reason := refuse_device(problem.device)) is not None:
         return reason
-    if isinstance(problem, BackwardProblem):
+    if isinstance(problem, BackwardProblem | SparseBackwardProblem):
         return None  # what TMA cannot read is copied
     if not isinstance(problem, DecodeProblem | PrefillProblem | SparseProblem):
-        return "there is no kernel in CuTe DSL for the index, bound by the same units in Triton, nor a sparse backward"
+        return "there is no kernel in CuTe DSL for the index, bound by the same units in Triton"
     if problem.scale_sign <= 0 and not scales_first(problem):
         return "softmax_scale is not above 0: the running maximum is kept before scaling"
     if not problem.aligned:

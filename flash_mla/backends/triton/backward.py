@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +12,16 @@ from flash_mla.backends.triton.device import launch_fitting, refuse_columns, tar
 from flash_mla.kernels.triton import backward, prefill
 from flash_mla.kernels.triton.backward_keys import keys_kernel
 from flash_mla.kernels.triton.backward_queries import queries_kernel
+from flash_mla.kernels.triton.launcher import Launcher
 from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import MASK_BYTES
-from flash_mla.problem import FP8, BackwardArgs, BackwardProblem
+from flash_mla.problem import FP8, BackwardArgs, BackwardProblem, PrefillProblem
 
 
 class Prepared(NamedTuple):
-    """What prepare_kernel wrote: lse2, shift, left and the sink's shares [B, Hq, P] FP32, live [B, Hq, row tiles]."""
+    """What prepare_kernel wrote: lse2, shift, left and the sink's shares [B * Hq, P] FP32; live [B * Hq * row tiles]
+    int32, past the last row of each tile that has a gradient."""
 
     lse2: Tensor
     shift: Tensor
@@ -52,7 +55,7 @@ def launch_config(problem: BackwardProblem, config: backward.Config, args: Backw
     """The kernels with these tiles."""
     forward = problem.forward
     prepared = prepare(problem, args)
-    live = prepared.live.amax(2)
+    live = prepared.live.view(forward.B, forward.Hq, -1).amax(2)
     limits: dict[str, Any] = {
         "P": forward.P,
         "S_kv": forward.S_kv,
@@ -80,31 +83,48 @@ def launch_config(problem: BackwardProblem, config: backward.Config, args: Backw
         )
 
 
+@functools.lru_cache(maxsize=256)
+def bound(problem: BackwardProblem, *strides: tuple[int, ...] | None) -> list[Launcher]:
+    """The slot for prepare_kernel's launcher of one problem and these strides; empty until its first call fills it."""
+    return []
+
+
 def prepare(problem: BackwardProblem, args: BackwardArgs) -> Prepared:
     """What every backward begins with: numbers for each query row, and the sink's gradient."""
     forward = problem.forward
     prepared = empty_prepared(problem)
-    grid = (prepared.live.shape[2], forward.Hq, forward.B)
-    backward.prepare_kernel[grid](**prepare_arguments(problem, args, prepared), num_warps=4)
+    lse, d_lse = args.lse.stride(), None if args.d_lse is None else args.d_lse.stride()
+    slot = bound(problem, args.out.stride(), args.d_out.stride(), lse, d_lse)
+    if not slot:
+        grid = (row_tiles(forward), forward.Hq, forward.B)
+        slot.append(Launcher(backward.prepare_kernel, grid, prepare_constants(problem, args), {"num_warps": 4}))
+    slot[0](prepare_tensors(args, prepared))
     if args.d_sink is not None and prepared.d_sink is not None:
-        torch.sum(prepared.d_sink, dim=(0, 2), out=args.d_sink)
+        torch.sum(prepared.d_sink.view(forward.B, forward.Hq, -1), dim=(0, 2), out=args.d_sink)
     return prepared
 
 
 def empty_prepared(problem: BackwardProblem) -> Prepared:
     """The workspace: 2 FP32 a query row, 4 with a sink."""
     forward = problem.forward
-    shape = (4 if forward.sink else 2, forward.B, forward.Hq, forward.P)
-    rows = torch.empty(shape, dtype=torch.float32, device=problem.device)
-    tiles = -(-forward.P // backward.prepare_rows(forward.Dv))
-    live = torch.empty((forward.B, forward.Hq, tiles), dtype=torch.int32, device=problem.device)
-    return Prepared(rows[0], rows[1], rows[2] if forward.sink else None, rows[3] if forward.sink else None, live)
+    heads = forward.B * forward.Hq
+    rows = torch.empty((4 if forward.sink else 2, heads, forward.P), dtype=torch.float32, device=problem.device)
+    live = torch.empty(heads * row_tiles(forward), dtype=torch.int32, device=problem.device)
+    lse2, shift, *sink = rows.unbind()
+    left, d_sink = sink or (None, None)
+    return Prepared(lse2, shift, left, d_sink, live)
+
+
+def row_tiles(forward: PrefillProblem) -> int:
+    """Tiles of a head's rows in prepare_kernel."""
+    return -(-forward.P // backward.prepare_rows(forward.Dv))
 
 
 # --- Arguments, by the kernels' names ---------------------------------------------------------------------------------
 
 
-def prepare_arguments(problem: BackwardProblem, args: BackwardArgs, prepared: Prepared) -> dict[str, Any]:
+def prepare_tensors(args: BackwardArgs, prepared: Prepared) -> dict[str, Tensor | float | None]:
+    """What a call brings; `prepare_constants` are the others."""
     return {
         "out_ptr": args.out,
         "d_out_ptr": args.d_out,
@@ -116,14 +136,20 @@ def prepare_arguments(problem: BackwardProblem, args: BackwardArgs, prepared: Pr
         "left_ptr": prepared.left,
         "d_sink_ptr": prepared.d_sink,
         "live_ptr": prepared.live,
-        "P": problem.forward.P,
+    }
+
+
+def prepare_constants(problem: BackwardProblem, args: BackwardArgs) -> dict[str, Any]:
+    forward = problem.forward
+    return {
+        "P": forward.P,
         **strides("o", "bhs", args.out),
         **strides("d", "bhs", args.d_out),
         **strides("l", "bhs", args.lse),
         **strides("g", "bhs", args.d_lse),
-        "DV": problem.forward.Dv,
-        "TILE_M": backward.prepare_rows(problem.forward.Dv),
-        "DV_TILE": backward.value_tile(problem.forward.Dv),
+        "DV": forward.Dv,
+        "TILE_M": backward.prepare_rows(forward.Dv),
+        "DV_TILE": backward.value_tile(forward.Dv),
     }
 
 

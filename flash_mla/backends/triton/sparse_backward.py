@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.target import Target
 from flash_mla.problem import SparseBackwardArgs, SparseBackwardProblem
 
-WORKSPACE = 2**30
+WORKSPACE = 2**31
 """Bytes that a chunk of the tokens may take, of one token at least."""
 
 
@@ -28,14 +29,10 @@ class Prepared(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The workspace of a chunk of the tokens.
-
-    p and ds [tokens, Hq, slots] in q's dtype, partial [tokens, slots, D] in BF16 where that is q's, else in FP32.
-    """
+    """What the queries' kernel leaves for the keys' of a chunk of the tokens: [tokens, Hq, slots] in q's dtype."""
 
     p: Tensor
     ds: Tensor
-    partial: Tensor
 
 
 def refuse(problem: SparseBackwardProblem) -> str | None:
@@ -59,6 +56,34 @@ def launch(problem: SparseBackwardProblem, config: sparse_backward.Config, args:
 
 def launch_config(problem: SparseBackwardProblem, config: sparse_backward.Config, args: SparseBackwardArgs) -> None:
     """The kernels with these tiles."""
+    Hq, itemsize = problem.forward.Hq, problem.forward.dtype.itemsize
+    step = chunk_tokens(problem, config, 2 * Hq * config.slots * itemsize)
+    chunk = empty_chunk(problem, config, step)
+
+    def products(prepared: Prepared, partial: Tensor, part: slice) -> None:
+        tokens = part.stop - part.start
+        sparse_backward.sparse_queries_kernel[(tokens * -(-Hq // config.tile_m),)](
+            **queries_arguments(problem, config, args, prepared, chunk, part),
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+        sparse_backward.sparse_keys_kernel[(tokens * (config.slots // config.keys_n),)](
+            **keys_arguments(problem, config, args, chunk, partial, part),
+            num_warps=config.keys_warps,
+            num_stages=2,
+        )
+
+    in_chunks(problem, config, args, step, products)
+
+
+def in_chunks(
+    problem: SparseBackwardProblem,
+    config: sparse_backward.Config,
+    args: SparseBackwardArgs,
+    step: int,
+    products: Callable[[Prepared, Tensor, slice], None],
+) -> None:
+    """The whole call around the products, which fill dq and the partial rows of a chunk of `step` tokens."""
     forward = problem.forward
     tokens, rows = forward.B, args.keys.cache.shape[1]
     prepared = prepare(problem, config, args)
@@ -67,25 +92,14 @@ def launch_config(problem: SparseBackwardProblem, config: sparse_backward.Config
     named = named_rows(args, rows)
     starts = torch.arange(rows + 1, dtype=torch.int32, device=problem.device)
     dkv = torch.zeros((rows, forward.D), dtype=torch.float32, device=problem.device)
-    step = chunk_tokens(problem, config)
-    chunk = empty_chunk(problem, config, min(step, tokens))
+    partial = torch.empty((step, config.slots, forward.D), dtype=wide(problem), device=problem.device)
     for first in range(0, tokens, step):
         part = slice(first, min(first + step, tokens))
-        n = part.stop - part.start
-        sparse_backward.sparse_queries_kernel[(n * -(-forward.Hq // config.tile_m),)](
-            **queries_arguments(problem, config, args, prepared, chunk, part),
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
-        sparse_backward.sparse_keys_kernel[(n * (config.slots // config.keys_n),)](
-            **keys_arguments(problem, config, args, chunk, part),
-            num_warps=config.keys_warps,
-            num_stages=2,
-        )
+        products(prepared, partial, part)
         row, order = named[part].flatten().sort(stable=True)
         first_of_row = torch.searchsorted(row, starts, out_int32=True)
         sparse_backward.sum_kernel[(rows,)](
-            **sum_arguments(problem, config, chunk, order, first_of_row, dkv), num_warps=4
+            **sum_arguments(problem, config, partial, order, first_of_row, dkv), num_warps=1
         )
     args.dkv.copy_(dkv.view(args.dkv.shape))
 
@@ -99,21 +113,23 @@ def named_rows(args: SparseBackwardArgs, rows: int) -> Tensor:
     return indices.masked_fill(~live, rows).int()
 
 
-def chunk_tokens(problem: SparseBackwardProblem, config: sparse_backward.Config) -> int:
-    """Tokens whose workspace fits WORKSPACE; a multiple of 16, so that what begins at a chunk stays aligned."""
+def wide(problem: SparseBackwardProblem) -> torch.dtype:
+    """Of partial rows."""
+    # NOTE: rounding each partial row to FP16 would miss FP16's budget where few tokens name a row, and flush small ones
+    return torch.bfloat16 if problem.forward.dtype == torch.bfloat16 else torch.float32
+
+
+def chunk_tokens(problem: SparseBackwardProblem, config: sparse_backward.Config, weights: int) -> int:
+    """Tokens whose workspace fits WORKSPACE, of `weights` bytes each and partial rows; a multiple of 16, so that what
+    begins at a chunk stays aligned, or all."""
     forward = problem.forward
-    size = forward.dtype.itemsize
-    token = config.slots * (2 * forward.Hq * size + forward.D * (2 if forward.dtype == torch.bfloat16 else 4))
-    return max(WORKSPACE // token // 16 * 16, 16)
+    token = weights + config.slots * forward.D * wide(problem).itemsize
+    return min(max(WORKSPACE // token // 16 * 16, 16), forward.B)
 
 
 def empty_chunk(problem: SparseBackwardProblem, config: sparse_backward.Config, tokens: int) -> Chunk:
-    forward = problem.forward
-    weights = torch.empty((2, tokens, forward.Hq, config.slots), dtype=forward.dtype, device=problem.device)
-    # NOTE: rounding each partial row to FP16 would miss FP16's budget where few tokens name a row, and flush small ones
-    wide = torch.bfloat16 if forward.dtype == torch.bfloat16 else torch.float32
-    partial = torch.empty((tokens, config.slots, forward.D), dtype=wide, device=problem.device)
-    return Chunk(weights[0], weights[1], partial)
+    shape = (2, tokens, problem.forward.Hq, config.slots)
+    return Chunk(*torch.empty(shape, dtype=problem.forward.dtype, device=problem.device))
 
 
 def prepare(problem: SparseBackwardProblem, config: sparse_backward.Config, args: SparseBackwardArgs) -> Prepared:
@@ -211,6 +227,7 @@ def keys_arguments(
     config: sparse_backward.Config,
     args: SparseBackwardArgs,
     chunk: Chunk,
+    partial: Tensor,
     part: slice,
 ) -> dict[str, Any]:
     forward = problem.forward
@@ -221,7 +238,7 @@ def keys_arguments(
         "d_out_ptr": d_out,
         "p_ptr": chunk.p,
         "ds_ptr": chunk.ds,
-        "partial_ptr": chunk.partial,
+        "partial_ptr": partial,
         "Hq": forward.Hq,
         "topk": forward.sets[0].topk,
         **strides("q", "sh", q),
@@ -239,13 +256,13 @@ def keys_arguments(
 def sum_arguments(
     problem: SparseBackwardProblem,
     config: sparse_backward.Config,
-    chunk: Chunk,
+    partial: Tensor,
     order: Tensor,
     starts: Tensor,
     dkv: Tensor,
 ) -> dict[str, Any]:
     return {
-        "partial_ptr": chunk.partial,
+        "partial_ptr": partial,
         "order_ptr": order,
         "start_ptr": starts,
         "dkv_ptr": dkv,
@@ -254,5 +271,5 @@ def sum_arguments(
         "SLOTS": config.slots,
         "D_MAIN": config.d_main,
         "D_REST": config.d_rest,
-        "TILE": 8,
+        "TILE": 4,
     }

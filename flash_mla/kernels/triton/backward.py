@@ -199,7 +199,9 @@ def prepare_kernel(
     out = load_rows(out_ptr + b * stride_ob + h * stride_oh + rows64 * stride_os, row_live, offs_v, DV)
     d_out = load_rows(d_out_ptr + b * stride_db + h * stride_dh + rows64 * stride_ds, row_live, offs_v, DV)
     lse = tl.load(lse_ptr + b * stride_lb + h * stride_lh + rows64 * stride_ls, mask=row_live, other=float("-inf"))
-    d_lse = tl.load(d_lse_ptr + b * stride_gb + h * stride_gh + rows64 * stride_gs, mask=row_live, other=0.0)
+    d_lse = tl.zeros([TILE_M], tl.float32)
+    if d_lse_ptr is not None:
+        d_lse = tl.load(d_lse_ptr + b * stride_gb + h * stride_gh + rows64 * stride_gs, mask=row_live, other=0.0)
     # a row without keys has lse -inf, in sparse prefill +inf
     lse = tl.where(lse == float("inf"), float("-inf"), lse)
     empty = lse == float("-inf")

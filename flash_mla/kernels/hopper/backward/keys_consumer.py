@@ -12,7 +12,15 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from flash_mla.kernels.hopper.backward.config import CONSUMERS, TILE, TILE_N, TILE_Q, WARPS, Bar, Config
 from flash_mla.kernels.hopper.backward.keys_shared import KeysShared
-from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors, key_tile_of, place_of, query_tiles, span_of
+from flash_mla.kernels.hopper.backward.shared import (
+    Scalars,
+    Tensors,
+    key_tile_of,
+    live_of,
+    place_of,
+    query_tiles,
+    span_of,
+)
 from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.boxes import zero_rows
 from flash_mla.kernels.hopper.dtypes import DTYPES
@@ -249,7 +257,7 @@ class Consumer:
         ratio, count = scalars.Hq // scalars.Hk, Int32(0)
         for i in cutlass.range(ratio, unroll=1):
             head = kv_head * ratio + i
-            live = tensors.live[request * scalars.Hq + head]
+            live = live_of(tensors, scalars, request * scalars.Hq + head)
             begin, whole, end = query_tiles(scalars, span, live, key0)
             place = place_of(scalars, (request * scalars.Hk + kv_head - scalars.first) * ratio + i, key_tile, 0)
             whole = cutlass.max(begin, cutlass.min(whole, end))

@@ -5,9 +5,9 @@ backward's `prepare_kernel`:
 
     dV = (f p)^T dO      dS = p (f dO V^T - g)      dK = scale dS^T Q      dQ = scale dS K
 
-Grid: one CTA a tile of 128 keys of a KV head, a head's first keys, which most queries see, first; a head's CTAs run
-together, so that Q and dO come from L2. A CTA walks the 64-row tiles of queries that see its keys, of every head of the
-group: nobody adds to what another CTA writes, and the bits are the same in every run.
+Grid: one CTA a tile of 128 keys of a KV head, the first keys, which most queries see, first (`walk`); the CTAs of a few
+heads run together, so that Q and dO come from L2. A CTA walks the 64-row tiles of queries that see its keys, of every
+head of the group: nobody adds to what another CTA writes, and the bits are the same in every run.
 
 Bound: FLOPs, of five products in the two kernels, 2 * P * S_kv * (3 D + 2 Dv) a head, half of that when causal. A tile
 of 128 x 64 costs 2048 cycles at D = Dv = 128, in which exp2 takes 512, and shared memory gives wgmma 96 bytes a cycle

@@ -10,7 +10,7 @@ from cutlass import Float32, Int32, const_expr
 
 from flash_mla.kernels.hopper.backward.config import TILE_N, TILE_Q, Config
 from flash_mla.kernels.hopper.backward.keys_shared import KeysShared
-from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors, key_tile_of, query_tiles, span_of
+from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors, key_tile_of, live_of, query_tiles, span_of
 from flash_mla.kernels.hopper.boxes import Tma, tma_boxes
 from flash_mla.kernels.hopper.limits import CHUNK, WARP
 
@@ -110,7 +110,7 @@ class Producer:
         for i in cutlass.range(ratio, unroll=1):
             head = kv_head * ratio + i
             line = request * scalars.Hq + head
-            live = tensors.live[line]
+            live = live_of(tensors, scalars, line)
             begin, _whole, end = query_tiles(scalars, span, live, key_tile * TILE_N)
             for tile in cutlass.range(begin, end, unroll=1):
                 self.load_queries(tensors, tile, line, head, request, live, count + tile - begin)

@@ -1,7 +1,7 @@
 """The backward of prefill on Hopper, second kernel: dQ = scale * dS K, of the dS that `keys_kernel.py` left.
 
-Grid: one CTA a tile of 128 queries of a head, a head's last queries, which see most keys, first. Bound: the bytes of
-dS, which are read once; the products take half of that time.
+Grid: one CTA a tile of 128 queries of a head, the last queries, which see most keys, first (`walk`). Bound: the bytes
+of dS, which are read once; the products take half of that time.
 
 Roles:
     consumer warpgroups 0, 1     64 queries each: dQ += dS K
@@ -25,7 +25,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.backward.config import CONSUMERS, THREADS, TILE, TILE_N, TILE_Q, WARPS, Bar, Config
 from flash_mla.kernels.hopper.backward.keys_kernel import rows_first, rows_of, shared_arguments
-from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors, key_tiles, place_of, span_of
+from flash_mla.kernels.hopper.backward.shared import Scalars, Tensors, key_tiles, live_of, place_of, span_of, walk
 from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.boxes import Tma, load_of, row_layout, tma_boxes, zero_rows
 from flash_mla.kernels.hopper.channel import Channel, open_channels
@@ -100,13 +100,14 @@ class Queries(Kernel[Config]):
         index, _, _ = cute.arch.block_idx()
         ratio = scalars.Hq // scalars.Hk
         tiles = (scalars.P + (CONSUMERS * TILE_Q - 1)) // (CONSUMERS * TILE_Q)
-        number, local = tiles - 1 - index % tiles, index // tiles
+        turn, local = walk(index, tiles, scalars.heads * ratio, scalars.group * ratio)
+        number = tiles - 1 - turn
         line = local // ratio + scalars.first
         request = line // scalars.Hk
         kv_head = line - request * scalars.Hk
         head = kv_head * ratio + local % ratio
         span = span_of(tensors, scalars, request)
-        live = tensors.live[request * scalars.Hq + head]
+        live = live_of(tensors, scalars, request * scalars.Hq + head)
         upper, lower = (key_tiles(scalars, span, live, number * CONSUMERS + wg) for wg in range(CONSUMERS))
         tile = QueryTile(number, local, head, kv_head, request, span.keys, cutlass.max(upper, lower))
         if warp_id >= WARPS:

@@ -1,0 +1,94 @@
+"""The backward of sparse prefill on Hopper: its products in CuTe DSL, within Triton's backward."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_mla.backends.hopper.backward import readable
+from flash_mla.backends.hopper.device import HALVES, LOG2_E, device_of, int32, multiprocessors
+from flash_mla.kernels.hopper.limits import BLOCK
+from flash_mla.kernels.hopper.sparse_backward.config import HEADS, WIDTHS, Config
+from flash_mla.kernels.hopper.sparse_prefill.config import MAX_ROWS
+from flash_mla.problem import SparseBackwardArgs, SparseBackwardProblem
+
+
+class Choice(NamedTuple):
+    """The kernels' variant, and the tiles of Triton's kernels beside them."""
+
+    kernels: Config
+    others: Any
+
+
+def refuse(problem: SparseBackwardProblem) -> str | None:
+    """Why the kernels cannot run this problem, or None."""
+    forward = problem.forward
+    if forward.dtype not in HALVES:
+        return f"dtype {forward.dtype}: the backward takes BF16 and FP16"
+    if (forward.D, forward.Dv) not in WIDTHS:
+        widths = ", ".join(f"{D}/{Dv}" for D, Dv in WIDTHS)
+        return f"D = {forward.D}, Dv = {forward.Dv}: the backward takes {widths}"
+    if forward.Hq > HEADS[-1]:
+        return f"{forward.Hq} heads: the backward takes at most {HEADS[-1]}"
+    if forward.sets[0].page > MAX_ROWS:
+        return f"{forward.sets[0].page} rows: at most {MAX_ROWS}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: its kernels prepare the heads and sum dkv"
+    return None
+
+
+def config(problem: SparseBackwardProblem) -> Choice:
+    """The kernels' variants."""
+    from flash_mla.backends.triton import sparse_backward as others
+
+    forward = problem.forward
+    heads = next(n for n in HEADS if forward.Hq <= n)
+    return Choice(Config(HALVES[forward.dtype], forward.D, heads, forward.sink), others.config(problem))
+
+
+def launch(problem: SparseBackwardProblem, config: Choice, args: SparseBackwardArgs) -> None:
+    """Fill the gradients. Allocates workspace of a chunk of the tokens; what is not laid out as TMA needs is copied."""
+    from flash_mla.backends.triton import sparse_backward as others
+    from flash_mla.kernels.hopper import store
+    from flash_mla.kernels.hopper.sparse_backward import keys_kernel, queries_kernel
+
+    kernels, without_sink = config.kernels, replace(config.kernels, sink=False)
+    queries = store.load("sparse_backward_queries", kernels, queries_kernel.build)
+    keys = store.load("sparse_backward_keys", without_sink, keys_kernel.build)
+    q, d_out, kv = (readable(x) for x in (args.q, args.d_out, args.keys.cache))
+    indices, lengths = int32(args.keys.indices), args.keys.lengths
+    lengths = None if lengths is None else int32(lengths)
+    has_lengths, topk = int(lengths is not None), indices.shape[2]
+    items = 2 * -(-topk // BLOCK)
+    step = others.chunk_tokens(problem, config.others, 2 * items * kernels.item)
+    # NOTE: whole waves of CTAs, which all take the same time: 10 of 608 tokens are 9 of 594 (H200)
+    wave = max(multiprocessors(problem.device) // kernels.head_tiles, 1)
+    step = step if step < wave else step // wave * wave
+
+    def products(prepared: others.Prepared, partial: Tensor, part: slice) -> None:
+        counts = indices[0, 0, :1] if lengths is None else lengths[part]
+        shift = prepared.shift[:, part]
+        queries(
+            q[part],
+            d_out[part],
+            kv,
+            indices[part],
+            counts,
+            prepared.lse2[:, part],
+            shift,
+            shift if prepared.left is None else prepared.left[:, part],
+            args.dq[part],
+            weights,
+            args.softmax_scale * LOG2_E,
+            args.softmax_scale,
+            has_lengths,
+        )
+        keys(q[part], d_out[part], counts, weights, partial, topk, has_lengths)
+
+    with device_of(problem.device):
+        weights = torch.empty((step * items, kernels.item // 2), dtype=torch.int32, device=problem.device)
+        others.in_chunks(problem, config.others, args, step, products)

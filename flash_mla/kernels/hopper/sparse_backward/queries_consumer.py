@@ -1,0 +1,239 @@
+"""A consumer warpgroup of a sparse backward: scores or their slopes, and half of dq."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+
+from flash_mla.kernels.hopper.barriers import arrive, sync
+from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.lanes import column_of, row_of
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARP
+from flash_mla.kernels.hopper.sparse_backward.config import CONSUMER_WARPS, CONSUMERS, HALF, STAGES, TILE_N, Bar, Config
+from flash_mla.kernels.hopper.sparse_backward.queries_shared import Scalars, Shared, Tensors, Tile, item_of
+from flash_mla.kernels.hopper.staging import store_rows
+
+K_STEPS = TILE_N // 16
+"""Instructions that dq += dS K of a step takes."""
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """Side 0: scores, and columns 0 to 255 of dq; side 1: dP, and the other columns.
+
+    Registers of a thread: dq [64, 256] / 128 threads and on side 1 the rope part [64, 64]; S [64, 32]: scores, then P,
+    or dP; other: what the other side has of the same elements; dS; numbers of each of its two heads.
+    """
+
+    config: Config
+    shared: Shared
+    side: int
+    tid: Int32
+    product_mma: cute.TiledMma
+    sum_mma: cute.TiledMma
+    rope_mma: cute.TiledMma
+    rA: cute.Tensor
+    rK: cute.Tensor
+    rKt: cute.Tensor
+    rRope: cute.Tensor
+    dQ: cute.Tensor
+    dRope: cute.Tensor
+    S: cute.Tensor
+    other: cute.Tensor
+    dS: cute.Tensor
+    kept: cute.Tensor
+    lse2: cute.Tensor
+    shift: cute.Tensor
+    left: cute.Tensor
+
+    @staticmethod
+    def over(shared: Shared, side: int, tid) -> Consumer:
+        config = shared.config
+        dtype, one = DTYPES[config.dtype], (1, 1, 1)
+        K, MN = OperandMajorMode.K, OperandMajorMode.MN
+
+        def sums(columns: int) -> cute.TiledMma:
+            registers = warpgroup.OperandSource.RMEM
+            return sm90.make_trivial_tiled_mma(dtype, dtype, K, MN, Float32, one, (TILE_M, columns), registers)
+
+        def keys(mma: cute.TiledMma, first: int, columns: int) -> cute.Tensor:
+            return mma.make_fragment_B(mma.get_slice(0).partition_B(shared.sKt(first, columns)))
+
+        product_mma = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, one, (TILE_M, TILE_N))
+        sum_mma, rope_mma = sums(HALF), sums(CHUNK)
+        part = product_mma.get_slice(0)
+        rows, columns = (shared.sQ, config.D) if side == 0 else (shared.sO, config.Dv)
+        tile = product_mma.partition_shape_C((TILE_M, TILE_N))
+        operand = cute.make_layout(((2, 2, 2), 1, K_STEPS))
+        shared.keys.read_by(f"warpgroup {side}", CONSUMER_WARPS // 2)
+        return Consumer(
+            config=config,
+            shared=shared,
+            side=side,
+            tid=tid,
+            product_mma=product_mma,
+            sum_mma=sum_mma,
+            rope_mma=rope_mma,
+            rA=product_mma.make_fragment_A(part.partition_A(rows)),
+            rK=product_mma.make_fragment_B(part.partition_B(shared.sK(columns))),
+            rKt=keys(sum_mma, side * (HALF // CHUNK), HALF),
+            # NOTE: without a rope part any chunk: nothing reads it
+            rRope=keys(rope_mma, config.Dv // CHUNK if config.rope else 0, CHUNK),
+            dQ=cute.make_rmem_tensor(sum_mma.partition_shape_C((TILE_M, HALF)), Float32),
+            dRope=cute.make_rmem_tensor(rope_mma.partition_shape_C((TILE_M, CHUNK)), Float32),
+            S=cute.make_rmem_tensor(tile, Float32),
+            other=cute.make_rmem_tensor(tile, Float32),
+            dS=cute.make_rmem_tensor(operand, dtype),
+            kept=cute.make_rmem_tensor(operand, dtype),
+            lse2=cute.make_rmem_tensor(2, Float32),
+            shift=cute.make_rmem_tensor(2, Float32),
+            left=cute.make_rmem_tensor(2, Float32),
+        )
+
+    @property
+    def has_rope(self) -> bool:
+        """Whether this side has the rope part of dq."""
+        return self.side == 1 and self.config.rope
+
+    @cute.jit
+    def start(self, tensors: Tensors, tile: Tile) -> None:
+        """Read the heads' numbers; those past the last get lse2 = inf, so that their weights are 0."""
+        self.dQ.fill(0.0)
+        if const_expr(self.has_rope):
+            self.dRope.fill(0.0)
+        for r in cutlass.range_constexpr(2):
+            head = tile.group * TILE_M + row_of(self.tid) + 8 * r
+            lse2, shift, left = Float32.inf, Float32(0.0), Float32(1.0)
+            if head < tensors.dq.shape[1]:
+                lse2, shift = tensors.lse2[head, tile.token], tensors.shift[head, tile.token]
+                if const_expr(self.config.sink):
+                    left = tensors.left[head, tile.token]
+            self.lse2[r], self.shift[r], self.left[r] = lse2, shift, left
+
+    @cute.jit
+    def product(self, stage) -> None:
+        """Issue S = Q K^T or dout V^T of a stage, as one group."""
+        atom = cute.make_mma_atom(self.product_mma.op)
+        atom.set(warpgroup.Field.ACCUMULATE, False)
+        warpgroup.fence()
+        for k in cutlass.range_constexpr(cute.size(self.rA, mode=[2])):
+            cute.gemm(atom, self.S, self.rA[None, None, k], self.rK[None, None, k, stage], self.S)
+            atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def add(self, stage) -> None:
+        """Issue dq += dS K of a stage, as one group."""
+        warpgroup.fence()
+        self.sum(self.sum_mma, self.dQ, self.rKt, stage)
+        if const_expr(self.has_rope):
+            self.sum(self.rope_mma, self.dRope, self.rRope, stage)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def sum(self, mma: cutlass.Constexpr, C: cute.Tensor, B: cute.Tensor, stage) -> None:
+        """Issue C += dS K of a stage."""
+        atom = cute.make_mma_atom(mma.op)
+        atom.set(warpgroup.Field.ACCUMULATE, True)
+        for k in cutlass.range_constexpr(K_STEPS):
+            cute.gemm(atom, C, self.dS[None, None, k], B[None, None, K_STEPS * stage + k], C)
+
+    @cute.jit
+    def weigh(self, stage, scale_log2) -> None:
+        """S = P before its factor, 0 where a key names no row."""
+        words = cute.recast_tensor(self.shared.sSeen[stage, None], Int32)
+        seen = words[0] >> column_of(self.tid)
+        for j in cutlass.range_constexpr(TILE_N // 8):
+            for e in cutlass.range_constexpr(2):
+                there = (seen & (1 << (8 * j + e))) != 0
+                for r in cutlass.range_constexpr(2):
+                    i = 4 * j + 2 * r + e
+                    p = cute.math.exp2(self.S[i] * scale_log2 - self.lse2[r], fastmath=True)
+                    self.S[i] = p if there else Float32(0.0)
+
+    @cute.jit
+    def swap(self, step) -> None:
+        """Hand S to the other side and take over its own."""
+        mine, theirs = (Bar.LEFT_READ, Bar.RIGHT_READ) if self.side == 0 else (Bar.RIGHT_READ, Bar.LEFT_READ)
+        if step > 0:
+            sync(mine, CONSUMERS)
+        for i in cutlass.range_constexpr(TILE_N // 8):
+            values = cute.make_tensor(self.S.iterator + 4 * i, cute.make_layout(4))
+            cute.autovec_copy(values, self.shared.exchanged(self.side, self.tid, i))
+        sync(Bar.WRITTEN, CONSUMERS)
+        for i in cutlass.range_constexpr(TILE_N // 8):
+            values = cute.make_tensor(self.other.iterator + 4 * i, cute.make_layout(4))
+            cute.autovec_copy(self.shared.exchanged(1 - self.side, self.tid, i), values)
+        arrive(theirs, CONSUMERS)
+
+    @cute.jit
+    def differentiate(self, scale) -> None:
+        """dS = scale P (f dP - g); kept: what this side writes, f P or dS."""
+        P, dP = (self.S, self.other) if self.side == 0 else (self.other, self.S)
+        dtype = DTYPES[self.config.dtype]
+        for j in cutlass.range_constexpr(TILE_N // 8):
+            slopes, weights = cute.make_rmem_tensor(4, Float32), cute.make_rmem_tensor(4, Float32)
+            for r in cutlass.range_constexpr(2):
+                for e in cutlass.range_constexpr(2):
+                    i = 4 * j + 2 * r + e
+                    slope, weight = dP[i], P[i]
+                    if const_expr(self.config.sink):
+                        slope, weight = slope * self.left[r], weight * self.left[r]
+                    slopes[2 * r + e] = P[i] * (slope - self.shift[r]) * scale
+                    weights[2 * r + e] = weight
+            cute.make_tensor(self.dS.iterator + 4 * j, cute.make_layout(4)).store(slopes.load().to(dtype))
+            if const_expr(self.side == 0):
+                cute.make_tensor(self.kept.iterator + 4 * j, cute.make_layout(4)).store(weights.load().to(dtype))
+
+    @cute.jit
+    def keep(self, tensors: Tensors, tile: Tile, step) -> None:
+        """Write f P or dS of a step, as `item_of` says."""
+        words = cute.recast_tensor(self.kept if const_expr(self.side == 0) else self.dS, Int32)
+        item = item_of(tile.token, tensors.indices.shape[1], step // STAGES, 1 - self.side)
+        block = tile.group * (TILE_M // 8) + self.tid // WARP * 2
+        for r in cutlass.range_constexpr(2):
+            for j in cutlass.range_constexpr(TILE_N // 8):
+                place = (block + r) * (BLOCK // 8) + step % STAGES * (TILE_N // 8) + j
+                tensors.weights[item, place * WARP + self.tid % WARP] = words[2 * j + r]
+
+    @cute.jit
+    def run(self, tensors: Tensors, scalars: Scalars, tile: Tile) -> None:
+        """Go through the token's keys."""
+        keys = self.shared.keys
+        self.start(tensors, tile)
+        self.shared.queries.wait(0, 0)
+        for step in cutlass.range(tile.steps, unroll=1):
+            stage = step % STAGES
+            keys.wait(stage, step // STAGES)
+            # NOTE: issued behind dq of the step before, so that the tensor cores go from one to the other
+            self.product(stage)
+            warpgroup.wait_group(1)
+            if step > 0:
+                keys.release((step - 1) % STAGES)
+            warpgroup.wait_group(0)
+            if const_expr(self.side == 0):
+                self.weigh(stage, scalars.scale_log2)
+            self.swap(step)
+            self.differentiate(scalars.scale)
+            self.add(stage)
+            self.keep(tensors, tile, step)
+        warpgroup.wait_group(0)
+
+    @cute.jit
+    def write(self, tensors: Tensors, tile: Tile) -> None:
+        """Write dq of the tile's heads."""
+        if tile.steps > 0:
+            # NOTE: results are staged where the other side may still read
+            sync(Bar.LEFT_READ if self.side == 0 else Bar.RIGHT_READ, CONSUMERS)
+        factor = cute.make_rmem_tensor(2, Float32)
+        factor.fill(1.0)
+        staged = self.shared.staged + (self.side * (CONSUMER_WARPS // 2) + self.tid // 32) * STAGED
+        target, row0 = tensors.dq[tile.token, None, None], tile.group * TILE_M
+        store_rows(self.dQ, factor, staged, target, row0, self.side * HALF, self.tid)
+        if const_expr(self.has_rope):
+            store_rows(self.dRope, factor, staged, target, row0, self.config.Dv, self.tid)
