@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
 
 from flash_mla.kernels.hopper.limits import BLOCK
 
@@ -25,22 +24,6 @@ def block_of(table: cute.Tensor, request, logical, blocks):
 def prefetch_line(address) -> None:
     """Ask L2 for the line at an address."""
     cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address])
-
-
-@cute.jit
-def touch(address) -> None:
-    """Ask L1 for the line at an address: it is loaded, and nobody waits for it."""
-    cute.arch.inline_ptx("ld.global.ca.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
-
-
-@cute.jit
-def touch_inputs(table: cute.Tensor, seq_lens: cute.Tensor, cluster_id, clusters) -> None:
-    """Ask L1 for the length and the first blocks of the request that this cluster starts with if all requests are
-    equally long; by one warp, before the work is known."""
-    # NOTE: where the work follows without the lengths, its roles wait for them, and then for the table
-    request = cluster_id * table.shape[0] // clusters
-    touch((seq_lens.iterator + request).toint())
-    touch(table[request, None].iterator.toint())
 
 
 @cute.jit

@@ -74,7 +74,7 @@ from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared
 from flash_mla.kernels.hopper.mla_decode.short import ShortSegments
 from flash_mla.kernels.hopper.partials import note_split
 from flash_mla.kernels.hopper.split import scan_words
-from flash_mla.kernels.hopper.table import prefetch_table, touch_inputs
+from flash_mla.kernels.hopper.table import prefetch_table
 from flash_mla.kernels.hopper.walk import Done, walk
 from flash_mla.kernels.hopper.work import find_short_work, find_work
 
@@ -122,10 +122,7 @@ class MlaDecode(Kernel[Config]):
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         if warp_id == CONSUMER_WARPS + 1:
-            if const_expr(config.short):
-                touch_inputs(tensors.table, tensors.seq_lens, cluster_id, clusters)
-            else:
-                prefetch_table(tensors.table, cluster_id, clusters)
+            prefetch_table(tensors.table, cluster_id, clusters)
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
         piece = config.piece
         if const_expr(config.short):
