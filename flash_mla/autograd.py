@@ -27,7 +27,9 @@ TO_TRAIN = (
 
 def learning(*inputs: object) -> list[Tensor]:
     """The inputs for which a call records a backward."""
-    return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad] if torch.is_grad_enabled() else []
+    if not torch.is_grad_enabled():
+        return []
+    return [x for x in inputs if x is not None and isinstance(x, Tensor) and x.requires_grad]
 
 
 def transformed() -> bool:

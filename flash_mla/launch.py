@@ -27,7 +27,9 @@ def launch(
     out: Tensor | None,
     return_lse: bool,
     also: tuple[Tensor | None, ...] = (),
-    **others: Tensor | None,
+    k_rope: Tensor | None = None,
+    start_pos: Tensor | None = None,
+    block_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out, or (out, lse) with return_lse, of checked tensors.
 
@@ -35,7 +37,7 @@ def launch(
         chosen: the plan of their problem.
         function: the public function's name, for the error of a gradient.
         also: tensors whose values are in K and V already, so that a gradient to them is refused too.
-        others: what DecodeArgs or PrefillArgs have beside the arguments above.
+        k_rope: of a decode; start_pos, block_mask: of a prefill.
     """
     problem = chosen.problem
     assert isinstance(problem, (DecodeProblem, PrefillProblem))
@@ -44,34 +46,34 @@ def launch(
     if problem.descale:
         q_descale, k_descale = expand_descale(descales[0], problem), expand_descale(descales[1], problem)
         v_descale = k_descale if descales[2] is descales[1] else expand_descale(descales[2], problem)
+    expanded = None if mask is None else mask.expand(*shape[:3], -1)
+    # NOTE: kernels read these without a stride
+    lengths = None if seq_lens is None else seq_lens.contiguous()
+    sink = None if attn_sink is None else attn_sink.contiguous()
+    scale = problem.D**-0.5 if softmax_scale is None else float(softmax_scale)
     out = q.new_empty(shape, dtype=problem.out_dtype) if out is None else out
     lse = q.new_empty(shape[:3], dtype=torch.float32) if return_lse else None
-    make: type = DecodeArgs if isinstance(problem, DecodeProblem) else PrefillArgs
-    chosen.launch(
-        make(
-            q=q,
-            k=k,
-            v=v,
-            block_table=block_table,
-            # NOTE: kernels read these without a stride
-            seq_lens=None if seq_lens is None else seq_lens.contiguous(),
-            mask=None if mask is None else mask.expand(*shape[:3], -1),
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-            attn_sink=None if attn_sink is None else attn_sink.contiguous(),
-            softmax_scale=problem.D**-0.5 if softmax_scale is None else float(softmax_scale),
-            out=out,
-            lse=lse,
-            **others,
+    # NOTE: by place, where names would cost the host a microsecond
+    if isinstance(problem, DecodeProblem):
+        assert block_table is not None
+        assert lengths is not None
+        chosen.launch(
+            DecodeArgs(
+                q, k, v, block_table, lengths, expanded, q_descale, k_descale, v_descale, sink, scale, out, lse, k_rope
+            )
         )
-    )
+    else:
+        chosen.launch(
+            PrefillArgs(
+                q, k, v, block_table, lengths, start_pos, expanded, block_mask, q_descale, k_descale, v_descale, sink,
+                scale, out, lse,
+            )
+        )  # fmt: skip
     if torch.is_grad_enabled():
         inputs = learning(q, k, v, mask, attn_sink, *descales, *also)
-        if not inputs:
-            return out if lse is None else (out, lse)
-        out = refusing(function, out, inputs)
-        lse = None if lse is None else refusing(function, lse, inputs)
+        if inputs:
+            out = refusing(function, out, inputs)
+            lse = None if lse is None else refusing(function, lse, inputs)
     return out if lse is None else (out, lse)
 
 

@@ -76,17 +76,15 @@ def flash_mla_sparse_fwd(
         natural log. A query without keys: 0, -inf, +inf. out and lse carry gradients to q, kv (the sum over all that
         name a row) and attn_sink, the same bits in every run; through max_logits a backward raises.
     """
-    check_query(q, "[s_q, h_q, d]", 3)
-    check_tensor("kv", kv)
-    check_rank("kv", kv.shape, 3, "[s_kv, h_kv, d]")
+    if q.dim() != 3 or kv.dim() != 3:  # all else is checked below, once for each set of facts
+        check_query(q, "[s_q, h_q, d]", 3)
+        check_rank("kv", kv.shape, 3, "[s_kv, h_kv, d]")
+    if not (compiling := traced(q)) and not transformed() and not learning(q, kv, attn_sink):
+        return sparse_prefill(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, backend)
     check_scale(sm_scale)
     scale = q.shape[2] ** -0.5 if sm_scale is None else float(sm_scale)
-    inputs = (q, kv, indices, scale, d_v, attn_sink, topk_length, backend)
-    if traced(q):
-        return torch.ops.flash_mla.flash_mla_sparse_fwd(*inputs)
-    if transformed() or learning(q, kv, attn_sink):
-        return SparsePrefill.apply(*inputs)
-    return sparse_prefill(*inputs)
+    attend = torch.ops.flash_mla.flash_mla_sparse_fwd if compiling else SparsePrefill.apply
+    return attend(q, kv, indices, scale, d_v, attn_sink, topk_length, backend)
 
 
 def row_format(q: Tensor, cache: Tensor) -> RowFormat:
@@ -172,23 +170,18 @@ def sparse(call: SparseCall, backend: str | None) -> tuple[Tensor, Tensor, Tenso
     q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits = call
     chosen = plan_sparse(call, backend)
     B, S_q, Hq, D = q.shape
-    keys = tuple(pool.keys(formatted) for pool in pools)
-    args = SparseArgs(
-        q=q,
-        keys=keys,
-        attn_sink=None if attn_sink is None else attn_sink.contiguous(),
-        softmax_scale=D**-0.5 if softmax_scale is None else softmax_scale,
-        out=q.new_empty(B, S_q, Hq, Dv),
-        lse=q.new_empty(B, S_q, Hq, dtype=torch.float32),
-        max_logits=q.new_empty(B, S_q, Hq, dtype=torch.float32) if max_logits else None,
-        empty_lse=math.inf,
-    )
-    chosen.launch(args)
-    out, lse = args.out, args.lse
-    inputs = learning(q, attn_sink, *(x.cache for x in keys))
-    if inputs:  # in decode; prefill has a backward, and comes here without gradients
-        out, lse = (refusing("deepseek.flash_mla_with_kvcache", x, inputs) for x in (out, lse))
-    return out, lse, args.max_logits
+    keys = tuple([pool.keys(formatted) for pool in pools])
+    sink = None if attn_sink is None else attn_sink.contiguous()
+    scale = D**-0.5 if softmax_scale is None else softmax_scale
+    out = q.new_empty((B, S_q, Hq, Dv))
+    lse = q.new_empty((B, S_q, Hq), dtype=torch.float32)
+    most = q.new_empty((B, S_q, Hq), dtype=torch.float32) if max_logits else None
+    chosen.launch(SparseArgs(q, keys, sink, scale, out, lse, most, math.inf))
+    if torch.is_grad_enabled():
+        inputs = learning(q, attn_sink, *[x.cache for x in keys])
+        if inputs:  # in decode; prefill has a backward, and comes here without gradients
+            out, lse = (refusing("deepseek.flash_mla_with_kvcache", x, inputs) for x in (out, lse))
+    return out, lse, most
 
 
 def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
@@ -197,7 +190,7 @@ def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
     sign = check_scale(softmax_scale)
     key: Hashable = None
     if not traced(call.q):  # a traced tensor has no address
-        tensors = facts(q, attn_sink, *(x for pool in pools for x in pool[1:]))
+        tensors = facts(q, attn_sink, *[x for pool in pools for x in pool[1:]])
         key = (tensors, formatted, type(Dv), Dv, sign, max_logits, backend)
         known = PASSED.get(key)
         if known is not None and (chosen := known()) is not None:
@@ -270,7 +263,7 @@ def sparse_prefill(
     q: Tensor,
     kv: Tensor,
     indices: Tensor,
-    sm_scale: float,
+    sm_scale: float | None,
     d_v: int,
     attn_sink: Tensor | None,
     topk_length: Tensor | None,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla.autograd import NO_SECOND_BACKWARD, differentiable, refusal, refuse_op
+from flash_mla.autograd import NO_SECOND_BACKWARD, differentiable, learning, refusal, refuse_op, transformed
 from flash_mla.contract import (
     check_grouping,
     check_head_dims,
@@ -84,8 +84,10 @@ def flash_attn_varlen_func(
     check_head_dims(q.shape[2], v.shape[2])
     check_scale(softmax_scale)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    attend = torch.ops.flash_mla.flash_attn_varlen if traced(q) else Varlen.apply
-    return attend(q, k, v, cu_seqlens_qo, cu_seqlens_kv, causal, scale, backend)
+    inputs = (q, k, v, cu_seqlens_qo, cu_seqlens_kv, causal, scale, backend)
+    if traced(q):
+        return torch.ops.flash_mla.flash_attn_varlen(*inputs)
+    return Varlen.apply(*inputs) if transformed() or learning(q, k, v) else attend_sequences(*inputs)
 
 
 @entry("flash_mla.deepseek")
@@ -163,17 +165,9 @@ def varlen_op(
     softmax_scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """flash_attn_varlen_func of tensors whose shapes are checked; their values are checked here."""
-    out, lse = fake_varlen(q, k, v)
-    out.zero_()
-    lse.fill_(-math.inf)
+    """flash_attn_varlen_func where a backward is recorded, or a graph traced."""
     with torch.no_grad():
-        for rows, keys, count, blind in groups(q, k, cu_seqlens_qo, cu_seqlens_kv, causal):
-            batch = [as_batch(x, own, count) for x, own in ((q, rows), (k, keys), (v, keys))]
-            part, part_lse = attend_batch(batch[0][:, :, blind:], batch[1], batch[2], causal, softmax_scale, backend)
-            as_batch(out, rows, count)[:, :, blind:] = part
-            as_batch(lse, rows, count)[:, :, blind:] = part_lse
-    return out, lse
+        return attend_sequences(q, k, v, cu_seqlens_qo, cu_seqlens_kv, causal, softmax_scale, backend)
 
 
 @varlen_op.register_fake
@@ -234,6 +228,28 @@ refuse_op(varlen_backward_op, "flash_attn_varlen_func", *NO_SECOND_BACKWARD)
 
 
 # --- Sequences as batches ---------------------------------------------------------------------------------------------
+
+
+def attend_sequences(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_qo: Tensor,
+    cu_seqlens_kv: Tensor,
+    causal: bool,
+    softmax_scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of tensors whose shapes are checked; their values are checked here."""
+    out, lse = fake_varlen(q, k, v)
+    out.zero_()
+    lse.fill_(-math.inf)
+    for rows, keys, count, blind in groups(q, k, cu_seqlens_qo, cu_seqlens_kv, causal):
+        batch = [as_batch(x, own, count) for x, own in ((q, rows), (k, keys), (v, keys))]
+        part, part_lse = attend_batch(batch[0][:, :, blind:], batch[1], batch[2], causal, softmax_scale, backend)
+        as_batch(out, rows, count)[:, :, blind:] = part
+        as_batch(lse, rows, count)[:, :, blind:] = part_lse
+    return out, lse
 
 
 def groups(

@@ -69,8 +69,10 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
     # NOTE: CTAs without work cost a short call up to a microsecond
     clusters = multiprocessors(device) // config.cluster
     clusters = split.useful_clusters(clusters, items(config, problem), problem.table_blocks)
-    words = config.workspace_words(clusters, piece_slots(config, problem))
-    lse_shape = (problem.B, problem.Hq, problem.S_q)
+    # an lse that the call does not want lies behind the workspace
+    lse_start = config.workspace_words(clusters, piece_slots(config, problem))
+    B, Hq, S_q = lse_shape = (problem.B, problem.Hq, problem.S_q)
+    lse_strides, words = (Hq * S_q, S_q, 1), lse_start + B * Hq * S_q
     scalars = (
         int(problem.sink),
         query_row_stride(problem),
@@ -84,9 +86,9 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
 
     def launch(args: DecodeArgs) -> None:
         q, k, v, table, seq_lens, mask, q_descale, k_descale, v_descale, sink, scale, out, lse, _ = args
-        workspace = q.new_empty(words, dtype=torch.float32)
+        workspace = q.new_empty(words if lse is None else lse_start, dtype=torch.float32)
         if lse is None:
-            lse = q.new_empty(lse_shape, dtype=torch.float32)
+            lse = workspace.as_strided(lse_shape, lse_strides, lse_start)
         if factors:
             q_descale, k_descale, v_descale = (factor(problem, x, workspace) for x in (q_descale, k_descale, v_descale))
         # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own

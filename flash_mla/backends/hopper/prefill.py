@@ -124,8 +124,6 @@ def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], Non
     B, Hq, P = problem.B, problem.Hq, problem.P
     tiles = -(-P // config.tile_m) * B * Hq
     ctas = min(tiles, config.ctas_sm * multiprocessors(device))
-    # NOTE: nobody takes a second tile where each CTA has one: the counter is not read then
-    make_counter = torch.zeros if tiles > ctas else torch.empty
     kv_bytes = config.itemsize * problem.S_kv * (problem.D + problem.Dv)
     order = schedule.order(kv_bytes, problem.ratio, B * Hq, -(-P // config.tile_m), problem.causal, ctas)
     flags = (problem.causal, problem.seq_lens, problem.start_pos, problem.sink, problem.descale)
@@ -147,7 +145,7 @@ def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], Non
             q = q.contiguous() if broadcast else q
             q, k, v = (readable(x, config) for x in (q, k, v))
         lse = args.lse
-        lse = torch.empty((B * Hq, P), dtype=torch.float32, device=device) if lse is None else lse.view(B * Hq, P)
+        lse = q.new_empty((B * Hq, P), dtype=torch.float32) if lse is None else lse.view(B * Hq, P)
         score_scale = value_scale = no_factor
         if problem.descale:
             score_scale, value_scale = (
@@ -162,7 +160,8 @@ def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], Non
             score_scale,
             value_scale,
             lse,
-            make_counter(1, dtype=torch.int32, device=device),
+            # nobody takes a second tile where each CTA has one: the counter is not read then
+            torch.zeros(1, dtype=torch.int32, device=device) if tiles > ctas else nothing,
             blocks,
             bits,
         )
