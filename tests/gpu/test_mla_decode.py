@@ -49,13 +49,12 @@ CASES = {
     "one-block": replace(MLA, lengths=(64,)),
     "requests": replace(FEW, lengths=MANY, layout="pool", S_q=2),
     "requests-heads-128": replace(MLA, lengths=MANY[:150], layout="pool"),
-    # tables of one pair of blocks: a kernel variant of its own
+    # few rows over tables of one pair of blocks: a kernel variant of its own
     "short": replace(MLA, lengths=SHORT, spare=0, sink=True),
     "short-heads-16": replace(FEW, lengths=SHORT, spare=0, S_q=2),
     "short-no-rope-fp16": replace(MLA, lengths=SHORT, spare=0, D=512, dtype=torch.float16),
     "short-masked": replace(FEW, lengths=SHORT[1:], spare=0, mask="bool-heads"),
-    "short-requests": replace(MLA, lengths=tuple(n % 129 for n in MANY), spare=0, layout="pool"),
-    "short-requests-heads-192": replace(MLA, Hq=192, lengths=SHORT * 20, spare=0, layout="pool"),
+    "short-heads-192": replace(MLA, Hq=192, lengths=SHORT, spare=0, layout="pool"),
     "int64": replace(FEW, index_dtype=torch.int64),
     "scale": replace(MLA, softmax_scale=0.31),
     "tokens": TOKENS,
