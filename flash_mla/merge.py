@@ -29,7 +29,8 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """
     check_parts(outs, lses)
     lse = torch.logsumexp(lses, dim=0)
-    weights = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0))
+    # NOTE: not exp(lses - lse): lse is rounded, and at 1e7 such weights summed to 1.17
+    weights = torch.softmax(lses, dim=0).masked_fill(lse == -torch.inf, 0.0)
     return (outs * weights.unsqueeze(-1).to(outs.dtype)).sum(0), lse
 
 

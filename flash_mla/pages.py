@@ -268,6 +268,7 @@ class Route(NamedTuple):
     Attributes:
         plan: of the problem, or of the same one with q and out packed; weak, as in `calls.Served`.
         problem: over the page views, its queries as heads where `folded`, else 0, says how many a request has.
+        packed: the plan's own problem has q and out packed.
         k, v, k_rope: the page views.
         parts: blocks that a page was cut into.
         spans: of out, then of the call's tensors.
@@ -276,6 +277,7 @@ class Route(NamedTuple):
     plan: ReferenceType[Plan]
     problem: DecodeProblem
     folded: int
+    packed: bool
     k: View
     v: View
     k_rope: View | None
@@ -364,6 +366,7 @@ class Planned(NamedTuple):
     problem: DecodeProblem
     call: DecodeCall
     folded: int
+    packed: bool
 
 
 Also = Callable[[PoolCall], None]
@@ -378,7 +381,11 @@ def plan_pools(
     out_is_new: bool = False,
     also: Also | None = None,
 ) -> Planned:
-    """Every check of the call, and its plan; `out_is_new`: out is nobody else's, and of the right kind."""
+    """Every check of the call, and its plan.
+
+    out_is_new: out is nobody else's, and of the right kind. also: what another door checks first; its out is new, to be
+    made later, and lies as [B, S_q, Hq, Dv].
+    """
     _, k, v, _, _, _, _, layout, width, causal, _, _, _, options = call
     # NOTE: 512.0 == 512, as a key too
     key = contract.facts_of(
@@ -390,6 +397,8 @@ def plan_pools(
         if also is not None:
             also(call)
         problem, views = checked(call, out)
+        if also is not None:
+            problem = by_token_out(problem)
         if not out_is_new:
             contract.check_out(out, problem, call)
         chosen, route = route_of(call, views, problem, backend)
@@ -403,7 +412,14 @@ def plan_pools(
     if check_values:
         longest = contract.check_values(views.block_table, views.seq_lens, route.problem.Nblk, page=route.problem.page)
         contract.check_mask_length("mask", None if call.options.tail else call.mask, longest)
-    return Planned(chosen, route.problem, views, route.folded)
+    return Planned(chosen, route.problem, views, route.folded, route.packed)
+
+
+def by_token_out(problem: DecodeProblem) -> DecodeProblem:
+    """The problem with an out that lies as [B, S_q, Hq, Dv], contiguous."""
+    B, Hq, S_q, Dv = problem.out_shape
+    alike = B * Dv == 0 or Hq <= 1 or S_q <= 1
+    return problem if alike else problem._replace(out_strides=(S_q * Hq * Dv, Dv, Hq * Dv, 1))
 
 
 def route_of(call: PoolCall, views: DecodeCall, problem: DecodeProblem, backend: str | None) -> tuple[Plan, Route]:
@@ -417,7 +433,8 @@ def route_of(call: PoolCall, views: DecodeCall, problem: DecodeProblem, backend:
     k_rope = None if rope is None else View(rope.shape, rope.stride())
     parts = call.k_pages.shape[1 if call.layout == "NHD" else 2] // problem.page
     k_view, v_view = View(k.shape, k.stride()), View(v.shape, v.stride())
-    return chosen, Route(ref(chosen), problem, folded, k_view, v_view, k_rope, parts)
+    packed = chosen.problem != problem
+    return chosen, Route(ref(chosen), problem, folded, packed, k_view, v_view, k_rope, parts)
 
 
 def attend_pools(
@@ -428,17 +445,20 @@ def attend_pools(
     *,
     check_values: bool = False,
     out_is_new: bool = False,
-    also: Also | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """decode_over_pages but for its default scale's warning; `out_is_new`, `also`: see `plan_pools`."""
-    planned = plan_pools(call, backend, out, check_values, out_is_new, also)
+    """decode_over_pages but for its default scale's warning; `out_is_new`: see `plan_pools`."""
+    return attend_planned(plan_pools(call, backend, out, check_values, out_is_new), out, return_lse)
+
+
+def attend_planned(planned: Planned, out: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """The attention of a call that passed its checks."""
     return (attend_folded if planned.folded else attend_packed)(planned, out, return_lse)
 
 
 def attend_packed(planned: Planned, out: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     """The attention; where the plan is of a packed problem, q is made contiguous, and out copied to."""
-    chosen, problem, call, _ = planned
-    if chosen.problem == problem:
+    chosen, _, call, _, packs = planned
+    if not packs:
         return attend_decode(chosen, call, out, return_lse, "decode_over_pages")
     packed = call._replace(q=call.q.contiguous())
     result = attend_decode(chosen, packed, None, return_lse, "decode_over_pages")
@@ -486,16 +506,19 @@ class Bound(NamedTuple):
         packed = self.packed
         lse = out.new_empty(out.shape[:3], dtype=torch.float32) if return_lse else None
         written = out.new_empty(out.shape) if packed else out
-        table = block_table.contiguous() if self.parts == 1 else table_of_blocks(block_table, self.parts)
-        q_descale, k_descale, v_descale = self.descales
-        args = DecodeArgs(
-            q.contiguous() if packed else q, self.k, self.v, table, seq_lens.contiguous(), None, q_descale, k_descale,
-            v_descale, None, self.softmax_scale, written, lse,
-        )  # fmt: skip
-        self.plan.launch(args)
+        self.plan.launch(self.args(q.contiguous() if packed else q, block_table, seq_lens, written, lse))
         if packed:
             out.copy_(written)
         return lse
+
+    def args(self, q: Tensor, block_table: Tensor, seq_lens: Tensor, out: Tensor, lse: Tensor | None) -> DecodeArgs:
+        """What the plan's launch takes, q and out packed where it wants them so."""
+        table = block_table.contiguous() if self.parts == 1 else table_of_blocks(block_table, self.parts)
+        q_descale, k_descale, v_descale = self.descales
+        return DecodeArgs(
+            q, self.k, self.v, table, seq_lens.contiguous(), None, q_descale, k_descale, v_descale, None,
+            self.softmax_scale, out, lse,
+        )  # fmt: skip
 
 
 def bind(call: PoolCall, out: Tensor) -> Bound:
@@ -503,11 +526,10 @@ def bind(call: PoolCall, out: Tensor) -> Bound:
 
     out: [B, Hq, S_q, Dv], nobody else's, and like that of all calls to come.
     """
-    chosen, problem, views, _ = plan_pools(call, None, out, False, out_is_new=True)
+    chosen, problem, views, _, packed = plan_pools(call, None, out, False, out_is_new=True)
     assert call.softmax_scale is not None
     descales = tuple(expand_descale(x, problem) for x in call.descales)
     parts = call.k_pages.shape[1 if call.layout == "NHD" else 2] // problem.page
-    packed = chosen.problem != problem
     return Bound(chosen, views.k_cache, views.v_cache, descales, call.softmax_scale, parts, packed)
 
 

@@ -30,7 +30,7 @@ NAME = "flash-mla"
 BACKENDS = ("cpu", "cuda", "rocm", "xpu")
 LEFT_OUT = (
     "kernels/hopper", "backends/hopper", "integrations", "bench", "testing",
-    "cli.py", "demo.py", "__main__.py",
+    "cli", "demo.py", "__main__.py",
 )  # fmt: skip
 ORDER = 'ORDER = ("hopper", "triton", "cpu")', 'ORDER = ("triton", "cpu")'
 

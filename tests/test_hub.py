@@ -38,6 +38,7 @@ def test_layout(folder: Path) -> None:
         assert {"__init__.py", "flash_mla/__init__.py", "kernels/triton/decode.py", "kernels/cpu/attend.py"} <= files
         assert not any("hopper" in name or name.startswith(("integrations", "bench")) for name in files)
     assert len(ids) == 4
+    assert all((hub.SOURCE / name).exists() for name in hub.LEFT_OUT), "a name that is no more leaves nothing out"
     assert (folder / "README.md").read_text().startswith("---\nlicense: mit\n")
 
 

@@ -262,6 +262,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "quant.RowFormat": lambda: (quant.RowFormat, {"name": "own", "quantised": 64, "rope": 0}),
     "quant.RowFormat.page_bytes": lambda: (ROWS.page_bytes, {"page": 64}),
     "quant.RowFormat.empty": lambda: (ROWS.empty, {"num_blocks": 2}),
+    "quant.RowFormat.encode": lambda: (ROWS.encode, {"rows": rows(2, 64, 1, 576)}),
     "quant.RowFormat.quantise": lambda: (ROWS.quantise, {"rows": rows(2, 64, 1, 576)}),
     "quant.RowFormat.dequantise": lambda: (ROWS.dequantise, {"pages": ROWS.empty(2).zero_()}),
     "quant.RowFormat.append": lambda: (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,3 +58,10 @@ def test_sink_is_a_key_without_a_value():
     torch.testing.assert_close(apply_sink(out, lse, sink), padded)
     empty = torch.full_like(lse, -math.inf)
     assert torch.equal(apply_sink(torch.zeros_like(out), empty, sink), torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e3, -1e7, 1e8])
+def test_weights_sum_to_one_however_large_lse_is(size: float) -> None:
+    """Its own rounding is as large as the logarithm of the parts."""
+    out, _ = merge(torch.ones(5, 3, 8), torch.full((5, 3), size))
+    assert torch.allclose(out, torch.ones(3, 8))

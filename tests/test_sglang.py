@@ -6,6 +6,8 @@ rest is what 0.5.23's own backends read of these objects.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,16 @@ D = RANK + ROPE
 LENGTHS = torch.tensor([130, 64, 1, 70])
 REQUESTS = torch.tensor([5, 2, 7, 0])
 FP8 = torch.float8_e4m3fn
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+
+
+@pytest.fixture(autouse=True, params=["cpu", GPU])
+def on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test on a CPU and on a GPU: where tensors are made."""
+    for name in ("LENGTHS", "REQUESTS"):
+        monkeypatch.setattr(sys.modules[__name__], name, globals()[name].to(request.param))
+    with torch.device(request.param):
+        yield
 
 
 class Mode:

@@ -202,7 +202,7 @@ def test_bound_steps_of_one_token(family: str, monkeypatch: pytest.MonkeyPatch) 
     bound: list[TokenDecode] = []
     made = TokenDecode.__init__
     monkeypatch.setattr(TokenDecode, "__init__", lambda self, *a: bound.append(self) or made(self, *a))
-    monkeypatch.setattr(attention, "launches_bind", lambda query, cache: not torch.is_grad_enabled())
+    monkeypatch.setattr(attention, "launches_bind", attention.is_plain)
     model, options = build(family), {"max_new_tokens": 12, "do_sample": False}
     cache = None
     for seed, beams in enumerate([1, 2, 1]):
@@ -221,9 +221,11 @@ def test_bound_steps_of_one_token(family: str, monkeypatch: pytest.MonkeyPatch) 
             parameter.data = parameter * 1.5  # other memory
     model.set_attn_implementation("eager")
     expected = model.generate(**inputs, **options)
-    cache.reset()
     model.set_attn_implementation("paged_kv_cache")
-    assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
+    for inference in (True, False):  # what was made inside of inference mode is written outside of it
+        cache.reset()
+        with torch.inference_mode(inference):
+            assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
 
 
 class FixedAttention(transformers.LlamaForCausalLM):

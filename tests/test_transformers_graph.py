@@ -175,3 +175,31 @@ def test_a_model_that_reads_values_on_the_host_is_refused() -> None:
     with pytest.raises(ModelError, match="batched_mm"):
         model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache)
     assert cache.graph.step is None
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_bf16_steps_are_as_close_as_eager_bf16(kind: str, device: str) -> None:
+    """Given tokens, one at a time, over a block's end: on a GPU by calls bound once, with a graph and without."""
+    model, inputs = model_on(device, kind).bfloat16(), prompts([60, 41], device)
+    exact = model_on(device, kind)
+    exact.load_state_dict(model.state_dict())
+    steps = torch.randint(3, 250, (8, 2, 1), generator=torch.Generator().manual_seed(3)).to(device)
+
+    def logits(model: Any, cache: PagedCache | None) -> Tensor:
+        mask, found = inputs["attention_mask"], []
+        with torch.no_grad():
+            for ids in (inputs["input_ids"], *steps):
+                mask = mask if not found else torch.cat([mask, mask.new_ones(2, 1)], 1)
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                found.append(out.logits[:, -1].float())
+        return torch.stack(found)
+
+    for each in (exact, model):
+        each.set_attn_implementation("eager")
+    expected, eager = logits(exact, None), logits(model, None)
+    baseline = (eager - expected).square().mean().sqrt()
+    for cache in (paged_cache(model, 2, 80), graphed(model, 2, 80)):
+        assert (logits(model, cache) - expected).square().mean().sqrt() <= 1.5 * baseline

@@ -23,6 +23,7 @@ Selection (see `plan`) takes the first that does not refuse.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Hashable
 from typing import Any, Protocol, cast
@@ -84,13 +85,19 @@ def module(name: str, phase: str) -> Phase:
 
 def append(name: str, args: AppendArgs) -> None:
     """Write rows into their pages by the backend of that name."""
-    importlib.import_module(f"{__name__}.{name}.append").launch(args)
+    appending(name).launch(args)
+
+
+@functools.cache
+def appending(name: str) -> Any:
+    """A backend's module `append`, imported on first use."""
+    return importlib.import_module(f"{__name__}.{name}.append")
 
 
 def append_rows(args: AppendRowsArgs) -> None:
     """Quantise rows into their pages, by the backend of the device that they are on."""
     name = "triton" if args.codes.device.type in ("cuda", "xpu") else "cpu"
-    importlib.import_module(f"{__name__}.{name}.append").launch_rows(args)
+    appending(name).launch_rows(args)
 
 
 def choose(name: str, problem: Problem) -> Phase | str:

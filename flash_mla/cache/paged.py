@@ -23,7 +23,7 @@ from torch import Tensor
 from flash_mla.api import flash_mla_with_kvcache, get_mla_metadata
 from flash_mla.cache.checks import check_rows, head_factors, integers
 from flash_mla.cache.ledger import Change, Ledger
-from flash_mla.cache.rows import more_blocks, upload, write_rows
+from flash_mla.cache.rows import more_blocks, staged, upload, write_rows
 from flash_mla.contract import MLAMetadata, check_mask_length
 from flash_mla.errors import DTypeError, ShapeError
 from flash_mla.kinds import explained_class
@@ -419,7 +419,7 @@ class PagedKVCache:
         for b, blocks in enumerate(self._ledger.blocks):
             if blocks and blocks is not change.after.blocks[b]:
                 self.block_table[b, : len(blocks)] = self._upload(blocks, torch.int32)
-        self.seq_lens.copy_(self._upload(self._ledger.lengths, torch.int32))
+        self._tell(self._ledger.lengths)
 
     def _publish(self, change: Change) -> None:
         """Write the table's entries and the lengths to the device."""
@@ -428,7 +428,11 @@ class PagedKVCache:
             index = self._upload([b * width + i for b, i in change.entries], torch.int64)
             blocks = self._upload([change.after.blocks[b][i] for b, i in change.entries], torch.int32)
             self.block_table.view(-1).index_copy_(0, index, blocks)
-        self.seq_lens.copy_(self._upload(change.after.lengths, torch.int32))
+        self._tell(change.after.lengths)
+
+    def _tell(self, lengths: Sequence[int]) -> None:
+        """Write the lengths to the device."""
+        self.seq_lens.copy_(staged(lengths, torch.int32, self.seq_lens.device), non_blocking=True)
 
     def _extend(self, rows: list[int], counts: list[int], write: Callable[[Change], None] | None = None) -> None:
         """Give the requests the blocks for so many more tokens, whose rows `write` writes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,8 +51,12 @@ def more_blocks(storage: Tensor, blocks: int) -> Tensor:
     return grown
 
 
-def upload(values: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values on a device; from pinned memory, so that the host does not wait for a GPU."""
+def upload(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values on a device; the host does not wait for a GPU."""
+    return staged(values, dtype, device).to(device, non_blocking=True)
+
+
+def staged(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values on the host, pinned where they go to a GPU, so that a copy there does not wait."""
     # NOTE: device="cpu", or torch's default device would take the list
-    host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type != "cpu")
-    return host.to(device, non_blocking=True)
+    return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type != "cpu")

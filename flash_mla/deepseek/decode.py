@@ -8,12 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla.contract import check_head_dims, check_index, check_on, check_rank, check_tensor, named, out_dtype
+from flash_mla.contract import (
+    NO_DESCALES,
+    Descales,
+    check_head_dims,
+    check_index,
+    check_on,
+    check_rank,
+    check_tensor,
+    named,
+    out_dtype,
+)
 from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
 from flash_mla.deepseek.sparse import Pool, SparseCall, sparse
 from flash_mla.entry import entry
 from flash_mla.errors import DTypeError, ShapeError
-from flash_mla.pages import PoolCall, attend_pools
+from flash_mla.pages import PoolCall, attend_planned, plan_pools
 from flash_mla.problem import FP8
 
 
@@ -210,26 +220,32 @@ def dense(
 ) -> tuple[Tensor, Tensor]:
     """Our own decode over pages, as `decode_over_pages` has it; q and out are read and written where they lie."""
     block_table, cache_seqlens = named_tokens(block_table, cache_seqlens)
-    check_query(q, "[b, s_q, h_q, d]", 4)
-    check_head_dims(q.shape[3], Dv)
-    descale_q, descale_k = (None if x is None else x.to(torch.float32).view(-1, 1) for x in descales)
-    out = q.new_empty((*q.shape[:3], Dv), dtype=out_dtype(q.dtype))
+    if q.dim() != 4:
+        check_query(q, "[b, s_q, h_q, d]", 4)
+    factors: Descales = NO_DESCALES
+    if descales[0] is not None or descales[1] is not None:
+        descale_q, descale_k = (None if x is None else x.to(torch.float32).view(-1, 1) for x in descales)
+        factors = descale_q, descale_k, descale_k
     call = PoolCall(
-        q.transpose(1, 2), k_cache, None, None, block_table, cache_seqlens, v_head_dim=Dv, causal=causal,
-        softmax_scale=softmax_scale, descales=(descale_q, descale_k, descale_k), attn_sink=attn_sink,
+        q.transpose(1, 2), k_cache, None, None, block_table, cache_seqlens, None, "NHD", Dv, causal, softmax_scale,
+        factors, attn_sink,
     )  # fmt: skip
-    result = attend_pools(call, True, out.transpose(1, 2), backend, out_is_new=True, also=check_dense)
+    planned = plan_pools(call, backend, None, False, also=check_dense)
+    out = q.new_empty((*q.shape[:3], Dv), dtype=out_dtype(q.dtype))
+    result = attend_planned(planned, out.transpose(1, 2), True)
     return out, empty_is_inf(result[1])
 
 
 def check_dense(call: PoolCall) -> None:
     """What the package's dense decode asks of a call beyond `decode_over_pages`, in its own names."""
     q, k_cache, Dv = call.q.transpose(1, 2), call.k_pages, call.v_head_dim
+    check_query(q, "[b, s_q, h_q, d]", 4)
+    assert Dv is not None
+    check_head_dims(q.shape[3], Dv)
     check_tensor("k_cache", k_cache)
     check_rank("k_cache", k_cache.shape, 4, "[num_blocks, page, h_kv, d]")
     check_same_dtype(q, "k_cache", k_cache)
     B, _, _, D = q.shape
-    assert Dv is not None
     if k_cache.shape[3] != D or Dv > D:
         raise ShapeError(
             f"{named(q=q, k_cache=k_cache)}, head_dim_v = {Dv}",

@@ -86,8 +86,9 @@ class ShardedAttention:
             see `decode`'s scatter_heads.
 
     Every call that exchanges something (`step` with check_values, `decode` and the gathers) is made by all ranks of
-    the dim, in the same order. A rank that dies, or does not come within the process group's timeout, gives the others
-    a RankError; what they hold stays as it is.
+    the dim, in the same order, with tensors of the same shapes and dtypes: only `step` compares what it is given, and
+    gloo ends a process that is sent more or fewer bytes than it waits for. A rank that dies, or does not come within
+    the process group's timeout, gives the others a RankError; what they hold stays as it is.
 
     NOTE: that is so over gloo. NCCL's exchanges run on the GPU and the host does not wait for them, so that nothing is
     raised, with TORCH_NCCL_BLOCKING_WAIT neither (torch 2.11, two H200s): after the group's timeout NCCL's watchdog
@@ -141,7 +142,8 @@ class ShardedAttention:
                 keys are all seen. Default None.
             v_head_dim: as in get_mla_metadata.
             check_values: read seq_lens and the table and check them, which waits for the GPU, and compare seq_lens,
-                q_shape and masks' shapes among the ranks of `context`. False: nothing is read or exchanged.
+                q_shape, Hk, D, v_head_dim and masks' shapes among the ranks of `context`. False: nothing is read or
+                exchanged.
 
         Raises:
             RankError: another rank refused its arguments, or was given others.
@@ -181,7 +183,10 @@ class ShardedAttention:
                     KeyPart(new, few, seen, False, make(q_shape, kv_shape, few, new)),
                 ]
             shapes = [None if x is None else [*x.shape] for x in (mask, tail_mask)]
-            facts = {"q_shape": [*q_shape], "seq_lens": values, "mask": shapes[0], "tail_mask": shapes[1]}
+            facts = {
+                "q_shape": [*q_shape], "Hk, D": [kv_shape[1], kv_shape[4]], "v_head_dim": v_head_dim,
+                "seq_lens": values, "mask": shapes[0], "tail_mask": shapes[1],
+            }  # fmt: skip
             return DecodeStep(metadata, tuple(parts)), facts
 
         return self.context.agree(prepare) if check_values else prepare()[0]

@@ -317,6 +317,7 @@ def judge_refusals(mesh: DeviceMesh, attention: ShardedAttention, device: str) -
     others = seq_lens.clone()
     others[6] -= int(rank == 1)
     refused("RankError", own, others)
+    refused("RankError", own, seq_lens, v_head_dim=32 if rank == 1 else None)
     refused("SequenceLengthError", own, seq_lens - 1)
     refused("MaskShapeError", own, seq_lens, mask=torch.ones(1, 1, 1, 299, dtype=torch.bool, device=device))
     refused("MaskShapeError", own, seq_lens, tail_mask=torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device))

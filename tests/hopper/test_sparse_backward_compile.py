@@ -61,10 +61,10 @@ def test_queries_compile(config: Config, tmp_path: Path) -> None:
     assert config.queries_bytes() <= SMEM_BYTES
     sass = compiled(build, config, tmp_path)
     assert (sass.resources, sass.spills) == ([(168, 0)], (0, 0, 0))
-    # the products of both sides; dq of 32 keys: two halves, and the rope part
-    assert sass.count("HGMMA") == (config.D + config.Dv) // 16 + 2 * (2 + config.rope)
+    # the products of both sides; dq of 64 keys: two halves, and the rope part
+    assert sass.count("HGMMA") == (config.D + config.Dv) // 16 + 4 * (2 + config.rope)
     # NOTE: serialised wgmma shows as one wait an instruction
-    assert sass.count(r"WARPGROUP\.DEPBAR") == 6
+    assert sass.count(r"WARPGROUP\.DEPBAR") == 4
     # a gathered row of a chunk, 16 bytes a thread; what is swapped, too
     assert sass.count(r"LDGSTS\.E\.BYPASS\.LTC128B\.128") == 4 * config.chunks
     assert sass.count(r"STS\.128") == 2 * 4

@@ -130,6 +130,16 @@ def test_a_uniform_batch_is_not_split() -> None:
     assert not all(part.whole for segments in walk([4096], 1, 66, 1) for _, part, _ in segments)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 3), st.integers(1, 70), st.integers(0, 2))
+def test_the_host_knows_whether_equal_items_are_split(
+    pairs: int, B: int, groups: int, clusters: int, start: int
+) -> None:
+    segments = [part for row in walk([split.PAIR * pairs] * B, groups, clusters, start) for _, part, _ in row]
+    if not split.splits_equal(pairs, B * groups, clusters, start, split.SPLIT_COST):
+        assert all(part.whole for part in segments)
+
+
 @pytest.mark.parametrize(("length", "pairs"), [(0, 0), (1, 1), (128, 1), (129, 2), (4096, 32)])
 def test_pairs(length: int, pairs: int) -> None:
     assert split.pairs(length) == pairs

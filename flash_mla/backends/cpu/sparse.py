@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.cpu.surroundings import undisturbed
+from flash_mla.merge import apply_sink
 from flash_mla.problem import SparseArgs, SparseKeys, SparseProblem
 from flash_mla.quant import FORMATS, gather_rows
 
@@ -52,10 +53,9 @@ def attend_tokens(problem: SparseProblem, args: SparseArgs, tokens: Tensor) -> N
     lse = torch.logsumexp(scores, dim=-1)  # [n, Hq]
     if args.max_logits is not None:
         args.max_logits[b, i] = scores.amax(-1) if scores.shape[-1] else lse
-    total = lse if args.attn_sink is None else torch.logaddexp(lse, args.attn_sink)
-    # a row without keys: subtract 0, so that its weights are exp(-inf) = 0
-    weights = scores.sub_(total.masked_fill(total == -math.inf, 0.0).unsqueeze(-1)).exp_()
-    args.out[b, i] = torch.bmm(weights, k[..., : problem.Dv]).to(problem.dtype)
+    weights = torch.softmax(scores, dim=-1).masked_fill_((lse == -math.inf).unsqueeze(-1), 0.0)
+    out = torch.bmm(weights, k[..., : problem.Dv])
+    args.out[b, i] = (out if args.attn_sink is None else apply_sink(out, lse, args.attn_sink)).to(problem.dtype)
     args.lse[b, i] = lse
 
 

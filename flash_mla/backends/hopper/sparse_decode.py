@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import LOG2_E, int32, multiprocessors, on_device
-from flash_mla.kernels.hopper.sparse_decode.config import DV, TILES, Config
+from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.mla_decode.config import START
+from flash_mla.kernels.hopper.sparse_decode.config import DV, SPLIT_COST, TILES, Config
 from flash_mla.problem import ALIGNMENT, BLOCK, SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS
 
@@ -81,6 +83,9 @@ def bind(problem: SparseProblem, config: Config) -> Callable[[SparseArgs], None]
     words = config.workspace_words(clusters)
     has_lengths = sum(keys.lengths << i for i, keys in enumerate(problem.sets))
     has_sink = int(problem.sink)
+    tokens, blocks = problem.B * problem.S_q, sum(-(-keys.topk // BLOCK) for keys in problem.sets)
+    items, pairs = tokens * -(-problem.Hq // config.tile_rows), -(-blocks // 2)
+    may_split = int(has_lengths or split.splits_equal(pairs, items, clusters, START, SPLIT_COST))
     # NOTE: what the kernel does not read may be any tensor of the right kind
     nothing = torch.empty(1, dtype=torch.int32, device=device)
 
@@ -102,6 +107,7 @@ def bind(problem: SparseProblem, config: Config) -> Callable[[SparseArgs], None]
             args.empty_lse,
             has_lengths,
             has_sink,
+            may_split,
             clusters,
         )
 

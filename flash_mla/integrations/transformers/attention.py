@@ -94,10 +94,10 @@ def paged_attention(
     step, layer = cache.step(attention_mask), cache.layer(key.layer)
     is_latent, picked = layer.is_latent, kwargs.get("indices")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if step.is_token and picked is None and launches_bind(query, key, layer.pool):
+        held = projection(module, query.dtype) if is_latent else None
+        return cache.token_decode(key.layer, query, scale, held)(query, key.k, key.v, step.starts), None
     q, k, v = (as_attention_takes(x, cache.dtype) for x in (query, key.k, key.v))
-    if step.is_token and picked is None and launches_bind(query, cache.pages.k_cache):
-        held = projection(module, q.dtype) if is_latent else None
-        return cache.token_decode(key.layer, q, scale, held)(q, k, v, step.starts), None
     step.write(torch.cat([k, v], -1) if is_latent else k, layer.k_rows, layer.k_descale)
     if not is_latent:
         step.write(v, layer.v_rows, layer.v_descale)
@@ -123,11 +123,16 @@ def paged_attention(
     return out.to(query.dtype), None
 
 
-def launches_bind(query: Tensor, cache: Tensor) -> bool:
+def launches_bind(query: Tensor, new: NewTokens, cache: Tensor) -> bool:
     """Whether a step of one token a sequence goes through `token`: on a GPU, where nothing is cast, quantised or
     differentiated in between."""
-    is_plain = query.dtype == cache.dtype and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
-    return is_plain and query.is_cuda
+    return query.is_cuda and is_plain(query, new, cache)
+
+
+def is_plain(query: Tensor, new: NewTokens, cache: Tensor) -> bool:
+    """Whether nothing is cast, quantised or differentiated on the way into the cache."""
+    alike = query.dtype == new.k.dtype == new.v.dtype == cache.dtype
+    return alike and not torch.is_grad_enabled() and not torch.is_autocast_enabled(query.device.type)
 
 
 def as_attention_takes(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from flash_mla.cache import PagedKVCache
 from flash_mla.errors import ModelError, ShapeError
 from flash_mla.integrations.transformers.layer import Layer
 from flash_mla.integrations.transformers.step import Step, Tokens, admit
-from flash_mla.integrations.transformers.token import TokenDecode
+from flash_mla.integrations.transformers.token import Scratch, TokenDecode
 from flash_mla.mla import MLAProjection
 from flash_mla.passed import facts
 from flash_mla.problem import FP8
@@ -44,7 +44,7 @@ class PagedCache(Cache):
         self.index_dim = index_dim
         self.graph: DecodeGraph | None = None
         self._layers: list[Layer] = []
-        self._scratch: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._scratch: Scratch = {}
         self._forget()
 
     def _forget(self) -> None:

@@ -36,12 +36,13 @@ class Tokens:
 
     @cached_property
     def counts(self) -> list[tuple[int, int]] | None:
-        """Of each request: tokens before this pass, tokens of this pass; None without a mask. Waits for the GPU."""
+        """Of each request: tokens before this pass, tokens of this pass; None without a mask. One wait for the GPU."""
         if self.mask is None:
             return None
         new = self.mask[:, -1] if self.count == 1 else self.mask[:, -self.count :].sum(-1)
-        new, all_ = torch.stack([new, self.mask.sum(-1)]).tolist()
-        return [(total - count, count) for total, count in zip(all_, new, strict=True)]
+        base = self.count + 1  # both numbers in one
+        both = [divmod(x, base) for x in torch.add(new, self.mask.sum(-1), alpha=base).tolist()]
+        return [(total - count, count) for total, count in both]
 
 
 def check_padding(mask: Tensor | None, batch: int, tokens: int) -> None:

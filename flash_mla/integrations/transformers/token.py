@@ -18,6 +18,9 @@ from flash_mla.integrations.transformers.layer import Layer
 from flash_mla.mla import MLAProjection
 from flash_mla.problem import AppendArgs
 
+Scratch = dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]
+"""rows and found, by Hq and dtype."""
+
 
 class TokenDecode:
     """A layer's attention of one new token a sequence.
@@ -40,39 +43,49 @@ class TokenDecode:
         lengths: Tensor,
         scale: float,
         held: MLAProjection | None,
-        scratch: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]],
+        scratch: Scratch,
     ) -> None:
+        self.table, self.held = table, held
+        # NOTE: tensors and views made in inference mode could not be written outside of it
+        with torch.inference_mode(False):
+            found = q.new_empty(*q.shape[:3], layer.v_cache.shape[-1])
+            if held is None:
+                self.caches, self.lengths, self.found = (layer.k_cache, layer.v_cache), lengths, found
+                self.bound = layer.bound(q, table, lengths, found, scale)
+            else:
+                self._absorb(layer, q, lengths, scale, held, scratch)
+
+    def _absorb(
+        self, layer: Layer, q: Tensor, lengths: Tensor, scale: float, held: MLAProjection, scratch: Scratch
+    ) -> None:
+        """What MLA has beside: the absorbed rows, their attention and its lift, as views of the scratch."""
         B, Hq = q.shape[:2]
-        self.table, self.lengths, self.held = table, lengths, held
-        self.caches, self.rows = (layer.k_cache, layer.v_cache), q
-        self.found = q.new_empty(B, Hq, 1, layer.v_cache.shape[-1])
-        if held is not None:
-            nope, latent, V = *held.w_k.shape[1:], held.w_v.shape[1]
-            if (Hq, q.dtype) not in scratch:
-                # NOTE: a tensor made in inference mode could not be written outside of it
-                with torch.inference_mode(False):
-                    scratch[Hq, q.dtype] = q.new_empty(B, Hq, 1, latent + held.rope), q.new_empty(B, Hq, 1, latent)
-            self.rows, self.found = scratch[Hq, q.dtype]
-            self.caches = (layer.v_cache, layer.k_cache[..., latent:])
-            self.w_k, self.w_v = held.w_k, held.w_v.transpose(1, 2)
-            self.nope = ((Hq, B, nope), (q.stride(1), q.stride(0), q.stride(3)))
-            self.rope = (nope, held.rope)
-            self.absorbed, self.rotated = self.rows[:, :, 0, :latent].transpose(0, 1), self.rows[..., latent:]
-            self.found_by_head = self.found[:, :, 0].transpose(0, 1)
-            self.out = (B, 1, Hq, V)
-            self.out_by_head = ((Hq, B, V), (V, Hq * V, 1))
-        self.bound = layer.bound(self.rows, table, lengths, self.found, scale)
+        nope, latent, V = *held.w_k.shape[1:], held.w_v.shape[1]
+        if (Hq, q.dtype) not in scratch:
+            scratch[Hq, q.dtype] = q.new_empty(B, Hq, 1, latent + held.rope), q.new_empty(B, Hq, 1, latent)
+        rows, found = scratch[Hq, q.dtype]
+        self.caches = (layer.v_cache, layer.k_cache[..., latent:])
+        self.w_k, self.w_v = held.w_k, held.w_v.transpose(1, 2)
+        self.nope = ((Hq, B, nope), (q.stride(1), q.stride(0), q.stride(3)))
+        self.rope = (3, nope, held.rope)
+        self.absorbed, self.rotated = rows[:, :, 0, :latent].transpose(0, 1), rows[..., latent:]
+        self.found = found[:, :, 0].transpose(0, 1)  # [Hq, B, latent]
+        self.out = (B, 1, Hq, V)
+        self.out_by_head = ((Hq, B, V), (V, Hq * V, 1))
+        self.bound = layer.bound(rows, self.table, lengths, found, scale)
+        self.args = self.bound.args(rows, self.table, lengths, found, None)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
         """Write k, v [B, Hk, 1, ..] (MLA: latent and rope) behind `starts` [B] tokens, and attend: [B, 1, Hq, V]."""
-        self.bound.plan.append(AppendArgs(k, v, *self.caches, self.table, starts, None))
+        plan = self.bound.plan
+        plan.append(AppendArgs(k, v, *self.caches, self.table, starts, None))
         if self.held is None:
             out = torch.empty_like(self.found)
             self.bound.attend(q, self.table, self.lengths, out, False)
             return out.transpose(1, 2)
         torch.bmm(q.as_strided(*self.nope), self.w_k, out=self.absorbed)
-        self.rotated.copy_(q.narrow(3, *self.rope))
-        self.bound.attend(self.rows, self.table, self.lengths, self.found, False)
+        self.rotated.copy_(q.narrow(*self.rope))
+        plan.launch(self.args)
         out = q.new_empty(self.out)
-        torch.bmm(self.found_by_head, self.w_v, out=out.as_strided(*self.out_by_head))
+        torch.bmm(self.found, self.w_v, out=out.as_strided(*self.out_by_head))
         return out

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from flash_mla.kernels.cpu.config import BLOCK
 from flash_mla.kernels.cpu.formats import ROWS, SIZE, stage_row
-from flash_mla.kernels.cpu.ir import I1, I8, I64, POINTER, Value, Variable
+from flash_mla.kernels.cpu.ir import I1, I8, I64, POINTER, Value
 from flash_mla.kernels.cpu.item import Item, Place
 
 
@@ -37,13 +37,13 @@ def walk_pages(item: Item, step: Step) -> None:
     g, a, s, m = item.g, item.a, item.spec, item.m
     names = ["k", "v", *(["rope"] if s.rope else [])]
 
-    def rows(of: Place, i: Value) -> dict[str, Value]:
-        """The first rows of block i: a page, or 64 rows of a larger one."""
+    def rows(b: Value, h: Value, i: Value) -> dict[str, Value]:
+        """The first rows of block i of a request and item head: a page, or 64 rows of a larger one."""
         number, inside = i // (s.page // s.block), i % (s.page // s.block) * s.block
         if s.source == "table":
-            table = item.pointer("table") + of.b * a["table_row"]
+            table = item.pointer("table") + b * a["table_row"]
             number = g.integer(table, number, a["table_wide"]).max(0).min(a["Nblk"] - 1)
-        bases = {x: item.pointer(x) + of.b * a[f"{x}_b"] + of.h // a["share"] * a[f"{x}_h"] for x in names}
+        bases = {x: item.pointer(x) + b * a[f"{x}_b"] + h // a["share"] * a[f"{x}_h"] for x in names}
         return {x: base + number * a[f"{x}_p"] + inside * a[f"{x}_k"] for x, base in bases.items()}
 
     with g.loop(item.place.first, item.place.stop) as i:
@@ -51,19 +51,13 @@ def walk_pages(item: Item, step: Step) -> None:
         if s.layout:
             kept = (item.row("layout", item.r0 // BLOCK) + i * a["layout_k"]).load(I8).differs(0)
         with g.when(kept):
-            here = rows(item.place, i)
-            ahead = {x: g.variable(at) for x, at in here.items()}
-
-            def ask(of: Place, i: Value, ahead: dict[str, Variable] = ahead) -> None:
-                for x, at in rows(of, i).items():
-                    ahead[x].set(at)
-
-            with g.either(i + 1 < item.place.stop) as (more, last):
-                with more:
-                    ask(item.place, i + 1)
-                with last:
-                    following = item.following()
-                    ask(following, following.first.min((following.n - 1) // s.block).max(0))
+            b, h, ahead = (g.variable(x) for x in (item.b, item.h, i + 1))
+            with g.when(i + 1 >= item.place.stop):
+                following = item.following()
+                b.set(following.b)
+                h.set(following.h)
+                ahead.set(following.first.min((following.n - 1) // s.block).max(0))
+            here, next_rows = rows(item.b, item.h, i), rows(b.get(), h.get(), ahead.get())
             first = i * s.block
             count = (item.n - first).min(s.block)
 
@@ -72,11 +66,10 @@ def walk_pages(item: Item, step: Step) -> None:
                 least, most = ((m[name] + t * 8).load(I64, 8) - first for name in ("low", "high"))
                 return own, least, most
 
-            next_rows = {x: at.get() for x, at in ahead.items()}
             if s.staged:
                 step(Block(*stage_pages(item, here, count, next_rows), count, limit, first, None))
             else:
-                k, v = (lambda j, x=x: next_rows[x] + j * a[f"{x}_k"] for x in ("k", "v"))
+                k, v = (lambda j, x=x, of=next_rows: of[x] + j * a[f"{x}_k"] for x in ("k", "v"))
                 step(Block(here["k"], a["k_k"], here["v"], a["v_k"], count, limit, first, (k, v)))
 
 

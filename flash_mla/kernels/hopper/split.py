@@ -109,6 +109,13 @@ def pays(split: Shares, whole: Shares, cost: Any = SPLIT_COST) -> Any:
     return split.chunk + cost < whole.chunk
 
 
+def splits_equal(num_pairs: int, items: int, clusters: int, start: int, cost: int) -> bool:
+    """Whether a call of items of so many pairs each is split: what every cluster of it finds, for the host."""
+    heaviest = weight(num_pairs, 1)
+    whole = unsplit(heaviest, items, -(-items // clusters))
+    return pays(even(items * heaviest, items, clusters, start), whole, cost)
+
+
 def longer(chunk: Any, heaviest: Any, most_parts: int, most: Callable[..., Any] = max) -> Any:
     """Steps of a range, at least `chunk`, in which the heaviest item has no more than `most_parts` parts.
 

@@ -364,7 +364,9 @@ def merge_kernel(
     for split in range(SPLITS):
         part_lse = tl.load(lses + split * rows64 + row)
         part = tl.load(partial_ptr + (split * rows64 + row) * DV + cols, mask=cols < DV, other=0.0)
-        out += part * tl.exp2(part_lse - tl.where(row_sum == 0.0, 0.0, total))
+        out += part * tl.exp2(part_lse - shift)
+    # by the sum: total is rounded, and weights of exp2(part_lse - total) would not sum to 1
+    out /= tl.where(row_sum == 0.0, 1.0, row_sum)
     if sink_ptr is not None:
         out *= sink_factor(total, tl.load(sink_ptr + row % Hq))
     tl.store(out_ptr + row * DV + cols, out.to(out_ptr.dtype.element_ty), mask=cols < DV)

@@ -17,10 +17,6 @@ PIECE = BLOCK * TILE_M
 
 # the queries' kernel
 
-TILE_N = 32
-"""Keys of a step."""
-STAGES = BLOCK // TILE_N
-"""Steps in shared memory: the halves of a gathered block."""
 HALF = 256
 """Columns of dq that a consumer warpgroup has, the second one also those of the rope part; of dkv likewise a CTA."""
 CONSUMERS = 2 * WARPGROUP
@@ -28,8 +24,8 @@ CONSUMER_WARPS, PRODUCER_WARPS = 8, 4
 THREADS = WARP * (CONSUMER_WARPS + PRODUCER_WARPS)
 REGISTERS = (232, 40)
 """Of a consumer's and of a producer's thread."""
-EXCHANGED = TILE_M * TILE_N
-"""Values that a consumer warpgroup hands to the other one a step."""
+EXCHANGED = TILE_M * BLOCK
+"""Elements that a consumer warpgroup hands to the other one a step."""
 
 # the keys' kernel
 
@@ -91,7 +87,7 @@ class Config:
         """Shared memory of a CTA of the queries' kernel: Q, dout, K; what the consumers swap, in which they stage dq;
         seen keys; barriers."""
         rows = 2 * (TILE_M * (self.D + self.Dv) + BLOCK * self.D)
-        return smem_bytes(rows, 4 * 2 * EXCHANGED, 2 * 2 * STAGES, barrier_bytes(STAGES, 1))
+        return smem_bytes(rows, 2 * 2 * EXCHANGED, 2 * PRODUCER_WARPS, barrier_bytes(self.chunks, 1))
 
     def keys_bytes(self) -> int:
         """Shared memory of a CTA of the keys' kernel: Q, dout, stages of P or dS; staged dkv; barriers."""
@@ -99,4 +95,4 @@ class Config:
         return smem_bytes(rows, 2 * KEYS_STAGES * self.item, 2 * CONSUMER_WARPS * STAGED, barrier_bytes(1, KEYS_STAGES))
 
 
-assert 2 * CONSUMER_WARPS * STAGED <= 4 * 2 * EXCHANGED
+assert CONSUMER_WARPS * STAGED <= 2 * EXCHANGED

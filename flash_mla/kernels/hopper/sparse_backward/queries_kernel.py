@@ -5,22 +5,24 @@
 with the heads' lse2, g (`shift`) and f (`left`, with a sink) from the Triton backward's `prepare_kernel`.
 
 Grid: one CTA for a token and 64 of its heads; the CTAs of a token run side by side, so that the L2 gives its rows to
-both. Bound: a step of 32 keys is 1664 cycles of the tensor cores at D 576, and 2200 of shared memory: S and dP have 32
-columns, for which a product reads 3 KB in 16 cycles.
+both. Bound: a step of 64 keys is 3328 cycles of the tensor cores at D 576, and 3600 of shared memory; 4.1 ms for 4096
+tokens of 2048 keys and 128 heads.
 
 Roles (384 threads; entry 168 registers):
     warpgroup 0   232 registers   S = Q K^T, P; dq[:, 0:256]                     `queries_consumer.py`
     warpgroup 1   232 registers   dP = dO V^T; dq[:, 256:512] and the rope part
     warps 8-11     40 registers   gather of K by cp.async; warp 8: TMA of Q, dO  `queries_producer.py`
 
-The two warpgroups hold the same elements of P and dP, a thread of the one what the same thread of the other: they swap
-them through shared memory in FP32, and both compute dS, an operand in registers of their half of dq.
+The two warpgroups hold the same elements of P and of the slopes, scale (f dP - g), a thread of the one what the same
+thread of the other: they swap them through shared memory, in the operands' dtype, and both compute dS, an operand in
+registers of their half of dq. A slope is rounded after g is taken off: nothing is lost where the two cancel.
 
 Channels, producer -> consumers (full arrivals / empty arrivals):
-    K       2 stages of 32 keys   2 * 33 / 8 warps     the halves of one gathered block: two warps fill each
-    Q, dO   1 stage               1 + bytes / never freed
+    K       a stage a chunk of 64 columns   4 * 33 / 8 warps     products start with the first chunk that is there
+    Q, dO   1 stage                         1 + bytes / never freed
 
-Shared memory: 213 KB of Q, dO and K, and 16 KB that are swapped.
+Shared memory: 213 KB of Q, dO and K, and 16 KB that are swapped. There is one K buffer: with two of 32 keys, S and dP
+had 32 columns, for which a product reads 3 KB of shared memory in 16 cycles.
 
 A key whose id is negative, past the last row, or not among the first `lengths` has P = 0 by a bit of `sSeen`, and a row
 of zeros in K.
@@ -45,7 +47,6 @@ from flash_mla.kernels.hopper.sparse_backward.config import (
     EXCHANGED,
     PRODUCER_WARPS,
     REGISTERS,
-    STAGES,
     THREADS,
     Config,
 )
@@ -109,9 +110,9 @@ class SparseQueries(Kernel[Config]):
             sQ: align[array[dtype, TILE_M * config.D], 1024]
             sO: align[array[dtype, TILE_M * config.Dv], 1024]
             sK: align[array[dtype, BLOCK * config.D], 1024]
-            exchange: align[array[Float32, 2 * EXCHANGED], 128]
+            exchange: align[array[dtype, 2 * EXCHANGED], 128]
             sSeen: align[array[Uint16, PRODUCER_WARPS], 16]
-            k_barriers: array[Int64, Channel.words(STAGES)]
+            k_barriers: array[Int64, Channel.words(config.chunks)]
             q_barriers: array[Int64, Channel.words(1)]
 
         shared = Shared.over(config, allocate(Storage, config, config.queries_bytes()))

@@ -6,19 +6,18 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint16
+from cutlass import Int32, Uint16, const_expr
 
 from flash_mla.kernels.hopper.boxes import Tma, tma_boxes
 from flash_mla.kernels.hopper.gather import NO_ROW, ROWS, Gather
-from flash_mla.kernels.hopper.limits import CHUNK, TILE_M, WARP
-from flash_mla.kernels.hopper.sparse_backward.config import PRODUCER_WARPS, STAGES, TILE_N
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
+from flash_mla.kernels.hopper.sparse_backward.config import PRODUCER_WARPS
 from flash_mla.kernels.hopper.sparse_backward.queries_shared import Scalars, Shared, Tensors, Tile
 
 
 @dataclass(frozen=True)
 class Producer:
-    """A thread of the four warps: warps 0 and 1 fill stage 0, the others stage 1, 16 rows each; warp 0 also loads Q
-    and dout by TMA."""
+    """A thread of the four warps, which bring in 16 rows of a step each; warp 0 also loads Q and dout by TMA."""
 
     shared: Shared
     tensors: Tensors
@@ -50,34 +49,34 @@ class Producer:
     def id_at(self, tile: Tile, step):
         """This lane's id in a step, NO_ROW where it names no row."""
         row, lane = Int32(NO_ROW), cute.arch.lane_idx()
-        key = TILE_N * step + ROWS * (self.warp % STAGES) + lane % ROWS
+        key = BLOCK * step + ROWS * self.warp + lane % ROWS
         if key < tile.keys:
             row = self.tensors.indices[tile.token, key]
         return row if row < self.scalars.num_rows else Int32(NO_ROW)
 
     @cute.jit
-    def load_keys(self, row, stage, round) -> None:
-        """This warp's 16 rows of a stage, and which of its keys name a row; row: of lane r and r + 16 for row r."""
+    def load_keys(self, row, step) -> None:
+        """This warp's 16 rows, chunk after chunk, and which keys name a row; row: of lane r and r + 16 for row r."""
         keys, sSeen = self.shared.keys, self.shared.sSeen
         seen = Int32(cute.arch.vote_ballot_sync(row >= 0))
         sources = self.gather.sources(row, 0)
-        keys.acquire(stage, round)
-        self.gather.copy(self.shared.k_address, sources, range(self.shared.config.chunks))
-        keys.arrive_copied(stage)
-        with cute.arch.elect_one():
-            sSeen[stage, self.warp % STAGES] = Uint16(seen & 0xFFFF)
-            keys.arrive(stage)
+        for chunk in cutlass.range_constexpr(self.shared.config.chunks):
+            keys.acquire(chunk, step)
+            self.gather.copy(self.shared.k_address, sources, (chunk,))
+            keys.arrive_copied(chunk)
+            with cute.arch.elect_one():
+                if const_expr(chunk == 0):
+                    sSeen[self.warp] = Uint16(seen & 0xFFFF)
+                keys.arrive(chunk)
 
     @cute.jit
     def run(self, tile: Tile) -> None:
-        """Bring in the rows of every second step; ids are read a step ahead."""
-        stage = self.warp // (PRODUCER_WARPS // STAGES)
-        row = self.id_at(tile, stage)
-        for round in cutlass.range((tile.steps - stage + (STAGES - 1)) // STAGES, unroll=1):
-            following = self.id_at(tile, STAGES * (round + 1) + stage)
-            self.load_keys(row, stage, round)
+        """Bring in the rows of every step; ids are read a step ahead."""
+        row = self.id_at(tile, 0)
+        for step in cutlass.range(tile.steps, unroll=1):
+            following = self.id_at(tile, step + 1)
+            self.load_keys(row, step)
             row = following
 
 
-assert PRODUCER_WARPS // STAGES == STAGES
-assert WARP == STAGES * ROWS
+assert PRODUCER_WARPS * ROWS == BLOCK

@@ -17,8 +17,6 @@ from flash_mla.kernels.hopper.sparse_backward.config import (
     CONSUMER_WARPS,
     EXCHANGED,
     PRODUCER_WARPS,
-    STAGES,
-    TILE_N,
     Config,
 )
 
@@ -78,15 +76,15 @@ def tile_of(tensors: Tensors, scalars: Scalars, head_tiles: cutlass.Constexpr, i
     keys = Int32(tensors.indices.shape[1])
     if scalars.has_lengths != 0:
         keys = cutlass.max(0, cutlass.min(tensors.lengths[token], keys))
-    return Tile(token, index - token * head_tiles, keys, (keys + (TILE_N - 1)) // TILE_N)
+    return Tile(token, index - token * head_tiles, keys, (keys + (BLOCK - 1)) // BLOCK)
 
 
 @dataclass(frozen=True)
 class Shared:
     """Views of a CTA's shared memory.
 
-    sQ [64, D]; sO [64, Dv]: dout; k: chunks of K, 64 rows, of which each stage has 32; exchange: EXCHANGED FP32 of each
-    consumer; sSeen [stage, producer warp of it] 16 bits: which of its keys name a row. Channels: keys; queries, once.
+    sQ [64, D]; sO [64, Dv]: dout; sK [64, D]; exchange: EXCHANGED elements of each consumer; sSeen [producer warp] 16
+    bits: which of its keys name a row. Channels: keys, a stage a chunk; queries, once.
     """
 
     config: Config
@@ -95,7 +93,6 @@ class Shared:
     k: cute.Pointer
     k_address: Int32
     exchange: cute.Pointer
-    staged: cute.Pointer
     sSeen: cute.Tensor
     keys: Channel
     queries: Channel
@@ -108,7 +105,6 @@ class Shared:
             layout = row_layout(dtype, BLOCK, columns)
             return memory.get_tensor(layout.outer, swizzle=layout.inner)
 
-        writers, warps = PRODUCER_WARPS // STAGES * (WARP + 1), PRODUCER_WARPS // STAGES
         exchange = storage.exchange.data_ptr()
         return Shared(
             config=config,
@@ -117,9 +113,14 @@ class Shared:
             k=tile(storage.sK, config.D).iterator,
             k_address=storage.sK.data_ptr().toint(),
             exchange=exchange,
-            staged=cute.recast_ptr(exchange, dtype=dtype),
-            sSeen=storage.sSeen.get_tensor(cute.make_layout((STAGES, warps), stride=(warps, 1))),
-            keys=Channel.over("K", storage.k_barriers.data_ptr(), STAGES, readers=CONSUMER_WARPS, writers=writers),
+            sSeen=storage.sSeen.get_tensor(cute.make_layout(PRODUCER_WARPS)),
+            keys=Channel.over(
+                "K",
+                storage.k_barriers.data_ptr(),
+                config.chunks,
+                readers=CONSUMER_WARPS,
+                writers=PRODUCER_WARPS * (WARP + 1),
+            ),
             queries=Channel.over("Q, dout", storage.q_barriers.data_ptr(), 1, readers=0),
         )
 
@@ -128,20 +129,19 @@ class Shared:
         return self.keys, self.queries
 
     def sK(self, columns: int) -> cute.Tensor:
-        """[32, columns, stages] of K."""
-        layout = row_layout(DTYPES[self.config.dtype], BLOCK, columns).outer
-        return cute.local_tile(cute.make_tensor(self.k, layout), (TILE_N, columns), (None, 0))
+        """[64, columns] of K."""
+        return cute.make_tensor(self.k, row_layout(DTYPES[self.config.dtype], BLOCK, columns).outer)
 
     def sKt(self, first: int, columns: int) -> cute.Tensor:
-        """[columns, 64] of K, transposed, of both stages; first: the chunk."""
+        """[columns, 64] of K, transposed; first: the chunk."""
         layout = row_layout(DTYPES[self.config.dtype], BLOCK, columns).outer
         turned = cute.composition(layout, cute.make_layout((columns, BLOCK), stride=(BLOCK, 1)))
         return cute.make_tensor(self.k + first * BLOCK * CHUNK, turned)
 
     def exchanged(self, side: int, tid, i: int) -> cute.Tensor:
-        """Values 4 i to 4 i + 3 that a thread of consumer `side` hands over."""
-        place = self.exchange + side * EXCHANGED + (4 * 128 * i + 4 * tid)
-        return cute.make_tensor(place.align(16), cute.make_layout(4))
+        """Elements 8 i to 8 i + 7 that a thread of consumer `side` hands over."""
+        place = self.exchange + side * EXCHANGED + (8 * 128 * i + 8 * tid)
+        return cute.make_tensor(place.align(16), cute.make_layout(8))
 
 
 assert TILE_M == BLOCK

@@ -23,7 +23,7 @@ Channels, producer -> consumer (full arrivals / empty arrivals):
     K   producer warps -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block
             many: one a warp (in a cluster also the peer's bytes) / 4 warps a CTA, as in MLA decode
             few: one a warp / the 4 warps that take the block
-            raw: 4 stages = two pairs of whole blocks; one a thread and one a warp / the 4 warps that take the block
+            raw: 4 stages = two pairs of whole blocks; one a warp and its rows' bytes / the 4 warps that take the block
         The mask of live keys travels with the left half of its block.
     Q   producer warp 0 -> warpgroups 0, 1   1 stage   1 + bytes / 8 warps
 
@@ -129,6 +129,7 @@ class SparseDecode(Kernel[Config]):
         empty_lse: Float32,  # lse of a row without keys
         has_lengths: Int32,
         has_sink: Int32,
+        splits: Int32,  # whether a token may be split at all
         clusters: Int32,
         stream,
     ):
@@ -157,7 +158,8 @@ class SparseDecode(Kernel[Config]):
         scalars = Scalars(scale_log2, has_sink, groups, Hq, packing, empty_lse)
         load_q = load_of(gQ, config.tile_heads, CHUNK)
         launch_persistent(self.kernel(load_q, caches, tokens, S_q, results, scalars), config, clusters, stream)
-        combine(results.out, results.lse, *results.partials, sink, has_sink, packing, Int32(1), stream, empty_lse)
+        if splits != 0:
+            combine(results.out, results.lse, *results.partials, sink, has_sink, packing, Int32(1), stream, empty_lse)
 
     @cute.kernel
     def kernel(
@@ -188,6 +190,8 @@ class SparseDecode(Kernel[Config]):
         rank, cluster_id, clusters = place_of_cta(config.cluster)
 
         # barriers, and the work of this cluster
+        if warp_id == CONSUMER_WARPS:
+            lengths.prefetch(scalars.groups, cluster_id, clusters, cute.arch.lane_idx())
         if warp_id == 0:
             open_channels((shared.k, shared.q), (load_q.atom,))
         if const_expr(config.cluster > 1):
@@ -253,7 +257,7 @@ def arguments(config: Config) -> tuple:
         symbolic.tensor(BFloat16, (B, S_q, Hq, DV), align=16),
         symbolic.tensor(Float32, (B, S_q, Hq), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
-        *symbolic.numbers(Float32, Float32, Int32, Int32, Int32),
+        *symbolic.numbers(Float32, Float32, Int32, Int32, Int32, Int32),
     )
 
 

@@ -1,8 +1,8 @@
 """Sparse decode with few heads over rows of one FP32 scale for 128 codes: rows stay raw in shared memory.
 
 A block lies there as in the cache, one row of 656 bytes behind the other: 8 rows have each 16-byte piece in other
-banks. Four producer warps only copy (`cp.async`); four blocks are in shared memory. The consumers read codes by
-`ldmatrix` and make them FP16, which holds every e4m3, as the A operand of their products, in registers:
+banks. Four producer warps only start copies, one bulk copy a row; four blocks are in shared memory. The consumers read
+codes by `ldmatrix` and make them FP16, which holds every e4m3, as the A operand of their products, in registers:
 
     S^T [64, heads] = sum over scales g of scale[key, g] * (K_g q_g^T), and the rope part, in BF16
     O^T [128 g.., heads] += V_g^T P_g^T,  P_g = P * scale[key, g] / unit
@@ -29,11 +29,11 @@ from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.gqa_decode import shared
-from flash_mla.kernels.hopper.limits import BLOCK, WARP
+from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.mla_decode.config import STAGES
 from flash_mla.kernels.hopper.sparse_decode.config import CONSUMER_WARPS, Config
 from flash_mla.kernels.hopper.sparse_decode.producer import Producer
-from flash_mla.kernels.hopper.sparse_decode.ring import copy_async
+from flash_mla.kernels.hopper.sparse_decode.rows import store_vector
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.walk import Done, Place, walk
 
@@ -76,7 +76,7 @@ class Shared(shared.Shared):
             storage.k_barriers.data_ptr(),
             STAGES,
             readers=CONSUMER_WARPS // 2,
-            writers=config.producer_warps * (WARP + 1),
+            writers=config.producer_warps,
         )
         return Shared(
             config=config,
@@ -102,14 +102,18 @@ class Shared(shared.Shared):
         )
 
 
+ROWS = 16
+"""Rows of a block that a warp copies, a lane each."""
+
+
 @dataclass(frozen=True)
 class RawProducer(Producer):
-    """One of the warps that copy rows, 16 of each block."""
+    """One of the warps that have rows copied, 16 of each block: lanes 0 to 15 of the even one, 16 to 31 of the odd."""
 
     @classmethod
     def over(cls, shared, lengths, rank, warp, tma_q, tQ) -> Self:
         made = Producer.over(shared, lengths, rank, warp, tma_q, tQ)
-        shared.k.written_by("producer warps", shared.config.producer_warps * (WARP + 1))
+        shared.k.written_by("producer warps", shared.config.producer_warps)
         return cls(**vars(made))
 
     @staticmethod
@@ -118,17 +122,11 @@ class RawProducer(Producer):
         return {"words": None, "scales": None}
 
     @cute.jit
-    def copy(self, side: cutlass.Constexpr, target) -> None:
-        """Start to copy the warp's rows of a block of the pair; rows that are not there arrive as zeros."""
-        rows, pieces = BLOCK // self.config.producer_warps, self.config.row_pieces
-        for step in cutlass.range_constexpr(-(-rows * pieces // WARP)):
-            # the rows that begin in this step's 32 pieces: at most one
-            row = WARP * step // pieces
-            behind = Int32(1) if self.lane >= pieces * (row + 1) - WARP * step else Int32(0)
-            address = cute.arch.shuffle_sync(self.row[0], offset=rows * side + row + behind)
-            if WARP * step + self.lane < rows * pieces:
-                piece = WARP * step + self.lane - pieces * (row + behind)
-                copy_async(target + 16 * (WARP * step + self.lane), address + 16 * piece, 16, address != 0)
+    def clear(self, target) -> None:
+        """Zeros in place of a row that is not there: its P is 0, but 0 * NaN is NaN."""
+        zero = Int32(0)
+        for piece in cutlass.range(self.config.row_pieces, unroll=1):
+            store_vector(target + 16 * piece, 0, (zero, zero, zero, zero))
 
     @cute.jit
     def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
@@ -153,19 +151,23 @@ class RawProducer(Producer):
     @cute.jit
     def fill_pair(self, turn) -> None:
         """Start to copy a pair of blocks."""
-        config, k = self.config, self.shared.k
-        block_bytes = BLOCK * config.layout.row_bytes
-        warp_bytes = block_bytes // config.producer_warps
+        k, row_bytes = self.shared.k, self.config.layout.row_bytes
         votes = cute.arch.vote_ballot_sync(self.row[0] != 0)
         for side in cutlass.range_constexpr(2):
             stage = 2 * (turn % 2) + side
             k.acquire(stage, turn // 2)
-            self.copy(side, self.shared.raw + stage * block_bytes + self.warp * warp_bytes)
-            k.arrive_copied(stage)
-            sLive = self.shared.sLive
-            if self.lane % 8 == 0 and self.side == side:
+            target = self.shared.raw + (BLOCK * stage + ROWS * self.warp + self.lane % ROWS) * row_bytes
+            mine, sLive = self.side == side, self.shared.sLive
+            if mine and self.row[0] == 0:
+                self.clear(target)
+            if mine and self.lane % 8 == 0:
                 sLive[8 * stage + self.octet] = Uint8((votes >> self.lane) & 255)
-            k.arrive_warp(stage)
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                k.expect(stage, row_bytes * cute.arch.popc((votes >> (ROWS * side)) & 0xFFFF))
+            cute.arch.sync_warp()
+            if mine and self.row[0] != 0:
+                copy_row(target, self.row[0], row_bytes, k.bar(stage).toint())
 
     @cute.jit
     def run(self, groups, work) -> None:
@@ -174,3 +176,13 @@ class RawProducer(Producer):
         # a CTA must outlive its copies: block i of a pair of blocks was filled in every second turn
         for stage in cutlass.range_constexpr(STAGES):
             self.shared.k.acquire(stage, (done.items + 1 - stage // 2) // 2)
+
+
+@cute.jit
+def copy_row(target, source, num_bytes: cutlass.Constexpr, bar) -> None:
+    """Start to copy bytes to shared memory, where a barrier counts them."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+        f"[{{$r0}}], [{{$r1}}], {num_bytes}, [{{$r2}}];",
+        read_only_args=[target, source, bar],
+    )

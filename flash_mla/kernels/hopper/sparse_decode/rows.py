@@ -11,6 +11,7 @@ from cutlass import Float32, Int32, Int64, Uint32, const_expr
 
 from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.sparse_decode.config import RowLayout
+from flash_mla.kernels.hopper.table import prefetch_line
 
 LONGEST = 1 << 24
 """Blocks that a token's keys may fill."""
@@ -53,9 +54,9 @@ class Cache(NamedTuple):
     def count(self, request):
         """Indices of a request's tokens that count."""
         topk = self.indices.shape[2]
-        # NOTE: without lengths `lengths` may be any tensor: its first element is read and not used
-        count = cutlass.max(0, cutlass.min(self.lengths[request * self.has_lengths], topk))
-        return count if self.has_lengths != 0 else topk
+        # NOTE: without lengths `lengths` may be any tensor, and a read of it is one more DRAM latency
+        length = load_word(self.lengths.iterator.toint() + 4 * Int64(request), 0, self.has_lengths)
+        return cutlass.max(0, cutlass.min(length, topk)) if self.has_lengths != 0 else topk
 
     @cute.jit
     def blocks(self, request):
@@ -106,6 +107,18 @@ class Lengths:
         if const_expr(len(self.caches) == 2):
             blocks = blocks + self.caches[1].blocks(request)
         return BLOCK * blocks
+
+    @cute.jit
+    def prefetch(self, groups, cluster, clusters, lane) -> None:
+        """Ask L2 for the indices that a cluster starts with if all tokens have as many.
+
+        A short call is a chain of DRAM latencies: counts, indices, rows; this takes the second out.
+        """
+        token = cluster // groups if self.tokens * groups <= clusters else cluster * self.tokens // clusters
+        indices = self.caches[0].indices
+        if token < self.tokens and 32 * lane < indices.shape[2]:
+            row = indices[token // self.S_q, token % self.S_q, None]
+            prefetch_line((row.iterator + 32 * lane).toint())
 
     @cute.jit
     def keys(self, token) -> Keys:
