@@ -59,8 +59,8 @@ MAX_STACK = 64
 """Bytes of a thread's stack that spills may take: a few scalars."""
 SPILLS = {
     # on sm_90: in the epilogue, where a [64, 512] FP32 tile changes layout
-    "mla_128": 1024, "page_16_mla_128": 1024, "split_mla_128": 1024, "fp8_mla_128": 1792, "bf16_fp8_mla_128": 1792,
-    "fp8_mla_16": 160,
+    "mla_128": 1024, "page_16_mla_128": 1024, "split_mla_128": 1024, "fp8_mla_128": 704, "bf16_fp8_mla_128": 832,
+    "fp8_mla_16": 352,
     "fp32_d128": 512, "d256": 320,
     # rows that do not begin on 16 bytes come through registers
     "odd_d64_32": 256,
@@ -69,7 +69,7 @@ SPILLS = {
 
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", FP8: "*fp8e4nv", torch.uint8: "*u8",
-    torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
+    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
 }  # fmt: skip
 
 
@@ -277,15 +277,12 @@ def odd_pointers(case: str) -> tuple[str, ...]:
 def build_decode(case: str, target: Target) -> tuple[decode.Config, Built]:
     problem, args = decode_case(**DECODE[case])
     config = decode_phase.config(problem, target).decode
-    args = decode_phase.in_half(problem, args) if config.widen else args
+    if config.widen and not (config.latent or config.e4m3):
+        args = decode_phase.in_half(problem, args)
     tensors = decode_phase.tensors(config, args, meta(1, dtype=torch.float32))
-    constants = decode.constants(
-        config, q=args.q, k=args.k, v=args.v, k_rope=args.k_rope, block_table=args.block_table, mask=args.mask,
-        q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale, out=args.out,
-        flip=False, tail=False,
-    )  # fmt: skip
+    constants = decode_phase.constants(problem, config, args)
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    return config, compile_for(decode.decode_kernel, tensors | constants, options, target, odd_pointers(case))
+    return config, compile_for(decode_phase.kernel_of(config), tensors | constants, options, target, odd_pointers(case))
 
 
 def build_prefill(case: str, target: Target) -> tuple[prefill.Config, Built]:
@@ -326,6 +323,30 @@ def test_decode_compiles(case: str, target: str) -> None:
 @pytest.mark.parametrize("case", PREFILL)
 def test_prefill_compiles(case: str, target: str) -> None:
     within(case, build_prefill(case, TARGETS[target])[1], TARGETS[target])
+
+
+@pytest.mark.parametrize(
+    ("case", "target", "change", "expected"),
+    [
+        ("fp8_mla_16", "sm_90", {}, "latent"),
+        ("fp8_mla_128", "sm_90", {}, "e4m3"),
+        ("bf16_fp8_mla_128", "sm_90", {}, "e4m3"),
+        ("fp8_mla_16", "sm_90", {"D": 512}, "latent"),
+        ("fp8_mla_128", "sm_90", {"aligned": False}, "widened"),
+        ("fp8_mla_16", "sm_90", {"k_strides": (0, 584 * 64, 584 * 64, 584, 1)}, "widened"),
+        ("fp8_mla_16", "sm_90", {"alias": False}, "widened"),
+        ("fp8_mla_16", "sm_89", {}, "widened"),
+        ("fp8_mla_128", "sm_80", {}, "widened"),
+        ("mla_16", "sm_90", {}, "plain"),
+    ],
+)
+def test_what_decodes_a_latent(case: str, target: str, change: dict[str, Any], expected: str) -> None:
+    problem, _ = decode_case(**DECODE[case])
+    chosen = decode_phase.config(problem._replace(**change), TARGETS[target]).decode
+    kind = "latent" if chosen.latent else "e4m3" if chosen.e4m3 else "widened" if chosen.widen else "plain"
+    assert kind == expected
+    if kind == "widened":  # 32 rows spill
+        assert chosen.tile_m in (16, 64)
 
 
 @pytest.mark.skipif(not PINNED, reason="the ptxas of Triton 3.9 loses no descriptor of fp8_d64_32")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.backward import readable
-from flash_mla.backends.hopper.device import HALVES, LOG2_E, device_of, int32, multiprocessors
+from flash_mla.backends.hopper.device import HALVES, LOG2_E, device_of, int32
 from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.sparse_backward.config import HEADS, WIDTHS, Config
 from flash_mla.kernels.hopper.sparse_prefill.config import MAX_ROWS
@@ -65,9 +65,6 @@ def launch(problem: SparseBackwardProblem, config: Choice, args: SparseBackwardA
     has_lengths, topk = int(lengths is not None), indices.shape[2]
     items = 2 * -(-topk // BLOCK)
     step = others.chunk_tokens(problem, config.others, 2 * items * kernels.item)
-    # NOTE: whole waves of CTAs, which all take the same time: 10 of 608 tokens are 9 of 594 (H200)
-    wave = max(multiprocessors(problem.device) // kernels.head_tiles, 1)
-    step = step if step < wave else step // wave * wave
 
     def products(prepared: others.Prepared, partial: Tensor, part: slice) -> None:
         counts = indices[0, 0, :1] if lengths is None else lengths[part]

@@ -1,20 +1,20 @@
-"""Decode: problems and arguments to `kernels/triton/decode.py` and `combine.py`."""
+"""Decode: problems and arguments to `kernels/triton/decode.py`, `decode_latent.py` and `combine.py`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_mla.backends.triton.device import MAX_ROW_STRIDE, launch_fitting, refuse_columns, stored, target
-from flash_mla.kernels.triton import combine, decode
+from flash_mla.kernels.triton import combine, decode, decode_latent
 from flash_mla.kernels.triton.launcher import Launcher
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import MASK_BYTES, head_tiles, least_columns, smaller
-from flash_mla.problem import BLOCK, DecodeArgs, DecodeProblem
+from flash_mla.problem import ALIGNMENT, BLOCK, FP8, DecodeArgs, DecodeProblem
 
 MIN_PAGE = 16
 """Tokens: the least tile of the kernels, so that no page is smaller than a tile can be."""
@@ -42,6 +42,14 @@ def refuse(problem: DecodeProblem) -> str | None:
     return refuse_columns(problem)
 
 
+def is_latent(problem: DecodeProblem, on: Target) -> bool:
+    """Whether K is an FP8 latent of 512 and no or 64 rope columns, its rows on 16 bytes, and this is a Hopper GPU."""
+    steps = (*problem.k_strides[:-1], *(problem.rope_strides or (0,))[:-1])
+    whole = problem.aligned and not any(step % ALIGNMENT for step in steps)
+    dims = problem.alias and problem.Dv == 512 and problem.D in (512, 576)
+    return (on.wgmma or on.backend == "interpreter") and problem.kv_dtype == FP8 and dims and whole
+
+
 def config(problem: DecodeProblem, on: Target | None = None) -> DecodeConfig:
     """The kernels' tiles for a problem, on its device or on the target given."""
     on = on or target(problem.device)
@@ -49,6 +57,7 @@ def config(problem: DecodeProblem, on: Target | None = None) -> DecodeConfig:
         B=problem.B, Hq=problem.Hq, Hk=problem.Hk, S_q=problem.S_q, D=problem.D, Dv=problem.Dv,
         capacity=problem.table_blocks * problem.page, alias=problem.alias, mask=MASK_BYTES[problem.mask],
         itemsize=problem.kv_dtype.itemsize, target=on, batch_invariant=problem.batch_invariant,
+        latent=problem.dtype.itemsize if is_latent(problem, on) else 0,
     )  # fmt: skip
     if on.backend == "hip" and problem.mask == "float":
         # NOTE: Triton 3.6's AMD pipeliner destroys the mask's load ("operation destroyed but still has uses")
@@ -86,7 +95,7 @@ def smaller_config(config: DecodeConfig) -> DecodeConfig | None:
 def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> None:
     """The kernels with these tiles."""
     rows = problem.S_q * problem.ratio
-    if config.decode.widen:
+    if config.decode.widen and not (config.decode.latent or config.decode.e4m3):
         args = in_half(problem, args)
     partial = None
     if config.decode.programs:
@@ -109,12 +118,15 @@ def launch_config(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs
 
 
 def tensors(config: decode.Config, args: DecodeArgs, partial: Tensor | None) -> dict[str, Tensor | float | None]:
-    """decode_kernel's arguments that a call brings; `decode.constants` are the others."""
+    """The kernel's arguments that a call brings; `constants` are the others."""
+    if config.latent:
+        keys = dict(q_ptr=args.q, k_ptr=pairs(args.k), rope_ptr=None if args.k_rope is None else pairs(args.k_rope))
+    else:
+        form = "" if config.e4m3 else config.widen
+        rope = None if args.k_rope is None else stored(args.k_rope, form)
+        keys = dict(q_ptr=stored(args.q, form), k_ptr=stored(args.k, form), v_ptr=stored(args.v, form), rope_ptr=rope)
     return dict(
-        q_ptr=stored(args.q, config.widen),
-        k_ptr=stored(args.k, config.widen),
-        v_ptr=stored(args.v, config.widen),
-        rope_ptr=None if args.k_rope is None else stored(args.k_rope, config.widen),
+        **keys,
         table_ptr=args.block_table,
         seq_lens_ptr=args.seq_lens,
         mask_ptr=args.mask,
@@ -127,6 +139,11 @@ def tensors(config: decode.Config, args: DecodeArgs, partial: Tensor | None) -> 
         partial_ptr=partial,
         softmax_scale=abs(float(args.softmax_scale)),
     )
+
+
+def pairs(rows: Tensor) -> Tensor:
+    """FP8 rows as decode_latent reads them, two columns an element."""
+    return rows.view(torch.int16)
 
 
 def in_half(problem: DecodeProblem, args: DecodeArgs) -> DecodeArgs:
@@ -144,19 +161,33 @@ def in_half(problem: DecodeProblem, args: DecodeArgs) -> DecodeArgs:
     return args._replace(q=q, q_descale=factor if args.q_descale is None else factor * args.q_descale)
 
 
+def kernel_of(config: decode.Config) -> Any:
+    """The kernel that a config is for."""
+    return decode_latent.decode_latent_kernel if config.latent else decode.decode_kernel
+
+
+def constants(problem: DecodeProblem, config: decode.Config, args: DecodeArgs) -> dict[str, int | bool | str]:
+    """The kernel's arguments that a problem fixes."""
+    same: dict[str, Any] = dict(
+        q=args.q, v=args.v, block_table=args.block_table, mask=args.mask, q_descale=args.q_descale,
+        k_descale=args.k_descale, v_descale=args.v_descale, out=args.out, flip=problem.scale_sign < 0,
+        tail=problem.tail,
+    )  # fmt: skip
+    if config.latent:
+        rope = None if args.k_rope is None else pairs(args.k_rope)
+        return decode_latent.constants(config, k=pairs(args.k), k_rope=rope, **same)
+    return decode.constants(config, k=args.k, k_rope=args.k_rope, **same)
+
+
 def launchers(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> tuple[Launcher, Launcher | None]:
     """The decode kernel and its combine, bound to all but their tensors."""
     rows = problem.S_q * problem.ratio
     main = Launcher(
-        decode.decode_kernel,
+        kernel_of(config.decode),
         decode.grid(config.decode, rows, problem.B * problem.Hk),
-        decode.constants(
-            config.decode, q=args.q, k=args.k, v=args.v, k_rope=args.k_rope, block_table=args.block_table,
-            mask=args.mask, q_descale=args.q_descale, k_descale=args.k_descale, v_descale=args.v_descale, out=args.out,
-            flip=problem.scale_sign < 0, tail=problem.tail,
-        ),
+        constants(problem, config.decode, args),
         {"num_warps": config.decode.warps, "num_stages": config.decode.stages},
-    )  # fmt: skip
+    )
     if config.combine is None:
         return main, None
     merge = Launcher(

@@ -47,6 +47,7 @@ def widen(x, WIDEN: tl.constexpr):
     # NOTE: is_pure=False keeps Triton from moving the conversion past the tile's way through shared memory, where each
     # of the two products would then do it on its own, from bytes
     if WIDEN == "fp8_once":
+        x = x.to(tl.uint8, bitcast=True)
         x = tl.inline_asm_elementwise(CONVERT, "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4)
     if WIDEN == "fp8_bits_once":
         x = tl.inline_asm_elementwise(CONVERT_BITS, "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4)
@@ -61,11 +62,77 @@ def widen(x, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def power_of(most, EXPONENT: tl.constexpr):
+    """The power of two, as FP32's bits, that takes a row's largest number [TILE_M] to 2^EXPONENT and above."""
+    bits = most.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.minimum(tl.maximum(bits, 0x08000000), 0x7F000000) - EXPONENT * 0x800000
+
+
+@triton.jit
+def high_low(x):
+    """FP32 below 2^8 as two e4m3, four bits each; what is not finite as NaN."""
+    x = tl.where(tl.abs(x) < float("inf"), x, float("nan"))
+    high = x.to(tl.float8e4nv)
+    return high, (x - high.to(tl.float32)).to(tl.float8e4nv)
+
+
+@triton.jit
 def bias(mask):
     """A floating mask in base 2; -inf only where it is -inf, which finfo.min times log2(e) would be too."""
     wide = mask if mask.dtype == tl.float64 else mask.to(tl.float32)
     finite = tl.maximum(wide, LOWEST).to(tl.float32) * LOG2E
     return tl.where(wide == float("-inf"), float("-inf"), finite)
+
+
+CUT = tl.constexpr(64)
+"""Products of e4m3 that wgmma, which keeps some 14 bits of a sum, adds by itself; such sums are added in FP32. At
+magnitudes of 20 (scores in the thousands) out is off by 1.2e-2 of its largest element, without the cuts by 3.4e-1; they
+take 8 % of the time (H200, 128 heads)."""
+
+
+@triton.jit
+def e4m3_scores(q, q_low, k, scores, TERMS: tl.constexpr):
+    """scores (None: 0) + (q + q_low) k^T."""
+    scores = tl.dot(q, tl.trans(k), scores, max_num_imprecise_acc=CUT)
+    if TERMS == 2:
+        scores = tl.dot(q_low, tl.trans(k), scores, max_num_imprecise_acc=CUT)
+    return scores
+
+
+@triton.jit
+def hide(
+    scores,
+    tokens,  # this and the next but mask_len and stride_mt, in dims that broadcast to the scores'
+    stored,
+    limit,
+    mask_rows,
+    mask_len,
+    stride_mt,
+    row_live,
+    mask_first,
+    MASK: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Scores as `attend`'s arguments say: a floating mask added, in base 2; -inf where a row does not see a key."""
+    keep = tokens < limit
+    if MASK != "none":
+        column = tokens - mask_first if TAIL else tokens
+        inside = stored & (column < mask_len)
+        if TAIL:
+            inside = inside & (column >= 0)
+        seen = row_live & inside
+        mask_tile = mask_rows + column.to(tl.int64) * stride_mt
+        if MASK == "bool":
+            allowed = tl.load(mask_tile, mask=seen, other=0) != 0
+            if TAIL:
+                allowed = allowed | (column < 0)
+            keep = keep & allowed
+        else:
+            added = bias(tl.load(mask_tile, mask=seen, other=float("-inf")))
+            if TAIL:
+                added = tl.where(column < 0, 0.0, added)
+            scores += added
+    return tl.where(keep, scores, float("-inf"))
 
 
 @triton.jit
@@ -98,6 +165,10 @@ def attend(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     rest_rows=None,  # [TILE_N] likewise for the columns from D_MAIN on, as if column 0 lay there; None: k_rows
+    q_low=None,  # TERMS 2: what is added to q and q_rest, e4m3
+    q_rest_low=None,
+    row_scale=None,  # [TILE_M], TERMS 2: what their products are multiplied by
+    TERMS: tl.constexpr = 0,  # e4m3 rows that a row of q is; 0: q is not in e4m3
     TAIL: tl.constexpr = False,
     mask_first=0,  # TAIL: the token of the mask's first column; earlier ones are all seen
 ):
@@ -105,8 +176,8 @@ def attend(
 
     Without TEST every row sees every token of the tile, and no mask is read.
     The dot with K goes over the D_MAIN columns and, where the head has them, over the rest; REUSE takes V from K's main
-    columns, which are then read once. FLIP negates the scores: scale is a magnitude, so that a row's maximum may be
-    taken before the product.
+    columns, which are then read once. With TERMS, K is multiplied in e4m3, as it was copied. FLIP negates the scores:
+    scale is a magnitude, so that a row's maximum may be taken before the product.
     """
     stored = tokens < end
     d_live = (offs_d < D)[None, :]
@@ -116,13 +187,24 @@ def attend(
         d_live = d_live & stored[:, None]
         r_live = r_live & stored[:, None]
         v_live = v_live & stored[:, None]
-    k = widen(tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0), WIDEN).to(q.dtype)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
+    k = tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0)
+    if TERMS > 0:
+        scores = e4m3_scores(q, q_low, k, None, TERMS)
+        k = widen(k, WIDEN)
+    else:
+        k = widen(k, WIDEN).to(q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [TILE_M, TILE_N]
     if D_REST > 0:
         if rest_rows is None:
             rest_rows = k_rows
-        k_rest = widen(tl.load(rest_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0), WIDEN).to(q.dtype)
-        scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
+        k_rest = tl.load(rest_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0)
+        if TERMS > 0:
+            scores = e4m3_scores(q_rest, q_rest_low, k_rest, scores, TERMS)
+        else:
+            k_rest = widen(k_rest, WIDEN).to(q.dtype)
+            scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
+    if TERMS == 2:
+        scores *= row_scale[:, None]
 
     if FLIP:
         scores = -scores
@@ -132,25 +214,10 @@ def attend(
         scores *= scale
         unit = 1.0
     if TEST:
-        keep = tokens[None, :] < limit[:, None]
-        if MASK != "none":
-            column = tokens - mask_first if TAIL else tokens
-            inside = stored & (column < mask_len)
-            if TAIL:
-                inside = inside & (column >= 0)
-            seen = row_live[:, None] & inside[None, :]
-            mask_tile = mask_rows[:, None] + column.to(tl.int64)[None, :] * stride_mt
-            if MASK == "bool":
-                allowed = tl.load(mask_tile, mask=seen, other=0) != 0
-                if TAIL:
-                    allowed = allowed | (column < 0)[None, :]
-                keep = keep & allowed
-            else:
-                added = bias(tl.load(mask_tile, mask=seen, other=float("-inf")))
-                if TAIL:
-                    added = tl.where((column < 0)[None, :], 0.0, added)
-                scores += added
-        scores = tl.where(keep, scores, float("-inf"))
+        scores = hide(
+            scores, tokens[None, :], stored[None, :], limit[:, None], mask_rows[:, None] if MASK != "none" else None,
+            mask_len, stride_mt, row_live[:, None], mask_first, MASK, TAIL,
+        )  # fmt: skip
 
     # online softmax
     row_max_new = tl.maximum(row_max, tl.max(scores, 1) * unit)

@@ -25,14 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
+from flash_mla.kernels.triton.attend import LOG2E, attend, high_low, normalise, power_of, widen
+from flash_mla.kernels.triton.item import store_item
 from flash_mla.kernels.triton.share import (
     BLOCK,
     MOST_PIECES,
     PIECE,
     block_id,
-    locate,
-    piece_units,
+    first_unit,
     pieces,
     request_length,
     slot,
@@ -52,7 +52,7 @@ class Config:
     tile_m query rows by tile_n tokens, which divide 64 and are in one page or in whole ones; d_main + d_rest columns of
     K, dv_tile of V; reuse says V is taken from the K tile; programs is 0 where every item is one program; pdl lets the
     combine start before decode has ended (programmatic dependent launch, NVIDIA from sm_90); pieces: of an item in a
-    batch-invariant call, 0 in others.
+    batch-invariant call, 0 in others; latent: the kernel is decode_latent.py's; e4m3: scores are products of e4m3.
     """
 
     tile_m: int
@@ -68,6 +68,8 @@ class Config:
     warps: int
     stages: int
     pieces: int = 0
+    latent: bool = False
+    e4m3: bool = False
 
 
 PIPELINED = ((4, 64), (3, 64), (4, 32), (3, 32), (4, 16), (3, 16))
@@ -89,6 +91,7 @@ def config(
     itemsize: int,
     target: Target,
     batch_invariant: bool = False,
+    latent: int = 0,
 ) -> Config:
     """The tiles for these dims: pure arithmetic, no device.
 
@@ -97,6 +100,7 @@ def config(
         mask: bytes of an element (tiles.MASK_BYTES).
         itemsize: bytes of an element of K; q's may be 2 where it is 1.
         batch_invariant: the tiles are then the same for every B and capacity, as they are otherwise too.
+        latent: bytes of an element of q where K is an FP8 latent whose rows Hopper's copies can bring, else 0.
     """
     rows = S_q * (Hq // Hk)
     columns = cut_columns(D, Dv, alias, itemsize, target)
@@ -113,7 +117,9 @@ def config(
     # small tiles fit twice, one program with the largest that fits
     half = target.smem // 2 - 1024
     tries: list[tuple[int, int, tuple[tuple[int, int], ...]]] = [(64, target.smem, WIDEST)]
-    for m in (32, 16):
+    # NOTE: 32 rows of 576 in FP16 do not fit beside FP8 on its way to FP16 in registers: two tiles of 16 rows take 0.42
+    # ms where one of 32 took 5.0 (H200, 128 requests of 4096 tokens, 16 heads, two tokens)
+    for m in (16,) if itemsize == 1 and columns.d_main > 256 else (32, 16):
         tries += [(m, half, PIPELINED), (m, target.smem, PIPELINED + WIDEST)]
     fits = (
         (m, *tiles)
@@ -129,6 +135,14 @@ def config(
     products = "ieee" if wide or not found else precision(itemsize, target)
     warps = 8 if wide or tile_m * columns.dv_tile > 32 * 256 else 4
     per_sm = max(1, min(2, target.smem // smem(tile_m, stages, tile_n)))
+    few, e4m3 = latent > 0 and rows <= 32, latent > 0 and rows > 32
+    if few:
+        tile_m, tile_n, stages, warps, per_sm = max(16, power_of_2(rows)), 64, 2, 4, 2
+    elif e4m3:
+        # q a term and V in FP16 beside K as it is copied: 212 KiB under 16-bit queries
+        d = columns.d_main + columns.d_rest
+        held = 64 * (2 * d + columns.d_rest + 2 * columns.dv_tile + latent * d) + 3 * 64 * 64 * mask
+        tile_m, tile_n, stages, warps, per_sm = 64, 64, 3 if held <= target.smem else 2, 8, 1
 
     # cut requests unless there are so many items that the last one's length does not matter
     programs = max(1, target.multiprocessors * per_sm // -(-rows // tile_m))
@@ -144,7 +158,7 @@ def config(
     pdl = target.backend == "cuda" and target.arch >= 90 and idle
     return Config(
         tile_m, tile_n, *columns, widening(itemsize, target, once=True), products, programs, pdl, warps, stages,
-        most_pieces,
+        most_pieces, few, e4m3,
     )  # fmt: skip
 
 
@@ -205,6 +219,7 @@ def decode_kernel(
     WIDEN: tl.constexpr,
     WIDEN_Q: tl.constexpr,
     PRECISION: tl.constexpr,
+    TERMS: tl.constexpr,  # as in attend
 ):  # fmt: skip
     m_tile = tl.program_id(0)
     program = tl.program_id(1)
@@ -219,31 +234,10 @@ def decode_kernel(
     if PDL:  # the combine may start: it waits for this kernel's end before it reads anything but lengths
         tl.extra.cuda.gdc_launch_dependents()
 
-    # find the share, the piece or the item: units [unit, end)
-    if PIECE > 0:
-        most = tl.num_programs(1) // (B * Hk)
-        b = program // most // Hk
-        size = units(request_length(seq_lens_ptr, b, capacity))
-        request_start = 0
-        item = program // most % Hk * size
-        each = piece_units(size, PIECE, MOST_PIECES)
-        unit = item + tl.minimum(program % most * each, size)
-        end = tl.minimum(unit + each, item + size)
-        share_start = unit
-    elif SPLIT:
-        programs = tl.num_programs(1)
-        total, share, b, request_start = locate(seq_lens_ptr, B, capacity, Hk, programs, program)
-        share_start = program * share
-        end = tl.minimum(share_start + share, total)
-        unit = share_start
-    else:
-        b = program // Hk
-        size = units(request_length(seq_lens_ptr, b, capacity))
-        request_start = 0
-        share_start = 0
-        unit = (program % Hk) * size
-        end = unit + size
-
+    b, request_start, share_start, end = first_unit(
+        seq_lens_ptr, B, Hk, capacity, program, tl.num_programs(1), SPLIT, PIECE, MOST_PIECES
+    )
+    unit = share_start
     while unit < end:
         # the item: KV head kv_head of request b, blocks [unit, stop) of [item_start, item_end)
         seq_len = request_length(seq_lens_ptr, b, capacity)
@@ -275,6 +269,14 @@ def decode_kernel(
             q_rest = widen(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN_Q)
         else:
             q_rest = q
+        q_low, q_rest_low, row_scale = None, None, None
+        if TERMS == 2:
+            q, q_rest = q.to(tl.float32), q_rest.to(tl.float32)
+            power = power_of(tl.maximum(tl.max(tl.abs(q), 1), tl.max(tl.abs(q_rest), 1)), 7)
+            inverse = (0x7F000000 - power).to(tl.float32, bitcast=True)[:, None]
+            row_scale = power.to(tl.float32, bitcast=True)
+            q, q_low = high_low(q * inverse)
+            q_rest, q_rest_low = high_low(q_rest * inverse)
 
         k_head = k_ptr + (b64 * stride_kb + kv_head.to(tl.int64) * stride_kh)
         v_head = v_ptr + (b64 * stride_vb + kv_head.to(tl.int64) * stride_vh)
@@ -313,35 +315,21 @@ def decode_kernel(
                 tokens=t + offs_n, end=seq_len, limit=limit, mask_rows=mask_rows, mask_len=mask_len,
                 stride_mt=stride_mt, row_live=row_live, offs_d=offs_d, offs_r=offs_r, offs_v=offs_v, D=D, DV=DV,
                 MASK=MASK, TEST=True, D_REST=D_REST, REUSE=REUSE, FLIP=FLIP, WIDEN=WIDEN, PRECISION=PRECISION,
-                rest_rows=rest_rows, TAIL=TAIL, mask_first=seq_len - S_Q,
+                rest_rows=rest_rows, TAIL=TAIL, mask_first=seq_len - S_Q, q_low=q_low, q_rest_low=q_rest_low,
+                row_scale=row_scale, TERMS=TERMS,
             )  # fmt: skip
 
         # write the item, or this share's part of it
         out, lse2 = normalise(acc, row_max, row_sum)
         if v_descale_ptr is not None:
             out *= tl.load(v_descale_ptr + b64 * stride_vdb + kv_head * stride_vdh)
-        written = row_live
-        if SPLIT:
-            cut = (unit > item_start) | (stop < item_end)
-            if cut:
-                partial_rows = tl.num_programs(0) * TILE_M
-                SLOTS: tl.constexpr = 1 if PIECE > 0 else 2
-                part = SLOTS * program + (unit > share_start).to(tl.int32)
-                slot_row = (part * partial_rows + rows).to(tl.int64)  # [TILE_M]
-                part_tile = partial_ptr + slot_row[:, None] * DV_TILE + offs_v[None, :]
-                tl.store(part_tile, out, mask=row_live[:, None] & (offs_v < DV)[None, :])
-                slot_rows = tl.cast(SLOTS * tl.num_programs(1) * partial_rows, tl.int64)
-                max_partial_ptr = partial_ptr + slot_rows * DV_TILE
-                tl.store(max_partial_ptr + slot_row, row_max, mask=row_live)
-                tl.store(max_partial_ptr + slot_rows + slot_row, row_sum, mask=row_live)
-            written = row_live & (cut == 0)
-        if sink_ptr is not None:
-            out *= sink_factor(lse2, tl.load(sink_ptr + head, mask=row_live, other=0.0))[:, None]
-        out_row = out_ptr + (b64 * stride_ob + head.to(tl.int64) * stride_oh + query * stride_os)  # [TILE_M]
-        out_tile = out_row[:, None] + offs_v[None, :]
-        tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=written[:, None] & (offs_v < DV)[None, :])
-        if lse_ptr is not None:
-            tl.store(lse_ptr + (b64 * (Hk * RATIO) + head) * S_Q + query, lse2 * LN2, mask=written)
+        store_item(
+            out, row_max, row_sum, lse2, rows, row_live, head, query, b64,
+            part=(unit > share_start).to(tl.int32), cut=(unit > item_start) | (stop < item_end),
+            partial_ptr=partial_ptr, sink_ptr=sink_ptr, out_ptr=out_ptr, lse_ptr=lse_ptr, heads=Hk * RATIO,
+            stride_ob=stride_ob, stride_oh=stride_oh, stride_os=stride_os, S_Q=S_Q, DV=DV, SPLIT=SPLIT, PIECE=PIECE,
+            TILE_M=TILE_M, DV_TILE=DV_TILE, COLUMNS=DV_TILE,
+        )  # fmt: skip
 
         # on to the next head, or request
         unit = stop
@@ -393,5 +381,6 @@ def constants(
         TAIL=tail, SPLIT=config.programs > 0, PIECE=PIECE if config.pieces else 0, MOST_PIECES=MOST_PIECES,
         PDL=config.pdl, TILE_M=config.tile_m, TILE_N=config.tile_n, D_MAIN=config.d_main, D_REST=config.d_rest,
         DV_TILE=config.dv_tile, REUSE=config.reuse, WIDEN=config.widen,
-        WIDEN_Q=config.widen if q.element_size() == 1 else "", PRECISION=config.precision,
+        WIDEN_Q=config.widen if q.element_size() == 1 and not config.e4m3 else "", PRECISION=config.precision,
+        TERMS=q.element_size() if config.e4m3 else 0,
     )  # fmt: skip

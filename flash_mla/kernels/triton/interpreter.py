@@ -2,7 +2,8 @@
 
 - It calls int() on a 1-element array, which NumPy 2.4 refuses.
 - Its dot multiplies the bit patterns of BF16 operands.
-- Its FP32 -> BF16 conversion cuts bits off where every GPU rounds to nearest even.
+- Its FP32 -> BF16 conversion cuts bits off where every GPU rounds to nearest even; so does FP32 -> e4m3, which halves
+  numbers that become subnormal besides.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -25,6 +27,11 @@ def bf16_of(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint16(0x7FC0), (rounded >> np.uint32(16)).astype(np.uint16))
 
 
+def e4m3_of(x: np.ndarray) -> np.ndarray:
+    """FP32 as e4m3 codes, rounded to nearest even, saturating; NaN stays NaN."""
+    return torch.from_numpy(x.astype(np.float32)).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
 def fp32_of(handle: Any) -> np.ndarray:
     """A BF16 handle's values."""
     return (handle.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -33,6 +40,8 @@ def fp32_of(handle: Any) -> np.ndarray:
 def repaired_convert_float(x: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
     if (source, target) == (tl.float32, tl.bfloat16):
         return bf16_of(x.view(np.float32))
+    if (source, target) == (tl.float32, tl.float8e4nv):
+        return e4m3_of(x.view(np.float32))
     return convert_float(x, source, target, rounding)
 
 

@@ -81,6 +81,32 @@ def locate(seq_lens_ptr, B, capacity, Hk, programs, index):
 
 
 @triton.jit
+def first_unit(
+    seq_lens_ptr, B, Hk, capacity, program, programs, SPLIT: tl.constexpr, PIECE: tl.constexpr, MOST: tl.constexpr
+):  # fmt: skip
+    """What a program takes: (the request, its first unit, the program's first unit, the one past its last).
+
+    SPLIT: a share, or with PIECE units at least a piece of an item; otherwise an item.
+    """
+    if PIECE > 0:
+        most = programs // (B * Hk)
+        b = program // most // Hk
+        size = units(request_length(seq_lens_ptr, b, capacity))
+        item = program // most % Hk * size
+        each = piece_units(size, PIECE, MOST)
+        start = item + tl.minimum(program % most * each, size)
+        return b, 0, start, tl.minimum(start + each, item + size)
+    if SPLIT:
+        total, share, b, request_start = locate(seq_lens_ptr, B, capacity, Hk, programs, program)
+        start = program * share
+        return b, request_start, start, tl.minimum(start + share, total)
+    b = program // Hk
+    size = units(request_length(seq_lens_ptr, b, capacity))
+    start = (program % Hk) * size
+    return b, 0, start, start + size
+
+
+@triton.jit
 def piece_units(size, PIECE: tl.constexpr, MOST: tl.constexpr):
     """Units of the pieces of an item of `size` units."""
     return tl.maximum((size + MOST - 1) // MOST, PIECE)
