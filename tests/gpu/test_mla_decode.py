@@ -21,6 +21,7 @@ FEW = replace(MLA, Hq=16)
 TOKENS = DenseDecodeCase("tokens", LENGTHS, S_q=3, Hq=128, device="cuda", backend="hopper")
 """q and out as [b, s_q, h_q, d]."""
 MANY = tuple((37 * i * i + 11 * i) % 1500 for i in range(300))
+SHORT = (0, 1, 63, 64, 65, 127, 128)
 CASES = {
     # two row tiles share K (clusters of 2), one does not
     "heads-128": MLA,
@@ -48,6 +49,12 @@ CASES = {
     "one-block": replace(MLA, lengths=(64,)),
     "requests": replace(FEW, lengths=MANY, layout="pool", S_q=2),
     "requests-heads-128": replace(MLA, lengths=MANY[:150], layout="pool"),
+    # few rows over tables of one pair of blocks: a kernel variant of its own
+    "short": replace(MLA, lengths=SHORT, spare=0, sink=True),
+    "short-heads-16": replace(FEW, lengths=SHORT, spare=0, S_q=2),
+    "short-no-rope-fp16": replace(MLA, lengths=SHORT, spare=0, D=512, dtype=torch.float16),
+    "short-masked": replace(FEW, lengths=SHORT[1:], spare=0, mask="bool-heads"),
+    "short-heads-192": replace(MLA, Hq=192, lengths=SHORT, spare=0, layout="pool"),
     "int64": replace(FEW, index_dtype=torch.int64),
     "scale": replace(MLA, softmax_scale=0.31),
     "tokens": TOKENS,

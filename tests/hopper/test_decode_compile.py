@@ -69,6 +69,17 @@ def test_mla_decode(dtype: str, D: int, cluster: int, tmp_path: Path) -> None:
     assert sass.count(r"WARPGROUP\.DEPBAR") < 16
 
 
+@pytest.mark.parametrize("cluster", gates([2], [1]))
+def test_mla_decode_of_short_tables(cluster: int, tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.mla_decode.kernel import build
+
+    sass = compiled(build, MlaConfig("bf16", 576, cluster, short=True), tmp_path)
+    assert sass.spills == (0, 0, 0)
+    # Q K^T of each warpgroup; P V: 4 steps, two blocks each, and a lone even block
+    assert sass.count("HGMMA") == 2 * 576 // 16 + 5 * 4
+    assert sass.count(r"WARPGROUP\.DEPBAR") < 16
+
+
 def test_mla_decode_of_a_mask_in_pieces(tmp_path: Path) -> None:
     """What a mask and a split by the request alone add: no spill, no product more."""
     from flash_mla.kernels.hopper.mla_decode.kernel import build

@@ -98,6 +98,24 @@ def test_config_of_an_fp8_latent(changes: dict, config: tuple) -> None:
     assert mla_decode_fp8.config(changed) == mla_decode_fp8.Config(*config, descale=False)
 
 
+@pytest.mark.parametrize(
+    ("changes", "cluster", "short"),
+    [
+        ({"table_blocks": 2}, 2, True),
+        ({"table_blocks": 3}, 2, False),
+        ({"table_blocks": 1, "Hq": 64}, 2, True),
+        ({"table_blocks": 1, "Hq": 16}, 1, True),
+        ({"table_blocks": 1, "B": 16}, 2, True),
+        ({"table_blocks": 1, "B": 17}, 2, False),
+        ({"table_blocks": 1, "batch_invariant": True}, 2, False),
+    ],
+)
+def test_short_calls_of_few_rows_have_a_kernel_of_their_own(changes: dict, cluster: int, short: bool) -> None:
+    config = mla_decode.config(latent(kv_dtype=torch.bfloat16, **BF16_QUERIES, **changes))
+    assert (config.cluster, config.short) == (cluster, short)
+    assert config.rows == (32 if short else 64) * cluster
+
+
 TOKENS_FIRST_OUT = {"out_strides": (2 * 128 * 512, 512, 128 * 512, 1)}
 TOKENS_FIRST = {"S_q": 2, "q_strides": (2 * 128 * 576, 576, 128 * 576, 1), **TOKENS_FIRST_OUT}
 """q and out lie as [B, 2, 128, ..]."""

@@ -30,6 +30,11 @@ assert CONSUMERS * CONSUMER_REGISTERS + (THREADS - CONSUMERS) * PRODUCER_REGISTE
 
 START = 2
 """Steps of 128 tokens that beginning an item costs, 3.4 us each."""
+SHORT_TILE = TILE_M // 2
+"""Query rows of a CTA in a short call: the tensor cores are half empty, but an SM has half of Q to load and half of the
+output to store, which is what such a call waits for."""
+SHORT_CTAS = 64
+"""Of such a call, at most."""
 MOST_PARTS = 64
 """CTAs that compute parts of one item, if fewer would cost little: the others are there for combine by then."""
 PIECES = (16, 32, 64)
@@ -54,7 +59,8 @@ class Config:
 
     dtype of q, k and out; D, the width of K's rows (576, or 512 without a rope part); cluster, the CTAs that share K;
     piece, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); masked, whether there is a
-    bool mask; token_major, the order of rows.
+    bool mask; token_major, the order of rows; short, whether no row of the table has more than a pair of blocks, and
+    rows are few.
     """
 
     dtype: Literal["bf16", "fp16"]
@@ -63,6 +69,7 @@ class Config:
     piece: int = 0
     masked: bool = False
     token_major: bool = False
+    short: bool = False
 
     Dv = DV
     latent, factors = True, False
@@ -76,9 +83,14 @@ class Config:
         return self.D // CHUNK
 
     @property
+    def tile_m(self) -> int:
+        """Query rows of a CTA."""
+        return SHORT_TILE if self.short else TILE_M
+
+    @property
     def rows(self) -> int:
         """Query rows of a cluster."""
-        return TILE_M * self.cluster
+        return self.tile_m * self.cluster
 
     def stage_chunks(self, stage: int) -> int:
         """Chunks that travel through a stage: four of V, and the rope chunk with stages 1 and 2."""

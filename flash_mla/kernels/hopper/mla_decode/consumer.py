@@ -93,9 +93,10 @@ class Consumer:
         return self.config.cluster == 1
 
     @cute.jit
-    def start(self, row0, length, packing: Packing) -> None:
-        """Begin a segment whose first row is row `row0` of the request."""
-        self.O.fill(0.0)
+    def start(self, row0, length, packing: Packing, zero: cutlass.Constexpr = True) -> None:
+        """Begin a segment whose first row is row `row0` of the request; zero: O."""
+        if const_expr(zero):
+            self.O.fill(0.0)
         self.rows.start()
         for r in cutlass.range_constexpr(2):
             self.rows.last_key[r] = packing.last_key(row0 + self.rows.first + 8 * r, length)
@@ -114,16 +115,17 @@ class Consumer:
         warpgroup.commit_group()
 
     @cute.jit
-    def values(self, block: cutlass.Constexpr) -> None:
-        """O += P V of a block, as one group; P of the own block from registers, of the other from shared memory."""
+    def values(self, block: cutlass.Constexpr, first: cutlass.Constexpr = False) -> None:
+        """O (+)= P V of a block, as one group; P of the own block from registers, of the other from shared memory."""
         own = const_expr(block == self.side)
         mma = self.pv_own if const_expr(own) else self.pv
         rP = self.P if const_expr(own) else self.rP_other
         atom = cute.make_mma_atom(mma.op)
-        atom.set(warpgroup.Field.ACCUMULATE, True)
+        atom.set(warpgroup.Field.ACCUMULATE, not first)
         warpgroup.fence()
         for k in cutlass.range_constexpr(4):
             cute.gemm(atom, self.O, rP[None, None, k], self.rV[block][None, None, k], self.O)
+            atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
 
     @cute.jit

@@ -30,6 +30,8 @@ Steady state, a pair of blocks:
     warpgroup 0   softmax S0 | P0 -> smem | P0 V0 left  | wait P1 | P1 V1 left | S0 of the next pair
     warpgroup 1   S1         | wait P0    | P0 V0 right, softmax S1 under it | P1 -> smem | P1 V1 right
     (cluster 1: P0 V0 right goes before S1)
+Where the table has room for one pair (`Config.short`) nothing is split, the work is known without the lengths, and time
+is latency: warp 9 asks for Q, an odd block past the end is left alone, and the output goes first (`short.py`).
 The running max is shared by the two and moves only when a block exceeds it by 2^8 (`LAZY`): P0 is then final when it is
 written, and rescaling O is rare. Exact after normalisation.
 
@@ -69,11 +71,12 @@ from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
 from flash_mla.kernels.hopper.mla_decode.producer import Producer
 from flash_mla.kernels.hopper.mla_decode.result import Segments
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared
+from flash_mla.kernels.hopper.mla_decode.short import ShortSegments
 from flash_mla.kernels.hopper.partials import note_split
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.table import prefetch_table
 from flash_mla.kernels.hopper.walk import Done, walk
-from flash_mla.kernels.hopper.work import find_work
+from flash_mla.kernels.hopper.work import find_short_work, find_work
 
 # ---------------------------------------------------------------------------------------------------------- Kernel
 
@@ -84,7 +87,11 @@ class MlaDecode(Kernel[Config]):
     def loads(self, q: cute.Tensor, k: cute.Tensor, _v: None) -> tuple[Tma, Tma, cute.Tensor]:
         """TMA of Q and K; K itself, [64, D, Nblk, requests]."""
         k = k[None, None, 0, None, None]
-        return load_of(q[None, None, 0, None], TILE_M, CHUNK), load_of(k, BLOCK, CHUNK, self.config.cluster > 1), k
+        return (
+            load_of(q[None, None, 0, None], self.config.tile_m, CHUNK),
+            load_of(k, BLOCK, CHUNK, self.config.cluster > 1),
+            k,
+        )
 
     def scalars(self, scale_log2, packing, has_sink, _rows, tiles, _heads) -> Scalars:
         return Scalars(scale_log2, packing, has_sink, tiles)
@@ -118,11 +125,14 @@ class MlaDecode(Kernel[Config]):
             prefetch_table(tensors.table, cluster_id, clusters)
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
         piece = config.piece
-        most_parts = MOST_PARTS // config.cluster
-        work = find_work(
-            table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START,
-            piece=piece, most_parts=most_parts,
-        )  # fmt: skip
+        if const_expr(config.short):
+            work = find_short_work(seq_lens, groups, cluster_id, clusters)
+        else:
+            most_parts = MOST_PARTS // config.cluster
+            work = find_work(
+                table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START, piece=piece,
+                most_parts=most_parts,
+            )  # fmt: skip
         if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -133,18 +143,22 @@ class MlaDecode(Kernel[Config]):
                 producer = Producer.over(shared, table, rank, *load_q, *load_k, pages)
                 done = walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing(), piece)
                 producer.outlive_peers(done)
-            elif warp_id == CONSUMER_WARPS + 1:  # noqa: SIM102
-                if rank == 0 and const_expr(piece == 0):
+            elif warp_id == CONSUMER_WARPS + 1:
+                if const_expr(config.short):
+                    producer = Producer.over(shared, table, rank, *load_q, *load_k, pages)
+                    walk(work, table, seq_lens, groups, producer.load_query, Done.nothing())
+                elif rank == 0 and const_expr(piece == 0):
                     note_split(tensors.partials, work, table, seq_lens, groups, cluster_id)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             tidx, _, _ = cute.arch.thread_idx()
+            segments = ShortSegments if const_expr(config.short) else Segments
             if warp_id < CONSUMER_WARPS // 2:
-                left = Segments(Consumer.over(shared, 0, tidx, scalars.scale_log2), tensors, scalars, rank, cluster_id)
+                left = segments(Consumer.over(shared, 0, tidx, scalars.scale_log2), tensors, scalars, rank, cluster_id)
                 walk(work, table, seq_lens, groups, left.compute, Done.nothing(), piece)
             else:
                 tid = tidx - WARPGROUP
-                right = Segments(Consumer.over(shared, 1, tid, scalars.scale_log2), tensors, scalars, rank, cluster_id)
+                right = segments(Consumer.over(shared, 1, tid, scalars.scale_log2), tensors, scalars, rank, cluster_id)
                 walk(work, table, seq_lens, groups, right.compute, Done.nothing(), piece)
         for channel in shared.channels:
             channel.check()

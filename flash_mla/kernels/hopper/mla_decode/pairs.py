@@ -99,6 +99,17 @@ def score_even(consumer: Consumer, turn) -> None:
 @cute.jit
 def step_left(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr) -> None:
     """One pair, whose even block's scores are there; `follow`: then the scores of the next pair's even block."""
+    step_even(consumer, keys, pair, turn, follow)
+    step_odd(consumer, keys, pair, turn, follow)
+    if const_expr(follow):
+        score_even(consumer, turn + 1)
+
+
+@cute.jit
+def step_even(
+    consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr, first: cutlass.Constexpr = False
+) -> None:
+    """Softmax and P V of a pair's even block; first: O begins with it."""
     k = consumer.shared.k
     # softmax of the even block
     keys.hide(consumer, pair)
@@ -111,14 +122,18 @@ def step_left(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr) -
     consumer.publish(Bar.P_EVEN)
 
     # P V of the even block
-    consumer.rows.rescale(consumer.O)
+    if const_expr(not first):
+        consumer.rows.rescale(consumer.O)
     if const_expr(not follow):
         keys.clear(consumer, 0, pair, turn)
-    consumer.values(0)
+    consumer.values(0, first)
     warpgroup.wait_group(0)
     k.release(0)
 
-    # P V of the odd block, and the next scores
+
+@cute.jit
+def step_odd(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr) -> None:
+    """Warpgroup 0 takes over P and the running max of the odd block: its P V."""
     consumer.receive(Bar.P_ODD)
     consumer.rows.rescale(consumer.O)
     if const_expr(not follow):
@@ -126,23 +141,21 @@ def step_left(consumer: Consumer, keys, pair, turn, follow: cutlass.Constexpr) -
     consumer.values(1)
     # NOTE: freed before the next scores are issued: their wait for K would hold the odd block back (5 % at S 8192)
     warpgroup.wait_group(0)
-    k.release(2)
-    if const_expr(follow):
-        score_even(consumer, turn + 1)
+    consumer.shared.k.release(2)
 
 
 @cute.jit
-def consume_right(consumer: Consumer, keys, first, last, count) -> None:
+def consume_right(consumer: Consumer, keys, first, last, count, short: cutlass.Constexpr = False) -> None:
     """Warpgroup 1: scores of the odd blocks, right half of the output.
 
     The P V of the even block hides the softmax of the odd one where the tensor cores bound (clusters). Where memory
-    does, it goes first and frees the even block one load earlier.
+    does, it goes first and frees the even block one load earlier. short: there is one pair, with which O begins.
     """
     k, early = consumer.shared.k, const_expr(consumer.early)
     for pair in cutlass.range(first, last, unroll=1):
         turn = count + pair - first
         if const_expr(early):
-            multiply_even(consumer, keys, pair, turn)
+            multiply_even(consumer, keys, pair, turn, short)
             warpgroup.wait_group(0)
             k.release(1)
 
@@ -158,7 +171,7 @@ def consume_right(consumer: Consumer, keys, first, last, count) -> None:
         for r in cutlass.range_constexpr(2):
             consumer.find_peak(r)
         if const_expr(not early):
-            multiply_even(consumer, keys, pair, turn)
+            multiply_even(consumer, keys, pair, turn, short)
 
         # softmax of the odd block
         for r in cutlass.range_constexpr(2):
@@ -180,9 +193,10 @@ def consume_right(consumer: Consumer, keys, first, last, count) -> None:
 
 
 @cute.jit
-def multiply_even(consumer: Consumer, keys, pair, turn) -> None:
-    """Warpgroup 1 takes over P and the running max of the even block and starts its P V."""
+def multiply_even(consumer: Consumer, keys, pair, turn, first: cutlass.Constexpr = False) -> None:
+    """Warpgroup 1 takes over P and the running max of the even block and starts its P V; first: O begins with it."""
     consumer.receive(Bar.P_EVEN)
-    consumer.rows.rescale(consumer.O)
+    if const_expr(not first):
+        consumer.rows.rescale(consumer.O)
     keys.clear(consumer, 0, pair, turn)
-    consumer.values(0)
+    consumer.values(0, first)

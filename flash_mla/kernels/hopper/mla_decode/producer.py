@@ -10,7 +10,7 @@ from cutlass import Int32, Int64, const_expr
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import tma_boxes
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
 from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, K_CHUNKS, P_CHUNK, STAGES, Config
 from flash_mla.kernels.hopper.mla_decode.shared import Shared
 from flash_mla.kernels.hopper.table import block_of
@@ -43,7 +43,7 @@ class Producer:
     @staticmethod
     def over(shared: Shared, table: cute.Tensor, rank, tma_q, tQ, tma_k, tK, pages) -> Producer:
         many = cute.make_layout(2 * K_CHUNKS, stride=CHUNK_ELEMENTS)
-        sQ, gQ = tma_boxes(tma_q, shared.sQ.iterator, many, tQ, (TILE_M, CHUNK), (None, None, None))
+        sQ, gQ = tma_boxes(tma_q, shared.sQ.iterator, many, tQ, (shared.config.tile_m, CHUNK), (None, None, None))
         sK, gK = tma_boxes(tma_k, shared.k_buffers, many, tK, (BLOCK, CHUNK), (0, None, None, None))
         for channel in shared.channels:
             channel.written_by("producer")
@@ -59,7 +59,8 @@ class Producer:
             pool_request = cutlass.min(request, self.pages.shape[3] - 1)
             even = block_of(table, request, 2 * first, blocks)
             odd = block_of(table, request, cutlass.min(2 * first + 1, last_block), blocks)
-            self.load_q(place.group * self.config.cluster + self.rank, request, done.segments)
+            if const_expr(not self.config.short):
+                self.load_q(place.group * self.config.cluster + self.rank, request, done.segments)
             for pair in cutlass.range(first, last, unroll=1):
                 # read the next ids while this pair is loaded
                 next_even = block_of(table, request, cutlass.min(2 * pair + 2, last_block), blocks)
@@ -68,11 +69,31 @@ class Producer:
                 self.prefetch(next_even, next_odd, pool_request)
                 self.load_half(0, even, pool_request, turn)
                 self.load_half(1, even, pool_request, turn)
-                self.load_half(2, odd, pool_request, turn)
-                self.load_half(3, odd, pool_request, turn)
+                if const_expr(self.config.short) and 2 * first == last_block:
+                    self.leave_half(2, turn)
+                    self.leave_half(3, turn)
+                else:
+                    self.load_half(2, odd, pool_request, turn)
+                    self.load_half(3, odd, pool_request, turn)
                 even, odd = next_even, next_odd
             done = done.plus(last - first)
         return done
+
+    @cute.jit
+    def load_query(self, place: Place, length, part: split.Segment, done: Done) -> Done:
+        """Q of a segment, by a warp of its own: K is not held back."""
+        if part.last > part.first:
+            self.load_q(place.group * self.config.cluster + self.rank, place.request, done.segments)
+            done = done.plus(0)
+        return done
+
+    @cute.jit
+    def leave_half(self, stage: cutlass.Constexpr, count) -> None:
+        """Half of a block that is wholly past the end: it counts as loaded."""
+        k = self.shared.k
+        k.acquire(stage, count)
+        with cute.arch.elect_one():
+            k.arrive(stage)
 
     @cute.jit
     def outlive_peers(self, done: Done) -> None:
@@ -88,7 +109,7 @@ class Producer:
         q = self.shared.q
         q.acquire(0, count)
         with cute.arch.elect_one():
-            q.expect(0, self.config.chunks * 2 * CHUNK_ELEMENTS)
+            q.expect(0, self.config.chunks * 2 * CHUNK * self.config.tile_m)
         for chunk in cutlass.range_constexpr(self.config.chunks):
             cute.copy(self.tma_q, self.gQ[None, row_tile, chunk, request], self.sQ[None, chunk], tma_bar_ptr=q.bar(0))
 

@@ -41,9 +41,7 @@ class Segments:
         if part.last > part.first:
             consumer.start(row0, length, packing)
             consumer.shared.q.wait(0, done.segments)
-            keys = Causal(length, packing.S_q)
-            if const_expr(consumer.config.masked):
-                keys = Masked(length, packing.S_q, self.tensors.mask, place.request, row0)
+            keys = self.keys(place.request, row0, length)
             if const_expr(consumer.side == 0):
                 consume_left(consumer, keys, part.first, part.last, done.items)
             else:
@@ -57,6 +55,23 @@ class Segments:
                 self.write_nothing(place.request, row0)
         return done
 
+    def keys(self, request, row0, length) -> Causal:
+        """The keys that the rows from `row0` of a request on may see."""
+        S_q = self.scalars.packing.S_q
+        if self.consumer.config.masked:
+            return Masked(length, S_q, self.tensors.mask, request, row0)
+        return Causal(length, S_q)
+
+    @cute.jit
+    def add_sums(self) -> None:
+        """The sums of the four threads of a row, added, to shared memory, where both warpgroups find them."""
+        rows, sSum = self.consumer.rows, self.consumer.shared.sSum
+        for r in cutlass.range_constexpr(2):
+            total = quad_sum(rows.sum[r])
+            if self.consumer.tid % 4 == 0:
+                sSum[rows.first + 8 * r, self.consumer.side] = total
+        sync(Bar.SUMS, CONSUMERS)
+
     @cute.jit
     def write_result(self, request, row0, whole, slot) -> None:
         """Normalise O and write it: to out and lse if the segment is a whole item, else to the partial slot."""
@@ -65,12 +80,7 @@ class Segments:
         rows_of, side, sSum = consumer.rows, consumer.side, consumer.shared.sSum
         global_lse, lse_partial, rows = tensors.lse, partials.lse, tensors.out.shape[1]
         first_lane, empty_lse = consumer.tid % 4 == 0, self.scalars.empty_lse
-        # add the sums of the four threads of a row, and of the two warpgroups
-        for r in cutlass.range_constexpr(2):
-            total = quad_sum(rows_of.sum[r])
-            if first_lane:
-                sSum[rows_of.first + 8 * r, side] = total
-        sync(Bar.SUMS, CONSUMERS)
+        self.add_sums()
         scales = cute.make_rmem_tensor(2, Float32)
         for r in cutlass.range_constexpr(2):
             tile_row = rows_of.first + 8 * r
@@ -101,12 +111,12 @@ class Segments:
         sync(Bar.SUMS, CONSUMERS)
 
     @cute.jit
-    def write_nothing(self, request, row0) -> None:
+    def write_nothing(self, request, row0, tile_rows: cutlass.Constexpr = TILE_M) -> None:
         """An empty request: out 0."""
         out, lse, tid = self.tensors.out, self.tensors.lse, self.consumer.tid
         zeros = cute.make_rmem_tensor(8, out.element_type)
         zeros.fill(0.0)
-        for i in cutlass.range(TILE_M // 2, unroll=1):
+        for i in cutlass.range(tile_rows // 2, unroll=1):
             row = row0 + 2 * i + tid // 64
             if row < out.shape[1]:
                 cute.autovec_copy(zeros, cute.local_tile(out[request, row, None], (8,), (tid % 64,)))
