@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ pytest.importorskip("transformers")
 rich_console = pytest.importorskip("rich.console")
 
 from flash_mla.demo import PAD, TEXT, cut_prompts, demo  # noqa: E402
-from flash_mla.integrations.transformers import step  # noqa: E402
+from flash_mla.integrations.transformers.layer import Layer  # noqa: E402
 
 
 def test_demo_checks_every_token() -> None:
@@ -26,12 +27,12 @@ def test_demo_checks_every_token() -> None:
 
 
 def test_demo_fails_when_a_token_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = step.flash_mla_with_kvcache
+    attend = Layer.decode
 
-    def forgetful(q: torch.Tensor, *args: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return attend(q, *args, **kwargs) * 0.5
+    def forgetful(layer: Layer, q: torch.Tensor, *args: Any) -> torch.Tensor:
+        return attend(layer, q, *args) * 0.5
 
-    monkeypatch.setattr(step, "flash_mla_with_kvcache", forgetful)
+    monkeypatch.setattr(Layer, "decode", forgetful)
     with pytest.raises(SystemExit, match="tokens differ; the first is token"):
         demo(tokens=8, batch=2, console=rich_console.Console(file=io.StringIO()))
 
