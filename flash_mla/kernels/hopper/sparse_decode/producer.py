@@ -125,6 +125,12 @@ class Producer:
         place = self.lengths.place(self.config.layout, keys, 2 * pair + self.side, self.index[0])
         self.row[slot], self.apart[slot] = place.row, place.scales
 
+    def find_first(self, keys: Keys, first, last) -> None:
+        """The row of the lane's key of a segment's first pair; start to read the index of the next."""
+        self.read_index(keys, first, last)
+        self.find_row(keys, first, 0)
+        self.read_index(keys, first + 1, last)
+
     @cute.jit
     def prefetch(self) -> None:
         """Ask L2 for the lane's row of the next pair, line by line."""
@@ -276,9 +282,7 @@ class Producer:
         assert len(batches) % 2 == 0
         if last > first:
             keys = self.lengths.keys(token)
-            self.read_index(keys, first, last)
-            self.find_row(keys, first, 0)
-            self.read_index(keys, first + 1, last)
+            self.find_first(keys, first, last)
             if self.warp == 0:
                 self.load_q(keys, place.group * self.config.cluster + self.rank, done.segments)
             self.load(batches[0], 0, 0)

@@ -134,9 +134,7 @@ class RawProducer(Producer):
         token, first, last = place.request, part.first, part.last
         if last > first:
             keys = self.lengths.keys(token)
-            self.read_index(keys, first, last)
-            self.find_row(keys, first, 0)
-            self.read_index(keys, first + 1, last)
+            self.find_first(keys, first, last)
             for pair in cutlass.range(first, last, unroll=1):
                 self.find_row(keys, pair + 1, 1)
                 self.read_index(keys, pair + 2, last)

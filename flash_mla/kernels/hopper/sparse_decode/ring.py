@@ -150,9 +150,7 @@ class RingProducer(Producer):
         token, first, last = place.request, part.first, part.last
         if last > first:
             keys = self.lengths.keys(token)
-            self.read_index(keys, first, last)
-            self.find_row(keys, first, 0)
-            self.read_index(keys, first + 1, last)
+            self.find_first(keys, first, last)
             for granule in cutlass.range_constexpr(self.config.ring):
                 self.copy(granule, 0, self.ring + granule * self.config.granule_bytes)
             if self.warp == 0:
