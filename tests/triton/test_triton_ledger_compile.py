@@ -72,6 +72,10 @@ def allocated(kernel, arguments, config, target, divisible: bool) -> int:
 
 
 def ledger(config, dtype, mask: str, in_place: bool) -> int:
+    if getattr(config, "e4m3", False):
+        return decode.e4m3_bytes(
+            config.d_main, config.d_rest, config.dv_tile, dtype.itemsize, config.stages, MASK_BYTES[mask]
+        )
     columns = (config.d_main + config.d_rest, 0 if config.reuse else config.dv_tile, config.dv_tile)
     # with exact products FP32 keeps one copy of q and the probabilities, as BF16 does
     return smem_bytes(config.tile_m, config.tile_n, *columns, dtype.itemsize, config.stages, in_place, MASK_BYTES[mask])
@@ -79,7 +83,7 @@ def ledger(config, dtype, mask: str, in_place: bool) -> int:
 
 def decode_config(target, dtype, D, Dv, mask, *, Hq=16, Hk=1, S_q=1, alias=False):
     problem, args = decode_case(Hq=Hq, Hk=Hk, D=D, Dv=Dv, S_q=S_q, dtype=dtype, alias=alias, mask=MASKS[mask])
-    return decode_phase.config(problem, target).decode, args
+    return problem, decode_phase.config(problem, target).decode, args
 
 
 def prefill_config(target, dtype, D, Dv, mask, *, P=4096, alias=False, paged=False, blocks=False):
@@ -92,14 +96,11 @@ def prefill_config(target, dtype, D, Dv, mask, *, P=4096, alias=False, paged=Fal
 
 def decode_allocated(target, dtype, D, Dv, mask, divisible, **changes) -> tuple[int, int]:
     """(what Triton allocates, what the ledger says)."""
-    config, args = decode_config(target, dtype, D, Dv, mask, **changes)
+    problem, config, args = decode_config(target, dtype, D, Dv, mask, **changes)
     args = args._replace(q_descale=None, k_descale=None, v_descale=None)
     tensors = decode_phase.tensors(config, args, meta(1, dtype=torch.float32) if config.programs else None)
-    constants = decode.constants(
-        config, q=args.q, k=args.k, v=args.v, k_rope=None, block_table=args.block_table, mask=args.mask, q_descale=None,
-        k_descale=None, v_descale=None, out=args.out, flip=False, tail=False,
-    )  # fmt: skip
-    taken = allocated(decode.decode_kernel, tensors | constants, config, target, divisible)
+    constants = decode_phase.constants(problem, config, args)
+    taken = allocated(decode_phase.kernel_of(config), tensors | constants, config, target, divisible)
     return taken, ledger(config, dtype, mask, target.wgmma and config.tile_m == 64)
 
 
@@ -125,7 +126,7 @@ def test_every_ledger_fits(gpu: str) -> None:
     for D, Dv, dtype, mask in itertools.product(dims, dims, DTYPES, MASKS):
         for alias in {False, Dv <= D}:
             for Hq, S_q in ((1, 1), (16, 1), (16, 8), (128, 2)):
-                config, _ = decode_config(target, dtype, D, Dv, mask, Hq=Hq, S_q=S_q, alias=alias)
+                _, config, _ = decode_config(target, dtype, D, Dv, mask, Hq=Hq, S_q=S_q, alias=alias)
                 taken = ledger(config, dtype, mask, target.wgmma and config.tile_m == 64)
                 assert taken <= target.smem or (config.precision, dtype) == ("ieee", torch.float32), (D, Dv, dtype)
             for paged, blocks in itertools.product((False, True), repeat=2):
@@ -155,6 +156,14 @@ def test_what_was_refused_fits(case: str, gpu: str, divisible: bool) -> None:
     taken, known = measure(GPUS[gpu], dtype, D, Dv, mask, divisible, **changes)
     assert taken <= known
     assert taken <= GPUS[gpu].smem
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("D", "Hq"), [(576, 16), (576, 32), (576, 128), (512, 128)])
+def test_latents_in_fp8(D: int, Hq: int, mask: str) -> None:
+    """The kernels of an FP8 latent on Hopper."""
+    taken, known = decode_allocated(GPUS["sm_90"], FP8, D, 512, mask, True, Hq=Hq, alias=True)
+    assert taken <= known <= GPUS["sm_90"].smem
 
 
 @pytest.mark.parametrize("gpu", GPUS)

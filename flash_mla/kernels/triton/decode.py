@@ -139,9 +139,7 @@ def config(
     if few:
         tile_m, tile_n, stages, warps, per_sm = max(16, power_of_2(rows)), 64, 2, 4, 2
     elif e4m3:
-        # q a term and V in FP16 beside K as it is copied: 212 KiB under 16-bit queries
-        d = columns.d_main + columns.d_rest
-        held = 64 * (2 * d + columns.d_rest + 2 * columns.dv_tile + latent * d) + 3 * 64 * 64 * mask
+        held = e4m3_bytes(columns.d_main, columns.d_rest, columns.dv_tile, latent, 3, mask)
         tile_m, tile_n, stages, warps, per_sm = 64, 64, 3 if held <= target.smem else 2, 8, 1
 
     # cut requests unless there are so many items that the last one's length does not matter
@@ -160,6 +158,13 @@ def config(
         tile_m, tile_n, *columns, widening(itemsize, target, once=True), products, programs, pdl, warps, stages,
         most_pieces, few, e4m3,
     )  # fmt: skip
+
+
+def e4m3_bytes(d_main: int, d_rest: int, dv_tile: int, q_bytes: int, stages: int, mask: int) -> int:
+    """`tiles.smem_bytes` where scores are products of e4m3, 64 x 64: q a term and V in FP16 beside K as it is copied
+    (212 KiB under 16-bit queries, 3 stages)."""
+    d = d_main + d_rest
+    return 64 * ((stages - 1) * d + d_rest + 2 * dv_tile + q_bytes * d) + stages * 64 * 64 * mask
 
 
 # --- Kernel ---
