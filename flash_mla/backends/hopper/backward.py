@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from flash_mla.backends.hopper.device import HALVES, LOG2_E, int32, on_device
 from flash_mla.backends.hopper.strides import refuse_steps
 from flash_mla.kernels.hopper.backward.config import CONSUMERS, TILE, TILE_N, TILE_Q, WIDTHS, Config
 from flash_mla.kernels.hopper.limits import TMA_BYTES
-from flash_mla.problem import BackwardArgs, BackwardProblem, PrefillProblem
+from flash_mla.problem import BackwardArgs, BackwardProblem, PrefillProblem, SparseProblem
 
 WORKSPACE = 2**31
 """Bytes of dS at a time, unless one KV head's take more: so many KV heads are computed together."""
@@ -24,14 +24,21 @@ GROUP_ROWS = 2**15
 that remains for the last CTAs is even (within 1 % by simulation; 26 % at 16 heads of 4096 tokens, one by one)."""
 
 
+def refuse_kind(forward: PrefillProblem | SparseProblem, widths: Sequence[tuple[int, int]]) -> str | None:
+    """Why no backward kernel takes this dtype or these dims, of (D, Dv) in `widths`, or None."""
+    if forward.dtype not in HALVES:
+        return f"dtype {forward.dtype}: the backward takes BF16 and FP16"
+    if (forward.D, forward.Dv) not in widths:
+        taken = ", ".join(f"{D}/{Dv}" for D, Dv in widths)
+        return f"D = {forward.D}, Dv = {forward.Dv}: the backward takes {taken}"
+    return None
+
+
 def refuse(problem: BackwardProblem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
     forward = problem.forward
-    if forward.dtype not in HALVES:
-        return f"dtype {forward.dtype}: the backward takes BF16 and FP16"
-    if (forward.D, forward.Dv) not in WIDTHS:
-        widths = ", ".join(f"{D}/{Dv}" for D, Dv in WIDTHS)
-        return f"D = {forward.D}, Dv = {forward.Dv}: the backward takes {widths}"
+    if (reason := refuse_kind(forward, WIDTHS)) is not None:
+        return reason
     if forward.mask != "none" or forward.block_mask:
         return "a mask or a block layout: the backward takes causal and full attention"
     if forward.scale_sign <= 0:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_mla.backends.hopper.backward import readable
+from flash_mla.backends.hopper.backward import readable, refuse_kind
 from flash_mla.backends.hopper.device import HALVES, LOG2_E, device_of, int32
 from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.sparse_backward.config import HEADS, WIDTHS, Config
@@ -27,11 +27,8 @@ class Choice(NamedTuple):
 def refuse(problem: SparseBackwardProblem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
     forward = problem.forward
-    if forward.dtype not in HALVES:
-        return f"dtype {forward.dtype}: the backward takes BF16 and FP16"
-    if (forward.D, forward.Dv) not in WIDTHS:
-        widths = ", ".join(f"{D}/{Dv}" for D, Dv in WIDTHS)
-        return f"D = {forward.D}, Dv = {forward.Dv}: the backward takes {widths}"
+    if (reason := refuse_kind(forward, WIDTHS)) is not None:
+        return reason
     if forward.Hq > HEADS[-1]:
         return f"{forward.Hq} heads: the backward takes at most {HEADS[-1]}"
     if forward.sets[0].page > MAX_ROWS:

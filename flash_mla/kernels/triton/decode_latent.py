@@ -38,21 +38,20 @@ from flash_mla.kernels.triton.share import (
 from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.tiles import mask_kind
 
-EVEN = tl.constexpr("""{
+
+def half_of_pairs(which: str) -> str:
+    """PTX: the `even` or the `odd` e4m3 of two pairs, to FP16."""
+    return f"""{{
     .reg .b32 sorted;
     .reg .b16 even, odd;
     prmt.b32 sorted, $1, 0, 0x3120;
-    mov.b32 {even, odd}, sorted;
-    cvt.rn.f16x2.e4m3x2 $0, even;
-}""")
-ODD = tl.constexpr("""{
-    .reg .b32 sorted;
-    .reg .b16 even, odd;
-    prmt.b32 sorted, $1, 0, 0x3120;
-    mov.b32 {even, odd}, sorted;
-    cvt.rn.f16x2.e4m3x2 $0, odd;
-}""")
-"""PTX: the even and the odd e4m3 of two pairs, to FP16."""
+    mov.b32 {{even, odd}}, sorted;
+    cvt.rn.f16x2.e4m3x2 $0, {which};
+}}"""
+
+
+EVEN = tl.constexpr(half_of_pairs("even"))
+ODD = tl.constexpr(half_of_pairs("odd"))
 
 
 # --- Steps ---
