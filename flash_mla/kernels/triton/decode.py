@@ -20,6 +20,7 @@ to the output.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -357,7 +358,7 @@ def partial_numel(config: Config, rows: int) -> int:
     return slots * -(-rows // config.tile_m) * config.tile_m * (config.dv_tile + 2)
 
 
-def constants(
+def same_constants(
     config: Config,
     *,
     q: Tensor,
@@ -373,19 +374,26 @@ def constants(
     flip: bool,
     tail: bool,
 ) -> dict[str, int | bool | str]:
-    """decode_kernel's arguments after softmax_scale: all that one problem fixes."""
-    B, Hq, S_q, D = q.shape
+    """The arguments after softmax_scale that decode_kernel and decode_latent_kernel have in common."""
+    B, Hq, S_q, _ = q.shape
     _, Hk, Nblk, page, Dv = v.shape
     return dict(
         B=B, Hk=Hk, Nblk=Nblk, capacity=block_table.shape[1] * page, mask_len=0 if mask is None else mask.shape[3],
-        **strides("q", "bhs", q), **strides("k", "bhn", k), **strides("v", "bhn", v), **strides("r", "bhn", k_rope),
+        **strides("q", "bhs", q), **strides("k", "bhn", k), **strides("r", "bhn", k_rope),
         **strides("o", "bhs", out), **strides("t", "b", block_table), **strides("m", "bhst", mask),
         **strides("qd", "bh", q_descale), **strides("kd", "bh", k_descale), **strides("vd", "bh", v_descale),
-        S_Q=S_q, RATIO=Hq // Hk, D=D, DV=Dv, STRIDE_KT=k.stride(3), STRIDE_VT=v.stride(3),
-        STRIDE_RT=0 if k_rope is None else k_rope.stride(3), PAGE=page, FLIP=flip, MASK=mask_kind(mask),
-        TAIL=tail, SPLIT=config.programs > 0, PIECE=PIECE if config.pieces else 0, MOST_PIECES=MOST_PIECES,
-        PDL=config.pdl, TILE_M=config.tile_m, TILE_N=config.tile_n, D_MAIN=config.d_main, D_REST=config.d_rest,
-        DV_TILE=config.dv_tile, REUSE=config.reuse, WIDEN=config.widen,
+        S_Q=S_q, RATIO=Hq // Hk, DV=Dv, STRIDE_KT=k.stride(3), STRIDE_RT=0 if k_rope is None else k_rope.stride(3),
+        PAGE=page, FLIP=flip, MASK=mask_kind(mask), TAIL=tail, SPLIT=config.programs > 0,
+        PIECE=PIECE if config.pieces else 0, MOST_PIECES=MOST_PIECES, PDL=config.pdl, TILE_M=config.tile_m,
+        TILE_N=config.tile_n, WIDEN=config.widen,
+    )  # fmt: skip
+
+
+def constants(config: Config, *, q: Tensor, v: Tensor, **others: Any) -> dict[str, int | bool | str]:
+    """decode_kernel's arguments after softmax_scale: all that one problem fixes, of `same_constants`' arguments."""
+    return dict(
+        **same_constants(config, q=q, v=v, **others), **strides("v", "bhn", v), D=q.shape[3], STRIDE_VT=v.stride(3),
+        D_MAIN=config.d_main, D_REST=config.d_rest, DV_TILE=config.dv_tile, REUSE=config.reuse,
         WIDEN_Q=config.widen if q.element_size() == 1 and not config.e4m3 else "", PRECISION=config.precision,
         TERMS=q.element_size() if config.e4m3 else 0,
     )  # fmt: skip

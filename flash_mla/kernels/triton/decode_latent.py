@@ -18,25 +18,23 @@ products read it in the same order. The second comes from L2, and takes the shar
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from flash_mla.kernels.triton.attend import LOG2E, hide, power_of
-from flash_mla.kernels.triton.decode import Config
+from flash_mla.kernels.triton.decode import Config, same_constants
 from flash_mla.kernels.triton.item import store_item
 from flash_mla.kernels.triton.share import (
     BLOCK,
-    MOST_PIECES,
-    PIECE,
     block_id,
     first_unit,
     request_length,
     slot,
     units,
 )
-from flash_mla.kernels.triton.strides import strides
-from flash_mla.kernels.triton.tiles import mask_kind
 
 
 def half_of_pairs(which: str) -> str:
@@ -297,32 +295,6 @@ def decode_latent_kernel(
 # --- Launch ---
 
 
-def constants(
-    config: Config,
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    block_table: Tensor,
-    mask: Tensor | None,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
-    out: Tensor,
-    flip: bool,
-    tail: bool,
-) -> dict[str, int | bool | str]:
-    """decode_latent_kernel's arguments after softmax_scale: all that one problem fixes; k and k_rope are pairs."""
-    B, Hq, S_q, D = q.shape
-    _, Hk, Nblk, page, Dv = v.shape
-    return dict(
-        B=B, Hk=Hk, Nblk=Nblk, capacity=block_table.shape[1] * page, mask_len=0 if mask is None else mask.shape[3],
-        **strides("q", "bhs", q), **strides("k", "bhn", k), **strides("r", "bhn", k_rope),
-        **strides("o", "bhs", out), **strides("t", "b", block_table), **strides("m", "bhst", mask),
-        **strides("qd", "bh", q_descale), **strides("kd", "bh", k_descale), **strides("vd", "bh", v_descale),
-        S_Q=S_q, RATIO=Hq // Hk, DV=Dv, REST=(D - Dv) // 2, STRIDE_KT=k.stride(3),
-        STRIDE_RT=0 if k_rope is None else k_rope.stride(3), PAGE=page, FLIP=flip, MASK=mask_kind(mask), TAIL=tail,
-        SPLIT=config.programs > 0, PIECE=PIECE if config.pieces else 0, MOST_PIECES=MOST_PIECES, PDL=config.pdl,
-        TILE_M=config.tile_m, TILE_N=config.tile_n, WIDEN=config.widen,
-    )  # fmt: skip
+def constants(config: Config, *, q: Tensor, v: Tensor, **others: Any) -> dict[str, int | bool | str]:
+    """decode_latent_kernel's arguments after softmax_scale, of `same_constants`' arguments; k and k_rope are pairs."""
+    return dict(**same_constants(config, q=q, v=v, **others), REST=(q.shape[3] - v.shape[4]) // 2)
