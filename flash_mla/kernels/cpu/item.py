@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from flash_mla.kernels.cpu.config import BLOCK, Spec
 from flash_mla.kernels.cpu.formats import CODE, SIZE, SPLIT, narrow, store_pair
-from flash_mla.kernels.cpu.ir import F32, I32, I64, POINTER, Value, vector
+from flash_mla.kernels.cpu.ir import F32, I32, I64, Value, vector
 from flash_mla.kernels.cpu.lanes import exp, interleave, log
 from flash_mla.kernels.cpu.run import Run
 
