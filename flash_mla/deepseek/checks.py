@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from flash_mla.contract import check_index, check_last_dim, check_on, check_rank, check_tensor
+from flash_mla.contract import (
+    check_apart,
+    check_index,
+    check_last_dim,
+    check_on,
+    check_rank,
+    check_tensor,
+    is_aligned,
+    named,
+    out_dtype,
+    refuse_learning_out,
+)
 from flash_mla.errors import DTypeError, SequenceLengthError, ShapeError
+from flash_mla.passed import traced
 from flash_mla.problem import DTYPES
 
 
@@ -60,6 +73,36 @@ def check_start_values(name: str, starts: list[int], rows: int) -> None:
             "The sequences do not cover the rows",
             "Pass the running sum of the lengths, from 0, and no rows behind the last sequence",
         )
+
+
+def check_out(out: Tensor | None, q: Tensor, Dv: int, **inputs: Tensor | None) -> None:
+    """`out` is q's but for Dv columns, of the output's dtype, and apart from q and the call's other tensors."""
+    if out is None:
+        return
+    check_tensor("out", out)
+    size = (*q.shape[:-1], Dv)
+    if out.shape != size:
+        raise ShapeError(named(out=out), f"out {list(size)}", "`out` does not have the output's shape")
+    if out.dtype != out_dtype(q.dtype):
+        required = out_dtype(q.dtype)
+        raise DTypeError(f"out {out.dtype}", f"out {required}", "`out` does not have the output's dtype")
+    check_on(q.device, out=out)
+    check_last_dim("out", out)
+    refuse_learning_out(out)
+    if not traced(q):  # a traced tensor has no address
+        check_apart("out", out, q=q, **inputs)
+
+
+def written_to(out: Tensor | None, size: Sequence[int], q: Tensor) -> Tensor:
+    """Where a kernel writes: a checked `out` that is contiguous and on 16 bytes, or a new tensor, for `given`."""
+    if out is not None and out.is_contiguous() and is_aligned(out):
+        return out
+    return q.new_empty(size, dtype=out_dtype(q.dtype))
+
+
+def given(out: Tensor | None, result: Tensor) -> Tensor:
+    """The result, in `out` if there is one."""
+    return result if out is None or out is result else out.copy_(result)
 
 
 def empty_is_inf(lse: Tensor) -> Tensor:
