@@ -1,11 +1,9 @@
-"""What the functions of this package check alike, and how they report a query without keys."""
+"""What the functions of this package check alike."""
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from flash_mla.contract import check_index, check_last_dim, check_on, check_rank, check_tensor
@@ -60,8 +58,3 @@ def check_start_values(name: str, starts: list[int], rows: int) -> None:
             "The sequences do not cover the rows",
             "Pass the running sum of the lengths, from 0, and no rows behind the last sequence",
         )
-
-
-def empty_is_inf(lse: Tensor) -> Tensor:
-    """-inf to +inf in place, in one kernel."""
-    return torch.nan_to_num_(lse, nan=math.nan, posinf=math.inf, neginf=math.inf)

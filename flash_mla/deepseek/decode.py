@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from flash_mla.contract import (
     named,
     out_dtype,
 )
-from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
+from flash_mla.deepseek.checks import check_query, check_same_dtype
 from flash_mla.deepseek.sparse import Pool, SparseCall, sparse
 from flash_mla.entry import entry
 from flash_mla.errors import DTypeError, ShapeError
@@ -134,8 +135,7 @@ def flash_mla_with_kvcache(
     if extra_k_cache is not None and extra_indices_in_kvcache is not None:
         pools += (Pool("extra_", extra_k_cache, extra_indices_in_kvcache, extra_topk_length),)
     call = SparseCall(q, pools, is_fp8_kvcache, head_dim_v, softmax_scale, attn_sink)
-    out, lse, _ = sparse(call, backend)
-    return out, lse.transpose(1, 2)
+    return sparse(call, backend)[:2]
 
 
 @entry("flash_mla.deepseek")
@@ -201,8 +201,7 @@ def dense_rows(
     seen = t < last.expand(B, S_q).unsqueeze(2)  # [b, s_q, tokens]
     indices = torch.where(seen, rows.flatten(1).unsqueeze(1), -1).to(torch.int32)
     call = SparseCall(q, (Pool("", k_cache, indices, lengths),), True, Dv, softmax_scale, attn_sink)
-    out, lse, _ = sparse(call, backend)
-    return out, lse.transpose(1, 2)
+    return sparse(call, backend)[:2]
 
 
 # --- Dense ------------------------------------------------------------------------------------------------------------
@@ -231,9 +230,11 @@ def dense(
         factors, attn_sink,
     )  # fmt: skip
     planned = plan_pools(call, backend, None, False, also=check_dense)
-    out = q.new_empty((*q.shape[:3], Dv), dtype=out_dtype(q.dtype))
-    result = attend_planned(planned, out.transpose(1, 2), True)
-    return out, empty_is_inf(result[1])
+    out = None
+    if planned.folded or planned.packed:  # no kernel writes by token, which another `out` of the problem asks for
+        out = q.new_empty((*q.shape[:3], Dv), dtype=out_dtype(q.dtype)).transpose(1, 2)
+    by_head, lse = attend_planned(planned, out, True, math.inf)
+    return by_head.transpose(1, 2), lse
 
 
 def check_dense(call: PoolCall) -> None:

@@ -324,6 +324,7 @@ class Decode(Call):
         kept = self.integers(packed, "lens", args.seq_lens)
         self.run(packed, share_arguments(self, packed, args))
         del kept
+        args.mark_empty()
 
 
 class Prefill(Call):
