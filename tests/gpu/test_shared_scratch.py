@@ -6,6 +6,7 @@ Every result must be the same bits as that of the call alone.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,16 +36,13 @@ class Call:
     """A call that splits its requests, on fresh tensors of a device."""
 
     def __init__(self, name: str, device: str = "cuda") -> None:
-        x = {name: x for name, x in CASES[name].call().arguments.items() if x is not None}
-        if CASES[name].name == "sparse":
-            self.function = deepseek.flash_mla_with_kvcache
-        else:
+        case = replace(CASES[name], device=device)
+        self.x = dict(case.call().arguments)
+        self.function = deepseek.flash_mla_with_kvcache
+        if isinstance(case, DecodeCase):
             self.function = flash_mla_with_kvcache
-            shapes = x["q"].shape, x["k_cache"].shape
-            x |= {"metadata": get_mla_metadata(*shapes, x["block_table"], x["seq_lens"]), "softmax_scale": 0.1}
-        self.x = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in x.items()}
-        if CASES[name].name != "sparse" and CASES[name].alias:
-            self.x["v_cache"] = self.x["k_cache"][..., :512]
+            shapes = self.x["q"].shape, self.x["k_cache"].shape
+            self.x["metadata"] = get_mla_metadata(*shapes, self.x["block_table"], self.x["seq_lens"])
         self.alone = self().clone()
 
     def __call__(self) -> Tensor:
