@@ -8,7 +8,7 @@ from torch import Tensor
 from flash_mla.backends.triton.device import device_of
 from flash_mla.kernels.triton import append, rows
 from flash_mla.kernels.triton.launcher import Launcher
-from flash_mla.passed import Passed, facts
+from flash_mla.passed import Passed
 from flash_mla.problem import FP8, AppendArgs, AppendRowsArgs
 
 LAUNCHERS = Passed[Launcher]()
@@ -20,11 +20,10 @@ def launch(args: AppendArgs) -> None:
     if args.k.dtype == FP8:  # a copy: the bytes do
         copied = {name: getattr(args, name) for name in ("k", "v", "k_cache", "v_cache")}
         args = args._replace(**{name: x.view(torch.uint8) for name, x in copied.items() if x is not None})
-    key = facts(*args)
-    launcher = LAUNCHERS.get(key)
+    launcher = LAUNCHERS.get(args, ())
     if launcher is None:
         bound = Launcher(append.append_kernel, append.grid(*args.k.shape[:3]), append.constants(*args[:5]), {})
-        launcher = LAUNCHERS.keep(key, bound)
+        launcher = LAUNCHERS.keep(args, (), bound)
     with device_of(args.k.device):
         launcher(tensors(args))
 

@@ -15,7 +15,6 @@ from flash_mla.integrations.transformers.layer import Layer
 from flash_mla.integrations.transformers.step import Step, Tokens, admit
 from flash_mla.integrations.transformers.token import Scratch, TokenDecode
 from flash_mla.mla import MLAProjection
-from flash_mla.passed import facts
 from flash_mla.problem import FP8
 
 if TYPE_CHECKING:
@@ -76,12 +75,12 @@ class PagedCache(Cache):
 
     def token_decode(self, index: int, q: Tensor, scale: float, held: MLAProjection | None) -> TokenDecode:
         """A layer's bound call for q, made once for q's shape, scale and projection."""
-        layer, key = self.layer(index), (facts(q), scale)
-        call = layer.tokens.get(key)
+        layer, rest = self.layer(index), (scale,)
+        call = layer.tokens.get((q,), rest)
         if call is None or call.held is not held:
             pages = self.pages
             made = TokenDecode(layer, q, pages.block_table, pages.seq_lens, scale, held, self._scratch)
-            call = layer.tokens.keep(key, made)
+            call = layer.tokens.keep((q,), rest, made)
         return call
 
     def __getstate__(self) -> dict[str, Any]:
