@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import profiler
 
-from flash_mla.backends import ORDER, Phase, append, choose, empty
+from flash_mla.backends import ORDER, Phase, append, appending, choose, empty
 from flash_mla.errors import DeviceError
 from flash_mla.problem import AppendArgs, Args, Attention, Problem
 
@@ -73,6 +73,12 @@ class Plan:
         """Write rows into their pages; nothing where there is no row."""
         if args.k.numel():
             append(self.name, args)
+
+    def appending(self, args: AppendArgs) -> Callable[[AppendArgs], None]:
+        """`append` for all args that look like these (`passed.facts`); a backend that can binds its kernel to them."""
+        module = appending(self.name)
+        bind = getattr(module, "bind", None)
+        return module.launch if bind is None else bind(args)
 
 
 QUESTION = "which problem does this call pose?"

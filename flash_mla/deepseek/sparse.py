@@ -31,7 +31,7 @@ from flash_mla.contract import (
     is_aligned,
     named,
 )
-from flash_mla.deepseek.checks import check_query, check_same_dtype
+from flash_mla.deepseek.checks import check_out, check_query, check_same_dtype, given, writable
 from flash_mla.entry import entry
 from flash_mla.errors import HeadGroupingError, ShapeError
 from flash_mla.passed import Passed, traced
@@ -57,6 +57,7 @@ def flash_mla_sparse_fwd(
     d_v: int = 512,
     attn_sink: Tensor | None = None,
     topk_length: Tensor | None = None,
+    out: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,6 +69,7 @@ def flash_mla_sparse_fwd(
         sm_scale: of the scores. d_v: columns of kv that are V.
         attn_sink: [h_q] FP32, as in flash_mla_with_kvcache; no effect on max_logits and lse.
         topk_length: [s_q] int32, only the leftmost so many indices of each token count.
+        out: [s_q, h_q, d_v] to write into (vLLM's argument), last dim contiguous. Default: a new tensor.
         backend: run this backend or raise; None takes the first that can.
 
     Returns:
@@ -79,11 +81,13 @@ def flash_mla_sparse_fwd(
         check_query(q, "[s_q, h_q, d]", 3)
         check_rank("kv", kv.shape, 3, "[s_kv, h_kv, d]")
     if not (compiling := traced(q)) and not transformed() and not learning(q, kv, attn_sink):
-        return sparse_prefill(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, backend)
+        return sparse_prefill(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, backend, out)
+    check_out(out, q, d_v, kv=kv, indices=indices, attn_sink=attn_sink, topk_length=topk_length)
     check_scale(sm_scale)
     scale = q.shape[2] ** -0.5 if sm_scale is None else float(sm_scale)
     attend = torch.ops.flash_mla.flash_mla_sparse_fwd if compiling else SparsePrefill.apply
-    return attend(q, kv, indices, scale, d_v, attn_sink, topk_length, backend)
+    result, max_logits, lse = attend(q, kv, indices, scale, d_v, attn_sink, topk_length, backend)
+    return given(out, result), max_logits, lse
 
 
 def row_format(q: Tensor, cache: Tensor) -> RowFormat:
@@ -171,17 +175,26 @@ PASSED: Passed[ReferenceType[Plan]] = Passed()
 """Plans, weak as in `calls.Served`."""
 
 
-def sparse(call: SparseCall, backend: str | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Plan and launch: (out, lse, max_logits) as in `SparseArgs`, lse +inf on a row without keys."""
-    q, pools, formatted, _, softmax_scale, attn_sink, max_logits = call
+def sparse(call: SparseCall, backend: str | None, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Plan and launch: (out, lse, max_logits) as in `SparseArgs`, lse +inf on a row without keys; the out that was
+    given, if one was."""
+    q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits = call
     chosen = plan_sparse(call, backend)
     keys = tuple([pool.keys(formatted) for pool in pools])
     sink = None if attn_sink is None else attn_sink.contiguous()
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if out is not None:
+        tensors = {
+            f"{pool.prefix}{name}": x for pool in pools for name, x in pool._asdict().items() if name != "prefix"
+        }
+        check_out(out, q, Dv, attn_sink=attn_sink, **tensors)
     like_out, like_lse = chosen.results_like(q)
-    out, lse = torch.empty_like(like_out), torch.empty_like(like_lse)
+    written = writable(out)
+    result = torch.empty_like(like_out) if written is None else written
+    lse = torch.empty_like(like_lse)
     most = torch.empty_like(like_lse) if max_logits else None
-    chosen.launch(SparseArgs(q, keys, sink, scale, out, lse, most, math.inf))
+    chosen.launch(SparseArgs(q, keys, sink, scale, result, lse, most, math.inf))
+    out = given(out, result)
     # in decode; prefill has a backward, and comes here without gradients
     if inputs := learning(q, attn_sink, *[x.cache for x in keys]):
         out, lse = (refusing("deepseek.flash_mla_with_kvcache", x, inputs) for x in (out, lse))
@@ -271,12 +284,13 @@ def sparse_prefill(
     attn_sink: Tensor | None,
     topk_length: Tensor | None,
     backend: str | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, max_logits, lse) of flash_mla_sparse_fwd."""
-    pools = (Pool("", kv, indices, topk_length),)
-    out, lse, max_logits = sparse(SparseCall(q, pools, False, d_v, sm_scale, attn_sink, max_logits=True), backend)
+    call = SparseCall(q, (Pool("", kv, indices, topk_length),), False, d_v, sm_scale, attn_sink, max_logits=True)
+    result, lse, max_logits = sparse(call, backend, out)
     assert max_logits is not None
-    return out, max_logits, lse
+    return result, max_logits, lse
 
 
 @torch.library.custom_op("flash_mla::flash_mla_sparse_fwd", mutates_args=())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 
@@ -77,13 +76,13 @@ def through_kernel(form: RowFormat, rows: Tensor, args: AppendRowsArgs) -> None:
 
     slots, N = args.slots.contiguous(), len(rows)
     descale = 1.0 if args.descale is None else float(args.descale)
+    address, wide = engine.integers(slots)
     values = {
-        "N": N, "rows": rows.data_ptr(), "rows_row": 2 * form.head_dim, "slots": slots.data_ptr(),
-        "slots_wide": int(slots.dtype == torch.int64), "tokens": args.codes.shape[:2].numel(),
-        "page": args.codes.shape[1], "descale": struct.unpack("<I", struct.pack("<f", descale))[0],
+        "N": N, "rows": rows.data_ptr(), "rows_row": 2 * form.head_dim, "slots": address, "slots_wide": wide,
+        "tokens": args.codes.shape[:2].numel(), "page": args.codes.shape[1],
+        "descale": struct.unpack("<I", struct.pack("<f", descale))[0],
     }  # fmt: skip
     for name in ("codes", "scales", "rope"):
         part: Tensor = getattr(args, name)
         values |= {name: part.data_ptr(), f"{name}_block": part.stride(0), f"{name}_row": part.stride(1)}
-    packed = (ctypes.c_int64 * len(ARGUMENTS))(*(values.get(name, 0) for name in ARGUMENTS))
-    kernel(form).run(packed, min(max(N // TEAM_ROWS, 1), torch.get_num_threads()))
+    kernel(form).run(engine.arguments(ARGUMENTS, **values), min(max(N // TEAM_ROWS, 1), torch.get_num_threads()))

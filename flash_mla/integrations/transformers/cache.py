@@ -73,14 +73,15 @@ class PagedCache(Cache):
             self._layers = [Layer(self.pages, i, len(self.layers), self.index_dim) for i in range(len(self.layers))]
         return self._layers[index]
 
-    def token_decode(self, index: int, q: Tensor, scale: float, held: MLAProjection | None) -> TokenDecode:
-        """A layer's bound call for q, made once for q's shape, scale and projection."""
-        layer, rest = self.layer(index), (scale,)
-        call = layer.tokens.get((q,), rest)
+    def token_decode(self, q: Tensor, new: NewTokens, scale: float, held: MLAProjection | None) -> TokenDecode:
+        """A layer's bound call for q and its new tokens, made once for their shapes, the scale and the projection."""
+        _, index, k, v = new
+        layer, tensors, rest = self.layer(index), (q, k, v), (scale,)
+        call = layer.tokens.get(tensors, rest)
         if call is None or call.held is not held:
             pages = self.pages
-            made = TokenDecode(layer, q, pages.block_table, pages.seq_lens, scale, held, self._scratch)
-            call = layer.tokens.keep((q,), rest, made)
+            made = TokenDecode(layer, q, k, v, pages.block_table, pages.seq_lens, scale, held, self._scratch)
+            call = layer.tokens.keep(tensors, rest, made)
         return call
 
     def __getstate__(self) -> dict[str, Any]:
