@@ -8,7 +8,7 @@ looked at in every call: values, where `out` lies beside the inputs, what autogr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -22,6 +22,7 @@ TensorGuards: Any = None
 with contextlib.suppress(ImportError):
     from torch._C._dynamo.guards import TensorGuards  # type: ignore[no-redef]
 
+LOW = ALIGNMENT - 1
 MOST = 4096
 """Calls that are remembered; with one more, all are forgotten."""
 
@@ -37,25 +38,33 @@ class Like:
     """
 
     def __init__(self, tensors: Sequence[Any]) -> None:
-        places = [i for i, x in enumerate(tensors) if x is not None]
-        # NOTE: of one place, taken once, it would give no tuple
-        self._given = itemgetter(*(places if len(places) > 1 else 2 * places))
+        self._given = picker([i for i, x in enumerate(tensors) if x is not None])
+        self._absent = picker([i for i, x in enumerate(tensors) if x is None])
+        self._number, self._nothing = len(tensors), self._absent(tensors)
         given = self._given(tensors)
-        self._kinds, self._starts = tuple(map(type, tensors)), starts(given)
+        self._starts = starts(given)
         sizes, strides = [[*x.shape] for x in given], [[*x.stride()] for x in given]
         self._check = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
     def holds(self, tensors: tuple[Any, ...]) -> bool:
         """Whether these are like them."""
-        if tuple(map(type, tensors)) != self._kinds:
+        if len(tensors) != self._number or self._absent(tensors) != self._nothing:
             return False
         given = self._given(tensors)
         return self._check(*given) and starts(given) == self._starts
 
 
-def starts(tensors: Iterable[Tensor]) -> list[int | None]:
-    """Where each begins in ALIGNMENT bytes; None without memory."""
-    return [start % ALIGNMENT if start else None for start in map(Tensor.data_ptr, tensors)]
+def picker(places: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Takes what stands at these places of a sequence."""
+    if not places:
+        return lambda _: ()
+    # NOTE: of one place, taken once, it would give no tuple
+    return itemgetter(*(places if len(places) > 1 else 2 * places))
+
+
+def starts(tensors: Iterable[Tensor]) -> list[int]:
+    """Where each begins in ALIGNMENT bytes; -1 without memory."""
+    return [start & LOW if start else -1 for start in map(Tensor.data_ptr, tensors)]
 
 
 class Entry(NamedTuple, Generic[T]):

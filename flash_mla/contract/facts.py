@@ -29,5 +29,5 @@ def rest_of(call: Given, k: Tensor, v: Tensor, *others: Any) -> Hashable | None:
         return None
     if not k_start:  # without memory, addresses do not tell what is an alias
         return None
-    marked = k.dtype == FP8 and (needs_descale(k), needs_descale(v))
+    marked = k.dtype is FP8 and (needs_descale(k), needs_descale(v))
     return type(call), k_start == v_start, marked, scale_sign, others

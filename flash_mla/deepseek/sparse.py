@@ -196,7 +196,7 @@ def sparse(call: SparseCall, backend: str | None, out: Tensor | None = None) -> 
     chosen.launch(SparseArgs(q, keys, sink, scale, result, lse, most, math.inf))
     out = given(out, result)
     # in decode; prefill has a backward, and comes here without gradients
-    if inputs := learning(q, attn_sink, *[x.cache for x in keys]):
+    if not max_logits and (inputs := learning(q, attn_sink, *[x.cache for x in keys])):
         out, lse = (refusing("deepseek.flash_mla_with_kvcache", x, inputs) for x in (out, lse))
     return out, lse, most
 
