@@ -64,6 +64,7 @@ from flash_mla.kernels.hopper.sparse_decode.config import (
     SPLIT_COST,
     Config,
 )
+from flash_mla.kernels.hopper.sparse_decode.copies import CopyProducer
 from flash_mla.kernels.hopper.sparse_decode.producer import Producer
 from flash_mla.kernels.hopper.sparse_decode.ring import RingProducer
 from flash_mla.kernels.hopper.sparse_decode.rows import Cache, Lengths
@@ -209,8 +210,7 @@ class SparseDecode(Kernel[Config]):
             warp = warp_id - CONSUMER_WARPS
             if warp == 0 and rank == 0:
                 note_split(results.partials, work, lengths, lengths, scalars.groups, cluster_id)
-            producers = raw.RawProducer if config.raw else RingProducer if config.ringed else Producer
-            producers.over(shared, lengths, rank, warp, *load_q).run(scalars.groups, work)
+            producer_of(config).over(shared, lengths, rank, warp, *load_q).run(scalars.groups, work)
         else:
             if const_expr(config.registers[0] > config.entry_registers):
                 cute.arch.setmaxregister_increase(config.registers[0])
@@ -235,6 +235,15 @@ class SparseDecode(Kernel[Config]):
 def shared_of(config: Config) -> type:
     """The views of shared memory of this kind of CTA."""
     return raw.Shared if config.raw else few.Shared if config.few else many.Shared
+
+
+def producer_of(config: Config) -> type[Producer]:
+    """A producer warp of this kind of CTA."""
+    if config.raw:
+        return raw.RawProducer
+    if config.copied:
+        return CopyProducer
+    return RingProducer if config.ringed else Producer
 
 
 def arguments(config: Config) -> tuple:
