@@ -3,14 +3,17 @@ and what the caller has set for torch."""
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import flash_mla
 from flash_mla import (
     BlockTableError,
     DTypeError,
@@ -327,6 +330,33 @@ def surroundings(request):
         torch.set_default_dtype(torch.float64)
         yield torch.no_grad
         torch.set_default_dtype(before)
+
+
+MAKERS = {
+    "arange",
+    "as_tensor",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randn",
+    "scalar_tensor",
+    "tensor",
+    "zeros",
+}
+
+
+@pytest.mark.parametrize(
+    "folder", ["backends/hopper", "backends/triton", "cache", "contract", "deepseek", "distributed"]
+)
+def test_tensors_name_their_device(folder):
+    """A caller's default device would decide otherwise; the CPU backend sets its own."""
+    for path in (Path(flash_mla.__file__).parent / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}:
+                assert any(word.arg == "device" for word in node.keywords), f"{path}:{node.lineno}: no device"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -148,7 +148,7 @@ def judge(case: IndexCase) -> tuple[Verdict, list[str]]:
     seen = truth > -math.inf
     if (scores[~seen] != -math.inf).any():
         failures.append("scores: not -inf where a query does not see a key")
-    m = truth[seen].abs().max().item() if seen.any() else 1.0
+    m = (truth[seen].abs().max().item() if seen.any() else 0.0) or 1.0
     difference = (scores.double() - truth).masked_fill(~seen, 0.0).abs().nan_to_num(nan=math.inf, posinf=math.inf)
     error = difference.max().item() / m if difference.numel() else 0.0
     if error > SCORE_BUDGET:

@@ -150,8 +150,9 @@ def dense(draw: Draw, backend: str | None) -> Case:
 
 # --- Sparse -----------------------------------------------------------------------------------------------------------
 
-BYTES = {"fp8_ds_mla": 656, "model1": 584, "v4.1": 528, "flat": 576}
-LATENT = {"fp8_ds_mla": 576, "model1": 512, "v4.1": 512, "flat": 576}
+LATENT = {"fp8_ds_mla": 576, "model1": 512, "v4.1": 512, "flat": 576, "fp8_token": 576}
+PITCH = {"model1": 576, "fp8_token": 16}
+"""Bytes of which a page's pitch is a multiple; elsewhere any byte begins a page."""
 
 
 def pool_of(draw: Draw, name: str | None, pages: int, page: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -161,41 +162,45 @@ def pool_of(draw: Draw, name: str | None, pages: int, page: int, D: int, dtype: 
         if draw.chance(0.2):
             cache = draw.inside(cache)
         return cache, oracle.float64(cache).reshape(pages * page, D)
-    codes = {"fp8_ds_mla": 512, "model1": 448, "v4.1": 512, "flat": 576}[name]
-    rope = D - codes
+    codes = {"model1": 448, "flat": 576}.get(name, 512)
     stored = draw.integers(pages, page, codes, low=0, high=256).to(torch.uint8)
     stored[(stored & 0x7F) == 0x7F] = 0x3F  # no NaN
+    if name == "flat":
+        # magnitudes of up to 448 would make every softmax one-hot
+        stored = (stored & 0x80) | (stored & 0x7F).clamp_max(0x40)
     values = oracle.float64(stored.view(FP8))
-    rope_rows = torch.randn(pages, page, rope, generator=draw.generator).bfloat16()
-    rope_bytes = rope_rows.view(torch.uint8) if rope else stored[..., :0]
-    tiles = {"fp8_ds_mla": 4, "model1": 7, "v4.1": 16, "flat": 0}[name]
+    rope_rows = torch.randn(pages, page, D - codes, generator=draw.generator).bfloat16()
+    rope = rope_rows.view(torch.uint8) if D > codes else stored[..., :0]
+    tiles = {"fp8_ds_mla": 4, "model1": 7, "v4.1": 16, "flat": 0, "fp8_token": 1}[name]
     exponents = draw.integers(pages, page, tiles, low=-9, high=-5)
     scales = torch.exp2(exponents.double())
     if tiles:
         values = values * scales.repeat_interleave(codes // tiles, -1)
-    if name == "fp8_ds_mla":
-        rows = torch.cat([stored, scales.float().view(torch.uint8), rope_bytes], -1)
-        cache = rows.view(pages, page, 1, 656)
-    elif name == "v4.1":
-        cache = torch.cat([stored, (exponents + 127).to(torch.uint8)], -1).view(pages, page, 1, 528)
-    elif name == "flat":
-        # magnitudes of up to 448 would make every softmax one-hot
-        stored = (stored & 0x80) | (stored & 0x7F).clamp_max(0x40)
-        values = oracle.float64(stored.view(FP8))
-        cache = stored.view(pages, page, 1, 576)
-    else:
-        pitch = -(-page * 584 // 576) * 576
-        memory = torch.full((pages, pitch), 0xFF, dtype=torch.uint8)
-        memory[:, : page * 576] = torch.cat([stored, rope_bytes], -1).flatten(1)
-        bare = torch.cat([(exponents + 127).to(torch.uint8), torch.full((pages, page, 1), 0xFF, dtype=torch.uint8)], -1)
-        memory[:, page * 576 : page * 584] = bare.flatten(1)
-        memory = memory.to(draw.device)
-        cache = memory[:, : page * 584].view(pages, page, 1, 584)
+    bare, wide = (exponents + 127).to(torch.uint8), scales.float().view(torch.uint8)
+    parts = {
+        "fp8_ds_mla": (stored, wide, rope),
+        "v4.1": (stored, bare),
+        "flat": (stored,),
+        # the scales of a page lie behind its rows
+        "model1": (stored, rope),
+        "fp8_token": (stored, rope),
+    }[name]
+    bytes_of_pages = torch.cat(parts, -1).flatten(1)
+    if name in PITCH:
+        pad = torch.full((pages, page, 1), 0xFF, dtype=torch.uint8)
+        apart = torch.cat([bare, pad], -1) if name == "model1" else wide
+        bytes_of_pages = torch.cat([bytes_of_pages, apart.flatten(1)], 1)
+    size = bytes_of_pages.shape[1]
+    # pages lie apart, and the first begins on any byte
+    unit = PITCH.get(name, 1)
+    pitch = -(-size // unit) * unit + unit * draw.among((0, 0, 1, 16, 41))
+    start = draw.among((0, 0, 0, 1, 8, 16))
+    memory = torch.full((start + pages * pitch,), 0xFF, dtype=torch.uint8)
+    memory[start:].view(pages, pitch)[:, :size] = bytes_of_pages
+    cache = memory.to(draw.device)[start:].view(pages, pitch)[:, :size].view(pages, page, 1, size // page)
     latent = values.to(torch.float32).bfloat16().double()
     kind = draw.among((torch.uint8, FP8, torch.int8))
-    return cache.to(draw.device).view(kind) if name != "model1" else cache.view(kind), torch.cat(
-        [latent, oracle.float64(rope_rows)], -1
-    ).flatten(0, 1)
+    return cache.view(kind), torch.cat([latent, oracle.float64(rope_rows)], -1).flatten(0, 1)
 
 
 def picks(draw: Draw, size: Sequence[int], rows: int) -> Tensor:
@@ -218,7 +223,7 @@ def lengths_of(draw: Draw, B: int, topk: int) -> list[int]:
 
 def sparse_decode(draw: Draw, backend: str | None) -> Case:
     """flash_mla_with_kvcache with indices, over one cache or two."""
-    name = draw.pick((None, None, "fp8_ds_mla", "model1", "v4.1", "flat"))
+    name = draw.pick((None, None, "fp8_ds_mla", *LATENT))
     dtype = torch.bfloat16 if name else draw.pick(FLOATS)
     D = LATENT[name] if name else draw.pick((576, 512, 128, 64))
     Dv = min(D, 512) if name else draw.pick((D, D // 2)) if D != 576 else 512
@@ -228,7 +233,7 @@ def sparse_decode(draw: Draw, backend: str | None) -> Case:
     caches = []
     for _ in range(draw.pick((1, 1, 2))):
         pages, page = draw.between(1, 4) if draw.chance(0.97) else 0, draw.pick((1, 16, 64, 64))
-        topk = draw.pick((1, 16, 64, 65, 128, 200)) if not draw.maybe(0.02) else 0
+        topk = draw.pick((1, 2, 3, 16, 64, 65, 128, 200)) if not draw.maybe(0.02) else 0
         cache, rows = pool_of(draw, name, pages, page, D, dtype)
         index = picks(draw, (B, S_q, topk), rows.shape[0])
         caches.append(
@@ -325,7 +330,7 @@ def sparse_prefill(draw: Draw, backend: str | None) -> Case:
     D = draw.pick((576, 512, 128, 64))
     Dv = min(D, 512)
     S_q, S_kv = draw.between(0 if draw.chance(0.05) else 1, 9), draw.between(0 if draw.chance(0.05) else 1, 200)
-    Hq, topk = draw.pick((1, 8, 64, 128)), draw.pick((1, 16, 64, 65, 128)) if not draw.maybe(0.02) else 0
+    Hq, topk = draw.pick((1, 8, 64, 128)), draw.pick((1, 2, 3, 16, 64, 65, 128)) if not draw.maybe(0.02) else 0
     kv = draw.normal(S_kv, 1, D, dtype=dtype)
     index = picks(draw, (S_q, 1, topk), S_kv)
     counts = lengths_of(draw, S_q, topk) if draw.maybe(0.4) else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_mla.backends import hopper
-from flash_mla.backends.hopper import device, gqa_decode, long_decode, mla_decode, mla_decode_fp8
+from flash_mla.backends.hopper import decode, device, gqa_decode, long_decode, mla_decode, mla_decode_fp8
 from flash_mla.kernels.hopper.prefill.config import Config as PrefillConfig
 from flash_mla.problem import FP8, DecodeProblem
 
@@ -241,3 +241,14 @@ def test_facts_that_no_kernel_takes(changes: dict, words: str) -> None:
 )
 def test_config_holds_the_rows_of_a_kv_head(changes: dict, tile_n: int) -> None:
     assert gqa_decode.config(problem(**changes)).tile_n == tile_n
+
+
+def test_the_factor_of_1_keeps_to_fp32_on_its_device():
+    """Made at some call, under whatever defaults stand there, and kept."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    with torch.device("meta"):
+        one = decode.kept_one(torch.device("cpu"))
+    torch.set_default_dtype(default)
+    assert one.dtype == torch.float32
+    assert one.tolist() == [[1.0]]

@@ -59,7 +59,7 @@ def factor(problem: DecodeProblem, descale: Tensor | None, unread: Tensor) -> Te
 @functools.cache
 def kept_one(device: torch.device) -> Tensor:
     """A factor of 1, [1, 1]. The copy has arrived when this returns: a launch on any stream may read it."""
-    return torch.ones((1, 1)).to(device)
+    return torch.ones((1, 1), dtype=torch.float32, device="cpu").to(device)
 
 
 def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Callable[[DecodeArgs], None]:
