@@ -14,20 +14,21 @@ conversions: 1024 to 4096 cycles of an SM, and a cluster shares them. With 16 he
 
 Roles (producers behind the two consumer warpgroups):
     many   warpgroups 0, 1   208 registers   as in MLA decode: scores of the even, of the odd block; half of O each
-    few    warpgroups 0, 1   128 or 144    as in GQA decode: the even, the odd blocks; merged in the end
+    few    warpgroups 0, 1   128 to 208    as in GQA decode: the even, the odd blocks; merged in the end
     raw    warpgroups 0, 1   200 or 208    the same, and they convert rows on the way to their products
-    producer warps: 4 at 88 registers beside many, 8 at 128 (112) beside few, 4 at 104 (88) beside raw; the first loads
-    Q (TMA), notes split items (BF16 rows of few heads: 128 and 128, and the producers beside many)
+    producer warps: 4 at 88 registers beside many and over BF16 rows, 8 at 128 (112) beside few, 4 at 104 (88) beside
+    raw; the first loads Q (TMA), notes split items
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
     K   producer warps -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block
             many: one a warp (in a cluster also the peer's bytes) / 4 warps a CTA, as in MLA decode
             few: one a warp / the 4 warps that take the block
+            BF16 rows, but in a cluster: each lane besides, when its copies have landed
             raw: 4 stages = two pairs of whole blocks; one a warp and its rows' bytes / the 4 warps that take the block
         The mask of live keys travels with the left half of its block.
     Q   producer warp 0 -> warpgroups 0, 1   1 stage   1 + bytes / 8 warps
 
-Steady state of a producer warp beside few: `ring.py`, `raw.py`. Beside many, a batch (up to 4 or 6 loads of 16 bytes a
+Steady state of a producer warp beside few: `ring.py`, `raw.py`; over BF16 rows: `copies.py`. Else, beside many, a batch (up to 4 or 6 loads of 16 bytes a
 thread): start the loads of the next batch | wait for the stage | convert the batch, e4m3 -> FP16 -> FP32 * scale ->
 BF16, one rounding | store it swizzled. Then, at the end of a half block: proxy fence, arrive; in a cluster copy the
 rows to the peer (bulk copy, 1 KB a chunk a warp).
