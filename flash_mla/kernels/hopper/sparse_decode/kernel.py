@@ -28,10 +28,10 @@ Channels, producer -> consumer (full arrivals / empty arrivals):
         The mask of live keys travels with the left half of its block.
     Q   producer warp 0 -> warpgroups 0, 1   1 stage   1 + bytes / 8 warps
 
-Steady state of a producer warp beside few: `ring.py`, `raw.py`; over BF16 rows: `copies.py`. Else, beside many, a batch (up to 4 or 6 loads of 16 bytes a
-thread): start the loads of the next batch | wait for the stage | convert the batch, e4m3 -> FP16 -> FP32 * scale ->
-BF16, one rounding | store it swizzled. Then, at the end of a half block: proxy fence, arrive; in a cluster copy the
-rows to the peer (bulk copy, 1 KB a chunk a warp).
+Steady state of a producer warp beside few: `ring.py`, `raw.py`; over BF16 rows: `copies.py`. Else, beside many, a batch
+(up to 4 or 6 loads of 16 bytes a thread): start the loads of the next batch | wait for the stage | convert the batch,
+e4m3 -> FP16 -> FP32 * scale -> BF16, one rounding | store it swizzled. Then, at the end of a half block: proxy fence,
+arrive; in a cluster copy the rows to the peer (bulk copy, 1 KB a chunk a warp).
 
 Supports any number of heads and of tokens, any topk, pages of any length at any pitch (multiples of 16 bytes), rows of
 `config.ROWS`. Rows that no index names are never read, indices outside a cache name none; keys that are not there have
