@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash_mla import contract
 from flash_mla.contract import DecodeCall, Descales, MhaCall, MLAMetadata, PrefillCall
-from flash_mla.launch import launch
+from flash_mla.launch import launch_prefill
 from flash_mla.passed import Passed, spans
 from flash_mla.plan import Plan, plan
 from flash_mla.problem import AppendArgs, DecodeProblem, PrefillProblem
@@ -75,17 +75,6 @@ def plan_decode(
     return chosen
 
 
-def attend_decode(
-    chosen: Plan, call: DecodeCall, out: Tensor | None, return_lse: bool, function: str = "flash_mla_with_kvcache"
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The attention of the call."""
-    return launch(
-        chosen, function, q=call.q, k=call.k_cache, v=call.v_cache, block_table=call.block_table,
-        seq_lens=call.seq_lens, mask=call.mask, softmax_scale=call.softmax_scale, descales=call.descales,
-        attn_sink=call.attn_sink, out=out, return_lse=return_lse, k_rope=call.k_rope,
-    )  # fmt: skip
-
-
 # --- Prefill ----------------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +95,7 @@ def attend_prefill(
     chosen: Plan, call: PrefillCall, out: Tensor | None, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The attention of the call."""
-    return launch(
+    return launch_prefill(
         chosen, "flash_mla_prefill", q=call.q, k=call.k, v=call.v, block_table=None, seq_lens=call.seq_lens,
         mask=call.attn_mask, softmax_scale=call.softmax_scale, descales=call.descales, attn_sink=call.attn_sink,
         out=out, return_lse=return_lse, start_pos=None, block_mask=call.sparse_layout,
@@ -140,7 +129,7 @@ def append_mha(chosen: Plan, call: MhaCall) -> None:
 def attend_mha(chosen: Plan, call: MhaCall, out: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     """The attention of the call, after its rows are written. A gradient to k and v is refused."""
     start_pos = call.start_pos
-    return launch(
+    return launch_prefill(
         chosen, "mha_fwd_kvcache", q=call.q, k=call.k_cache, v=call.v_cache, block_table=call.block_table,
         seq_lens=None if start_pos is None else start_pos + call.q.shape[2], mask=call.attn_mask,
         softmax_scale=call.softmax_scale, descales=call.descales, attn_sink=None, out=out, return_lse=return_lse,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_mla
 from flash_mla import contract, deepseek, pages
@@ -25,6 +26,7 @@ from flash_mla.errors import (
     SequenceLengthError,
     ShapeError,
 )
+from flash_mla.plan import plan
 from flash_mla.problem import FP8
 from flash_mla.quant import mark_scaled
 
@@ -231,6 +233,24 @@ def test_requires_grad_and_grad_mode_are_looked_at_in_every_call(door):
     assert result.is_inference()
     assert torch.equal(result, call.first)
     assert not call.again().is_inference()
+
+
+@every
+def test_results_are_of_their_own_call(door):
+    """The first call of a plan is made in inference mode or on fake tensors, or has its result written to."""
+    call = door()
+    plan.cache_clear()
+    with torch.inference_mode():
+        assert call.again().is_inference()
+    assert not call.again().is_inference()
+    plan.cache_clear()
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in call.x.items()}
+        assert call.function(**fake).shape == call.first.shape
+    one, other = call.again(), call.again()
+    assert type(one) is torch.Tensor
+    one.zero_()
+    assert torch.equal(other, call.first)
 
 
 @with_out

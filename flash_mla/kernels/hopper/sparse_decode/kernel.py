@@ -115,7 +115,7 @@ class SparseDecode(Kernel[Config]):
     def __call__(
         self,
         q: cute.Tensor,  # [B, S_q, Hq, D]
-        rows: cute.Tensor,  # [pages, page, D] BF16, or [pages, page, row bytes]
+        rows: cute.Tensor,  # [pages, page, 1, D] BF16, or [pages, page, 1, row bytes]
         indices: cute.Tensor,  # [B, S_q, topk] int32
         lengths: cute.Tensor,  # [B] int32; anything if not has_lengths & 1
         extra_rows: cute.Tensor,  # the second cache, as the first; anything if there is none
@@ -123,7 +123,7 @@ class SparseDecode(Kernel[Config]):
         extra_lengths: cute.Tensor,  # anything if not has_lengths & 2
         sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
         out: cute.Tensor,  # [B, S_q, Hq, 512], contiguous
-        lse: cute.Tensor,  # [B, S_q, Hq] FP32, contiguous
+        lse: cute.Tensor,  # [B, Hq, S_q] FP32, its memory [B, S_q, Hq]
         workspace: cute.Tensor,  # [Partials.words(clusters, tile_rows, 512)] FP32
         scale_log2: Float32,
         empty_lse: Float32,  # lse of a row without keys
@@ -159,7 +159,7 @@ class SparseDecode(Kernel[Config]):
         load_q = load_of(gQ, config.tile_heads, CHUNK)
         launch_persistent(self.kernel(load_q, caches, tokens, S_q, results, scalars), config, clusters, stream)
         if splits != 0:
-            combine(results.out, results.lse, *results.partials, sink, has_sink, packing, Int32(1), stream, empty_lse)
+            combine(results.out, results.lse, *results.partials, sink, has_sink, packing, Int32(1), empty_lse, stream)
 
     @cute.kernel
     def kernel(
@@ -244,7 +244,7 @@ def arguments(config: Config) -> tuple:
 
     def keys() -> tuple[cute.Tensor, ...]:
         return (
-            symbolic.tensor(element, (None, None, None), align=16),
+            symbolic.tensor(element, (None, None, 1, None), align=16),
             symbolic.tensor(Int32, (B, S_q, None)),
             symbolic.tensor(Int32, (None,)),
         )
@@ -255,7 +255,7 @@ def arguments(config: Config) -> tuple:
         *keys(),
         symbolic.tensor(Float32, (None,)),
         symbolic.tensor(BFloat16, (B, S_q, Hq, DV), align=16),
-        symbolic.tensor(Float32, (B, S_q, Hq), strided=True),
+        symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
         *symbolic.numbers(Float32, Float32, Int32, Int32, Int32, Int32),
     )
