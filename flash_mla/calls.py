@@ -14,7 +14,7 @@ from flash_mla.contract import DecodeCall, Descales, MhaCall, MLAMetadata, Prefi
 from flash_mla.launch import launch_prefill
 from flash_mla.passed import Passed, spans
 from flash_mla.plan import Plan, plan
-from flash_mla.problem import AppendArgs, DecodeProblem
+from flash_mla.problem import AppendArgs, DecodeProblem, PrefillProblem
 
 
 class Served(NamedTuple):
@@ -32,17 +32,19 @@ class Served(NamedTuple):
 SERVED = Passed[Served]()
 
 
-def served(call: DecodeCall | PrefillCall, rest: Hashable | None, out: Tensor | None) -> Plan | None:
-    """The plan of a call whose like passed before; of `out` what facts do not tell is checked."""
+def served(call: DecodeCall | PrefillCall | MhaCall, rest: Hashable | None, out: Tensor | None) -> Plan | None:
+    """The plan of a call whose like passed before; of what is written, what facts do not tell is checked."""
     found = SERVED.get((*call.tensors, out), rest)
     if found is None or (chosen := found.plan()) is None:
         return None
     if out is not None:
         contract.check_out_again(out, found.spans, call)
+    if isinstance(call, MhaCall):
+        contract.check_places_again(found.spans[1:], call)
     return chosen
 
 
-def keep(call: DecodeCall | PrefillCall, rest: Hashable | None, out: Tensor | None, chosen: Plan) -> Plan:
+def keep(call: DecodeCall | PrefillCall | MhaCall, rest: Hashable | None, out: Tensor | None, chosen: Plan) -> Plan:
     """Remember the plan of a call that passed its checks, and return it."""
     if rest is not None:
         SERVED.keep((*call.tensors, out), rest, Served(ref(chosen), spans(out, *call.tensors)))
@@ -105,8 +107,12 @@ def attend_prefill(
 
 def plan_mha(call: MhaCall, backend: str | None, out: Tensor | None) -> Plan:
     """Every check of the call, and its plan. Nothing is written yet."""
-    problem = contract.check_out(out, contract.mha(call), call)
-    chosen = plan(problem, backend)
+    rest = contract.rest_of(call, call.k_cache, call.v_cache, call.causal, backend)
+    chosen = served(call, rest, out)
+    if chosen is None:
+        chosen = keep(call, rest, out, plan(contract.check_out(out, contract.mha(call), call), backend))
+    problem = chosen.problem
+    assert isinstance(problem, PrefillProblem)
     longest = contract.check_prompt_values(
         call.block_table, call.start_pos, problem, call.k_cache, writes=call.k is not None
     )

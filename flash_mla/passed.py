@@ -143,9 +143,9 @@ def facts(*tensors: Any) -> tuple[Hashable, ...]:
     )
 
 
-def spans(*tensors: Tensor | None) -> tuple[int, ...]:
+def spans(*tensors: object) -> tuple[int, ...]:
     """Bytes from each tensor's first to past its last, 0 where there is none: what facts tell of a tensor's reach."""
-    return tuple([0 if x is None else span(x) for x in tensors])
+    return tuple([span(x) if isinstance(x, Tensor) else 0 for x in tensors])
 
 
 def span(x: Tensor) -> int:
