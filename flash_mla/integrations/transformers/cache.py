@@ -130,7 +130,7 @@ class PagedCache(Cache):
         Args:
             tokens_to_remove: 0 or below, as transformers' caches take it.
         """
-        dropped = -tokens_to_remove
+        dropped = -int(tokens_to_remove)  # transformers 5.17 gives a tensor
         if not 0 <= dropped <= min(self.pages.lengths):
             raise ShapeError(
                 given=f"crop({tokens_to_remove}), sequences of {[*self.pages.lengths]} tokens",
