@@ -16,8 +16,11 @@ from flash_mla import deepseek
 from flash_mla.backends.cpu import engine
 from flash_mla.errors import (
     BlockCountError,
+    DeviceError,
     DTypeError,
+    GradientError,
     HeadGroupingError,
+    LayoutError,
     SequenceLengthError,
     ShapeError,
 )
@@ -83,9 +86,9 @@ def assert_lse(lse, expected, empty=math.inf, relative=3e-5):
         (
             "flash_mla_with_kvcache",
             "q k_cache block_table cache_seqlens head_dim_v tile_scheduler_metadata num_splits softmax_scale causal "
-            "is_fp8_kvcache indices attn_sink extra_k_cache extra_indices_in_kvcache topk_length extra_topk_length",
+            "is_fp8_kvcache indices attn_sink extra_k_cache extra_indices_in_kvcache topk_length extra_topk_length out",
         ),
-        ("flash_mla_sparse_fwd", "q kv indices sm_scale d_v attn_sink topk_length"),
+        ("flash_mla_sparse_fwd", "q kv indices sm_scale d_v attn_sink topk_length out"),
         (
             "flash_attn_varlen_func",
             "q k v cu_seqlens_qo cu_seqlens_kv max_seqlen_qo max_seqlen_kv dropout_p softmax_scale causal "
@@ -103,6 +106,7 @@ def assert_lse(lse, expected, empty=math.inf, relative=3e-5):
     ],
 )
 def test_positional_order(name, names):
+    """DeepSeek's, and at the end the `out` of vLLM's copy."""
     parameters = inspect.signature(getattr(deepseek, name)).parameters.values()
     assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == names.split()
 
@@ -639,3 +643,64 @@ def test_several_query_tokens_are_read_and_written_where_they_lie(causal: bool) 
             scores = scores.masked_fill(hidden[:, None], -math.inf)
         torch.testing.assert_close(out[i].double(), scores.softmax(-1) @ rows[:, :d_v], atol=1e-5, rtol=0)
         torch.testing.assert_close(lse[i].T.double(), scores.logsumexp(-1), atol=1e-4, rtol=0)
+
+
+# --- out --------------------------------------------------------------------------------------------------------------
+
+
+def calls_with_out():
+    """name -> (function, arguments): every way that a result takes."""
+    g = generator()
+    q, pool = randn(2, 3, 4, 576, g=g), randn(6, 64, 1, 576, g=g)
+    table, lengths = torch.arange(6, dtype=torch.int32).view(2, 3), torch.tensor([150, 2], dtype=torch.int32)
+    indices = torch.randint(0, 384, (2, 3, 20), generator=g, dtype=torch.int32)
+    rows = FORMATS["fp8_ds_mla"].quantise(pool)
+    decode, prefill = deepseek.flash_mla_with_kvcache, deepseek.flash_mla_sparse_fwd
+    dense = {"q": q, "block_table": table, "cache_seqlens": lengths, "head_dim_v": 512}
+    sparse = {"q": q, "block_table": None, "cache_seqlens": None, "head_dim_v": 512, "indices": indices}
+    learning = pool[0].clone().requires_grad_()
+    named = {"q": q[0], "indices": indices[0].unsqueeze(1) % 64, "sm_scale": 0.05}
+    return {
+        "dense": (decode, dense | {"k_cache": pool}),
+        "dense-causal": (decode, dense | {"k_cache": pool, "causal": True}),
+        "dense-rows": (decode, dense | {"k_cache": rows, "is_fp8_kvcache": True}),
+        "sparse": (decode, sparse | {"k_cache": pool}),
+        "sparse-rows": (decode, sparse | {"k_cache": rows, "is_fp8_kvcache": True}),
+        "sparse-prefill": (prefill, named | {"kv": pool[0]}),
+        "sparse-prefill-learning": (prefill, named | {"kv": learning}),
+    }
+
+
+@pytest.mark.parametrize("name", calls_with_out())
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "off-16-bytes"])
+def test_out_is_written_to(name, layout):
+    function, arguments = calls_with_out()[name]
+    want, *others = function(**arguments)
+    out = torch.full(want.shape, math.nan, dtype=want.dtype)
+    if layout == "sliced":
+        out = padded(out)
+    elif layout == "off-16-bytes":
+        out = torch.full((out.numel() + 1,), math.nan, dtype=want.dtype)[1:].view(want.shape)
+    got, *others_again = function(**arguments, out=out)
+    assert got is out
+    assert got.requires_grad == want.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip((want, *others), (got, *others_again), strict=True))
+
+
+@pytest.mark.parametrize("name", calls_with_out())
+def test_out_that_does_not_fit_is_refused(name):
+    function, arguments = calls_with_out()[name]
+    q = arguments["q"]
+    size = (*q.shape[:-1], 512)
+    wrong = {
+        ShapeError: q.new_zeros(*size[:-1], 256),
+        DTypeError: torch.zeros(size),
+        DeviceError: q.new_empty(size, device="meta"),
+        LayoutError: arguments["q"][..., :512],
+        GradientError: q.new_zeros(size, requires_grad=True),
+    }
+    for error, out in wrong.items():
+        with pytest.raises(error, match="out"):
+            function(**arguments, out=out)
+    with pytest.raises(ShapeError, match="out"):
+        function(**arguments, out=[1.0])

@@ -1,15 +1,25 @@
-"""What the functions of this package check alike, and how they report a query without keys."""
+"""What the functions of this package check alike."""
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
-from flash_mla.contract import check_index, check_last_dim, check_on, check_rank, check_tensor
+from flash_mla.contract import (
+    check_apart,
+    check_index,
+    check_last_dim,
+    check_on,
+    check_rank,
+    check_tensor,
+    is_aligned,
+    named,
+    out_dtype,
+    refuse_learning_out,
+)
 from flash_mla.errors import DTypeError, SequenceLengthError, ShapeError
+from flash_mla.passed import traced
 from flash_mla.problem import DTYPES
 
 
@@ -62,6 +72,29 @@ def check_start_values(name: str, starts: list[int], rows: int) -> None:
         )
 
 
-def empty_is_inf(lse: Tensor) -> Tensor:
-    """-inf to +inf in place, in one kernel."""
-    return torch.nan_to_num_(lse, nan=math.nan, posinf=math.inf, neginf=math.inf)
+def check_out(out: Tensor | None, q: Tensor, Dv: int, **inputs: Tensor | None) -> None:
+    """`out` is q's but for Dv columns, of the output's dtype, and apart from q and the call's other tensors."""
+    if out is None:
+        return
+    check_tensor("out", out)
+    size = (*q.shape[:-1], Dv)
+    if out.shape != size:
+        raise ShapeError(named(out=out), f"out {list(size)}", "`out` does not have the output's shape")
+    if out.dtype != out_dtype(q.dtype):
+        required = out_dtype(q.dtype)
+        raise DTypeError(f"out {out.dtype}", f"out {required}", "`out` does not have the output's dtype")
+    check_on(q.device, out=out)
+    check_last_dim("out", out)
+    refuse_learning_out(out)
+    if not traced(q):  # a traced tensor has no address
+        check_apart("out", out, q=q, **inputs)
+
+
+def writable(out: Tensor | None) -> Tensor | None:
+    """A checked `out` that kernels write to as it lies: contiguous, on 16 bytes."""
+    return out if out is not None and out.is_contiguous() and is_aligned(out) else None
+
+
+def given(out: Tensor | None, result: Tensor) -> Tensor:
+    """The result, in `out` if there is one."""
+    return result if out is None or out is result else out.copy_(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from flash_mla.contract import (
     named,
     out_dtype,
 )
-from flash_mla.deepseek.checks import check_query, check_same_dtype, empty_is_inf
+from flash_mla.deepseek.checks import check_out, check_query, check_same_dtype, given, writable
 from flash_mla.deepseek.sparse import Pool, SparseCall, sparse
 from flash_mla.entry import entry
 from flash_mla.errors import DTypeError, ShapeError
@@ -64,6 +65,7 @@ def flash_mla_with_kvcache(
     extra_indices_in_kvcache: Tensor | None = None,
     topk_length: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
+    out: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -87,6 +89,7 @@ def flash_mla_with_kvcache(
         extra_k_cache, extra_indices_in_kvcache: a second cache of the same format, [.., page2, 1, ..], and its indices
             [b, s_q, topk2]: attended together with the first.
         topk_length, extra_topk_length: [b] int32, only the leftmost so many indices of each row count.
+        out: [b, s_q, h_q, head_dim_v] to write into (vLLM's argument), last dim contiguous. Default: a new tensor.
         backend: run this backend or raise; None takes the first that can.
 
     Returns:
@@ -109,10 +112,20 @@ def flash_mla_with_kvcache(
             check_tensor("k_cache", k_cache)
             check_rank("k_cache", k_cache.shape, 4, "[num_blocks, page, h_kv, d]")
             return dense_rows(
-                q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, attn_sink, backend
+                q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, attn_sink, backend, out
             )
         return dense(
-            q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, (None, None), attn_sink, backend
+            q,
+            k_cache,
+            block_table,
+            cache_seqlens,
+            head_dim_v,
+            softmax_scale,
+            causal,
+            (None, None),
+            attn_sink,
+            backend,
+            out,
         )
     if causal:
         raise ShapeError(
@@ -134,8 +147,7 @@ def flash_mla_with_kvcache(
     if extra_k_cache is not None and extra_indices_in_kvcache is not None:
         pools += (Pool("extra_", extra_k_cache, extra_indices_in_kvcache, extra_topk_length),)
     call = SparseCall(q, pools, is_fp8_kvcache, head_dim_v, softmax_scale, attn_sink)
-    out, lse, _ = sparse(call, backend)
-    return out, lse.transpose(1, 2)
+    return sparse(call, backend, out)[:2]
 
 
 @entry("flash_mla.deepseek")
@@ -180,6 +192,7 @@ def dense_rows(
     causal: bool,
     attn_sink: Tensor | None,
     backend: str | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dense decode over a pool in a row format: the sparse launch, told to read every token of a request in turn.
 
@@ -201,8 +214,7 @@ def dense_rows(
     seen = t < last.expand(B, S_q).unsqueeze(2)  # [b, s_q, tokens]
     indices = torch.where(seen, rows.flatten(1).unsqueeze(1), -1).to(torch.int32)
     call = SparseCall(q, (Pool("", k_cache, indices, lengths),), True, Dv, softmax_scale, attn_sink)
-    out, lse, _ = sparse(call, backend)
-    return out, lse.transpose(1, 2)
+    return sparse(call, backend, out)[:2]
 
 
 # --- Dense ------------------------------------------------------------------------------------------------------------
@@ -217,6 +229,7 @@ def dense(
     descales: tuple[Tensor | None, Tensor | None],
     attn_sink: Tensor | None,
     backend: str | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Our own decode over pages, as `decode_over_pages` has it; q and out are read and written where they lie."""
     block_table, cache_seqlens = named_tokens(block_table, cache_seqlens)
@@ -231,9 +244,13 @@ def dense(
         factors, attn_sink,
     )  # fmt: skip
     planned = plan_pools(call, backend, None, False, also=check_dense)
-    out = q.new_empty((*q.shape[:3], Dv), dtype=out_dtype(q.dtype))
-    result = attend_planned(planned, out.transpose(1, 2), True)
-    return out, empty_is_inf(result[1])
+    check_out(out, q, Dv, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens, attn_sink=attn_sink)
+    written = writable(out)
+    # no kernel writes by token, which another `out` of the problem asks for
+    if written is None and (planned.folded or planned.packed):
+        written = q.new_empty((*q.shape[:3], Dv), dtype=out_dtype(q.dtype))
+    by_head, lse = attend_planned(planned, None if written is None else written.transpose(1, 2), True, math.inf)
+    return given(out, by_head.transpose(1, 2) if written is None else written), lse
 
 
 def check_dense(call: PoolCall) -> None:

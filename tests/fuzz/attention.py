@@ -24,7 +24,7 @@ from flash_mla import (
 )
 
 from . import oracle
-from .case import Case, surroundings
+from .case import Case, called_before, surroundings
 from .draw import BLOCK, DTYPES, FP8, NEVER, Draw
 
 Fault = tuple[str, tuple[type[FlashMLAError], ...], Callable[[dict[str, Any]], Any]]
@@ -799,7 +799,15 @@ def legal(
     of: Any = flash_mla,
 ) -> Case:
     under, inside = surroundings(draw)
-    return Case(name, lambda: getattr(of, name)(**x), x, verify, writes=tuple(writes), inside=inside, under=under)
+    call = getattr(of, name)
+
+    def run() -> Any:
+        if before:
+            called_before(draw, call, x)
+        return call(**x)
+
+    before = draw.chance(0.15)
+    return Case(name, run, x, verify, writes=tuple(writes), inside=inside, under=under)
 
 
 def illegal(draw: Draw, name: str, x: dict[str, Any], faults: list[Fault], of: Any = flash_mla) -> Case:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from flash_mla import DeviceError, FlashMLAError
 
-from .draw import Draw, describe
+from .draw import FP8, Draw, describe
 
 
 @dataclass
@@ -102,6 +103,43 @@ def shown(error: FlashMLAError) -> str:
 def synchronise(tensors: Iterable[Tensor]) -> None:
     if any(x.is_cuda for x in tensors):
         torch.cuda.synchronize()
+
+
+def called_before(draw: Draw, call: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Make the same call on tensors that are gone afterwards: whatever is remembered of it must not show.
+
+    It runs in a thread, on another stream, in inference mode or with a q that requires grad, or as the call itself.
+    """
+    memory = {raw(x).data_ptr(): raw(x).clone() for x in arguments.values() if isinstance(x, Tensor)}
+
+    def twin(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.device.type == "meta":
+            return x
+        whole = memory[raw(x).data_ptr()].view(x.dtype)
+        return whole.as_strided(x.shape, x.stride(), x.storage_offset())
+
+    others = {name: twin(x) for name, x in arguments.items()}
+    kind = draw.among(("plain", "thread", "stream", "inference", "grad"))
+    if kind == "grad" and isinstance(others.get("q"), Tensor) and others["q"].dtype != FP8:
+        others["q"].requires_grad_()
+
+    def run() -> None:
+        # the call itself is judged when it is made; with gradients, some arguments are refused
+        with torch.inference_mode() if kind == "inference" else nullcontext(), suppress(FlashMLAError):
+            call(**others)
+
+    if kind == "thread":
+        thread = Thread(target=run)
+        thread.start()
+        thread.join()
+    elif kind == "stream" and draw.device != "cpu":
+        with torch.cuda.stream(torch.cuda.Stream()):
+            run()
+    else:
+        run()
+    synchronise(memory.values())
+    for bytes_of_tensor in memory.values():
+        bytes_of_tensor.fill_(0x7F)
 
 
 def surroundings(draw: Draw) -> tuple[str, Callable[[], AbstractContextManager[Any]]]:

@@ -54,7 +54,7 @@ def sparse_training(draw: Draw, backend: str | None) -> Case:
     """The backward of flash_mla_sparse_fwd."""
     D, Dv = draw.pick(((576, 512), (576, 512), (512, 512), (72, 40)))
     return drawn(
-        draw, backend, testing.SparseGradientCase, S_q=draw.between(2, draw.among((3, 60))),
+        draw, backend, testing.SparseGradientCase, S_q=draw.between(1, draw.among((3, 60))),
         S_kv=draw.between(1, draw.among((5, 300))), Hq=draw.pick((1, 3, 8, 16, 64, 128)), D=D, Dv=Dv,
         topk=draw.pick((1, 2, 3, 64, 65, 200)), dtype=draw.pick((*HALVES, *FLOATS)), lengths=draw.maybe(0.4),
         sink=draw.maybe(0.3), softmax_scale=draw.among((0.05, 0.02, -0.04)), expanded=draw.chance(0.3),

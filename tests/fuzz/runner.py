@@ -51,14 +51,14 @@ class Report:
 
 def makers(functions: tuple[str, ...]) -> list[Callable]:
     """The kinds of call, each as often as it is drawn."""
-    from . import attention, drawn, dropin, stores
+    from . import attention, drawn, dropin, pools, stores
 
     weights = {
         attention.decode: 8, attention.prefill: 6, attention.mha: 6, attention.metadata: 2, dropin.dense: 3,
         dropin.sparse_decode: 3, dropin.sparse_prefill: 2, dropin.varlen: 3, dropin.pool_indices: 1,
         dropin.ragged_indices: 1, stores.paged_cache: 2, stores.fp8: 1, stores.row_format: 1, stores.block_layout: 1,
-        stores.merged: 1, drawn.training: 1, drawn.sparse_training: 1, drawn.varlen_training: 1, drawn.ragged_index: 1,
-        drawn.paged_index: 1, drawn.topk: 1,
+        stores.merged: 1, stores.appended: 1, pools.pages: 2, drawn.training: 1, drawn.sparse_training: 1,
+        drawn.varlen_training: 1, drawn.ragged_index: 1, drawn.paged_index: 1, drawn.topk: 1,
     }  # fmt: skip
     return [
         maker

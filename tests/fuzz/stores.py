@@ -323,6 +323,39 @@ def row_format(draw: Draw, backend: str | None) -> Case:
     return Case("RowFormat", run, {"pages": cache, "rows": rows}, verify)
 
 
+def appended(draw: Draw, backend: str | None) -> Case:
+    """Rows put into their pages, some dropped: the bytes that the format's encoding gives, and no other byte."""
+    fmt = FORMATS[draw.among([*FORMATS])]
+    pages, page = draw.between(1, 4), draw.among((1, 2, 16, 64))
+    N = draw.between(0, pages * page)
+    rows = draw.normal(N, fmt.head_dim, dtype=torch.bfloat16, scale=draw.among((1.0, 1.0, 1e-30, 1e4, 0.0)))
+    if rows.numel() and draw.chance(0.3):
+        rows.view(-1)[draw.value.randrange(rows.numel())] = draw.among((math.inf, -math.inf))
+    slots = torch.randperm(pages * page, generator=draw.generator)[:N]
+    dropped = draw.bits(N)
+    cache = draw.poison(pages, fmt.page_bytes(page), dtype=FP8)[:, : page * fmt.row_bytes]
+    cache = cache.view(pages, page, 1, fmt.row_bytes)
+    want = cache.clone().view(torch.uint8)
+    place = [x[~dropped].to(draw.device) for x in (slots // page, slots % page)]
+    for part, value in zip(fmt.parts(want), fmt.encode(rows[~dropped.to(draw.device)]), strict=True):
+        part[tuple(place)] = value
+    parts = rows.split([fmt.head_dim - 64, 64], dim=1)
+    nope, rope = (draw.inside(x) if draw.chance(0.3) else x for x in parts)
+    x: dict[str, Any] = {
+        "pages": cache,
+        "slots": draw.index(slots.masked_fill(dropped, draw.among((-1, -(2**31))))),
+        "k_nope": nope,
+        "k_rope": rope,
+        "check_values": draw.chance(0.5),
+    }
+
+    def verify(_: None) -> list[str]:
+        same = torch.equal(cache.view(torch.uint8), want)
+        return [] if same else [f"{fmt.name}: other bytes than the encoding's"]
+
+    return legal(draw, "append", x, verify, [cache], fmt)
+
+
 # --- Layouts and merge ------------------------------------------------------------------------------------------------
 
 

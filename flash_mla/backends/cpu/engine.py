@@ -11,6 +11,7 @@ import ctypes
 import logging
 import struct
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,11 @@ def config(problem: Attention) -> Call:
     return Decode(problem) if isinstance(problem, DecodeProblem) else Prefill(problem)
 
 
+def bind(problem: Attention, config: Call) -> Callable[[Any], None]:
+    """What fills args.out and args.lse of a call."""
+    return config.launch
+
+
 def launch(problem: Attention, config: Call, args: DecodeArgs | PrefillArgs | SparseArgs) -> None:
     """Fill args.out and args.lse."""
     config.launch(args)
@@ -148,6 +154,16 @@ Arguments = Any
 """The kernels' arguments: an array of 8-byte integers."""
 
 
+def arguments(names: Sequence[str], **values: int) -> Arguments:
+    """The arguments of these names; 0 where no value is given."""
+    return (ctypes.c_int64 * len(names))(*(values.get(name, 0) for name in names))
+
+
+def integers(x: Tensor) -> tuple[int, bool]:
+    """The address of contiguous integers, and whether they are of 8 bytes."""
+    return x.data_ptr(), x.dtype == torch.int64
+
+
 class Call:
     """A problem bound to its kernel.
 
@@ -159,7 +175,7 @@ class Call:
     """
 
     def __init__(self, spec: Spec, requests: int, heads: int, rows: int, blocks: int, **values: int) -> None:
-        from flash_mla.kernels.cpu.item import FIELDS
+        from flash_mla.kernels.cpu.item import COUNTERS, EACH, FIELDS
 
         self.spec, self.at = spec, {name: i for i, name in enumerate(FIELDS)}
         groups = -(-rows // (spec.span or spec.rows))
@@ -176,18 +192,18 @@ class Call:
         self.alone = flops < TEAM_FLOPS
         part = least * BLOCK // spec.block
         values |= {"work": self.work, "heads": heads, "groups": groups, "splits": splits, "part": part, "R": rows}
-        self.template = (ctypes.c_int64 * len(FIELDS))(*(values.get(name, 0) for name in FIELDS))
+        self.template = arguments(FIELDS, **values)
+        # NOTE: one write in place of fourteen, which cost a microsecond
+        self.each, self.first = struct.Struct(f"<f4x{len(EACH) - 1}q"), 8 * len(COUNTERS)
         self.entries: dict[str | None, Entries] = {}
 
     def launch(self, args: Any) -> None:
         """One call."""
         raise NotImplementedError
 
-    def arguments(self, softmax_scale: float) -> Arguments:
-        """A copy of what all calls share, and the scale."""
-        packed = type(self.template).from_buffer_copy(self.template)
-        packed[self.at["scale"]] = FLOAT_BITS.unpack(FLOAT.pack(softmax_scale))[0]
-        return packed
+    def copy(self) -> Arguments:
+        """A copy of the arguments that all calls share."""
+        return type(self.template).from_buffer_copy(self.template)
 
     def put(self, packed: Arguments, name: str, x: Tensor | None, dims: str) -> None:
         """The address of a tensor that may be missing, and its strides: `dims` names that of each dim."""
@@ -198,17 +214,16 @@ class Call:
         for dim, stride in zip(dims, x.stride(), strict=True):
             packed[at[f"{name}_{dim}"]] = stride * size
 
-    def integers(self, packed: Arguments, name: str, x: Tensor | None) -> Tensor | None:
+    def put_integers(self, packed: Arguments, name: str, x: Tensor | None) -> Tensor | None:
         """The address of [B] integers, int32 or int64; gives back what lies there, to be kept during the call."""
         if x is None:
             return None
         x = x.contiguous()
-        packed[self.at[name]] = x.data_ptr()
-        packed[self.at[f"{name}_wide"]] = x.dtype == torch.int64
+        packed[self.at[name]], packed[self.at[f"{name}_wide"]] = integers(x)
         return x
 
-    def run(self, packed: Arguments, mask: torch.dtype | None = None) -> None:
-        """Run the kernel for masks of this dtype."""
+    def run(self, packed: Arguments, args: Any, mask: torch.dtype | None, *keys: int) -> None:
+        """Run the kernel for masks of this dtype; keys: what EACH names from k on, as far as the call has it."""
         if not self.work:
             return
         kind = None if mask is None else NAMES[mask]
@@ -216,14 +231,12 @@ class Call:
         if entries is None:
             made = replace(self.spec, mask=kind)
             entries = self.entries[kind] = Entries(made, made.memory()[1])
-        at, threads = self.at, 1 if self.alone else min(torch.get_num_threads(), self.work)
-        packed[at["memory"]], packed[at["partial"]], packed[at["done"]] = MEMORY.reserve(
-            threads * entries.memory, self.partial, self.counters
-        )
+        threads = 1 if self.alone else min(torch.get_num_threads(), self.work)
+        memory = MEMORY.reserve(threads * entries.memory, self.partial, self.counters)
+        lse = 0 if args.lse is None else args.lse.data_ptr()
+        given = (args.softmax_scale, *memory, args.q.data_ptr(), args.out.data_ptr(), lse, *keys)
+        self.each.pack_into(packed, self.first, *given)
         entries.run(packed, threads)
-
-
-FLOAT, FLOAT_BITS = struct.Struct("<f"), struct.Struct("<i")
 
 
 class Entries:
@@ -241,7 +254,7 @@ class Entries:
     def run(self, packed: Arguments, threads: int) -> None:
         """Run the kernel on its arguments."""
         if threads == 1:
-            self.alone(ctypes.addressof(packed))
+            self.alone(packed)
         else:
             self.team(self.addresses, ctypes.addressof(packed), threads)
 
@@ -290,6 +303,7 @@ class Decode(Call):
     def __init__(self, problem: DecodeProblem) -> None:
         p = problem
         self.cap, self.tail = p.table_blocks * p.page if p.Nblk else 0, p.tail
+        self.optional = p.mask != "none" or p.descale or p.sink
         rope = 0 if p.rope_strides is None else p.D - p.Dv
         more = strides("rope", p.rope_strides[:4], p.kv_dtype, "bhpk") if p.rope_strides else {}
         outer = packed_strides(p.Hq, p.S_q, p.Dv) if p.out_strides is None else p.out_strides[:3]
@@ -318,12 +332,12 @@ class Decode(Call):
     def launch(self, args: DecodeArgs) -> None:
         if self.tail:
             args = args._replace(mask=args.whole_mask(min(max(int(args.seq_lens.max()), 1), self.cap)))
-        packed = self.arguments(args.softmax_scale)
+        packed, lens = self.copy(), args.seq_lens.contiguous()
         if args.k_rope is not None:
             packed[self.at["rope"]] = args.k_rope.data_ptr()
-        kept = self.integers(packed, "lens", args.seq_lens)
-        self.run(packed, share_arguments(self, packed, args))
-        del kept
+        mask = put_optional(self, packed, args) if self.optional else None
+        self.run(packed, args, mask, *keys_of(args, lens))
+        args.mark_empty()
 
 
 class Prefill(Call):
@@ -332,6 +346,7 @@ class Prefill(Call):
     def __init__(self, problem: PrefillProblem) -> None:
         p = problem
         self.cap = p.S_kv
+        self.optional = p.mask != "none" or p.descale or p.sink
         outer = packed_strides(p.Hq, p.P, p.Dv)
         values: dict[str, int] = {}
         for name, steps in (("k", p.k_strides), ("v", p.v_strides)):
@@ -365,29 +380,33 @@ class Prefill(Call):
         )
 
     def launch(self, args: PrefillArgs) -> None:
-        packed, at = self.arguments(args.softmax_scale), self.at
+        packed, at = self.copy(), self.at
+        lens = None if args.seq_lens is None else args.seq_lens.contiguous()
         if args.block_table is not None:
             packed[at["Nblk"]] = args.k.shape[2]
             packed[at["cap"]] = min(self.cap, BLOCK * args.block_table.shape[1]) if args.k.shape[2] else 0
-        kept = [self.integers(packed, "lens", args.seq_lens), self.integers(packed, "starts", args.start_pos)]
+        starts = self.put_integers(packed, "starts", args.start_pos)
         self.put(packed, "layout", args.block_mask, "bhrk")
-        self.run(packed, share_arguments(self, packed, args))
-        del kept
+        mask = put_optional(self, packed, args) if self.optional else None
+        self.run(packed, args, mask, *keys_of(args, lens))
+        del starts
 
 
-def share_arguments(call: Call, packed: Arguments, args: DecodeArgs | PrefillArgs) -> torch.dtype | None:
-    """The addresses that decode and prefill pass alike; the mask's dtype."""
+def keys_of(args: DecodeArgs | PrefillArgs, lens: Tensor | None) -> tuple[int, ...]:
+    """Where keys and values lie, and how many they are: what EACH names from k on."""
+    table = args.block_table
+    places = (0, 0, 0)
+    if table is not None:
+        address, wide = integers(table)
+        places = (address, table.stride(0) * table.element_size(), wide)
+    return (args.k.data_ptr(), args.v.data_ptr(), *places, *((0, 0) if lens is None else integers(lens)))
+
+
+def put_optional(call: Call, packed: Arguments, args: DecodeArgs | PrefillArgs) -> torch.dtype | None:
+    """Sink, descales and mask, as far as they are given; the mask's dtype."""
     at = call.at
-    packed[at["q"]], packed[at["out"]] = args.q.data_ptr(), args.out.data_ptr()
-    packed[at["k"]], packed[at["v"]] = args.k.data_ptr(), args.v.data_ptr()
-    if args.lse is not None:
-        packed[at["lse"]] = args.lse.data_ptr()
     if args.attn_sink is not None:
         packed[at["sink"]] = args.attn_sink.data_ptr()
-    if (table := args.block_table) is not None:
-        packed[at["table"]] = table.data_ptr()
-        packed[at["table_row"]] = table.stride(0) * table.element_size()
-        packed[at["table_wide"]] = table.dtype == torch.int64
     call.put(packed, "q_descale", args.q_descale, "bh")
     call.put(packed, "k_descale", args.k_descale, "bh")
     call.put(packed, "v_descale", args.v_descale, "bh")
@@ -396,6 +415,10 @@ def share_arguments(call: Call, packed: Arguments, args: DecodeArgs | PrefillArg
     call.put(packed, "mask", args.mask, "bhrk")
     packed[at["cap"]] = min(packed[at["cap"]], args.mask.shape[-1])
     return args.mask.dtype
+
+
+NO_KEYS = (0,) * 7
+"""In place of `keys_of`, where keys are named by index."""
 
 
 class Sparse(Call):
@@ -425,8 +448,7 @@ class Sparse(Call):
         )
 
     def launch(self, args: SparseArgs) -> None:
-        packed, at = self.arguments(args.softmax_scale), self.at
-        packed[at["q"]], packed[at["out"]], packed[at["lse"]] = (x.data_ptr() for x in (args.q, args.out, args.lse))
+        packed, at = self.copy(), self.at
         for name, x in (("max_logits", args.max_logits), ("sink", args.attn_sink)):
             if x is not None:
                 packed[at[name]] = x.data_ptr()
@@ -436,7 +458,7 @@ class Sparse(Call):
             size = keys.indices.element_size()
             packed[at[f"wide{n}"]] = size == torch.int64.itemsize
             packed[at[f"i_b{n}"]], packed[at[f"i_h{n}"]] = (step * size for step in keys.indices.stride()[:2])
-            kept.append(self.integers(packed, f"count{n}", keys.lengths))
-        self.run(packed)
+            kept.append(self.put_integers(packed, f"count{n}", keys.lengths))
+        self.run(packed, args, None, *NO_KEYS)
         del kept
         args.mark_empty()

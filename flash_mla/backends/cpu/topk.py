@@ -8,7 +8,6 @@ sorted, not the scores.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from functools import cached_property
 
@@ -58,7 +57,7 @@ class Select:
         self.at = {name: i for i, name in enumerate(ARGUMENTS)}
         rows, N, k = problem.rows, problem.N, problem.topk
         values = {"rows": rows, "N": N, "k": k, "out_row": 4 * k}
-        self.template = (ctypes.c_int64 * len(ARGUMENTS))(*(values.get(name, 0) for name in ARGUMENTS))
+        self.template = engine.arguments(ARGUMENTS, **values)
         self.most = 1 if rows * N < TEAM_SCORES else rows
         self.k = k
 
@@ -81,8 +80,7 @@ class Select:
         for name, bound in (("starts", args.starts), ("ends", args.ends)):
             if bound is not None:
                 kept.append(bound.contiguous())
-                packed[at[name]] = kept[-1].data_ptr()
-                packed[at[f"{name}_wide"]] = bound.dtype == torch.int64
+                packed[at[name]], packed[at[f"{name}_wide"]] = engine.integers(kept[-1])
         threads = min(self.most, torch.get_num_threads())
         packed[at["memory_bytes"]] = entries.memory
         packed[at["memory"]] = engine.MEMORY.reserve(threads * entries.memory)[0]

@@ -25,7 +25,7 @@ from llvmlite import ir
 
 from flash_mla.kernels.cpu.formats import SIZE, widen
 from flash_mla.kernels.cpu.ir import F64, POINTER, Value, vector
-from flash_mla.kernels.cpu.item import FIELDS, Item
+from flash_mla.kernels.cpu.item import Item
 from flash_mla.kernels.cpu.lanes import interleave
 from flash_mla.kernels.cpu.walk import Block, walk_named, walk_pages
 
@@ -35,22 +35,16 @@ class Attend(Item):
 
     def build(self) -> ir.Module:
         """Claim items until there are none."""
-        g, a = self.g, self.a
-        claim, work, done = g.label("claim"), g.label("work"), g.label("done")
+        g = self.g
         self.open()
-        g.place(claim)
-        number = (self.args + 8 * FIELDS.index("next")).add_atomic(1, "monotonic")
-        g.b.cbranch((number < a["work"]).v, work, done)
-        g.b.position_at_end(work)
-        self.begin(number, claim)
-        (walk_named if self.spec.source == "sparse" else walk_pages)(self, self.step)
-        self.end()
-        with g.when(self.splits > 1):
-            self.merge(claim)
-        self.keep((self.splits > 1).pick(self.parts, self.m["own"]))
-        self.store()
-        g.goto(claim)
-        g.b.position_at_end(done)
+        with self.claimed("work") as (number, claim):
+            self.begin(number, claim)
+            (walk_named if self.spec.source == "sparse" else walk_pages)(self, self.step)
+            self.end()
+            with g.when(self.splits > 1):
+                self.merge(claim)
+            self.keep((self.splits > 1).pick(self.parts, self.m["own"]))
+            self.store()
         self.close()
         g.finish()
         return self.module

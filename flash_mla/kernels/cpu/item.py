@@ -13,19 +13,24 @@ from llvmlite import ir
 
 from flash_mla.kernels.cpu.config import BLOCK, Spec
 from flash_mla.kernels.cpu.formats import CODE, SIZE, SPLIT, narrow, store_pair
-from flash_mla.kernels.cpu.ir import F32, I32, I64, POINTER, Code, Value, vector
+from flash_mla.kernels.cpu.ir import F32, I32, I64, Value, vector
 from flash_mla.kernels.cpu.lanes import exp, interleave, log
+from flash_mla.kernels.cpu.run import Run
 
-ARGUMENTS = (
-    # counters of the call
-    "next slot "
+COUNTERS = ("next", "slot")
+EACH = (
+    # FP32; memory of the threads, of the splits, and how many parts of each item are done
+    *("scale", "memory", "partial", "done"),
+    *("q", "out", "lse", "k", "v", "table", "table_row", "table_wide", "lens", "lens_wide"),
+)
+"""The arguments that every call sets."""
+OTHERS = (
     # items: how many, and how they divide (a split has `part` blocks at least); rows R of an item's heads, S_q of each;
     # `share` item heads use one KV head
     "work heads groups splits part R S_q share "
     # keys: lengths and starts [B] (or 0: `cap` keys, start 0), 8-byte ones where wide; from_end: start = length - S_q
-    "lens lens_wide cap starts starts_wide causal from_end "
-    "table table_wide table_row Nblk "
-    "q k v rope out lse max_logits sink mask layout q_descale k_descale v_descale scale "
+    "cap starts starts_wide causal from_end Nblk "
+    "rope max_logits sink mask layout q_descale k_descale v_descale "
     # strides in bytes: b request, h head, r query, p page, k row of a page or key
     "q_b q_h q_r k_b k_h k_p k_k v_b v_h v_p v_k rope_b rope_h rope_p rope_k "
     "out_b out_h out_r lse_b lse_h lse_r sink_h sink_r "
@@ -33,11 +38,9 @@ ARGUMENTS = (
     "q_descale_b q_descale_h k_descale_b k_descale_h v_descale_b v_descale_h "
     # rows named by index, in one cache or two
     "cache0 indices0 wide0 topk0 count0 count0_wide limit0 page0 c_p0 c_k0 i_b0 i_h0 "
-    "cache1 indices1 wide1 topk1 count1 count1_wide limit1 page1 c_p1 c_k1 i_b1 i_h1 "
-    # memory: of the threads, of the splits, and how many parts of each item are done
-    "memory partial done "
+    "cache1 indices1 wide1 topk1 count1 count1_wide limit1 page1 c_p1 c_k1 i_b1 i_h1"
 )
-FIELDS = ARGUMENTS.split()
+FIELDS = (*COUNTERS, *EACH, *OTHERS.split())
 """The arguments, 8 bytes each."""
 
 
@@ -58,24 +61,17 @@ class Place(NamedTuple):
     stop: Value
 
 
-class Item:
-    """The item that is being worked on. `a` are the arguments by name, `m` the parts of the thread's memory."""
+class Item(Run):
+    """The item that is being worked on; `m` are the parts of the thread's memory."""
 
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-        self.module = ir.Module("flash_mla")
-        self.g = g = Code(self.module, "run", [POINTER])
-        self.args = g.args[0]
-        self.a = {name: (self.args + 8 * i).load(I64, 8) for i, name in enumerate(FIELDS)}
+        super().__init__(FIELDS)
+        self.spec, g = spec, self.g
         self.V, self.I = vector(F32, spec.lanes), vector(I32, spec.lanes)
         self.zero, self.lowest = g.const(0.0, self.V), g.const(-math.inf, self.V)
         parts, size = spec.memory()
-        slot = (self.args + 8 * FIELDS.index("slot")).add_atomic(1, "monotonic")
-        memory = self.pointer("memory") + slot * size
+        memory = self.own_memory(size)
         self.m = {name: memory + part.at for name, part in parts.items()}
-
-    def pointer(self, name: str) -> Value:
-        return self.a[name].cast("inttoptr", POINTER)
 
     def begin(self, number: Value, claim: ir.Block) -> None:
         """Begin the item of this number; claim another where its keys need fewer splits."""
@@ -89,7 +85,7 @@ class Item:
         self.live_tiles = (self.nr + (s.tile_m - 1)) // s.tile_m
         self.live_vectors = self.live_tiles * (s.tile_m // s.deep)
         self.causal = a["causal"].differs(0)
-        self.scale = (self.args + 8 * FIELDS.index("scale")).load(F32) * self.descale("q") * self.descale("k")
+        self.scale = self.at["scale"].load(F32) * self.descale("q") * self.descale("k")
         self.begin_partial()
         self.load_q()
         self.begin_rows()
@@ -111,19 +107,15 @@ class Item:
         if self.spec.source == "sparse":
             none = g.const(0)
             return Place(group, split, h, b, none, none, none, a["splits"], *self.named(b, split))
-        length = g.variable(a["cap"])
-        with g.when(a["lens"].differs(0)):
-            length.set(g.integer(self.pointer("lens"), b, a["lens_wide"]).max(0).min(a["cap"]))
-        start = g.variable(a["from_end"].differs(0).pick(length.get() - a["S_q"], 0))
-        with g.when(a["starts"].differs(0)):
-            start.set(g.integer(self.pointer("starts"), b, a["starts_wide"]).max(0).min(a["cap"]))
+        length = self.given("lens", b, a["cap"], a["cap"])
+        start = self.given("starts", b, a["from_end"].differs(0).pick(length - a["S_q"], 0), a["cap"])
         r0, nr = self.rows_of(group)
         last = (r0 % a["S_q"] + nr).min(a["S_q"])
-        n = a["causal"].differs(0).pick((start.get() + last).max(0).min(length.get()), length.get())
+        n = a["causal"].differs(0).pick((start + last).max(0).min(length), length)
         blocks = (n + (block - 1)) // block
         # NOTE: by the item's own keys, so that a longer request beside it changes no bit
         splits = (blocks // a["part"]).max(1).min(a["splits"])
-        return Place(group, split, h, b, length.get(), start.get(), n, splits, *part_of(blocks, split, splits))
+        return Place(group, split, h, b, length, start, n, splits, *part_of(blocks, split, splits))
 
     def named(self, b: Value, split: Value) -> tuple[Value, Value]:
         """The blocks of a split of the rows that are named by index."""
@@ -132,16 +124,12 @@ class Item:
 
     def count(self, n: int, b: Value) -> Value:
         """How many indices request b has in cache n."""
-        a = self.a
-        count = self.g.variable(a[f"topk{n}"])
-        with self.g.when(a[f"count{n}"].differs(0)):
-            given = self.g.integer(self.pointer(f"count{n}"), b, a[f"count{n}_wide"])
-            count.set(given.max(0).min(a[f"topk{n}"]))
-        return count.get()
+        most = self.a[f"topk{n}"]
+        return self.given(f"count{n}", b, most, most)
 
     def following(self) -> Place:
         """What this thread will most likely claim next; this item again, where there are no more."""
-        number = (self.args + 8 * FIELDS.index("next")).load_atomic(I64, "monotonic")
+        number = self.at["next"].load_atomic(I64, "monotonic")
         return self.locate((number < self.a["work"]).pick(number, self.number))
 
     def begin_partial(self) -> None:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from flash_mla.kernels.cpu.formats import widen
-from flash_mla.kernels.cpu.ir import F32, I8, I32, I64, POINTER, Code, Value, vector
+from flash_mla.kernels.cpu.ir import F32, I8, I32, I64, Value, vector
+from flash_mla.kernels.cpu.run import Run
 
 ARGUMENTS = (
     *("next", "N", "rows", "rows_row", "slots", "slots_wide", "tokens", "page", "descale"),
@@ -62,36 +63,23 @@ def e4m3(x: Value) -> Value:
     return code.cast("trunc", vector(I8, x.type.count))
 
 
-class Rows:
+class Rows(Run):
     """The kernel that is being written."""
 
     def __init__(self, spec: Quantising) -> None:
+        super().__init__(ARGUMENTS)
         self.spec = spec
-        self.module = ir.Module("flash_mla")
-        self.g = g = Code(self.module, "run", [POINTER])
-        self.args = g.args[0]
-        self.a = {name: (self.args + 8 * i).load(I64, 8) for i, name in enumerate(ARGUMENTS)}
-
-    def pointer(self, name: str) -> Value:
-        return self.a[name].cast("inttoptr", POINTER)
 
     def build(self) -> ir.Module:
         """Claim rows until there are none; those of slots outside of the pages are passed over."""
         g, a = self.g, self.a
-        claim, work, done = g.label("claim"), g.label("work"), g.label("done")
-        g.place(claim)
-        n = (self.args + 8 * ARGUMENTS.index("next")).add_atomic(1, "monotonic")
-        g.b.cbranch((n < a["N"]).v, work, done)
-        g.b.position_at_end(work)
-        slot = g.integer(self.pointer("slots"), n, a["slots_wide"])
-        with g.when((slot >= 0) & (slot < a["tokens"])):
-            block, at = slot // a["page"], slot % a["page"]
-            to = {
-                x: self.pointer(x) + block * a[f"{x}_block"] + at * a[f"{x}_row"] for x in ("codes", "scales", "rope")
-            }
-            self.write(self.pointer("rows") + n * a["rows_row"], to)
-        g.goto(claim)
-        g.b.position_at_end(done)
+        with self.claimed("N") as (n, _):
+            slot = g.integer(self.pointer("slots"), n, a["slots_wide"])
+            with g.when((slot >= 0) & (slot < a["tokens"])):
+                block, at = slot // a["page"], slot % a["page"]
+                parts = ("codes", "scales", "rope")
+                to = {x: self.pointer(x) + block * a[f"{x}_block"] + at * a[f"{x}_row"] for x in parts}
+                self.write(self.pointer("rows") + n * a["rows_row"], to)
         g.finish()
         return self.module
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from flash_mla.kernels.cpu.ir import F32, I32, I64, POINTER, Code, Value, Variable, vector
+from flash_mla.kernels.cpu.ir import F32, I32, I64, Value, Variable, vector
+from flash_mla.kernels.cpu.run import Run
 
 ARGUMENTS = (
     *("next", "slot", "rows", "N", "k", "scores", "scores_row", "starts", "starts_wide", "ends", "ends_wide"),
@@ -44,45 +45,25 @@ class Selection:
         return -(-(HISTOGRAM + 4 * (k + 1)) // 64) * 64
 
 
-class Topk:
+class Topk(Run):
     """The kernel that is being written."""
 
     def __init__(self, spec: Selection) -> None:
+        super().__init__(ARGUMENTS)
         self.W = spec.lanes
-        self.module = ir.Module("flash_mla")
-        self.g = g = Code(self.module, "run", [POINTER])
-        self.args = g.args[0]
-        self.a = {name: (self.args + 8 * i).load(I64, 8) for i, name in enumerate(ARGUMENTS)}
-        slot = (self.args + 8 * ARGUMENTS.index("slot")).add_atomic(1, "monotonic")
-        self.counts = self.pointer("memory") + slot * self.a["memory_bytes"]
+        self.counts = self.own_memory(self.a["memory_bytes"])
         self.chosen = self.counts + HISTOGRAM
-
-    def pointer(self, name: str) -> Value:
-        return self.a[name].cast("inttoptr", POINTER)
 
     def build(self) -> ir.Module:
         """Claim rows until there are none."""
         g, a = self.g, self.a
-        claim, work, done = g.label("claim"), g.label("work"), g.label("done")
-        g.place(claim)
-        row = (self.args + 8 * ARGUMENTS.index("next")).add_atomic(1, "monotonic")
-        g.b.cbranch((row < a["rows"]).v, work, done)
-        g.b.position_at_end(work)
-        self.scores = self.pointer("scores") + row * a["scores_row"]
-        self.first, self.stop = (self.bound(name, row) for name in ("starts", "ends"))
-        self.emit(row, *self.threshold())
-        g.goto(claim)
-        g.b.position_at_end(done)
+        with self.claimed("rows") as (row, _):
+            self.scores = self.pointer("scores") + row * a["scores_row"]
+            self.first = self.given("starts", row, g.const(0), a["N"])
+            self.stop = self.given("ends", row, a["N"], a["N"])
+            self.emit(row, *self.threshold())
         g.finish()
         return self.module
-
-    def bound(self, name: str, row: Value) -> Value:
-        """The first column of a row, or the one past its last, inside [0, N]."""
-        g, a = self.g, self.a
-        bound = g.variable(g.const(0) if name == "starts" else a["N"])
-        with g.when(a[name].differs(0)):
-            bound.set(g.integer(self.pointer(name), row, a[f"{name}_wide"]).max(0).min(a["N"]))
-        return bound.get()
 
     def keys(self, t: Value, n: int) -> Value:
         """The keys of n columns from t on, as I32: a vector, or one number."""
