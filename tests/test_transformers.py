@@ -248,6 +248,7 @@ def test_bound_steps_of_one_token(family: str, graphs: bool, device: str, monkey
     model.set_attn_implementation("paged_kv_cache")
     for inference in (True, False):  # what was made inside of inference mode is written outside of it
         cache.reset()
+        cache.pages.grow(1)
         with torch.inference_mode(inference):
             assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
 

@@ -87,6 +87,7 @@ class Shared:
         if in_graph and q.is_cuda:
             # NOTE: one stream, since cuBLAS keeps 32 MiB for each
             self._stream, self._pool = torch.cuda.Stream(q.device), torch.cuda.graph_pool_handle()
+            self._first: torch.cuda.CUDAGraph | None = None
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """`run` as one CUDA graph: run once outside of it, where kernels compile, and once recorded."""
@@ -101,6 +102,8 @@ class Shared:
             finally:
                 graph.capture_end()
         current.wait_stream(self._stream)
+        # NOTE: a pool ends with its last graph, and layers make theirs anew when the cache grows
+        self._first = self._first or graph
         return graph.replay
 
 
