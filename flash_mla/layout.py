@@ -58,7 +58,7 @@ class BlockSparseLayout:
 
     @classmethod
     def causal(cls, P: int, *, device: torch.device | str | None = None) -> BlockSparseLayout:
-        """The blocks on and below the diagonal of P tokens: [1, 1, ceil(P/64), ceil(P/64)]."""
+        """The blocks on and below the diagonal of P tokens: [1, 1, ceil(P/64), ceil(P/64)], on `device`."""
         return cls(_distance(P, device).ge(0)[None, None])
 
     @classmethod
@@ -70,7 +70,8 @@ class BlockSparseLayout:
         Args:
             P: tokens.
             window: tokens, at least 1; 1 keeps the diagonal alone.
-            causal: drop the blocks above the diagonal.
+            causal: drop the blocks above the diagonal (default).
+            device: of the blocks. Default: torch's.
         """
         _positive(window=window)
         distance = _distance(P, device)
@@ -88,6 +89,7 @@ class BlockSparseLayout:
             P: tokens.
             window: as in `sliding_window`.
             global_tokens: the first so many tokens see all others and are seen by all, within causality.
+            causal, device: as in `sliding_window`.
         """
         _positive(global_tokens=global_tokens)
         local = cls.sliding_window(P, window, causal=causal, device=device).blocks.clone()

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import profiler
 
-from flash_mla.backends import ORDER, Phase, append, choose, empty
+from flash_mla.backends import ORDER, Phase, append, appending, choose, empty
 from flash_mla.errors import DeviceError
-from flash_mla.problem import AppendArgs, Args, Problem
+from flash_mla.problem import AppendArgs, Args, Attention, Problem
 
 logger = logging.getLogger("flash_mla")
 """The library's one logger: info for a kernel that is compiled, warning for a fallback, debug for selection."""
@@ -28,34 +30,55 @@ class Plan:
     problem: Problem
     config: Hashable
 
+    def results_like(self, q: Tensor) -> tuple[Tensor, ...]:
+        """Tensors like those that an attention with this q fills: out; lse, or max_logits. Nobody reads them."""
+        if type(q) is Tensor:
+            return self._results
+        assert isinstance(self.problem, Attention)
+        return tuple(x.beside(q) for x in self.problem.results)
+
     @cached_property
-    def bound(self) -> Callable[[Any], None] | None:
-        """The launch that the phase bound to this problem at the first call, if it is one that does."""
+    def _results(self) -> tuple[Tensor, ...]:
+        """The same without memory."""
+        # NOTE: `empty_like` takes the host half as long as `empty`, which has a shape to read
+        assert isinstance(self.problem, Attention)
+        device = torch.empty(0, device=self.problem.device)
+        found = tuple(x.beside(device) for x in self.problem.results)
+        for x in found:
+            assert type(x) is Tensor
+            x.untyped_storage().resize_(0)
+        return found
+
+    @cached_property
+    def bound(self) -> Callable[[Any], None]:
+        """The launch, bound to this problem at the first call by a phase that does so."""
         bind = getattr(self.phase, "bind", None)
-        return None if bind is None else bind(self.problem, self.config)
+        if bind is None:
+            return lambda args: self.phase.launch(self.problem, self.config, args)
+        return bind(self.problem, self.config)
 
     def launch(self, args: Args) -> None:
         """Fill args.out and args.lse; while torch's profiler runs, as a range of the phase's module name.
 
         Of fake tensors nothing: they have shapes alone.
         """
-        if isinstance(args[0], FakeTensor):
+        if type(args[0]) is not Tensor and isinstance(args[0], FakeTensor):
             return None
         if not profiler._is_profiler_enabled:
-            return self._launch(args)
+            return self.bound(args)
         with profiler.record_function(self.phase.__name__):
-            self._launch(args)
-
-    def _launch(self, args: Args) -> None:
-        if self.bound is not None:
-            self.bound(args)
-        else:
-            self.phase.launch(self.problem, self.config, args)
+            return self.bound(args)
 
     def append(self, args: AppendArgs) -> None:
         """Write rows into their pages; nothing where there is no row."""
         if args.k.numel():
             append(self.name, args)
+
+    def appending(self, args: AppendArgs) -> Callable[[AppendArgs], None]:
+        """`append` for all args that look like these (`passed.facts`); a backend that can binds its kernel to them."""
+        module = appending(self.name)
+        bind = getattr(module, "bind", None)
+        return module.launch if bind is None else bind(args)
 
 
 QUESTION = "which problem does this call pose?"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flash_mla.errors import BlockTableError, DeviceError, DTypeError, LayoutError, ShapeError
 from flash_mla.kinds import explained, explained_class
+from flash_mla.passed import traced
 from flash_mla.problem import BLOCK, FP8
 
 SOURCES = (torch.bfloat16, torch.float16, torch.float32)
@@ -208,9 +209,10 @@ class RowFormat:
             e4m3 | scales | rope.
         page_multiple: a page's pitch is rounded up to a multiple of so many bytes.
 
-    Pages are [num_blocks, page, 1, row_bytes], of any 1-byte dtype, with rows one after another and a block stride of
-    at least `page_bytes(page)` unless there is one page only. With `page_split` a row of that tensor is no token's
-    row: the page's bytes are the unit. `slots` number tokens through the pages: block * page + offset.
+    Pages are [num_blocks, page, 1, row_bytes], of any 1-byte dtype, with rows one after another from a multiple of
+    `unit` bytes on, and a block stride of at least `page_bytes(page)` unless there is one page only. With `page_split`
+    a row of that tensor is no token's row: the page's bytes are the unit. `slots` number tokens through the pages:
+    block * page + offset.
     """
 
     name: str
@@ -232,13 +234,18 @@ class RowFormat:
         """Bytes a token, scales included."""
         return self.quantised + 2 * self.rope + self.scale_bytes
 
+    @property
+    def unit(self) -> int:
+        """Bytes of a row's widest number, on which rows must begin: 4 with FP32 scales, 2 with a rope, else 1."""
+        return max(self.scale_dtype.itemsize if self.tile else 1, 2 if self.rope else 1)
+
     def page_bytes(self, page: int = BLOCK) -> int:
         """Bytes from one page to the next."""
         _check_sizes(page=page)
         return -(-page * self.row_bytes // self.page_multiple) * self.page_multiple
 
     def empty(self, num_blocks: int, page: int = BLOCK, device: torch.device | str | None = None) -> Tensor:
-        """Uninitialised pages [num_blocks, page, 1, row_bytes] e4m3, at the format's page pitch."""
+        """Uninitialised pages [num_blocks, page, 1, row_bytes] e4m3, at the format's page pitch, on `device`."""
         _check_sizes(num_blocks=num_blocks)
         memory = torch.empty(num_blocks, self.page_bytes(page), dtype=torch.uint8, device=device)
         return memory[:, : page * self.row_bytes].view(num_blocks, page, 1, self.row_bytes).view(FP8)
@@ -260,7 +267,7 @@ class RowFormat:
         return pages
 
     def dequantise(self, pages: Tensor, descale: float | Tensor | None = None) -> Tensor:
-        """The rows of pages, [num_blocks, page, 1, D] BF16."""
+        """The rows of pages, [num_blocks, page, 1, D] BF16; descale as in `quantise`."""
         self.check(pages)
         return self._decode(self.parts(pages), descale)[:, :, None]
 
@@ -309,7 +316,8 @@ class RowFormat:
     def read(self, pages: Tensor, slots: Tensor, descale: float | Tensor | None = None) -> Tensor:
         """The rows of slots [..], [.., D] BF16; for a negative slot, that of slot 0 (the caller masks it).
 
-        A slot past the pages is an error on a CPU; a GPU, which is not waited for, gives the last row.
+        descale: as in `quantise`. A slot past the pages is an error on a CPU; a GPU, which is not waited for, gives the
+        last row.
         """
         self.check(pages)
         _check_slots(slots, pages.device)
@@ -344,18 +352,25 @@ class RowFormat:
                 fix="Name the format that the cache was written in",
             )
         num_blocks, page = pages.shape[:2]
+        if not traced(pages) and pages.data_ptr() % self.unit:
+            raise LayoutError(
+                given=f"pages that begin {pages.data_ptr() % self.unit} bytes past a multiple of {self.unit}",
+                required=f"{self.name}: rows that begin on {self.unit} bytes",
+                cause=f"A row holds numbers of {self.unit} bytes, which a GPU reads whole",
+                fix="Allocate the pages with the format's empty(num_blocks), or slice them at a multiple",
+            )
         pitched = num_blocks < 2 or self._is_pitch(pages.stride(0), page)
         if not pitched or not pages[:1].is_contiguous():
             raise LayoutError(
                 given=f"pages {list(pages.shape)} with strides {list(pages.stride())}",
                 required=f"{self.name}: contiguous rows, pages {self.page_bytes(page)} bytes apart "
-                f"(or more, by a multiple of {self.page_multiple})",
+                f"(or more, by a multiple of {max(self.page_multiple, self.unit)})",
                 cause="The rows of a page do not lie one after another at the format's pitch",
                 fix="Allocate the pages with the format's empty(num_blocks)",
             )
 
     def _is_pitch(self, stride: int, page: int) -> bool:
-        return stride >= self.page_bytes(page) and stride % self.page_multiple == 0
+        return stride >= self.page_bytes(page) and stride % max(self.page_multiple, self.unit) == 0
 
     def parts(self, pages: Tensor) -> Parts:
         """Byte views [num_blocks, page, ..] of what checked pages, [num_blocks, page, row_bytes] too, hold."""

@@ -297,6 +297,24 @@ def test_model1_pages_without_their_padding_are_refused() -> None:
     MODEL1.check(packed[:1])
 
 
+@formats
+def test_rows_begin_on_their_widest_number(form: RowFormat) -> None:
+    """A GPU cannot load a scale or a rope that lies across it; bytes alone may lie anywhere."""
+    pitch = form.page_bytes(4) + form.page_multiple * form.unit
+    for start in range(8):
+        memory = torch.zeros(8 + 2 * pitch, dtype=torch.uint8)[start:][: 2 * pitch].view(2, pitch)
+        pages = memory[:, : 4 * form.row_bytes].view(2, 4, 1, form.row_bytes)
+        if start % form.unit:
+            with pytest.raises(LayoutError, match=f"begin on {form.unit} bytes"):
+                form.dequantise(pages)
+        else:
+            assert form.dequantise(pages).abs().max() == 0
+    if form.unit > 1:
+        odd = torch.zeros(3, pitch + 1, dtype=torch.uint8)[:, : 4 * form.row_bytes].view(3, 4, 1, form.row_bytes)
+        with pytest.raises(LayoutError, match="bytes apart"):
+            form.dequantise(odd)
+
+
 def test_a_factor_for_rows_that_store_scales_is_refused() -> None:
     with pytest.raises(ShapeError):
         V41.quantise(latents(V41), descale=2.0)

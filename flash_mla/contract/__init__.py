@@ -16,7 +16,7 @@ from flash_mla.contract.caches import (
     is_alias,
 )
 from flash_mla.contract.decode_call import decode, decode_problem
-from flash_mla.contract.facts import facts_of
+from flash_mla.contract.facts import rest_of
 from flash_mla.contract.given import NO_DESCALES, DecodeCall, Descales, MhaCall, PrefillCall, inputs_of
 from flash_mla.contract.masks import (
     check_decode_mask,
@@ -28,7 +28,7 @@ from flash_mla.contract.masks import (
 from flash_mla.contract.memory import check_apart, check_out, check_out_again, refuse_learning_out
 from flash_mla.contract.mla_metadata import MLAMetadata, check_metadata, check_shape, metadata
 from flash_mla.contract.order import DEEPSEEK_NAMES, deepseek_order, refuse_deepseek_order
-from flash_mla.contract.prefill_call import mha, prefill, prefill_problem
+from flash_mla.contract.prefill_call import check_places_again, mha, prefill, prefill_problem
 from flash_mla.contract.scales import check_descales, check_scale, check_sink, warn_default_scale
 from flash_mla.contract.tensors import (
     check_dtypes,
@@ -68,6 +68,7 @@ __all__ = [
     "check_on",
     "check_out",
     "check_out_again",
+    "check_places_again",
     "check_prefill_lengths",
     "check_prompt_values",
     "check_rank",
@@ -81,7 +82,6 @@ __all__ = [
     "decode",
     "decode_problem",
     "deepseek_order",
-    "facts_of",
     "inputs_of",
     "is_alias",
     "is_aligned",
@@ -94,6 +94,7 @@ __all__ = [
     "prefill_problem",
     "refuse_deepseek_order",
     "refuse_learning_out",
+    "rest_of",
     "settle_causal",
     "sparse_blocks",
     "warn_default_scale",

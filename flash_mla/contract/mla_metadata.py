@@ -49,7 +49,9 @@ class MLAMetadata:
 
     def fits(self, problem: DecodeProblem) -> bool:
         """Whether it was made for such a call."""
-        return (
+        if problem is self.__dict__.get("fitted"):  # the layers of a step ask about one
+            return True
+        fits = (
             self.B == problem.B
             and self.Hq == problem.Hq
             and self.Hk == problem.Hk
@@ -59,6 +61,9 @@ class MLAMetadata:
             and self.table_blocks == problem.table_blocks
             and self.Dv in (None, problem.Dv)
         )
+        if fits:
+            self.__dict__["fitted"] = problem
+        return fits
 
     @property
     def q_shape(self) -> tuple[int, int, int, int]:

@@ -151,8 +151,12 @@ def dense(draw: Draw, backend: str | None) -> Case:
 # --- Sparse -----------------------------------------------------------------------------------------------------------
 
 LATENT = {"fp8_ds_mla": 576, "model1": 512, "v4.1": 512, "flat": 576, "fp8_token": 576}
-PITCH = {"model1": 576, "fp8_token": 16}
-"""Bytes of which a page's pitch is a multiple; elsewhere any byte begins a page."""
+UNIT = {"fp8_ds_mla": 4, "model1": 2, "v4.1": 1, "flat": 1, "fp8_token": 4}
+"""Bytes on which rows begin."""
+PITCH = UNIT | {"model1": 576, "fp8_token": 16}
+"""Bytes of which a page's pitch is a multiple."""
+APART = ("model1", "fp8_token")
+"""Formats whose scales lie behind a page's rows."""
 
 
 def pool_of(draw: Draw, name: str | None, pages: int, page: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -181,20 +185,19 @@ def pool_of(draw: Draw, name: str | None, pages: int, page: int, D: int, dtype: 
         "fp8_ds_mla": (stored, wide, rope),
         "v4.1": (stored, bare),
         "flat": (stored,),
-        # the scales of a page lie behind its rows
         "model1": (stored, rope),
         "fp8_token": (stored, rope),
     }[name]
     bytes_of_pages = torch.cat(parts, -1).flatten(1)
-    if name in PITCH:
+    if name in APART:
         pad = torch.full((pages, page, 1), 0xFF, dtype=torch.uint8)
         apart = torch.cat([bare, pad], -1) if name == "model1" else wide
         bytes_of_pages = torch.cat([bytes_of_pages, apart.flatten(1)], 1)
     size = bytes_of_pages.shape[1]
-    # pages lie apart, and the first begins on any byte
-    unit = PITCH.get(name, 1)
+    # pages lie apart, and the first begins anywhere
+    unit = PITCH[name]
     pitch = -(-size // unit) * unit + unit * draw.among((0, 0, 1, 16, 41))
-    start = draw.among((0, 0, 0, 1, 8, 16))
+    start = UNIT[name] * draw.among((0, 0, 0, 1, 3, 8))
     memory = torch.full((start + pages * pitch,), 0xFF, dtype=torch.uint8)
     memory[start:].view(pages, pitch)[:, :size] = bytes_of_pages
     cache = memory.to(draw.device)[start:].view(pages, pitch)[:, :size].view(pages, page, 1, size // page)
@@ -288,6 +291,10 @@ def sparse_decode(draw: Draw, backend: str | None) -> Case:
             faults.append(
                 ("q of float16 over a row format", (ShapeError, DTypeError), lambda x: x.update(q=x["q"].half()))
             )
+        if name and UNIT[name] > 1:
+            row = x["k_cache"].shape[3]
+            odd = torch.zeros(1 + 16 * row, dtype=torch.uint8, device=draw.device)[1:].view(1, 16, 1, row)
+            faults.append(("rows that begin on an odd byte", (LayoutError,), lambda x: x.update(k_cache=odd)))
         return illegal(draw, "flash_mla_with_kvcache", x, faults, deepseek)
 
     def verify(result: Any) -> list[str]:

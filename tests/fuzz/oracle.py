@@ -91,9 +91,15 @@ def split_mask(mask: Tensor | None, b: int, B: int, L: int) -> tuple[Tensor | No
 
 
 def judge(
-    out: Tensor, lse: Tensor | None, truth: list[Rows], dtype: torch.dtype, empty_lse: float = -math.inf
+    out: Tensor,
+    lse: Tensor | None,
+    truth: list[Rows],
+    dtype: torch.dtype,
+    empty_lse: float = -math.inf,
+    stored: torch.dtype | None = None,
 ) -> list[str]:
-    """Failures of out [B, Hq, M, Dv] and lse [B, Hq, M] against one Rows a request.
+    """Failures of out [B, Hq, M, Dv] and lse [B, Hq, M] against one Rows a request; dtype: of q, stored: of the cache
+    if not q's, whose budget then holds.
 
     FP32 holds a score of size s to s * 2^-24, and a weight to as much relative: budgets grow where scores are so large
     that no FP32 softmax could meet them.
@@ -108,7 +114,7 @@ def judge(
         return failures
     finite = want_lse.masked_fill(want_lse.abs() > 1e30, 0.0).abs()  # -inf too
     rounding = 8 * finite.max().item() * 2.0**-24
-    budget = BUDGETS[dtype]
+    budget = BUDGETS[stored or dtype]
     got = float64(out)
     error = (got - want_out).abs().nan_to_num(nan=math.inf)
     m = want_out.abs().max().item() or 1.0

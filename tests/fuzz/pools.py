@@ -126,7 +126,7 @@ def pages(draw: Draw, backend: str | None) -> Case:
                     scale, keep, bias, x["attn_sink"],
                 )
             )  # fmt: skip
-        return oracle.judge(out, lse, truth, dtype)
+        return oracle.judge(out, lse, truth, dtype, stored=stored)
 
     return legal(draw, "decode_over_pages", x, verify, [x["out"]] if "out" in x else [])
 

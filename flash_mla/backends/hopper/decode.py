@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import LOG2_E, int32, multiprocessors, on_device
+from flash_mla.backends.hopper.scratch import scratch
 from flash_mla.backends.hopper.strides import query_row_stride
 from flash_mla.kernels.hopper import split
 from flash_mla.problem import DecodeArgs, DecodeProblem
@@ -42,10 +44,8 @@ def piece_slots(config: Any, problem: DecodeProblem) -> int:
     return items(config, problem) * split.piece_slots(problem.table_blocks, config.piece)
 
 
-def factor(problem: DecodeProblem, descale: Tensor | None, unread: Tensor) -> Tensor:
-    """A descale [B, Hk] as the kernels read it: of 1 where another is given, any tensor where none is."""
-    if not problem.descale:
-        return unread
+def factor(problem: DecodeProblem, descale: Tensor | None) -> Tensor:
+    """A descale [B, Hk] as the kernels read it: of 1 where another is given alone."""
     if descale is not None:
         return descale
     # NOTE: a graph in capture fills a tensor of its own, since nothing may wait for the host there
@@ -71,8 +71,8 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
     clusters = split.useful_clusters(clusters, items(config, problem), problem.table_blocks)
     # an lse that the call does not want lies behind the workspace
     lse_start = config.workspace_words(clusters, piece_slots(config, problem))
-    B, Hq, S_q = lse_shape = (problem.B, problem.Hq, problem.S_q)
-    lse_strides, words = (Hq * S_q, S_q, 1), lse_start + B * Hq * S_q
+    lse_shape = (problem.B, problem.Hq, problem.S_q)
+    words = lse_start + math.prod(lse_shape)
     scalars = (
         int(problem.sink),
         query_row_stride(problem),
@@ -82,15 +82,16 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
         int(split.may_split(problem.table_blocks)),
         clusters,
     )
-    latent, factors = config.latent, config.factors
+    latent, descale = config.latent, config.descale
 
     def launch(args: DecodeArgs) -> None:
-        q, k, v, table, seq_lens, mask, q_descale, k_descale, v_descale, sink, scale, out, lse, _ = args
-        workspace = q.new_empty(words if lse is None else lse_start, dtype=torch.float32)
+        q, k, v, table, seq_lens, mask, q_descale, k_descale, v_descale, sink, scale, out, lse, _, empty_lse = args
+        kept = scratch(device, words)
+        workspace = kept.workspace
         if lse is None:
-            lse = workspace.as_strided(lse_shape, lse_strides, lse_start)
-        if factors:
-            q_descale, k_descale, v_descale = (factor(problem, x, workspace) for x in (q_descale, k_descale, v_descale))
+            lse = kept.view(lse_shape, lse_start)
+        if descale:
+            q_descale, k_descale, v_descale = (factor(problem, x) for x in (q_descale, k_descale, v_descale))
         # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own
         kernel(
             q,
@@ -107,6 +108,7 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
             workspace,
             None if mask is None else bytes_of(mask),
             scale * LOG2_E,
+            empty_lse,
             *scalars,
         )
 

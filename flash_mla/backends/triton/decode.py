@@ -84,6 +84,7 @@ def bound(
 def launch(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> None:
     """One kernel, and the combine where requests are split; smaller tiles where the device refuses these."""
     launch_fitting(launch_config, smaller_config, problem, config, args)
+    args.mark_empty()
 
 
 def smaller_config(config: DecodeConfig) -> DecodeConfig | None:

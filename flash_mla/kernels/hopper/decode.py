@@ -4,13 +4,13 @@ A kernel is an object with `config`, `kernel`, the device function, and
 
     loads(q, k, v) -> what `kernel` takes first: TMA descriptors and views of
         q [rows, D, Hk, B] and pages k [64, D, Hk, Nblk, requests], v [64, Dv, Hk, Nblk, requests], in global memory
-    scalars(scale_log2, packing, has_sink, rows, tiles, heads) -> what it takes last; tiles of the rows of a KV head
+    scalars(scale_log2, packing, has_sink, empty_lse, rows, tiles, heads) -> what it takes last; tiles of the rows of a
+        KV head
 
 with `Tensors` between them. A config says what is the kernel's: `latent`, whether K is all there is, of one KV head, V
-its first columns; `factors`, whether it takes descales at all, and `descale`, whether they count; `rows`, query rows of
-a cluster; `token_major`, their order; `q_unit`, elements of q in the 16 bytes of which TMA's strides are multiples;
-`piece`, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); `masked`, whether there is a
-bool mask.
+its first columns; `descale`, whether there are descales; `rows`, query rows of a cluster; `token_major`, their order;
+`q_unit`, elements of q in the 16 bytes of which TMA's strides are multiples; `piece`, the pairs of blocks that a
+batch-invariant call cuts requests at (0: it is none); `masked`, whether there is a bool mask.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from flash_mla.kernels.hopper.partials import Partials, packed_rows, piece_slots
 class Tensors(NamedTuple):
     """Global memory, all but q, k and v.
 
-    table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; descales [B, Hk] FP32, None if the kernel takes
-    none; out [B, Hq * S_q, Dv]; lse [B, Hq * S_q] FP32, natural log; mask: None where keys are causal.
+    table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; descales [B, Hk] FP32, or None; out
+    [B, Hq * S_q, Dv]; lse [B, Hq * S_q] FP32, natural log; mask: None where keys are causal.
     """
 
     table: cute.Tensor
@@ -64,7 +64,7 @@ class Decode:
         table: cute.Tensor,  # [B, table_blocks] int32
         seq_lens: cute.Tensor,  # [B] int32
         sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
-        q_descale: cute.Tensor,  # [B, Hk] FP32; anything if they do not count; None if the kernel takes none
+        q_descale: cute.Tensor,  # [B, Hk] FP32; None if not config.descale
         k_descale: cute.Tensor,
         v_descale: cute.Tensor,
         out: cute.Tensor,  # [B, Hq, S_q, Dv], contiguous; token-major: as [B, S_q, Hq, Dv]
@@ -72,6 +72,7 @@ class Decode:
         workspace: cute.Tensor,  # [config.workspace_words(clusters, ...)] FP32
         seen: cute.Tensor,  # [B, Hq, S_q, columns] uint8; None if not config.masked
         scale_log2: Float32,
+        empty_lse: Float32,  # lse of a row without keys
         has_sink: Int32,
         q_row: Int64,  # elements between the packed query rows of a KV head
         tail: Int32,  # whether `seen` is over the S_q newest tokens alone
@@ -110,10 +111,10 @@ class Decode:
             pages(k, k_requests),
             None if const_expr(config.latent) else pages(v, v_requests),
         )
-        scalars = self.kernel.scalars(scale_log2, packing, has_sink, rows, tiles, heads)
+        scalars = self.kernel.scalars(scale_log2, packing, has_sink, empty_lse, rows, tiles, heads)
         launch_persistent(self.kernel.kernel(*loads, tensors, scalars), config, clusters, stream)
         if splits != 0:
-            combine_partials(tensors, has_sink, packing, Int32(heads), groups, stream, config.piece)
+            combine_partials(tensors, has_sink, packing, Int32(heads), groups, empty_lse, stream, config.piece)
 
 
 def pages(cache: cute.Tensor, requests) -> cute.Tensor:
@@ -134,9 +135,7 @@ def arguments(config: Any, q: str, cache: str, out: str) -> tuple:
         return symbolic.tensor(DTYPES[cache], (B, Hk, blocks, BLOCK, width), tma=tma)
 
     def factor() -> cute.Tensor | None:
-        if not config.factors:
-            return None
-        return symbolic.tensor(Float32, (B, Hk) if config.descale else (None,), strided=config.descale)
+        return symbolic.tensor(Float32, (B, Hk), strided=True) if config.descale else None
 
     return (
         symbolic.tensor(DTYPES[q], (B, Hq, S_q, config.D), tma=(0,)),
@@ -152,7 +151,7 @@ def arguments(config: Any, q: str, cache: str, out: str) -> tuple:
         symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
         symbolic.tensor(Uint8, (B, Hq, S_q, None), strided=True) if config.masked else None,
-        *symbolic.numbers(Float32, Int32, Int64, Int32, Int32, Int32, Int32, Int32),
+        *symbolic.numbers(Float32, Float32, Int32, Int64, Int32, Int32, Int32, Int32, Int32),
     )
 
 
