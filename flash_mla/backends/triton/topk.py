@@ -76,12 +76,12 @@ def select_arguments(
 
 
 def launch(problem: TopkProblem, config: topk.Config, args: TopkArgs) -> None:
-    """One kernel; two before it where a row has more scores than a program holds and several programs mark them."""
-    rows, pdl = problem.rows, {"launch_pdl": True} if config.pdl else {}
+    """One kernel; two before it where several programs mark a row."""
+    rows = problem.rows
     with device_of(problem.device):
         space = workspace(problem, config)
         if space is not None and config.parts > 1:
             topk.pivot_kernel[(rows,)](**pivot_arguments(problem, config, args, space), num_warps=topk.PIVOT_WARPS)
             marks = mark_arguments(problem, config, args, space)
-            topk.mark_kernel[(rows, config.parts)](**marks, num_warps=topk.MARK_WARPS, **pdl)
-        topk.select_kernel[(rows,)](**select_arguments(problem, config, args, space), num_warps=config.warps, **pdl)
+            topk.mark_kernel[(rows, config.parts)](**marks, num_warps=topk.MARK_WARPS)
+        topk.select_kernel[(rows,)](**select_arguments(problem, config, args, space), num_warps=config.warps)

@@ -1,15 +1,17 @@
 """Top-k: the columns of the k greatest scores of a row, in ascending order, the leftmost first where scores are equal.
 
-pivot_kernel, grid (rows): a strided sample of the row gives a pivot that a little more than k scores are expected to
-reach. mark_kernel, grid (rows, parts): each score is read once, and a bit says whether it does. select_kernel, grid
-(rows): the columns of the bits that are set are the candidates, whose scores it holds in registers as integers that
-order as the scores do; a radix select of one bit a step halves the range of the threshold until k of them lie at or
-above it. Rows of at most `room` scores are all candidates: the third kernel alone.
+Find a pivot: a strided sample of the row gives a score that a little more than k are expected to reach. Mark: each
+score is read once, and a bit says whether it does (compact.py). Select: the columns whose bits are set are the
+candidates, whose scores are held in registers as integers that order as the scores do; a radix select of one bit a step
+halves the range of the threshold until k of them lie at or above it. Rows of at most `room` scores are all candidates.
+
+select_kernel, grid (rows), does all three; of few long rows, pivot_kernel, grid (rows), and mark_kernel, grid (rows,
+parts), do the first two.
 
 The answer never depends on the sample: where too few or too many scores reach the pivot (many equal ones can), the
-third kernel takes the whole row instead, with a pass over it for every bit.
+selection takes the whole row instead, with a pass over it for every bit.
 
-Bound: bytes, one read of the scores.
+Bound: bytes, one read of the scores. A row's selection is a chain of some 40 barriers, 8 us with nothing beside it.
 """
 
 from __future__ import annotations
@@ -30,8 +32,7 @@ from flash_mla.kernels.triton.tiles import power_of_2
 @dataclass(frozen=True)
 class Config:
     """room candidates a row, 16 a thread of warps warps; parts programs mark them, tile scores a step, with a pivot
-    from sample scores. parts is 0 where every score is a candidate. ptx: of NVIDIA; pdl: a kernel may start before the
-    one before it has ended (programmatic dependent launch).
+    from sample scores. parts is 0 where every score is a candidate. ptx: of NVIDIA.
     """
 
     room: int
@@ -39,7 +40,6 @@ class Config:
     tile: int
     sample: int
     ptx: bool
-    pdl: bool = False
 
     @property
     def warps(self) -> int:
@@ -58,7 +58,8 @@ MARK_WARPS = 4
 
 
 def config(*, rows: int, N: int, topk: int, target: Target) -> Config:
-    """Room for twice topk: the pivot aims between the two. Four programs an SM while a part has two tiles or more."""
+    """Room for twice topk: the pivot aims between the two. A program marks a row and selects from it, which leaves its
+    scores in L2 for the selection; long rows that are too few for the SMs have more programs."""
     interpreted, ptx = target.backend == "interpreter", target.backend == "cuda"
     room = max(512 if interpreted else 4096, power_of_2(2 * topk))
     if room >= N:
@@ -66,9 +67,11 @@ def config(*, rows: int, N: int, topk: int, target: Target) -> Config:
     tile = 512 if interpreted else 2048
     # a sixteenth of the row: of 128k scores, 128 +- 9 of the sample are among the greatest 2048
     sample = min(16384, max(64 if interpreted else 2048, power_of_2(N) // 16))
-    parts = min(-(-N // (2 * tile)), -(-4 * target.multiprocessors // rows), MAX_PARTS)
-    parts = max(parts, 1)
-    return Config(room, parts, tile, sample, ptx, pdl=parts > 1 and ptx and target.arch >= 90)
+    parts = 1
+    if rows <= target.multiprocessors and N > (1024 if interpreted else 32768):
+        # four programs an SM while a part has two tiles or more
+        parts = min(-(-N // (2 * tile)), -(-4 * target.multiprocessors // rows), MAX_PARTS)
+    return Config(room, parts, tile, sample, ptx)
 
 
 # --- Steps ---
@@ -194,10 +197,7 @@ def pivot_kernel(
     AIM: tl.constexpr,
     ROOM: tl.constexpr,
     SAMPLE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     begin, end = bounds(start_ptr, end_ptr, row, N)
     tl.store(pivot_ptr + row, find_pivot(score_ptr + row * stride_row, begin, end, AIM, ROOM, SAMPLE))
@@ -216,11 +216,7 @@ def mark_kernel(
     stride_row,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     begin, end = bounds(start_ptr, end_ptr, row, N)
     # this part's tiles, on multiples of TILE so that loads are wide
@@ -258,10 +254,7 @@ def select_kernel(
     SAMPLE: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     begin, end = bounds(start_ptr, end_ptr, row, N)
     score_row = score_ptr + row * stride_row
@@ -346,7 +339,7 @@ def pivot_arguments(
     """pivot_kernel's arguments."""
     return dict(
         score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, N=N, stride_row=scores.stride(0),
-        AIM=config.aim(topk), ROOM=config.room, SAMPLE=config.sample, PDL=config.pdl,
+        AIM=config.aim(topk), ROOM=config.room, SAMPLE=config.sample,
     )  # fmt: skip
 
 
@@ -357,7 +350,6 @@ def mark_arguments(
     return dict(
         score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, mark_ptr=marks, N=N,
         width=scores.shape[1], words=marks.shape[1], stride_row=scores.stride(0), PARTS=config.parts, TILE=config.tile,
-        PDL=config.pdl,
     )  # fmt: skip
 
 
@@ -384,5 +376,5 @@ def select_arguments(
         table_blocks=0 if block_table is None else block_table.shape[1], K=out.shape[1],
         K_TILE=power_of_2(out.shape[1]), PAGE=page, ROOM=config.room, PARTS=config.parts, TILE=config.tile,
         AIM=config.aim(out.shape[1]), SAMPLE=config.sample,
-        WORDS=max(128, min(config.room // 2, power_of_2(-(-N // 32)))), PTX=config.ptx, PDL=config.pdl,
+        WORDS=max(128, min(config.room // 2, power_of_2(-(-N // 32)))), PTX=config.ptx,
     )  # fmt: skip
