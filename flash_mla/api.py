@@ -18,7 +18,6 @@ from flash_mla.autograd import learning, transformed
 from flash_mla.calls import (
     append_mha,
     as_tensors,
-    attend_decode,
     attend_mha,
     attend_prefill,
     give_back,
@@ -29,9 +28,10 @@ from flash_mla.calls import (
 from flash_mla.contract import DecodeCall, MhaCall, MLAMetadata, PrefillCall
 from flash_mla.entry import entry
 from flash_mla.gradients import Prefill
+from flash_mla.launch import attend_decode
 from flash_mla.layout import BlockSparseLayout
 from flash_mla.passed import traced
-from flash_mla.problem import Options
+from flash_mla.problem import PLAIN, Options
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -171,7 +171,7 @@ def flash_mla_with_kvcache(
         )  # fmt: skip
         return give_back(result, return_lse, out)
 
-    options = Options(tail, batch_invariant)
+    options = Options(tail, batch_invariant) if tail or batch_invariant else PLAIN
     call = DecodeCall(
         q, k_cache, v_cache, block_table, seq_lens, mask, softmax_scale, descales, attn_sink, options
     )  # fmt: skip

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from flash_mla import contract
 from flash_mla.contract import DecodeCall, Descales, MhaCall, MLAMetadata, PrefillCall
-from flash_mla.launch import launch
+from flash_mla.launch import launch_prefill
 from flash_mla.passed import Passed, spans
 from flash_mla.plan import Plan, plan
-from flash_mla.problem import AppendArgs, DecodeProblem
+from flash_mla.problem import AppendArgs, DecodeProblem, PrefillProblem
 
 
 class Served(NamedTuple):
@@ -32,17 +32,19 @@ class Served(NamedTuple):
 SERVED = Passed[Served]()
 
 
-def served(key: Hashable | None, call: DecodeCall | PrefillCall, out: Tensor | None) -> Plan | None:
-    """The plan of a call whose facts passed before; of `out` what facts do not tell is checked."""
+def served(key: Hashable | None, call: DecodeCall | PrefillCall | MhaCall, out: Tensor | None) -> Plan | None:
+    """The plan of a call whose facts passed before; of what is written, what facts do not tell is checked."""
     found = None if key is None else SERVED.get(key)
     if found is None or (chosen := found.plan()) is None:
         return None
     if out is not None:
         contract.check_out_again(out, found.spans, call)
+    if isinstance(call, MhaCall):
+        contract.check_places_again(found.spans[1:], call)
     return chosen
 
 
-def keep(key: Hashable | None, call: DecodeCall | PrefillCall, out: Tensor | None, chosen: Plan) -> Plan:
+def keep(key: Hashable | None, call: DecodeCall | PrefillCall | MhaCall, out: Tensor | None, chosen: Plan) -> Plan:
     """Remember the plan of a call that passed its checks, and return it."""
     if key is not None:
         SERVED.keep(key, Served(ref(chosen), spans(out, *call.tensors)))
@@ -73,17 +75,6 @@ def plan_decode(
     return chosen
 
 
-def attend_decode(
-    chosen: Plan, call: DecodeCall, out: Tensor | None, return_lse: bool, function: str = "flash_mla_with_kvcache"
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The attention of the call."""
-    return launch(
-        chosen, function, q=call.q, k=call.k_cache, v=call.v_cache, block_table=call.block_table,
-        seq_lens=call.seq_lens, mask=call.mask, softmax_scale=call.softmax_scale, descales=call.descales,
-        attn_sink=call.attn_sink, out=out, return_lse=return_lse, k_rope=call.k_rope,
-    )  # fmt: skip
-
-
 # --- Prefill ----------------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +95,7 @@ def attend_prefill(
     chosen: Plan, call: PrefillCall, out: Tensor | None, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The attention of the call."""
-    return launch(
+    return launch_prefill(
         chosen, "flash_mla_prefill", q=call.q, k=call.k, v=call.v, block_table=None, seq_lens=call.seq_lens,
         mask=call.attn_mask, softmax_scale=call.softmax_scale, descales=call.descales, attn_sink=call.attn_sink,
         out=out, return_lse=return_lse, start_pos=None, block_mask=call.sparse_layout,
@@ -116,8 +107,12 @@ def attend_prefill(
 
 def plan_mha(call: MhaCall, backend: str | None, out: Tensor | None) -> Plan:
     """Every check of the call, and its plan. Nothing is written yet."""
-    problem = contract.check_out(out, contract.mha(call), call)
-    chosen = plan(problem, backend)
+    key = contract.facts_of(call, call.k_cache, call.v_cache, out, call.causal, backend)
+    chosen = served(key, call, out)
+    if chosen is None:
+        chosen = keep(key, call, out, plan(contract.check_out(out, contract.mha(call), call), backend))
+    problem = chosen.problem
+    assert isinstance(problem, PrefillProblem)
     longest = contract.check_prompt_values(
         call.block_table, call.start_pos, problem, call.k_cache, writes=call.k is not None
     )
@@ -134,7 +129,7 @@ def append_mha(chosen: Plan, call: MhaCall) -> None:
 def attend_mha(chosen: Plan, call: MhaCall, out: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     """The attention of the call, after its rows are written. A gradient to k and v is refused."""
     start_pos = call.start_pos
-    return launch(
+    return launch_prefill(
         chosen, "mha_fwd_kvcache", q=call.q, k=call.k_cache, v=call.v_cache, block_table=call.block_table,
         seq_lens=None if start_pos is None else start_pos + call.q.shape[2], mask=call.attn_mask,
         softmax_scale=call.softmax_scale, descales=call.descales, attn_sink=None, out=out, return_lse=return_lse,

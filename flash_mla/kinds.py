@@ -140,7 +140,7 @@ def check_flags(
     """A ShapeError where a flag is given that is neither True nor False; None passes for its default."""
     for name, place in flags:
         value = kwargs[name] if name in kwargs else args[place] if place < len(args) else None
-        if value is not None and not isinstance(value, bool):
+        if value is not None and value is not True and value is not False:
             check_kinds(function, args, kwargs)
 
 

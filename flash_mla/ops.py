@@ -17,7 +17,6 @@ from flash_mla.autograd import NO_SECOND_BACKWARD, one_by_one, refuse_op
 from flash_mla.backends import append_rows
 from flash_mla.calls import (
     append_mha,
-    attend_decode,
     attend_mha,
     attend_prefill,
     plan_decode,
@@ -26,6 +25,7 @@ from flash_mla.calls import (
 )
 from flash_mla.contract import DecodeCall, MhaCall, PrefillCall
 from flash_mla.gradients import gradients_of, prefill_backward, prefill_gradients, save_prefill
+from flash_mla.launch import attend_decode
 from flash_mla.pages import PoolCall, attend_pools, plan_pools
 from flash_mla.problem import AppendRowsArgs, Options
 

@@ -8,6 +8,7 @@ read. No cache is copied, whatever its size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 from weakref import ReferenceType, ref
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from flash_mla import contract
 from flash_mla.backends import choose
-from flash_mla.calls import as_tensors, attend_decode, give_back
+from flash_mla.calls import as_tensors, give_back
 from flash_mla.contract import NO_DESCALES, DecodeCall, Descales, named
 from flash_mla.entry import entry
 from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.heads import as_heads, by_token, from_heads
-from flash_mla.launch import expand_descale
+from flash_mla.launch import attend_decode, expand_descale
 from flash_mla.passed import Passed, spans, traced
 from flash_mla.plan import Plan, plan
 from flash_mla.problem import BLOCK, PLAIN, DecodeArgs, DecodeProblem, Options
@@ -269,7 +270,7 @@ class Route(NamedTuple):
         plan: of the problem, or of the same one with q and out packed; weak, as in `calls.Served`.
         problem: over the page views, its queries as heads where `folded`, else 0, says how many a request has.
         packed: the plan's own problem has q and out packed.
-        k, v, k_rope: the page views.
+        k, v, k_rope: the page views; v is None where it is the first columns of the one KV head's K.
         parts: blocks that a page was cut into.
         spans: of out, then of the call's tensors.
     """
@@ -279,7 +280,7 @@ class Route(NamedTuple):
     folded: int
     packed: bool
     k: View
-    v: View
+    v: View | None
     k_rope: View | None
     parts: int
     spans: tuple[int, ...] = ()
@@ -289,8 +290,9 @@ class Route(NamedTuple):
         q, k, v, rope, table, lengths, mask, _, _, _, scale, descales, sink, options = call
         k_rope = None if rope is None or self.k_rope is None else self.k_rope.of(rope)
         table = table.contiguous() if self.parts == 1 else table_of_blocks(table, self.parts)
-        k, v = self.k.of(k), self.v.of(k if v is None else v)
-        return DecodeCall(q, k, v, table, lengths, mask, scale, descales, sink, options, k_rope)
+        k_view = self.k.of(k)
+        v = k_view if self.v is None else self.v.of(k if v is None else v)
+        return DecodeCall(q, k_view, v, table, lengths, mask, scale, descales, sink, options, k_rope)
 
 
 # NOTE: 30 us less on the host than views and checks (EPYC, minima of a thread's time).
@@ -388,9 +390,11 @@ def plan_pools(
     """
     _, k, v, _, _, _, _, layout, width, causal, _, _, _, options = call
     # NOTE: 512.0 == 512, as a key too
-    key = contract.facts_of(
-        call, k, k if v is None else v, out, options, layout, type(width), width, causal, backend, out_is_new, also
-    )
+    key = None
+    if not traced(call.q):
+        key = contract.facts_of(
+            call, k, k if v is None else v, out, options, layout, type(width), width, causal, backend, out_is_new, also
+        )
     route = None if key is None else ROUTES.get(key)
     chosen = None if route is None else route.plan()
     if route is None or chosen is None:
@@ -432,7 +436,9 @@ def route_of(call: PoolCall, views: DecodeCall, problem: DecodeProblem, backend:
     k, v, rope = views.k_cache, views.v_cache, views.k_rope
     k_rope = None if rope is None else View(rope.shape, rope.stride())
     parts = call.k_pages.shape[1 if call.layout == "NHD" else 2] // problem.page
-    k_view, v_view = View(k.shape, k.stride()), View(v.shape, v.stride())
+    k_view, v_view = View(k.shape, k.stride()), None
+    if not (problem.alias and problem.Hk == 1):
+        v_view = View(v.shape, v.stride())
     packed = chosen.problem != problem
     return chosen, Route(ref(chosen), problem, folded, packed, k_view, v_view, k_rope, parts)
 
@@ -450,18 +456,22 @@ def attend_pools(
     return attend_planned(plan_pools(call, backend, out, check_values, out_is_new), out, return_lse)
 
 
-def attend_planned(planned: Planned, out: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """The attention of a call that passed its checks."""
-    return (attend_folded if planned.folded else attend_packed)(planned, out, return_lse)
+def attend_planned(
+    planned: Planned, out: Tensor | None, return_lse: bool, empty_lse: float = -math.inf
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The attention of a call that passed its checks; empty_lse: lse of a row without keys."""
+    return (attend_folded if planned.folded else attend_packed)(planned, out, return_lse, empty_lse)
 
 
-def attend_packed(planned: Planned, out: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+def attend_packed(
+    planned: Planned, out: Tensor | None, return_lse: bool, empty_lse: float
+) -> Tensor | tuple[Tensor, Tensor]:
     """The attention; where the plan is of a packed problem, q is made contiguous, and out copied to."""
     chosen, _, call, _, packs = planned
     if not packs:
-        return attend_decode(chosen, call, out, return_lse, "decode_over_pages")
+        return attend_decode(chosen, call, out, return_lse, "decode_over_pages", empty_lse)
     packed = call._replace(q=call.q.contiguous())
-    result = attend_decode(chosen, packed, None, return_lse, "decode_over_pages")
+    result = attend_decode(chosen, packed, None, return_lse, "decode_over_pages", empty_lse)
     if out is None:
         return result
     if isinstance(result, tuple):
@@ -543,12 +553,14 @@ def fold(call: DecodeCall) -> DecodeCall:
     return call._replace(q=as_heads(call.q, Hk), attn_sink=sink)
 
 
-def attend_folded(planned: Planned, out: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+def attend_folded(
+    planned: Planned, out: Tensor | None, return_lse: bool, empty_lse: float
+) -> Tensor | tuple[Tensor, Tensor]:
     """The attention, its results where the queries were; written in place where `out` lies as they do as heads."""
     problem = planned.problem
     rows = None if out is None else by_token(out, problem.Hk)
     inside = rows.view(problem.out_shape) if rows is not None and rows.is_contiguous() else None
-    result = attend_packed(planned, inside, True)
+    result = attend_packed(planned, inside, True, empty_lse)
     assert isinstance(result, tuple)
     first, lse = (from_heads(x, problem.Hk, planned.folded) for x in result)
     if out is not None:

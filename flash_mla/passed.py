@@ -27,15 +27,25 @@ class Passed(Generic[T]):
 
     def __init__(self) -> None:
         self._results: dict[Hashable, T] = {}
+        self._last: tuple[Hashable, T | None] = None, None
 
     def get(self, key: Hashable) -> T | None:
-        return self._results.get(key)
+        """The result of a call with this key, which is not None."""
+        # NOTE: layers repeat a call: to compare its key takes half as long as to hash it and then compare
+        last, result = self._last
+        if key == last:
+            return result
+        result = self._results.get(key)
+        if result is not None:
+            self._last = key, result
+        return result
 
     def keep(self, key: Hashable, result: T) -> T:
         """Remember a result, and return it."""
         if len(self._results) >= MOST:
             self._results.clear()
         self._results[key] = result
+        self._last = key, result
         return result
 
 
@@ -89,4 +99,5 @@ def apart(written: Tensor, length: int, read: Iterable[Tensor | None], lengths: 
 
 def traced(x: object) -> bool:
     """Whether a call with this tensor has shapes alone: a graph is traced, or it is a fake tensor."""
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    # NOTE: to ask a class with a metaclass of its own takes thrice as long as to compare a type
+    return torch.compiler.is_compiling() or (type(x) is not Tensor and isinstance(x, FakeTensor))

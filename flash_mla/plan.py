@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import profiler
 
-from flash_mla.backends import ORDER, Phase, append, choose, empty
+from flash_mla.backends import ORDER, Phase, append, appending, choose, empty
 from flash_mla.errors import DeviceError
-from flash_mla.problem import AppendArgs, Args, Problem
+from flash_mla.problem import AppendArgs, Args, Attention, Problem
 
 logger = logging.getLogger("flash_mla")
 """The library's one logger: info for a kernel that is compiled, warning for a fallback, debug for selection."""
@@ -27,6 +29,25 @@ class Plan:
     phase: Phase
     problem: Problem
     config: Hashable
+
+    def results_like(self, q: Tensor) -> tuple[Tensor, ...]:
+        """Tensors like those that an attention with this q fills: out; lse, or max_logits. Nobody reads them."""
+        if type(q) is Tensor:
+            return self._results
+        assert isinstance(self.problem, Attention)
+        return tuple(x.beside(q) for x in self.problem.results)
+
+    @cached_property
+    def _results(self) -> tuple[Tensor, ...]:
+        """The same without memory."""
+        # NOTE: `empty_like` takes the host half as long as `empty`, which has a shape to read
+        assert isinstance(self.problem, Attention)
+        device = torch.empty(0, device=self.problem.device)
+        found = tuple(x.beside(device) for x in self.problem.results)
+        for x in found:
+            assert type(x) is Tensor
+            x.untyped_storage().resize_(0)
+        return found
 
     @cached_property
     def bound(self) -> Callable[[Any], None] | None:
@@ -56,6 +77,12 @@ class Plan:
         """Write rows into their pages; nothing where there is no row."""
         if args.k.numel():
             append(self.name, args)
+
+    def appending(self, args: AppendArgs) -> Callable[[AppendArgs], None]:
+        """`append` for all args that look like these (`passed.facts`); a backend that can binds its kernel to them."""
+        module = appending(self.name)
+        bind = getattr(module, "bind", None)
+        return module.launch if bind is None else bind(args)
 
 
 QUESTION = "which problem does this call pose?"

@@ -44,6 +44,20 @@ class Options(NamedTuple):
 PLAIN = Options()
 
 
+class Result(NamedTuple):
+    """A tensor that a launch fills; strides None: contiguous."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    strides: tuple[int, ...] | None = None
+
+    def beside(self, x: Tensor) -> Tensor:
+        """A new one on x's device, fake if x is."""
+        if self.strides is None:
+            return x.new_empty(self.shape, dtype=self.dtype)
+        return x.new_empty_strided(self.shape, self.strides, dtype=self.dtype)
+
+
 class DecodeProblem(NamedTuple):
     """A decode call: S_q query tokens a request against its paged cache.
 
@@ -96,6 +110,11 @@ class DecodeProblem(NamedTuple):
         return (self.B, self.Hq, self.S_q, self.Dv)
 
     @property
+    def results(self) -> tuple[Result, Result]:
+        """Out and lse."""
+        return Result(self.out_shape, self.out_dtype, self.out_strides), Result(self.out_shape[:3], torch.float32)
+
+    @property
     def empty(self) -> bool:
         """Whether there is no output row, or no row of K that one could see."""
         return not (self.B and self.S_q and self.Nblk and self.table_blocks)
@@ -109,8 +128,8 @@ class DecodeArgs(NamedTuple):
     bool or floating, expanded (stride 0 on broadcast dims), keys past its end are hidden; of a tail mask L is S_q, and
     its first key is seq_lens[b] - S_q; q_descale, k_descale,
     v_descale [B, Hk] FP32, expanded; attn_sink [Hq] FP32; out [B, Hq, S_q, Dv], contiguous but for out_strides; lse
-    [B, Hq, S_q] FP32 contiguous, natural log; k_rope [B, Hk, Nblk, page, D - Dv] of a split latent, whose k has Dv
-    columns, or None.
+    [B, Hq, S_q] FP32 contiguous, natural log, `empty_lse` on a row without keys; k_rope [B, Hk, Nblk, page, D - Dv] of
+    a split latent, whose k has Dv columns, or None.
     """
 
     q: Tensor
@@ -127,6 +146,11 @@ class DecodeArgs(NamedTuple):
     out: Tensor
     lse: Tensor | None
     k_rope: Tensor | None = None
+    empty_lse: float = -math.inf
+
+    def mark_empty(self) -> None:
+        """Write `empty_lse`, for kernels that leave -inf; one kernel."""
+        mark_empty(self.lse, self.empty_lse)
 
     def whole_mask(self, keys: int) -> Tensor:
         """A tail mask [B, Hq, S_q, S_q] as the mask [B, Hq, S_q, keys] over all keys."""
@@ -181,6 +205,11 @@ class PrefillProblem(NamedTuple):
     def out_shape(self) -> tuple[int, int, int, int]:
         """[B, Hq, P, Dv]."""
         return (self.B, self.Hq, self.P, self.Dv)
+
+    @property
+    def results(self) -> tuple[Result, Result]:
+        """Out and lse."""
+        return Result(self.out_shape, self.out_dtype), Result(self.out_shape[:3], torch.float32)
 
     @property
     def empty(self) -> bool:
@@ -308,6 +337,14 @@ class SparseProblem(NamedTuple):
     aligned: bool = True
 
     @property
+    def results(self) -> tuple[Result, Result]:
+        """Out, and lse or max_logits."""
+        B, S_q, Hq, Dv = self.B, self.S_q, self.Hq, self.Dv
+        if self.max_logits:
+            return Result((B, Hq, Dv), self.dtype), Result((B, Hq), torch.float32)
+        return Result((B, S_q, Hq, Dv), self.dtype), Result((B, Hq, S_q), torch.float32, (S_q * Hq, 1, Hq))
+
+    @property
     def empty(self) -> bool:
         """Whether there is no output row, or no row of a cache that one could name."""
         return not (self.B and self.S_q and any(keys.topk and keys.pages and keys.page for keys in self.sets))
@@ -316,7 +353,7 @@ class SparseProblem(NamedTuple):
 class SparseKeys(NamedTuple):
     """One cache of a sparse call and what is read of it.
 
-    cache [pages, page, D] in q's dtype, or [pages, page, row_bytes] uint8 of a row format; indices [B, S_q, topk]
+    cache [pages, page, 1, D] in q's dtype, or [pages, page, 1, row_bytes] uint8 of a row format; indices [B, S_q, topk]
     int32 or int64, page * page_size + row, where a negative one or one past the last row names no key; lengths [B]
     int32 or int64: only the leftmost so many indices count (None: all).
     """
@@ -327,11 +364,12 @@ class SparseKeys(NamedTuple):
 
 
 class SparseArgs(NamedTuple):
-    """The tensors of one sparse call, normalised.
+    """The tensors of one sparse call, as the call has them: a view costs the host a microsecond.
 
     q [B, S_q, Hq, D], last dim contiguous; keys of one cache or two; attn_sink [Hq] FP32; out [B, S_q, Hq, Dv] in q's
-    dtype; lse [B, S_q, Hq] FP32, natural log, `empty_lse` on a row without keys; max_logits [B, S_q, Hq] FP32, the
-    greatest scaled score of the row. All outputs contiguous.
+    dtype, contiguous; lse [B, Hq, S_q] FP32, natural log, `empty_lse` on a row without keys, its memory [B, S_q, Hq].
+    In prefill, which alone has max_logits, the greatest scaled score of a row, q [B, Hq, D], the cache [rows, 1, D],
+    out [B, Hq, Dv], lse and max_logits [B, Hq].
     """
 
     q: Tensor
@@ -345,8 +383,22 @@ class SparseArgs(NamedTuple):
 
     def mark_empty(self) -> None:
         """Write `empty_lse`, for kernels that leave -inf; one kernel."""
-        if self.empty_lse != -math.inf:
-            torch.nan_to_num_(self.lse, nan=math.nan, posinf=math.inf, neginf=self.empty_lse)
+        mark_empty(self.lse, self.empty_lse)
+
+    def normalised(self) -> SparseArgs:
+        """The same with q [B, S_q, Hq, D], caches [pages, page, D], out [B, S_q, Hq, Dv], the others [B, S_q, Hq]."""
+        if self.max_logits is None:
+            keys = tuple(x._replace(cache=x.cache.squeeze(2)) for x in self.keys)
+            return self._replace(keys=keys, lse=self.lse.transpose(1, 2))
+        keys = tuple(x._replace(cache=x.cache.transpose(0, 1)) for x in self.keys)
+        q, out, lse, most = (x.unsqueeze(1) for x in (self.q, self.out, self.lse, self.max_logits))
+        return self._replace(q=q, keys=keys, out=out, lse=lse, max_logits=most)
+
+
+def mark_empty(lse: Tensor | None, empty_lse: float) -> None:
+    """-inf to `empty_lse` in place, in one kernel."""
+    if lse is not None and empty_lse != -math.inf:
+        torch.nan_to_num_(lse, nan=math.nan, posinf=math.inf, neginf=empty_lse)
 
 
 class SparseBackwardProblem(NamedTuple):
@@ -368,9 +420,9 @@ class SparseBackwardProblem(NamedTuple):
 class SparseBackwardArgs(NamedTuple):
     """The tensors of one backward call, normalised.
 
-    q to softmax_scale as in SparseArgs; out [B, 1, Hq, Dv] and lse [B, 1, Hq] that the forward gave, infinite on a row
-    without keys, and their gradients d_out, last dim contiguous, and d_lse FP32. Written: dq [B, 1, Hq, D]; dkv
-    [pages, page, D], the sum over all that name a row; d_sink [Hq] FP32, or None without a sink.
+    q to softmax_scale as in SparseArgs, normalised; out [B, 1, Hq, Dv] and lse [B, 1, Hq] that the forward gave,
+    infinite on a row without keys, and their gradients d_out, last dim contiguous, and d_lse FP32. Written: dq
+    [B, 1, Hq, D]; dkv [pages, page, D], the sum over all that name a row; d_sink [Hq] FP32, or None without a sink.
     """
 
     q: Tensor
@@ -507,6 +559,7 @@ class AppendRowsArgs(NamedTuple):
     scale_size: int
 
 
+Attention = DecodeProblem | PrefillProblem | SparseProblem
 Problem = (
     DecodeProblem
     | PrefillProblem

@@ -41,7 +41,9 @@ MORE_GPUS = {"sm_89", "sm_120", "gfx942"}
 def pytest_collection_modifyitems(items):
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if item.get_closest_marker("compile") and MORE_GPUS & {x for x in parameters if isinstance(x, str)}:
+        compiles = item.get_closest_marker("compile")
+        assert not compiles or item.path.stem.endswith("_compile"), f"the Makefile does not look for {item.nodeid}"
+        if compiles and MORE_GPUS & {x for x in parameters if isinstance(x, str)}:
             item.add_marker(pytest.mark.slow)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_mla
 from flash_mla import contract, deepseek, pages
@@ -25,6 +26,7 @@ from flash_mla.errors import (
     SequenceLengthError,
     ShapeError,
 )
+from flash_mla.plan import plan
 from flash_mla.problem import FP8
 from flash_mla.quant import mark_scaled
 
@@ -89,6 +91,20 @@ class Prefill(Call):
         return flash_mla.flash_mla_prefill(**x)
 
 
+class Mha(Call):
+    checks = contract, "mha"
+
+    def draw(self) -> dict[str, Any]:
+        q, k, v = (torch.randn(B, Hq, PROMPT, D) for _ in "qkv")
+        k_cache, v_cache = (torch.zeros(B, Hq, BLOCKS, 64, D) for _ in "kv")
+        table = torch.stack([torch.randperm(BLOCKS) for _ in range(B)]).int()
+        x = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+        return {**x, "block_table": table, "start_pos": torch.tensor([0, 0], dtype=torch.int32)}
+
+    def function(self, **x: Any) -> Any:
+        return flash_mla.mha_fwd_kvcache(**x)
+
+
 class DropIn(Call):
     checks = pages, "checked"
 
@@ -115,8 +131,8 @@ class Sparse(Call):
         return deepseek.flash_mla_with_kvcache(**x)[0]
 
 
-DOORS = (Decode, Pages, Prefill, DropIn, Sparse)
-WITH_OUT = (Decode, Pages, Prefill)
+DOORS = (Decode, Pages, Prefill, Mha, DropIn, Sparse)
+WITH_OUT = (Decode, Pages, Prefill, Mha)
 every = pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
 with_out = pytest.mark.parametrize("door", WITH_OUT, ids=lambda door: door.__name__)
 
@@ -219,6 +235,24 @@ def test_requires_grad_and_grad_mode_are_looked_at_in_every_call(door):
     assert not call.again().is_inference()
 
 
+@every
+def test_results_are_of_their_own_call(door):
+    """The first call of a plan is made in inference mode or on fake tensors, or has its result written to."""
+    call = door()
+    plan.cache_clear()
+    with torch.inference_mode():
+        assert call.again().is_inference()
+    assert not call.again().is_inference()
+    plan.cache_clear()
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in call.x.items()}
+        assert call.function(**fake).shape == call.first.shape
+    one, other = call.again(), call.again()
+    assert type(one) is torch.Tensor
+    one.zero_()
+    assert torch.equal(other, call.first)
+
+
 @with_out
 def test_an_out_that_begins_to_require_grad(door):
     call = door()
@@ -262,6 +296,27 @@ def test_v_that_was_k(door):
     assert not torch.equal(shared, call.first)
 
 
+def test_a_cache_that_moved_over_what_is_read():
+    """The same facts as caches that passed, and memory of k, or of the other cache, half of it or all."""
+    call = Mha()
+    cache, k = call.x["k_cache"], call.x["k"]
+    size = cache.numel()
+    room = torch.zeros(2 * size)
+    k_cache = room[:size].view(cache.shape)
+    for start, overlaps in ((size, False), (size, False), (size - 16, True), (size // 2, True)):
+        v_cache = room[start : start + size].view(cache.shape)
+        if overlaps:
+            before = room.clone()
+            with pytest.raises(LayoutError, match="overlap"):
+                call.again(k_cache=k_cache, v_cache=v_cache)
+            assert torch.equal(room, before), "written before it was refused"
+        else:
+            assert torch.equal(call.again(k_cache=k_cache, v_cache=v_cache), call.first)
+    inside = room[16 : 16 + k.numel()].view(k.shape).copy_(k)
+    with pytest.raises(LayoutError, match="overlaps `k`"):
+        call.again(k_cache=k_cache, k=inside)
+
+
 # --- Values -----------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +342,31 @@ def test_lengths_of_a_prefill_changed_in_place():
     call.x["seq_lens"][0] = PROMPT + 1
     with pytest.raises(SequenceLengthError):
         call.again()
+
+
+def test_places_of_a_prompt_changed_in_place():
+    call = Mha()
+    table, starts = call.x["block_table"], call.x["start_pos"]
+    starts[1] = -1
+    with pytest.raises(SequenceLengthError, match="negative"):
+        call.again()
+    starts[1] = 64 * BLOCKS - PROMPT + 1
+    with pytest.raises(SequenceLengthError):
+        call.again()
+    starts[1] = 0
+    kept = int(table[1, 3])
+    table[1, 3] = 2**31 - 1  # not used
+    assert torch.equal(call.again(), call.first)
+    table[1, 3] = table[1, 0]
+    assert torch.equal(call.again(), call.first)
+    starts[1] = 64 * BLOCKS - PROMPT
+    with pytest.raises(BlockTableError, match="more than once"):
+        call.again()
+    table[1, 3] = BLOCKS
+    with pytest.raises(BlockTableError):
+        call.again()
+    starts[1], table[1, 3] = 0, kept
+    assert torch.equal(call.again(), call.first)
 
 
 def test_metadata_of_other_shapes():

@@ -1,6 +1,6 @@
 """The backend of a call without work, on any device: no query, or no key to see.
 
-Rows are 0, their lse and max_logits -inf (a sparse call may want another lse); scores are -inf, indices -1; gradients
+Rows are 0, their lse and max_logits -inf (a call may want another lse); scores are -inf, indices -1; gradients
 are 0.
 """
 
@@ -8,7 +8,16 @@ from __future__ import annotations
 
 import math
 
-from flash_mla.problem import Args, BackwardArgs, IndexArgs, Problem, SparseArgs, SparseBackwardArgs, TopkArgs
+from flash_mla.problem import (
+    Args,
+    BackwardArgs,
+    DecodeArgs,
+    IndexArgs,
+    Problem,
+    SparseArgs,
+    SparseBackwardArgs,
+    TopkArgs,
+)
 
 
 def refuse(problem: Problem) -> str | None:
@@ -37,7 +46,7 @@ def launch(problem: Problem, config: None, args: Args) -> None:
     args.out.zero_()
     if args.lse is not None:
         args.lse.fill_(-math.inf)
-    if isinstance(args, SparseArgs):
+    if isinstance(args, (DecodeArgs, SparseArgs)):
         args.mark_empty()
-        if args.max_logits is not None:
-            args.max_logits.fill_(-math.inf)
+    if isinstance(args, SparseArgs) and args.max_logits is not None:
+        args.max_logits.fill_(-math.inf)

@@ -28,7 +28,7 @@ from flash_mla.contract.masks import (
 from flash_mla.contract.memory import check_apart, check_out, check_out_again, refuse_learning_out
 from flash_mla.contract.mla_metadata import MLAMetadata, check_metadata, check_shape, metadata
 from flash_mla.contract.order import DEEPSEEK_NAMES, deepseek_order, refuse_deepseek_order
-from flash_mla.contract.prefill_call import mha, prefill, prefill_problem
+from flash_mla.contract.prefill_call import check_places_again, mha, prefill, prefill_problem
 from flash_mla.contract.scales import check_descales, check_scale, check_sink, warn_default_scale
 from flash_mla.contract.tensors import (
     check_dtypes,
@@ -68,6 +68,7 @@ __all__ = [
     "check_on",
     "check_out",
     "check_out_again",
+    "check_places_again",
     "check_prefill_lengths",
     "check_prompt_values",
     "check_rank",

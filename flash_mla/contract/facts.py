@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flash_mla.contract.given import Given
 from flash_mla.contract.scales import check_scale
-from flash_mla.passed import facts, traced
+from flash_mla.passed import facts
 from flash_mla.problem import FP8
 from flash_mla.quant import needs_descale
 
@@ -23,8 +23,6 @@ def facts_of(call: Given, k: Tensor, v: Tensor, out: Tensor | None, *others: Any
         k, v: the caches, or keys and values: whether they are one.
         others: all that the call has beside tensors and softmax_scale.
     """
-    if traced(call.q):
-        return None
     scale_sign = check_scale(call.softmax_scale)
     try:
         tensors = facts(*call.tensors, out)

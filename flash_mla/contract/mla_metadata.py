@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,16 +50,14 @@ class MLAMetadata:
 
     def fits(self, problem: DecodeProblem) -> bool:
         """Whether it was made for such a call."""
-        return (
-            self.B == problem.B
-            and self.Hq == problem.Hq
-            and self.Hk == problem.Hk
-            and self.S_q == problem.S_q
-            and self.D == problem.D
-            and self.Nblk == problem.Nblk
-            and self.table_blocks == problem.table_blocks
-            and self.Dv in (None, problem.Dv)
-        )
+        p = problem
+        sizes = (p.B, p.Hq, p.Hk, p.S_q, p.D, p.Nblk, p.table_blocks)
+        return self._sizes == sizes and (self.Dv is None or self.Dv == p.Dv)
+
+    @cached_property
+    def _sizes(self) -> tuple[int, ...]:
+        """All but Dv and max_seq_len."""
+        return (self.B, self.Hq, self.Hk, self.S_q, self.D, self.Nblk, self.table_blocks)
 
     @property
     def q_shape(self) -> tuple[int, int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +33,7 @@ from flash_mla.contract.tensors import (
 )
 from flash_mla.contract.values import check_prefill_lengths
 from flash_mla.errors import BlockCountError, HeadGroupingError, LayoutError, ShapeError
+from flash_mla.passed import apart
 from flash_mla.problem import BLOCK, PrefillProblem
 
 
@@ -178,6 +180,11 @@ def check_new_rows(
     check_dtypes(q=q, k=k, v=v)
     check_writable("k_cache", k_cache)
     check_writable("v_cache", v_cache)
+    check_places(q, k, v, k_cache, v_cache)
+
+
+def check_places(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Caches that are written lie apart from each other, and from what is read."""
     if share_memory(k_cache, v_cache):
         raise LayoutError(
             f"{named(k_cache=k_cache, v_cache=v_cache)} with strides {k_cache.stride()} and {v_cache.stride()}",
@@ -187,3 +194,20 @@ def check_new_rows(
         )
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_apart(name, cache, q=q, k=k, v=v)
+
+
+def check_places_again(spans: Sequence[int], call: MhaCall) -> None:
+    """Of written caches whose facts passed `mha`, what they do not tell: where they lie.
+
+    spans: of the call's tensors.
+    """
+    if call.k is None or call.v is None:
+        return
+    q, k_cache, v_cache, _, _, k, v, *_ = call.tensors
+    q_span, k_cache_span, v_cache_span, _, _, k_span, v_span, *_ = spans
+    read, lengths = (q, k, v), (q_span, k_span, v_span)
+    if not (
+        apart(k_cache, k_cache_span, (v_cache, *read), (v_cache_span, *lengths))
+        and apart(v_cache, v_cache_span, read, lengths)
+    ):
+        check_places(q, k, v, k_cache, v_cache)

@@ -25,7 +25,7 @@ def is_finite(value: object) -> bool:
 
 def check_scale(softmax_scale: float | None) -> int:
     """The sign of softmax_scale: -1, 0 or 1 (None: D ** -0.5, which is above 0)."""
-    if softmax_scale is None:
+    if softmax_scale is None or (type(softmax_scale) is float and 0.0 < softmax_scale <= MOST):
         return 1
     if not is_finite(softmax_scale):
         raise ShapeError(

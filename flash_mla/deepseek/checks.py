@@ -1,12 +1,9 @@
-"""What the functions of this package check alike, and how they report a query without keys."""
+"""What the functions of this package check alike."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from flash_mla.contract import (
@@ -93,18 +90,11 @@ def check_out(out: Tensor | None, q: Tensor, Dv: int, **inputs: Tensor | None) -
         check_apart("out", out, q=q, **inputs)
 
 
-def written_to(out: Tensor | None, size: Sequence[int], q: Tensor) -> Tensor:
-    """Where a kernel writes: a checked `out` that is contiguous and on 16 bytes, or a new tensor, for `given`."""
-    if out is not None and out.is_contiguous() and is_aligned(out):
-        return out
-    return q.new_empty(size, dtype=out_dtype(q.dtype))
+def writable(out: Tensor | None) -> Tensor | None:
+    """A checked `out` that kernels write to as it lies: contiguous, on 16 bytes."""
+    return out if out is not None and out.is_contiguous() and is_aligned(out) else None
 
 
 def given(out: Tensor | None, result: Tensor) -> Tensor:
     """The result, in `out` if there is one."""
     return result if out is None or out is result else out.copy_(result)
-
-
-def empty_is_inf(lse: Tensor) -> Tensor:
-    """-inf to +inf in place, in one kernel."""
-    return torch.nan_to_num_(lse, nan=math.nan, posinf=math.inf, neginf=math.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ from flash_mla.contract import (
     check_rank,
     check_tensor,
     named,
+    out_dtype,
 )
-from flash_mla.deepseek.checks import check_out, check_query, check_same_dtype, empty_is_inf, given, written_to
+from flash_mla.deepseek.checks import check_out, check_query, check_same_dtype, given, writable
 from flash_mla.deepseek.sparse import Pool, SparseCall, sparse
 from flash_mla.entry import entry
 from flash_mla.errors import DTypeError, ShapeError
@@ -145,8 +147,7 @@ def flash_mla_with_kvcache(
     if extra_k_cache is not None and extra_indices_in_kvcache is not None:
         pools += (Pool("extra_", extra_k_cache, extra_indices_in_kvcache, extra_topk_length),)
     call = SparseCall(q, pools, is_fp8_kvcache, head_dim_v, softmax_scale, attn_sink)
-    out, lse, _ = sparse(call, backend, out)
-    return out, lse.transpose(1, 2)
+    return sparse(call, backend, out)[:2]
 
 
 @entry("flash_mla.deepseek")
@@ -213,8 +214,7 @@ def dense_rows(
     seen = t < last.expand(B, S_q).unsqueeze(2)  # [b, s_q, tokens]
     indices = torch.where(seen, rows.flatten(1).unsqueeze(1), -1).to(torch.int32)
     call = SparseCall(q, (Pool("", k_cache, indices, lengths),), True, Dv, softmax_scale, attn_sink)
-    out, lse, _ = sparse(call, backend, out)
-    return out, lse.transpose(1, 2)
+    return sparse(call, backend, out)[:2]
 
 
 # --- Dense ------------------------------------------------------------------------------------------------------------
@@ -245,9 +245,12 @@ def dense(
     )  # fmt: skip
     planned = plan_pools(call, backend, None, False, also=check_dense)
     check_out(out, q, Dv, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens, attn_sink=attn_sink)
-    result = written_to(out, (*q.shape[:3], Dv), q)
-    _, lse = attend_planned(planned, result.transpose(1, 2), True)
-    return given(out, result), empty_is_inf(lse)
+    written = writable(out)
+    # no kernel writes by token, which another `out` of the problem asks for
+    if written is None and (planned.folded or planned.packed):
+        written = q.new_empty((*q.shape[:3], Dv), dtype=out_dtype(q.dtype))
+    by_head, lse = attend_planned(planned, None if written is None else written.transpose(1, 2), True, math.inf)
+    return given(out, by_head.transpose(1, 2) if written is None else written), lse
 
 
 def check_dense(call: PoolCall) -> None:

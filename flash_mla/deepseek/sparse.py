@@ -32,7 +32,7 @@ from flash_mla.contract import (
     is_aligned,
     named,
 )
-from flash_mla.deepseek.checks import check_out, check_query, check_same_dtype, given, written_to
+from flash_mla.deepseek.checks import check_out, check_query, check_same_dtype, given, writable
 from flash_mla.entry import entry
 from flash_mla.errors import HeadGroupingError, ShapeError
 from flash_mla.passed import Passed, facts, traced
@@ -107,7 +107,8 @@ def row_format(q: Tensor, cache: Tensor) -> RowFormat:
 
 
 class Pool(NamedTuple):
-    """One cache of a sparse call as it is given: [pages, page, 1, D or bytes], indices of its rows, how many count.
+    """One cache of a sparse call as it is given: [pages, page, 1, D or bytes], in prefill [rows, 1, D]; indices of its
+    rows, how many count.
 
     prefix: what stands before the names of these arguments.
     """
@@ -145,16 +146,15 @@ class Pool(NamedTuple):
             check_index(lengths, self.lengths, q.shape[:1], "[b] ([s_q] in prefill)")
 
     def keys(self, formatted: bool) -> SparseKeys:
-        """As a launch takes them: without the dim of the one head, rows of a format as bytes."""
-        cache = self.cache.squeeze(2)
-        if formatted and cache.dtype != torch.uint8:
-            cache = cache.view(torch.uint8)
+        """As a launch takes them: rows of a format as bytes."""
+        cache = self.cache.view(torch.uint8) if formatted and self.cache.dtype != torch.uint8 else self.cache
         # NOTE: kernels read the lengths without a stride
         return SparseKeys(cache, self.indices, None if self.lengths is None else self.lengths.contiguous())
 
 
 class SparseCall(NamedTuple):
-    """A sparse call as the user named it; `formatted`: the rows have a format. But for backend."""
+    """A sparse call as the user named it, in prefill (`max_logits`) without a dim of requests; `formatted`: the rows
+    have a format. But for backend."""
 
     q: Tensor
     pools: tuple[Pool, ...]
@@ -164,33 +164,41 @@ class SparseCall(NamedTuple):
     attn_sink: Tensor | None
     max_logits: bool = False
 
+    def by_request(self) -> SparseCall:
+        """The same with q [b, s_q, h_q, d] and caches [num_blocks, page, 1, d] in prefill too."""
+        if not self.max_logits:
+            return self
+        pools = tuple([pool._replace(cache=pool.cache.unsqueeze(0)) for pool in self.pools])
+        return self._replace(q=self.q.unsqueeze(1), pools=pools)
+
 
 PASSED: Passed[ReferenceType[Plan]] = Passed()
 """Plans, weak as in `calls.Served`."""
 
 
 def sparse(call: SparseCall, backend: str | None, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Plan and launch: (out [B, S_q, Hq, Dv], lse [B, S_q, Hq], max_logits); the out that was given, if one was."""
+    """Plan and launch: (out, lse, max_logits) as in `SparseArgs`, lse +inf on a row without keys; the out that was
+    given, if one was."""
     q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits = call
     chosen = plan_sparse(call, backend)
-    B, S_q, Hq, D = q.shape
     keys = tuple([pool.keys(formatted) for pool in pools])
     sink = None if attn_sink is None else attn_sink.contiguous()
-    scale = D**-0.5 if softmax_scale is None else softmax_scale
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if out is not None:
         tensors = {
             f"{pool.prefix}{name}": x for pool in pools for name, x in pool._asdict().items() if name != "prefix"
         }
         check_out(out, q, Dv, attn_sink=attn_sink, **tensors)
-    result = written_to(out, (B, S_q, Hq, Dv), q)
-    lse = q.new_empty((B, S_q, Hq), dtype=torch.float32)
-    most = q.new_empty((B, S_q, Hq), dtype=torch.float32) if max_logits else None
+    like_out, like_lse = chosen.results_like(q)
+    written = writable(out)
+    result = torch.empty_like(like_out) if written is None else written
+    lse = torch.empty_like(like_lse)
+    most = torch.empty_like(like_lse) if max_logits else None
     chosen.launch(SparseArgs(q, keys, sink, scale, result, lse, most, math.inf))
     out = given(out, result)
-    if torch.is_grad_enabled():
-        inputs = learning(q, attn_sink, *[x.cache for x in keys])
-        if inputs:  # in decode; prefill has a backward, and comes here without gradients
-            out, lse = (refusing("deepseek.flash_mla_with_kvcache", x, inputs) for x in (out, lse))
+    # in decode; prefill has a backward, and comes here without gradients
+    if inputs := learning(q, attn_sink, *[x.cache for x in keys]):
+        out, lse = (refusing("deepseek.flash_mla_with_kvcache", x, inputs) for x in (out, lse))
     return out, lse, most
 
 
@@ -205,6 +213,7 @@ def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
         known = PASSED.get(key)
         if known is not None and (chosen := known()) is not None:
             return chosen
+    q, pools, *_ = call.by_request()
     check_query(q, "[b, s_q, h_q, d]", 4)
     check_tensor("k_cache", pools[0].cache)
     check_rank("k_cache", pools[0].cache.shape, 4, "[num_blocks, page, h_kv, d]")
@@ -281,14 +290,10 @@ def sparse_prefill(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, max_logits, lse) of flash_mla_sparse_fwd."""
-    q = q.unsqueeze(1)
-    pool = Pool("", kv.unsqueeze(0), indices, topk_length)
-    call = SparseCall(q, (pool,), False, d_v, sm_scale, attn_sink, max_logits=True)
-    result, lse, max_logits = sparse(
-        call, backend, out.unsqueeze(1) if isinstance(out, Tensor) and out.dim() == 3 else out
-    )
+    call = SparseCall(q, (Pool("", kv, indices, topk_length),), False, d_v, sm_scale, attn_sink, max_logits=True)
+    result, lse, max_logits = sparse(call, backend, out)
     assert max_logits is not None
-    return result.squeeze(1) if out is None else out, max_logits.squeeze(1), lse.squeeze(1)
+    return result, max_logits, lse
 
 
 @torch.library.custom_op("flash_mla::flash_mla_sparse_fwd", mutates_args=())
@@ -340,7 +345,7 @@ def sparse_backward_op(
         )
     with torch.no_grad():
         q = q.unsqueeze(1)
-        keys = Pool("", kv.unsqueeze(0), indices, topk_length).keys(False)
+        keys = SparseKeys(kv.transpose(0, 1), indices, None if topk_length is None else topk_length.contiguous())
         dq, dkv, d_sink = fake_sparse_backward(
             d_out, d_max_logits, d_lse, q, kv, indices, attn_sink, topk_length, out, lse, sm_scale, backend
         )

@@ -37,7 +37,7 @@ from flash_mla.distributed.split import (
 from flash_mla.errors import HeadGroupingError, SequenceLengthError, ShapeError
 from flash_mla.heads import as_heads, from_heads
 from flash_mla.kinds import explained_class
-from flash_mla.launch import launch
+from flash_mla.launch import launch_prefill
 from flash_mla.merge import apply_sink, merge
 from flash_mla.plan import plan
 from flash_mla.problem import BLOCK
@@ -387,7 +387,7 @@ class ShardedAttention:
                 descale=checked.descale, sink=checked.sink, scale_sign=checked.scale_sign,
             )  # fmt: skip
             positions = torch.full((q.shape[0],), start, dtype=torch.int32, device=q.device) if start else None
-            result = launch(
+            result = launch_prefill(
                 plan(problem, backend), "ShardedAttention.prefill", q=rows, k=own_k, v=own_v, block_table=None,
                 seq_lens=None if seq_lens is None else seq_lens.clamp(max=keys), mask=None,
                 softmax_scale=softmax_scale, descales=descales, attn_sink=attn_sink, out=None, return_lse=True,

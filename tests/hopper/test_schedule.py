@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,12 +76,11 @@ def test_order(
     st.sampled_from([64, 80, 128]),
 )
 def test_blocks(length: int, first: int, rows: int, causal: bool, tile_n: int) -> None:
-    def sees(row: int, key: int) -> bool:
-        return key < length and (not causal or key <= first + row)
-
+    row, key = torch.arange(rows)[:, None], torch.arange(20 * tile_n)
+    sees = (key < length) & ((key <= first + row) | (not causal))
+    tiles = sees.view(rows, 20, tile_n)
     total, whole = schedule.blocks(length, first, rows, causal, tile_n)
-    needed = [n for n in range(20) if any(sees(row, n * tile_n + i) for row in range(rows) for i in range(tile_n))]
-    full = [n for n in range(20) if all(sees(row, n * tile_n + i) for row in range(rows) for i in range(tile_n))]
+    needed, full = (x.nonzero().flatten().tolist() for x in (tiles.any(0).any(-1), tiles.all(0).all(-1)))
     assert needed == list(range(len(needed)))
     assert total == max(1, len(needed))
     assert full == list(range(whole))

@@ -19,6 +19,7 @@ CONFIGS = gates(
         Config("model1", 1, 8),
         Config("model1", 2, 64),
         Config("v4.1", 1, 16),
+        Config("bf16_576", 1, 16),
         Config("bf16_576", 1, 64),
     ],
     [

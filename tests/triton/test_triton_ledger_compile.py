@@ -73,9 +73,7 @@ def allocated(kernel, arguments, config, target, divisible: bool) -> int:
 
 def ledger(config, dtype, mask: str, in_place: bool) -> int:
     if getattr(config, "e4m3", False):
-        return decode.e4m3_bytes(
-            config.d_main, config.d_rest, config.dv_tile, dtype.itemsize, config.stages, MASK_BYTES[mask]
-        )
+        return decode.e4m3_bytes(config.d_main, config.d_rest, config.dv_tile, config.stages, MASK_BYTES[mask])
     columns = (config.d_main + config.d_rest, 0 if config.reuse else config.dv_tile, config.dv_tile)
     # with exact products FP32 keeps one copy of q and the probabilities, as BF16 does
     return smem_bytes(config.tile_m, config.tile_n, *columns, dtype.itemsize, config.stages, in_place, MASK_BYTES[mask])

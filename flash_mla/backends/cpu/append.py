@@ -1,4 +1,4 @@
-"""Write new rows into their pages on the CPU: as they are by torch's ops, or quantised by a compiled kernel."""
+"""Write new rows into their pages on the CPU, as they are or quantised: by compiled kernels, or by torch's ops."""
 
 from __future__ import annotations
 
@@ -10,16 +10,71 @@ from torch import Tensor
 
 from flash_mla.backends.cpu import engine
 from flash_mla.backends.cpu.surroundings import undisturbed
+from flash_mla.passed import Passed, facts
 from flash_mla.problem import BLOCK, FP8, AppendArgs, AppendRowsArgs
 from flash_mla.quant import RowFormat
 
 TEAM_ROWS = 256
-"""Rows from which on a team is woken: about 50 us of one core."""
+"""Rows from which on a team is woken to quantise them: about 50 us of one core."""
+TEAM_BYTES = 1 << 19
+"""Bytes of K from which on a team is woken to copy rows: the same."""
+
+
+SHARED = Passed[engine.Arguments]()
+"""Arguments of the copying kernel but for addresses, by what the tensors look like."""
+
+
+def launch(args: AppendArgs) -> None:
+    """Token i of request b goes to position start_pos[b] + i."""
+    if engine.missing() is None:
+        copy_rows(args)
+    else:
+        index_rows(args)
+
+
+@functools.cache
+def copying() -> engine.Entries:
+    """The compiled kernel that copies."""
+    from flash_mla.kernels.cpu.append import Appending
+
+    return engine.Entries(Appending(), 0)
+
+
+def copy_rows(args: AppendArgs) -> None:
+    """By the compiled kernel."""
+    key = facts(*args)
+    shared = SHARED.get(key)
+    if shared is None:
+        shared = SHARED.keep(key, copied(args))
+    packed = type(shared).from_buffer_copy(shared)
+    given = [x if x is None else x.contiguous() for x in (args.start_pos, args.num_tokens)]
+    tensors = (args.k, args.v, args.k_cache, args.v_cache, args.block_table, *given)
+    packed[1 : 1 + len(tensors)] = [0 if x is None else x.data_ptr() for x in tensors]
+    size = args.k.numel() * args.k.element_size()
+    copying().run(packed, torch.get_num_threads() if size >= TEAM_BYTES else 1)
+
+
+def copied(args: AppendArgs) -> engine.Arguments:
+    """The kernel's arguments without addresses."""
+    from flash_mla.kernels.cpu.append import ARGUMENTS
+
+    B, heads, P, _ = args.k.shape
+    values = {"N": B * P, "P": P, "heads": heads, "Nblk": args.k_cache.shape[2]}
+    for name, x in (("table", args.block_table), ("starts", args.start_pos), ("counts", args.num_tokens)):
+        values[f"{name}_wide"] = x is not None and x.dtype == torch.int64
+    table = args.block_table
+    values |= {"table_row": table.stride(0) * table.element_size(), "table_blocks": table.shape[1]}
+    for name, rows, cache in (("k", args.k, args.k_cache), ("v", args.v, args.v_cache)):
+        if rows is not None and cache is not None:
+            values |= engine.strides(name, rows.stride()[:3], rows.dtype, "bhr")
+            values |= engine.strides(f"{name}_cache", cache.stride()[:4], cache.dtype, "bhpk")
+            values[f"{name}_bytes"] = rows.shape[3] * rows.element_size()
+    return engine.arguments(ARGUMENTS, **values)
 
 
 @undisturbed
-def launch(args: AppendArgs) -> None:
-    """Token i of request b goes to position start_pos[b] + i."""
+def index_rows(args: AppendArgs) -> None:
+    """By torch's ops."""
     B, _, P, _ = args.k.shape
     token = torch.arange(P).expand(B, P)
     position = token if args.start_pos is None else token + args.start_pos[:, None]

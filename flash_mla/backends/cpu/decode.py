@@ -61,6 +61,8 @@ def launch(problem: DecodeProblem, config: None, args: DecodeArgs) -> None:
     """Plan each request's reads, attend to them, merge, store."""
     if problem.tail:
         problem, args = problem._replace(tail=False), args._replace(mask=args.whole_mask(longest(problem, args)))
+    if problem.alias:
+        args = args._replace(v=args.k[..., : problem.Dv])
     if problem.batch_invariant and problem.B > 1:
         # a request alone is read in the same slices in every batch
         alone = problem._replace(B=1)
@@ -77,6 +79,7 @@ def launch(problem: DecodeProblem, config: None, args: DecodeArgs) -> None:
     out, lse = merge_parts(problem, parts)
     rows = (problem.ratio, problem.S_q)
     store(args, slice(0, problem.B), out.unflatten(2, rows), lse.unflatten(2, rows))
+    args.mark_empty()
 
 
 def longest(problem: DecodeProblem, args: DecodeArgs) -> int:

@@ -337,6 +337,7 @@ class Decode(Call):
             packed[self.at["rope"]] = args.k_rope.data_ptr()
         mask = put_optional(self, packed, args) if self.optional else None
         self.run(packed, args, mask, *keys_of(args, lens))
+        args.mark_empty()
 
 
 class Prefill(Call):

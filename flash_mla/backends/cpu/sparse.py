@@ -34,6 +34,7 @@ def config(problem: SparseProblem) -> None:
 @undisturbed
 def launch(problem: SparseProblem, config: None, args: SparseArgs) -> None:
     """The whole call, slice after slice of the query tokens."""
+    args = args.normalised()
     tokens = problem.B * problem.S_q
     topk = sum(keys.topk for keys in problem.sets)
     step = max(1, SLICE_BYTES // (4 * max(topk, 1) * (problem.D + problem.Hq)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import LOG2_E, int32, multiprocessors, on_device
+from flash_mla.backends.hopper.scratch import scratch
 from flash_mla.backends.hopper.strides import query_row_stride
 from flash_mla.kernels.hopper import split
 from flash_mla.problem import DecodeArgs, DecodeProblem
@@ -71,8 +73,8 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
     clusters = split.useful_clusters(clusters, items(config, problem), problem.table_blocks)
     # an lse that the call does not want lies behind the workspace
     lse_start = config.workspace_words(clusters, piece_slots(config, problem))
-    B, Hq, S_q = lse_shape = (problem.B, problem.Hq, problem.S_q)
-    lse_strides, words = (Hq * S_q, S_q, 1), lse_start + B * Hq * S_q
+    lse_shape = (problem.B, problem.Hq, problem.S_q)
+    words = lse_start + math.prod(lse_shape)
     scalars = (
         int(problem.sink),
         query_row_stride(problem),
@@ -85,10 +87,11 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
     latent, factors = config.latent, config.factors
 
     def launch(args: DecodeArgs) -> None:
-        q, k, v, table, seq_lens, mask, q_descale, k_descale, v_descale, sink, scale, out, lse, _ = args
-        workspace = q.new_empty(words if lse is None else lse_start, dtype=torch.float32)
+        q, k, v, table, seq_lens, mask, q_descale, k_descale, v_descale, sink, scale, out, lse, _, empty_lse = args
+        kept = scratch(device, words)
+        workspace = kept.workspace
         if lse is None:
-            lse = workspace.as_strided(lse_shape, lse_strides, lse_start)
+            lse = kept.view(lse_shape, lse_start)
         if factors:
             q_descale, k_descale, v_descale = (factor(problem, x, workspace) for x in (q_descale, k_descale, v_descale))
         # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own
@@ -107,6 +110,7 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
             workspace,
             None if mask is None else bytes_of(mask),
             scale * LOG2_E,
+            empty_lse,
             *scalars,
         )
 

@@ -51,5 +51,6 @@ def bind(problem: DecodeProblem, config: Config) -> Callable[[DecodeArgs], None]
         lengths = int32(args.seq_lens).clamp(0, problem.table_blocks * BLOCK)
         same["seq_lens"] = lengths
         attend(PrefillArgs(**same, start_pos=lengths - problem.S_q, block_mask=None))
+        args.mark_empty()
 
     return launch

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import LOG2_E, int32, multiprocessors, on_device
+from flash_mla.backends.hopper.scratch import scratch
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.mla_decode.config import START
 from flash_mla.kernels.hopper.sparse_decode.config import DV, SPLIT_COST, TILES, Config
@@ -90,7 +91,7 @@ def bind(problem: SparseProblem, config: Config) -> Callable[[SparseArgs], None]
     nothing = torch.empty(1, dtype=torch.int32, device=device)
 
     def launch(args: SparseArgs) -> None:
-        workspace = args.q.new_empty(words, dtype=torch.float32)
+        workspace = scratch(device, words).workspace
         caches: list[Tensor] = []
         for cache, indices, lengths in args.keys:
             caches += (cache, int32(indices), nothing if lengths is None else int32(lengths))

@@ -107,10 +107,10 @@ def bind(problem: SparseProblem, config: Choice) -> Callable[[SparseArgs], None]
             args.lse,
             args.max_logits,
             args.softmax_scale * LOG2_E,
+            args.empty_lse,
             int(lengths is not None),
             int(args.attn_sink is not None),
             ctas,
         )
-        args.mark_empty()
 
     return on_device(problem.device, launch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,22 +13,38 @@ from flash_mla.kernels.triton.launcher import Launcher
 from flash_mla.passed import Passed, facts
 from flash_mla.problem import FP8, AppendArgs, AppendRowsArgs
 
-LAUNCHERS = Passed[Launcher]()
-"""Kernels bound to all but their tensors, by what these look like."""
+Launch = Callable[[AppendArgs], None]
+
+LAUNCHES = Passed[Launch]()
+"""Launches bound to all but their tensors, by what these look like."""
 
 
 def launch(args: AppendArgs) -> None:
     """Write AppendArgs' rows into the pages; rows whose place lies outside the table or the cache are dropped."""
-    if args.k.dtype == FP8:  # a copy: the bytes do
-        copied = {name: getattr(args, name) for name in ("k", "v", "k_cache", "v_cache")}
-        args = args._replace(**{name: x.view(torch.uint8) for name, x in copied.items() if x is not None})
+    bind(args)(args)
+
+
+def bind(args: AppendArgs) -> Launch:
+    """The launch of all calls with the facts of these args."""
     key = facts(*args)
-    launcher = LAUNCHERS.get(key)
-    if launcher is None:
-        bound = Launcher(append.append_kernel, append.grid(*args.k.shape[:3]), append.constants(*args[:5]), {})
-        launcher = LAUNCHERS.keep(key, bound)
-    with device_of(args.k.device):
-        launcher(tensors(args))
+    if (found := LAUNCHES.get(key)) is not None:
+        return found
+    device, given = args.k.device, as_copied(args)
+    launcher = Launcher(append.append_kernel, append.grid(*given.k.shape[:3]), append.constants(*given[:5]), {})
+
+    def bound(args: AppendArgs) -> None:
+        with device_of(device):
+            launcher(tensors(as_copied(args)))
+
+    return LAUNCHES.keep(key, bound)
+
+
+def as_copied(args: AppendArgs) -> AppendArgs:
+    """FP8 as bytes: rows are copied as they are."""
+    if args.k.dtype != FP8:
+        return args
+    copied = {name: getattr(args, name) for name in ("k", "v", "k_cache", "v_cache")}
+    return args._replace(**{name: x.view(torch.uint8) for name, x in copied.items() if x is not None})
 
 
 def tensors(args: AppendArgs) -> dict[str, Tensor | None]:

@@ -57,7 +57,7 @@ def config(problem: DecodeProblem, on: Target | None = None) -> DecodeConfig:
         B=problem.B, Hq=problem.Hq, Hk=problem.Hk, S_q=problem.S_q, D=problem.D, Dv=problem.Dv,
         capacity=problem.table_blocks * problem.page, alias=problem.alias, mask=MASK_BYTES[problem.mask],
         itemsize=problem.kv_dtype.itemsize, target=on, batch_invariant=problem.batch_invariant,
-        latent=problem.dtype.itemsize if is_latent(problem, on) else 0,
+        latent=is_latent(problem, on),
     )  # fmt: skip
     if on.backend == "hip" and problem.mask == "float":
         # NOTE: Triton 3.6's AMD pipeliner destroys the mask's load ("operation destroyed but still has uses")
@@ -84,6 +84,7 @@ def bound(
 def launch(problem: DecodeProblem, config: DecodeConfig, args: DecodeArgs) -> None:
     """One kernel, and the combine where requests are split; smaller tiles where the device refuses these."""
     launch_fitting(launch_config, smaller_config, problem, config, args)
+    args.mark_empty()
 
 
 def smaller_config(config: DecodeConfig) -> DecodeConfig | None:

@@ -126,7 +126,7 @@ def arguments(
 
 def launch(problem: SparseProblem, config: sparse.Config, args: SparseArgs) -> None:
     """One kernel, and a merge where the keys of a token are split; smaller tiles where the device refuses these."""
-    launch_fitting(launch_config, smaller, problem, config, args)
+    launch_fitting(launch_config, smaller, problem, config, args.normalised())
     args.mark_empty()
 
 

@@ -96,7 +96,7 @@ def paged_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if step.is_token and picked is None and launches_bind(query, key, layer.pool):
         held = projection(module, query.dtype) if is_latent else None
-        return cache.token_decode(key.layer, query, scale, held)(query, key.k, key.v, step.starts), None
+        return cache.token_decode(query, key, scale, held)(query, key.k, key.v, step.starts), None
     q, k, v = (as_attention_takes(x, cache.dtype) for x in (query, key.k, key.v))
     step.write(torch.cat([k, v], -1) if is_latent else k, layer.k_rows, layer.k_descale)
     if not is_latent:

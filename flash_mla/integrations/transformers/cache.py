@@ -74,13 +74,14 @@ class PagedCache(Cache):
             self._layers = [Layer(self.pages, i, len(self.layers), self.index_dim) for i in range(len(self.layers))]
         return self._layers[index]
 
-    def token_decode(self, index: int, q: Tensor, scale: float, held: MLAProjection | None) -> TokenDecode:
-        """A layer's bound call for q, made once for q's shape, scale and projection."""
-        layer, key = self.layer(index), (facts(q), scale)
+    def token_decode(self, q: Tensor, new: NewTokens, scale: float, held: MLAProjection | None) -> TokenDecode:
+        """A layer's bound call for q and its new tokens, made once for their shapes, the scale and the projection."""
+        _, index, k, v = new
+        layer, key = self.layer(index), (facts(q, k, v), scale)
         call = layer.tokens.get(key)
         if call is None or call.held is not held:
             pages = self.pages
-            made = TokenDecode(layer, q, pages.block_table, pages.seq_lens, scale, held, self._scratch)
+            made = TokenDecode(layer, q, k, v, pages.block_table, pages.seq_lens, scale, held, self._scratch)
             call = layer.tokens.keep(key, made)
         return call
 

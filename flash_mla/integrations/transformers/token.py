@@ -28,6 +28,7 @@ class TokenDecode:
     Args:
         layer: the layer's part of the cache; not FP8.
         q: [B, Hq, 1, D] like that of all calls to come; of MLA not absorbed.
+        k, v: [B, Hk, 1, ..] likewise; of MLA the latent and the rope.
         table: [B, table_blocks], the cache's.
         lengths: [B], the cache's, the new tokens included.
         scale: of the softmax.
@@ -39,6 +40,8 @@ class TokenDecode:
         self,
         layer: Layer,
         q: Tensor,
+        k: Tensor,
+        v: Tensor,
         table: Tensor,
         lengths: Tensor,
         scale: float,
@@ -54,6 +57,7 @@ class TokenDecode:
                 self.bound = layer.bound(q, table, lengths, found, scale)
             else:
                 self._absorb(layer, q, lengths, scale, held, scratch)
+        self.append = self.bound.plan.appending(AppendArgs(k, v, *self.caches, table, lengths, None))
 
     def _absorb(
         self, layer: Layer, q: Tensor, lengths: Tensor, scale: float, held: MLAProjection, scratch: Scratch
@@ -77,15 +81,14 @@ class TokenDecode:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
         """Write k, v [B, Hk, 1, ..] (MLA: latent and rope) behind `starts` [B] tokens, and attend: [B, 1, Hq, V]."""
-        plan = self.bound.plan
-        plan.append(AppendArgs(k, v, *self.caches, self.table, starts, None))
+        self.append(AppendArgs(k, v, *self.caches, self.table, starts, None))
         if self.held is None:
             out = torch.empty_like(self.found)
             self.bound.attend(q, self.table, self.lengths, out, False)
             return out.transpose(1, 2)
         torch.bmm(q.as_strided(*self.nope), self.w_k, out=self.absorbed)
         self.rotated.copy_(q.narrow(*self.rope))
-        plan.launch(self.args)
+        self.bound.plan.launch(self.args)
         out = q.new_empty(self.out)
         torch.bmm(self.found, self.w_v, out=out.as_strided(*self.out_by_head))
         return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from flash_mla.kernels.cpu.append import Append, Appending
 from flash_mla.kernels.cpu.config import Spec
 from flash_mla.kernels.cpu.few import Few
 from flash_mla.kernels.cpu.ir import POINTER, Code
@@ -13,7 +14,7 @@ from flash_mla.kernels.cpu.rows import Quantising, Rows
 from flash_mla.kernels.cpu.tiles import Tiles
 from flash_mla.kernels.cpu.topk import Selection, Topk
 
-Kernel = Spec | Selection | Quantising
+Kernel = Spec | Selection | Quantising | Appending
 """What names a kernel."""
 
 BY_UNIT = {"fma": Many, "avx512bf16": Pairs, "neon": Pairs, "amx": Tiles}
@@ -26,6 +27,8 @@ def build(spec: Kernel) -> ir.Module:
         module = Topk(spec).build()
     elif isinstance(spec, Quantising):
         module = Rows(spec).build()
+    elif isinstance(spec, Appending):
+        module = Append().build()
     else:
         module = (BY_UNIT[spec.unit] if spec.many else Few)(spec).build()
     member = Code(module, "member", [POINTER] * 3)

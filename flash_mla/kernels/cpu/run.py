@@ -30,11 +30,12 @@ class Run:
         """Where this thread's memory starts, `size` bytes."""
         return self.pointer("memory") + self.at["slot"].add_atomic(1, "monotonic") * size
 
-    def given(self, name: str, i: Value, otherwise: Value, most: Value) -> Value:
-        """Integer i of an array, inside [0, most]; `otherwise` where no array is given."""
+    def given(self, name: str, i: Value, otherwise: Value, most: Value | None = None) -> Value:
+        """Integer i of an array, inside [0, most] if there is a most; `otherwise` where no array is given."""
         x = self.g.variable(otherwise)
         with self.g.when(self.a[name].differs(0)):
-            x.set(self.g.integer(self.pointer(name), i, self.a[f"{name}_wide"]).max(0).min(most))
+            integer = self.g.integer(self.pointer(name), i, self.a[f"{name}_wide"])
+            x.set(integer if most is None else integer.max(0).min(most))
         return x.get()
 
     @contextmanager

@@ -122,6 +122,7 @@ def combine_pieces_kernel(
     packing: Packing,
     heads: Int32,
     groups: Int32,
+    empty_lse: Float32,
     piece: cutlass.Constexpr,
 ):
     cta, _, _ = cute.arch.block_idx()
@@ -130,7 +131,7 @@ def combine_pieces_kernel(
     item_rows = cutlass.min(cluster_rows, lse.shape[1] // heads)
     items = seq_lens.shape[0] * groups
     slots = split.piece_slots(table.shape[1], piece, cutlass.min)
-    target = Target(out, lse, sink, has_sink, packing, heads, -Float32.inf, cluster_rows)
+    target = Target(out, lse, sink, has_sink, packing, heads, empty_lse, cluster_rows)
     cute.arch.griddepcontrol_wait()
 
     unit = cta + CTAS * warp_id
@@ -256,29 +257,27 @@ def lse_of(lse_partial: cute.Tensor, begin, piece, pieces, part_row, together: c
 
 
 @cute.jit
-def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, stream, empty_lse=None):
+def combine(out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, empty_lse, stream):
     """Launch the kernel behind the decode kernel of the same stream.
 
-    has_sink and heads (KV heads): Int32; packing: the order of rows; empty_lse: lse of a row without keys, Float32;
-    None: -inf.
+    has_sink and heads (KV heads): Int32; packing: the order of rows; empty_lse: lse of a row without keys, Float32.
     """
-    empty_lse = -Float32.inf if const_expr(empty_lse is None) else empty_lse
     combine_kernel(out, lse, out_partial, lse_partial, split_of, sink, has_sink, packing, heads, empty_lse).launch(
         grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream
     )
 
 
 @cute.jit
-def combine_partials(tensors, has_sink, packing, heads, groups, stream, piece: cutlass.Constexpr):
+def combine_partials(tensors, has_sink, packing, heads, groups, empty_lse, stream, piece: cutlass.Constexpr):
     """Launch what a decode call needs, whose items are cut where ranges end or, unless `piece` is 0, into pieces.
 
     tensors: the call's; groups: items a request; the others as in `combine`.
     """
     out, lse, sink, partials = tensors.out, tensors.lse, tensors.sink, tensors.partials
     if const_expr(piece == 0):
-        combine(out, lse, *partials, sink, has_sink, packing, heads, stream)
+        combine(out, lse, *partials, sink, has_sink, packing, heads, empty_lse, stream)
     else:
         combine_pieces_kernel(
             out, lse, partials.out, partials.lse, tensors.table, tensors.seq_lens, sink, has_sink, packing, heads,
-            groups, piece,
+            groups, empty_lse, piece,
         ).launch(grid=(CTAS, 1, 1), block=(32 * WARPS, 1, 1), use_pdl=True, stream=stream)  # fmt: skip

@@ -4,7 +4,8 @@ A kernel is an object with `config`, `kernel`, the device function, and
 
     loads(q, k, v) -> what `kernel` takes first: TMA descriptors and views of
         q [rows, D, Hk, B] and pages k [64, D, Hk, Nblk, requests], v [64, Dv, Hk, Nblk, requests], in global memory
-    scalars(scale_log2, packing, has_sink, rows, tiles, heads) -> what it takes last; tiles of the rows of a KV head
+    scalars(scale_log2, packing, has_sink, empty_lse, rows, tiles, heads) -> what it takes last; tiles of the rows of a
+        KV head
 
 with `Tensors` between them. A config says what is the kernel's: `latent`, whether K is all there is, of one KV head, V
 its first columns; `factors`, whether it takes descales at all, and `descale`, whether they count; `rows`, query rows of
@@ -72,6 +73,7 @@ class Decode:
         workspace: cute.Tensor,  # [config.workspace_words(clusters, ...)] FP32
         seen: cute.Tensor,  # [B, Hq, S_q, columns] uint8; None if not config.masked
         scale_log2: Float32,
+        empty_lse: Float32,  # lse of a row without keys
         has_sink: Int32,
         q_row: Int64,  # elements between the packed query rows of a KV head
         tail: Int32,  # whether `seen` is over the S_q newest tokens alone
@@ -110,10 +112,10 @@ class Decode:
             pages(k, k_requests),
             None if const_expr(config.latent) else pages(v, v_requests),
         )
-        scalars = self.kernel.scalars(scale_log2, packing, has_sink, rows, tiles, heads)
+        scalars = self.kernel.scalars(scale_log2, packing, has_sink, empty_lse, rows, tiles, heads)
         launch_persistent(self.kernel.kernel(*loads, tensors, scalars), config, clusters, stream)
         if splits != 0:
-            combine_partials(tensors, has_sink, packing, Int32(heads), groups, stream, config.piece)
+            combine_partials(tensors, has_sink, packing, Int32(heads), groups, empty_lse, stream, config.piece)
 
 
 def pages(cache: cute.Tensor, requests) -> cute.Tensor:
@@ -152,7 +154,7 @@ def arguments(config: Any, q: str, cache: str, out: str) -> tuple:
         symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
         symbolic.tensor(Uint8, (B, Hq, S_q, None), strided=True) if config.masked else None,
-        *symbolic.numbers(Float32, Int32, Int64, Int32, Int32, Int32, Int32, Int32),
+        *symbolic.numbers(Float32, Float32, Int32, Int64, Int32, Int32, Int32, Int32, Int32),
     )
 
 

@@ -69,11 +69,24 @@ def power_of(most, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def high_low(x):
-    """FP32 below 2^8 as two e4m3, four bits each; what is not finite as NaN."""
+def high_low(x, low):
+    """FP32 below 2^8 in e4m3, four bits; where `low`, what that leaves, another four. What is not finite as NaN."""
     x = tl.where(tl.abs(x) < float("inf"), x, float("nan"))
-    high = x.to(tl.float8e4nv)
-    return high, (x - high.to(tl.float32)).to(tl.float8e4nv)
+    high = x.to(tl.float8e4nv).to(tl.float32)
+    return tl.where(low, x - high, x).to(tl.float8e4nv)
+
+
+@triton.jit
+def twice(rows):
+    """Where the terms of 2 * n rows come from, two a row, 8 apart: one thread of a product has both."""
+    return rows // 16 * 8 + rows % 8
+
+
+@triton.jit
+def add_terms(x):
+    """[2 * n, columns] of `twice` to [n, columns]."""
+    n: tl.constexpr = x.shape[0] // 2
+    return tl.reshape(tl.sum(tl.reshape(x, (n // 8, 2, 8, x.shape[1])), 1), (n, x.shape[1]))
 
 
 @triton.jit
@@ -88,15 +101,6 @@ CUT = tl.constexpr(64)
 """Products of e4m3 that wgmma, which keeps some 14 bits of a sum, adds by itself; such sums are added in FP32. At
 magnitudes of 20 (scores in the thousands) out is off by 1.2e-2 of its largest element, without the cuts by 3.4e-1; they
 take 8 % of the time (H200, 128 heads)."""
-
-
-@triton.jit
-def e4m3_scores(q, q_low, k, scores, TERMS: tl.constexpr):
-    """scores (None: 0) + (q + q_low) k^T."""
-    scores = tl.dot(q, tl.trans(k), scores, max_num_imprecise_acc=CUT)
-    if TERMS == 2:
-        scores = tl.dot(q_low, tl.trans(k), scores, max_num_imprecise_acc=CUT)
-    return scores
 
 
 @triton.jit
@@ -165,10 +169,8 @@ def attend(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     rest_rows=None,  # [TILE_N] likewise for the columns from D_MAIN on, as if column 0 lay there; None: k_rows
-    q_low=None,  # TERMS 2: what is added to q and q_rest, e4m3
-    q_rest_low=None,
-    row_scale=None,  # [TILE_M], TERMS 2: what their products are multiplied by
-    TERMS: tl.constexpr = 0,  # e4m3 rows that a row of q is; 0: q is not in e4m3
+    row_scale=None,  # [TILE_M], E4M3: what the products of q are multiplied by
+    E4M3: tl.constexpr = False,  # q is [2 * TILE_M, ...]: e4m3, each row in two terms (`twice`)
     TAIL: tl.constexpr = False,
     mask_first=0,  # TAIL: the token of the mask's first column; earlier ones are all seen
 ):
@@ -176,7 +178,7 @@ def attend(
 
     Without TEST every row sees every token of the tile, and no mask is read.
     The dot with K goes over the D_MAIN columns and, where the head has them, over the rest; REUSE takes V from K's main
-    columns, which are then read once. With TERMS, K is multiplied in e4m3, as it was copied. FLIP negates the scores:
+    columns, which are then read once. With E4M3, K is multiplied as it was copied. FLIP negates the scores:
     scale is a magnitude, so that a row's maximum may be taken before the product.
     """
     stored = tokens < end
@@ -188,8 +190,8 @@ def attend(
         r_live = r_live & stored[:, None]
         v_live = v_live & stored[:, None]
     k = tl.load(k_rows[:, None] + offs_d[None, :], mask=d_live, other=0.0)
-    if TERMS > 0:
-        scores = e4m3_scores(q, q_low, k, None, TERMS)
+    if E4M3:
+        scores = tl.dot(q, tl.trans(k), max_num_imprecise_acc=CUT)
         k = widen(k, WIDEN)
     else:
         k = widen(k, WIDEN).to(q.dtype)
@@ -198,13 +200,13 @@ def attend(
         if rest_rows is None:
             rest_rows = k_rows
         k_rest = tl.load(rest_rows[:, None] + offs_r[None, :], mask=r_live, other=0.0)
-        if TERMS > 0:
-            scores = e4m3_scores(q_rest, q_rest_low, k_rest, scores, TERMS)
+        if E4M3:
+            scores = tl.dot(q_rest, tl.trans(k_rest), scores, max_num_imprecise_acc=CUT)
         else:
             k_rest = widen(k_rest, WIDEN).to(q.dtype)
             scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
-    if TERMS == 2:
-        scores *= row_scale[:, None]
+    if E4M3:
+        scores = add_terms(scores) * row_scale[:, None]
 
     if FLIP:
         scores = -scores

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_mla.kernels.triton.attend import LOG2E, attend, high_low, normalise, power_of, widen
+from flash_mla.kernels.triton.attend import LOG2E, attend, high_low, normalise, power_of, twice, widen
 from flash_mla.kernels.triton.item import store_item
 from flash_mla.kernels.triton.share import (
     BLOCK,
@@ -92,7 +92,7 @@ def config(
     itemsize: int,
     target: Target,
     batch_invariant: bool = False,
-    latent: int = 0,
+    latent: bool = False,
 ) -> Config:
     """The tiles for these dims: pure arithmetic, no device.
 
@@ -101,7 +101,7 @@ def config(
         mask: bytes of an element (tiles.MASK_BYTES).
         itemsize: bytes of an element of K; q's may be 2 where it is 1.
         batch_invariant: the tiles are then the same for every B and capacity, as they are otherwise too.
-        latent: bytes of an element of q where K is an FP8 latent whose rows Hopper's copies can bring, else 0.
+        latent: K is an FP8 latent whose rows Hopper's copies can bring.
     """
     rows = S_q * (Hq // Hk)
     columns = cut_columns(D, Dv, alias, itemsize, target)
@@ -136,11 +136,11 @@ def config(
     products = "ieee" if wide or not found else precision(itemsize, target)
     warps = 8 if wide or tile_m * columns.dv_tile > 32 * 256 else 4
     per_sm = max(1, min(2, target.smem // smem(tile_m, stages, tile_n)))
-    few, e4m3 = latent > 0 and rows <= 32, latent > 0 and rows > 32
+    few, e4m3 = latent and rows <= 32, latent and rows > 32
     if few:
         tile_m, tile_n, stages, warps, per_sm = max(16, power_of_2(rows)), 64, 2, 4, 2
     elif e4m3:
-        held = e4m3_bytes(columns.d_main, columns.d_rest, columns.dv_tile, latent, 3, mask)
+        held = e4m3_bytes(columns.d_main, columns.d_rest, columns.dv_tile, 3, mask)
         tile_m, tile_n, stages, warps, per_sm = 64, 64, 3 if held <= target.smem else 2, 8, 1
 
     # cut requests unless there are so many items that the last one's length does not matter
@@ -161,11 +161,11 @@ def config(
     )  # fmt: skip
 
 
-def e4m3_bytes(d_main: int, d_rest: int, dv_tile: int, q_bytes: int, stages: int, mask: int) -> int:
-    """`tiles.smem_bytes` where scores are products of e4m3, 64 x 64: q a term and V in FP16 beside K as it is copied
-    (212 KiB under 16-bit queries, 3 stages)."""
+def e4m3_bytes(d_main: int, d_rest: int, dv_tile: int, stages: int, mask: int) -> int:
+    """`tiles.smem_bytes` where scores are products of e4m3, 64 x 64: two terms of q, and V and the probabilities in
+    FP16, beside K as it is copied (220 KiB with 3 stages)."""
     d = d_main + d_rest
-    return 64 * ((stages - 1) * d + d_rest + 2 * dv_tile + q_bytes * d) + stages * 64 * 64 * mask
+    return 64 * ((stages - 1) * d + d_rest + 2 * (dv_tile + 64) + 2 * d) + stages * 64 * 64 * mask
 
 
 # --- Kernel ---
@@ -225,7 +225,7 @@ def decode_kernel(
     WIDEN: tl.constexpr,
     WIDEN_Q: tl.constexpr,
     PRECISION: tl.constexpr,
-    TERMS: tl.constexpr,  # as in attend
+    E4M3: tl.constexpr,  # as in attend
 ):  # fmt: skip
     m_tile = tl.program_id(0)
     program = tl.program_id(1)
@@ -265,24 +265,28 @@ def decode_kernel(
             scale *= tl.load(k_descale_ptr + b64 * stride_kdb + kv_head * stride_kdh)
         scale = tl.maximum(scale, 1e-30)  # at 0, -inf * scale would be NaN
 
-        # load q
-        q_rows = b64 * stride_qb + head.to(tl.int64) * stride_qh + query * stride_qs
+        # load q; in two terms, each row twice
+        q_at = tl.arange(0, 2 * TILE_M if E4M3 else TILE_M)
+        q_low = (q_at % 16 >= 8)[:, None]
+        q_at = m_tile * TILE_M + (twice(q_at) if E4M3 else q_at)
+        q_head = kv_head * RATIO + q_at % RATIO
+        q_rows = b64 * stride_qb + q_head.to(tl.int64) * stride_qh + q_at // RATIO * stride_qs
         q_tile = q_ptr + q_rows[:, None]
-        d_live = row_live[:, None] & (offs_d < D)[None, :]
-        q = widen(tl.load(q_tile + offs_d[None, :], mask=d_live, other=0.0), WIDEN_Q)
+        q_live = (q_at < S_Q * RATIO)[:, None]
+        q = widen(tl.load(q_tile + offs_d[None, :], mask=q_live & (offs_d < D)[None, :], other=0.0), WIDEN_Q)
+        q_rest = q
         if D_REST > 0:
-            r_live = row_live[:, None] & (offs_r < D)[None, :]
-            q_rest = widen(tl.load(q_tile + offs_r[None, :], mask=r_live, other=0.0), WIDEN_Q)
-        else:
-            q_rest = q
-        q_low, q_rest_low, row_scale = None, None, None
-        if TERMS == 2:
+            q_rest = tl.load(q_tile + offs_r[None, :], mask=q_live & (offs_r < D)[None, :], other=0.0)
+            q_rest = widen(q_rest, WIDEN_Q)
+        row_scale = None
+        if E4M3:
             q, q_rest = q.to(tl.float32), q_rest.to(tl.float32)
             power = power_of(tl.maximum(tl.max(tl.abs(q), 1), tl.max(tl.abs(q_rest), 1)), 7)
             inverse = (0x7F000000 - power).to(tl.float32, bitcast=True)[:, None]
-            row_scale = power.to(tl.float32, bitcast=True)
-            q, q_low = high_low(q * inverse)
-            q_rest, q_rest_low = high_low(q_rest * inverse)
+            row_scale = tl.max(tl.reshape(power, (TILE_M // 8, 2, 8)), 1)
+            row_scale = tl.reshape(row_scale, (TILE_M,)).to(tl.float32, bitcast=True)
+            q = high_low(q * inverse, q_low)
+            q_rest = high_low(q_rest * inverse, q_low)
 
         k_head = k_ptr + (b64 * stride_kb + kv_head.to(tl.int64) * stride_kh)
         v_head = v_ptr + (b64 * stride_vb + kv_head.to(tl.int64) * stride_vh)
@@ -321,8 +325,7 @@ def decode_kernel(
                 tokens=t + offs_n, end=seq_len, limit=limit, mask_rows=mask_rows, mask_len=mask_len,
                 stride_mt=stride_mt, row_live=row_live, offs_d=offs_d, offs_r=offs_r, offs_v=offs_v, D=D, DV=DV,
                 MASK=MASK, TEST=True, D_REST=D_REST, REUSE=REUSE, FLIP=FLIP, WIDEN=WIDEN, PRECISION=PRECISION,
-                rest_rows=rest_rows, TAIL=TAIL, mask_first=seq_len - S_Q, q_low=q_low, q_rest_low=q_rest_low,
-                row_scale=row_scale, TERMS=TERMS,
+                rest_rows=rest_rows, TAIL=TAIL, mask_first=seq_len - S_Q, row_scale=row_scale, E4M3=E4M3,
             )  # fmt: skip
 
         # write the item, or this share's part of it
@@ -395,5 +398,5 @@ def constants(config: Config, *, q: Tensor, v: Tensor, **others: Any) -> dict[st
         **same_constants(config, q=q, v=v, **others), **strides("v", "bhn", v), D=q.shape[3], STRIDE_VT=v.stride(3),
         D_MAIN=config.d_main, D_REST=config.d_rest, DV_TILE=config.dv_tile, REUSE=config.reuse,
         WIDEN_Q=config.widen if q.element_size() == 1 and not config.e4m3 else "", PRECISION=config.precision,
-        TERMS=q.element_size() if config.e4m3 else 0,
+        E4M3=config.e4m3,
     )  # fmt: skip

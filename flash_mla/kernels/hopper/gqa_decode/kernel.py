@@ -87,8 +87,8 @@ class GqaDecode(Kernel[Config]):
         load_q = load_of(q, self.config.tile_n, columns) if self.config.q_terms == 1 else None
         return q, load_q, load_of(k, BLOCK, columns), load_of(v, BLOCK, columns)
 
-    def scalars(self, scale_log2, packing, has_sink, rows, tiles, heads) -> Scalars:
-        return Scalars(scale_log2, packing, has_sink, rows, tiles, heads)
+    def scalars(self, scale_log2, packing, has_sink, empty_lse, rows, tiles, heads) -> Scalars:
+        return Scalars(scale_log2, packing, has_sink, empty_lse, rows, tiles, heads)
 
     @cute.kernel
     def kernel(self, q: cute.Tensor, load_q: Tma | None, load_k: Tma, load_v: Tma, tensors: Tensors, scalars: Scalars):

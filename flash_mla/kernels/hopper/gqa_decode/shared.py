@@ -19,11 +19,13 @@ from flash_mla.kernels.hopper.walk import Place
 
 
 class Scalars(NamedTuple):
-    """scale * log2(e); the order of rows; whether `sink` counts; rows and row tiles of a KV head; KV heads."""
+    """scale * log2(e); the order of rows; whether `sink` counts; lse of a row without keys; rows and row tiles of a KV
+    head; KV heads."""
 
     scale_log2: Float32
     packing: Packing
     has_sink: Int32
+    empty_lse: Float32
     rows: Int32
     tiles: Int32
     heads: Int32
@@ -32,11 +34,6 @@ class Scalars(NamedTuple):
     def groups(self):
         """Items of a request: its row tiles, KV head by KV head."""
         return self.heads * self.tiles
-
-    @property
-    def empty_lse(self):
-        """lse of a row without keys."""
-        return -Float32.inf
 
 
 class Item(NamedTuple):

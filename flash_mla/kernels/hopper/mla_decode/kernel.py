@@ -93,8 +93,8 @@ class MlaDecode(Kernel[Config]):
             k,
         )
 
-    def scalars(self, scale_log2, packing, has_sink, _rows, tiles, _heads) -> Scalars:
-        return Scalars(scale_log2, packing, has_sink, tiles)
+    def scalars(self, scale_log2, packing, has_sink, empty_lse, _rows, tiles, _heads) -> Scalars:
+        return Scalars(scale_log2, packing, has_sink, empty_lse, tiles)
 
     @cute.kernel
     def kernel(self, load_q: Tma, load_k: Tma, pages: cute.Tensor, tensors: Tensors, scalars: Scalars):

@@ -27,17 +27,13 @@ from flash_mla.kernels.hopper.split import scan_words
 
 
 class Scalars(NamedTuple):
-    """scale * log2(e); the order of rows; whether `sink` counts; row groups a request."""
+    """scale * log2(e); the order of rows; whether `sink` counts; lse of a row without keys; row groups a request."""
 
     scale_log2: Float32
     packing: Packing
     has_sink: Int32
+    empty_lse: Float32
     groups: Int32
-
-    @property
-    def empty_lse(self):
-        """lse of a row without keys."""
-        return -Float32.inf
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,8 @@ class MlaDecodeFp8(Kernel[Config]):
         )
         return loads, k, cute.make_tensor(q.iterator, cute.select(q.layout, mode=[2, 0, 1]))
 
-    def scalars(self, scale_log2, packing, has_sink, _rows, tiles, _heads) -> Scalars:
-        return Scalars(scale_log2, packing, has_sink, tiles)
+    def scalars(self, scale_log2, packing, has_sink, empty_lse, _rows, tiles, _heads) -> Scalars:
+        return Scalars(scale_log2, packing, has_sink, empty_lse, tiles)
 
     @cute.kernel
     def kernel(self, loads: Loads, pages: cute.Tensor, q: cute.Tensor, tensors: Tensors, scalars: Scalars):

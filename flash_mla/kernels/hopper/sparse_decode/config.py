@@ -132,10 +132,20 @@ class Config:
         return self.few and self.layout.scale == "fp32" and self.layout.group == RAW_GROUP
 
     @property
+    def copied(self) -> bool:
+        """Whether rows are copied as they are to where wgmma reads them; in a cluster a CTA must hand them on."""
+        return self.layout.codes == 0 and self.cluster == 1
+
+    @property
     def producer_warps(self) -> int:
         """Warps that fill the rows of a block; in a cluster each CTA fills half of the block."""
         # NOTE: 8 leave 128 registers on entry, too few for O of 32 heads, or of 64 in two halves
-        return 8 if self.few and not self.raw else 4
+        return 8 if self.few and not self.raw and not self.copied else 4
+
+    @property
+    def k_writers(self) -> int:
+        """Arrivals that fill a stage: of each producer warp, and of each of its lanes where its copies arrive."""
+        return self.producer_warps * (WARP + 1 if self.copied else 1)
 
     @property
     def thread_rows(self) -> int:

@@ -58,7 +58,7 @@ class Shared(shared.Shared):
         heads, block = config.tile_heads, K_CHUNKS * CHUNK_BYTES // 2
         k_barriers, q_barriers = storage.k_barriers.data_ptr(), storage.q_barriers.data_ptr()
         # NOTE: each stage has one reader, the warpgroup of its block
-        k = Channel.over("K", k_barriers, STAGES, readers=CONSUMER_WARPS // 2, writers=config.producer_warps)
+        k = Channel.over("K", k_barriers, STAGES, readers=CONSUMER_WARPS // 2, writers=config.k_writers)
         sK = view(storage.sK, BLOCK, config.D, 2, block)
         return Shared(
             config=config,

@@ -14,23 +14,24 @@ conversions: 1024 to 4096 cycles of an SM, and a cluster shares them. With 16 he
 
 Roles (producers behind the two consumer warpgroups):
     many   warpgroups 0, 1   208 registers   as in MLA decode: scores of the even, of the odd block; half of O each
-    few    warpgroups 0, 1   128 or 144    as in GQA decode: the even, the odd blocks; merged in the end
+    few    warpgroups 0, 1   128 to 208    as in GQA decode: the even, the odd blocks; merged in the end
     raw    warpgroups 0, 1   200 or 208    the same, and they convert rows on the way to their products
-    producer warps: 4 at 88 registers beside many, 8 at 128 (112) beside few, 4 at 104 (88) beside raw; the first loads
-    Q (TMA), notes split items (BF16 rows of few heads: 128 and 128, and the producers beside many)
+    producer warps: 4 at 88 registers beside many and over BF16 rows, 8 at 128 (112) beside few, 4 at 104 (88) beside
+    raw; the first loads Q (TMA), notes split items
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
     K   producer warps -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block
             many: one a warp (in a cluster also the peer's bytes) / 4 warps a CTA, as in MLA decode
             few: one a warp / the 4 warps that take the block
+            BF16 rows, but in a cluster: each lane besides, when its copies have landed
             raw: 4 stages = two pairs of whole blocks; one a warp and its rows' bytes / the 4 warps that take the block
         The mask of live keys travels with the left half of its block.
     Q   producer warp 0 -> warpgroups 0, 1   1 stage   1 + bytes / 8 warps
 
-Steady state of a producer warp beside few: `ring.py`, `raw.py`. Beside many, a batch (up to 4 or 6 loads of 16 bytes a
-thread): start the loads of the next batch | wait for the stage | convert the batch, e4m3 -> FP16 -> FP32 * scale ->
-BF16, one rounding | store it swizzled. Then, at the end of a half block: proxy fence, arrive; in a cluster copy the
-rows to the peer (bulk copy, 1 KB a chunk a warp).
+Steady state of a producer warp beside few: `ring.py`, `raw.py`; over BF16 rows: `copies.py`. Else, beside many, a batch
+(up to 4 or 6 loads of 16 bytes a thread): start the loads of the next batch | wait for the stage | convert the batch,
+e4m3 -> FP16 -> FP32 * scale -> BF16, one rounding | store it swizzled. Then, at the end of a half block: proxy fence,
+arrive; in a cluster copy the rows to the peer (bulk copy, 1 KB a chunk a warp).
 
 Supports any number of heads and of tokens, any topk, pages of any length at any pitch (multiples of 16 bytes), rows of
 `config.ROWS`. Rows that no index names are never read, indices outside a cache name none; keys that are not there have
@@ -64,6 +65,7 @@ from flash_mla.kernels.hopper.sparse_decode.config import (
     SPLIT_COST,
     Config,
 )
+from flash_mla.kernels.hopper.sparse_decode.copies import CopyProducer
 from flash_mla.kernels.hopper.sparse_decode.producer import Producer
 from flash_mla.kernels.hopper.sparse_decode.ring import RingProducer
 from flash_mla.kernels.hopper.sparse_decode.rows import Cache, Lengths
@@ -115,7 +117,7 @@ class SparseDecode(Kernel[Config]):
     def __call__(
         self,
         q: cute.Tensor,  # [B, S_q, Hq, D]
-        rows: cute.Tensor,  # [pages, page, D] BF16, or [pages, page, row bytes]
+        rows: cute.Tensor,  # [pages, page, 1, D] BF16, or [pages, page, 1, row bytes]
         indices: cute.Tensor,  # [B, S_q, topk] int32
         lengths: cute.Tensor,  # [B] int32; anything if not has_lengths & 1
         extra_rows: cute.Tensor,  # the second cache, as the first; anything if there is none
@@ -123,7 +125,7 @@ class SparseDecode(Kernel[Config]):
         extra_lengths: cute.Tensor,  # anything if not has_lengths & 2
         sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
         out: cute.Tensor,  # [B, S_q, Hq, 512], contiguous
-        lse: cute.Tensor,  # [B, S_q, Hq] FP32, contiguous
+        lse: cute.Tensor,  # [B, Hq, S_q] FP32, its memory [B, S_q, Hq]
         workspace: cute.Tensor,  # [Partials.words(clusters, tile_rows, 512)] FP32
         scale_log2: Float32,
         empty_lse: Float32,  # lse of a row without keys
@@ -159,7 +161,7 @@ class SparseDecode(Kernel[Config]):
         load_q = load_of(gQ, config.tile_heads, CHUNK)
         launch_persistent(self.kernel(load_q, caches, tokens, S_q, results, scalars), config, clusters, stream)
         if splits != 0:
-            combine(results.out, results.lse, *results.partials, sink, has_sink, packing, Int32(1), stream, empty_lse)
+            combine(results.out, results.lse, *results.partials, sink, has_sink, packing, Int32(1), empty_lse, stream)
 
     @cute.kernel
     def kernel(
@@ -209,8 +211,7 @@ class SparseDecode(Kernel[Config]):
             warp = warp_id - CONSUMER_WARPS
             if warp == 0 and rank == 0:
                 note_split(results.partials, work, lengths, lengths, scalars.groups, cluster_id)
-            producers = raw.RawProducer if config.raw else RingProducer if config.ringed else Producer
-            producers.over(shared, lengths, rank, warp, *load_q).run(scalars.groups, work)
+            producer_of(config).over(shared, lengths, rank, warp, *load_q).run(scalars.groups, work)
         else:
             if const_expr(config.registers[0] > config.entry_registers):
                 cute.arch.setmaxregister_increase(config.registers[0])
@@ -237,6 +238,15 @@ def shared_of(config: Config) -> type:
     return raw.Shared if config.raw else few.Shared if config.few else many.Shared
 
 
+def producer_of(config: Config) -> type[Producer]:
+    """A producer warp of this kind of CTA."""
+    if config.raw:
+        return raw.RawProducer
+    if config.copied:
+        return CopyProducer
+    return RingProducer if config.ringed else Producer
+
+
 def arguments(config: Config) -> tuple:
     """Symbolic arguments of `SparseDecode.__call__`."""
     B, S_q, Hq = symbolic.size(), symbolic.size(), symbolic.size()
@@ -244,7 +254,7 @@ def arguments(config: Config) -> tuple:
 
     def keys() -> tuple[cute.Tensor, ...]:
         return (
-            symbolic.tensor(element, (None, None, None), align=16),
+            symbolic.tensor(element, (None, None, 1, None), align=16),
             symbolic.tensor(Int32, (B, S_q, None)),
             symbolic.tensor(Int32, (None,)),
         )
@@ -255,7 +265,7 @@ def arguments(config: Config) -> tuple:
         *keys(),
         symbolic.tensor(Float32, (None,)),
         symbolic.tensor(BFloat16, (B, S_q, Hq, DV), align=16),
-        symbolic.tensor(Float32, (B, S_q, Hq), strided=True),
+        symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
         *symbolic.numbers(Float32, Float32, Int32, Int32, Int32, Int32),
     )

@@ -52,9 +52,7 @@ class Shared(shared.Shared):
             sSum=storage.sSum.get_tensor(cute.make_layout((TILE_M, 2))),
             sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(config.warps))),
             staged=storage.staged.data_ptr(),
-            k=Channel.over(
-                "K", k_barriers, STAGES, readers=readers, writers=config.producer_warps, cluster=config.cluster
-            ),
+            k=Channel.over("K", k_barriers, STAGES, readers=readers, writers=config.k_writers, cluster=config.cluster),
             q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
             sLive=storage.sLive.get_tensor(cute.make_layout(2 * BLOCK // 8)),
         )

@@ -66,7 +66,7 @@ class Producer:
         box, tiles = (config.tile_heads, CHUNK), (None, None, None, None)
         sQ, gQ = tma_boxes(tma_q, shared.sQ.iterator, many, tQ, box, tiles)
         shared.q.written_by("producer warp 0")
-        shared.k.written_by("producer warps", config.producer_warps)
+        shared.k.written_by("producer warps", config.k_writers)
         return cls(
             config=config,
             shared=shared,

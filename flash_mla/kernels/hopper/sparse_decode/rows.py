@@ -35,7 +35,7 @@ class Cache(NamedTuple):
 
     @staticmethod
     def over(layout: RowLayout, rows: cute.Tensor, indices: cute.Tensor, lengths: cute.Tensor, has_lengths) -> Cache:
-        """rows [pages, page, columns] in bytes or BF16."""
+        """rows [pages, page, 1, columns] in bytes or BF16."""
         size = rows.element_type.width // 8
         row_bytes = Int64(layout.row_bytes) if layout.apart else Int64(rows.stride[1]) * size
         pages, page = Int64(rows.shape[0]), Int64(rows.shape[1])

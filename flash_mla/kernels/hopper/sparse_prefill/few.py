@@ -128,20 +128,16 @@ class Outputs(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What it asks for: heads; whether `sink` counts."""
+    """What it asks for: heads; whether `sink` counts; lse of a token without keys."""
 
     rows: Int32
     has_sink: Int32
+    empty_lse: Float32
 
     @property
     def packing(self) -> Packing:
         """A head is a row."""
         return Packing(1)
-
-    @property
-    def empty_lse(self):
-        """lse of a row without keys."""
-        return -Float32.inf
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,7 @@ class Tiles:
     def over(shared: Shared, side, tid, tensors: Tensors, scalars: Scalars) -> Tiles:
         consumer = Consumer.over(shared, side, tid)
         outputs = Outputs(tensors.out, tensors.lse, tensors.sink, tensors)
-        counts = Counts(tensors.out.shape[1], scalars.has_sink)
+        counts = Counts(tensors.out.shape[1], scalars.has_sink, scalars.empty_lse)
         return Tiles(consumer, tensors, scalars, result.Segments(consumer, outputs, counts, Int32(0)))
 
     @cute.jit

@@ -71,25 +71,26 @@ class SparsePrefill(Kernel[Config]):
     @cute.jit
     def __call__(
         self,
-        q: cute.Tensor,  # [tokens, 1, Hq, D]
-        kv: cute.Tensor,  # [1, num_rows, D]
+        q: cute.Tensor,  # [tokens, Hq, D]
+        kv: cute.Tensor,  # [num_rows, 1, D]
         indices: cute.Tensor,  # [tokens, 1, topk] int32
         lengths: cute.Tensor,  # [tokens] int32; anything if not has_lengths
         sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
-        out: cute.Tensor,  # [tokens, 1, Hq, 512], contiguous
-        lse: cute.Tensor,  # [tokens, 1, Hq] FP32, contiguous
-        max_logits: cute.Tensor,  # [tokens, 1, Hq] FP32, contiguous
+        out: cute.Tensor,  # [tokens, Hq, 512], contiguous
+        lse: cute.Tensor,  # [tokens, Hq] FP32, contiguous
+        max_logits: cute.Tensor,  # [tokens, Hq] FP32, contiguous
         scale_log2: Float32,
+        empty_lse: Float32,  # lse of a token without keys
         has_lengths: Int32,
         has_sink: Int32,
         ctas: Int32,
         stream,
     ):
         config = self.config
-        tokens, Hq, topk = q.shape[0], q.shape[2], indices.shape[2]
+        tokens, Hq, topk = q.shape[0], q.shape[1], indices.shape[2]
         heads = config.tile_heads
         head_tiles = (Hq + (heads - 1)) // heads
-        q_layout = cute.make_layout((Hq, config.D, tokens), stride=(q.stride[2], 1, q.stride[0]))
+        q_layout = cute.make_layout((Hq, config.D, tokens), stride=(q.stride[1], 1, q.stride[0]))
         load_q = load_of(cute.make_tensor(q.iterator, q_layout), heads, CHUNK)
         per_head = cute.make_layout((tokens, Hq), stride=(Hq, 1))
         id_layout = cute.make_layout((tokens, topk), stride=(indices.stride[0], 1))
@@ -106,8 +107,9 @@ class SparsePrefill(Kernel[Config]):
         )
         scalars = Scalars(
             scale_log2=scale_log2,
-            row_bytes=2 * Int64(kv.stride[1]),
-            num_rows=kv.shape[1],
+            empty_lse=empty_lse,
+            row_bytes=2 * Int64(kv.stride[0]),
+            num_rows=kv.shape[0],
             tiles=tokens * head_tiles,
             head_tiles=head_tiles,
             has_lengths=has_lengths,
@@ -159,17 +161,17 @@ class SparsePrefill(Kernel[Config]):
 
 def arguments(config: Config) -> tuple:
     """Symbolic arguments of `SparsePrefill.__call__`."""
-    dtype, anything = DTYPES[config.dtype], (None, None, None)
+    dtype, rows = DTYPES[config.dtype], (symbolic.size(), symbolic.size())
     return (
-        symbolic.tensor(dtype, (*anything, config.D), tma=(0, 2)),
-        symbolic.tensor(dtype, (None, None, config.D), tma=(1,)),
-        symbolic.tensor(Int32, anything),
+        symbolic.tensor(dtype, (*rows, config.D), tma=(0, 1)),
+        symbolic.tensor(dtype, (None, 1, config.D), tma=(0,)),
+        symbolic.tensor(Int32, (None, 1, None)),
         symbolic.tensor(Int32, (None,)),
         symbolic.tensor(Float32, (None,)),
-        symbolic.tensor(dtype, (*anything, DV), align=16),
-        symbolic.tensor(Float32, anything),
-        symbolic.tensor(Float32, anything),
-        *symbolic.numbers(Float32, Int32, Int32, Int32),
+        symbolic.tensor(dtype, (*rows, DV), align=16),
+        symbolic.tensor(Float32, rows),
+        symbolic.tensor(Float32, rows),
+        *symbolic.numbers(Float32, Float32, Int32, Int32, Int32),
     )
 
 

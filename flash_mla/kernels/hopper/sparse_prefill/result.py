@@ -69,7 +69,7 @@ class Tiles:
             if head < heads:
                 if side == 0 and first_lane:
                     log_sum = rows.max[r] + cute.math.log2(total, fastmath=True)
-                    lse[token, head] = log_sum * math.log(2.0) if total > 0.0 else -Float32.inf
+                    lse[token, head] = log_sum * math.log(2.0) if total > 0.0 else self.scalars.empty_lse
                     max_logits[token, head] = cute.arch.fmax(sTop[row, 0], sTop[row, 1]) * math.log(2.0)
                 if self.scalars.has_sink != 0:
                     sink = tensors.sink[head] * math.log2(math.e)
@@ -82,7 +82,7 @@ class Tiles:
 
     @cute.jit
     def write_nothing(self, token, head0) -> None:
-        """A token without ids: out 0, lse and the greatest logits -inf."""
+        """A token without ids: out 0, the greatest logits -inf."""
         out, lse, max_logits, tid = self.tensors.out, self.tensors.lse, self.tensors.max_logits, self.consumer.tid
         zeros = cute.make_rmem_tensor(8, out.element_type)
         zeros.fill(0.0)
@@ -91,5 +91,5 @@ class Tiles:
             if head < out.shape[1]:
                 cute.autovec_copy(zeros, cute.local_tile(out[token, head, None], (8,), (tid % 64,)))
                 if tid % 64 == 0:
-                    lse[token, head] = -Float32.inf
+                    lse[token, head] = self.scalars.empty_lse
                     max_logits[token, head] = -Float32.inf

@@ -35,11 +35,12 @@ class Tensors(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """scale * log2(e); bytes from row to row of kv, and its rows; tiles in all, and a token; whether `lengths` and
-    `sink` count.
+    """scale * log2(e); lse of a token without keys; bytes from row to row of kv, and its rows; tiles in all, and a
+    token; whether `lengths` and `sink` count.
     """
 
     scale_log2: Float32
+    empty_lse: Float32
     row_bytes: Int64
     num_rows: Int32
     tiles: Int32

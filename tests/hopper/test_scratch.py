@@ -1,0 +1,73 @@
+"""The memory that Hopper launches work in: whose it is, how long it stays. Streams are stubs here."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from flash_mla.backends.hopper import scratch as module
+from flash_mla.backends.hopper.scratch import MOST, scratch
+
+DEVICE = torch.device("cpu", 0)
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    """The current stream and whether it is being captured, to be set."""
+    now = {"raw": 1, "capturing": False}
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: now["raw"], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: now["capturing"], raising=False)
+    monkeypatch.setattr(module, "KEPT", module.Kept())
+    return now
+
+
+def test_calls_of_one_stream_share_it(stream):
+    first = scratch(DEVICE, 100)
+    assert scratch(DEVICE, 40) is first
+    stream["raw"] = 2
+    assert scratch(DEVICE, 100) is not first
+    stream["raw"] = 1
+    assert scratch(DEVICE, 100) is first
+    assert scratch(torch.device("cpu", 1), 100) is not first
+
+
+def test_it_grows(stream):
+    first = scratch(DEVICE, 100)
+    larger = scratch(DEVICE, 101)
+    assert larger is not first
+    assert larger.workspace.numel() == 101
+    assert scratch(DEVICE, 100) is larger
+
+
+def test_threads_have_their_own(stream):
+    first = scratch(DEVICE, 100)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(scratch, DEVICE, 100).result() is not first
+
+
+def test_a_graph_has_its_own(stream):
+    first = scratch(DEVICE, 100)
+    stream["capturing"] = True
+    captured = scratch(DEVICE, 100)
+    assert captured is not first
+    assert scratch(DEVICE, 100) is not captured
+    stream["capturing"] = False
+    assert scratch(DEVICE, 100) is first
+
+
+def test_what_is_large_is_not_kept(stream, monkeypatch):
+    monkeypatch.setattr(module, "MOST", 1000)
+    assert scratch(DEVICE, 1001) is not scratch(DEVICE, 1001)
+    assert scratch(DEVICE, 1000) is scratch(DEVICE, 1000)
+    assert MOST >= 2 * 132 * 64 * (512 + 1) + 4 * 132, "of an MLA decode on 132 SMs"
+
+
+def test_views(stream):
+    kept = scratch(DEVICE, 100)
+    view = kept.view((2, 3, 4), 70)
+    assert view.shape == (2, 3, 4)
+    assert view.is_contiguous()
+    assert view.data_ptr() == kept.workspace.data_ptr() + 4 * 70
+    assert kept.view((2, 3, 4), 70) is view
