@@ -391,12 +391,12 @@ def plan_pools(
     """
     _, k, v, _, _, _, _, layout, width, causal, _, _, _, options = call
     # NOTE: 512.0 == 512, as a key too
-    key = None
+    rest, tensors = None, (*call.tensors, out)
     if not traced(call.q):
-        key = contract.facts_of(
-            call, k, k if v is None else v, out, options, layout, type(width), width, causal, backend, out_is_new, also
+        rest = contract.rest_of(
+            call, k, k if v is None else v, options, layout, type(width), width, causal, backend, out_is_new, also
         )
-    route = None if key is None else ROUTES.get(key)
+    route = ROUTES.get(tensors, rest)
     chosen = None if route is None else route.plan()
     if route is None or chosen is None:
         if also is not None:
@@ -407,8 +407,8 @@ def plan_pools(
         if not out_is_new:
             contract.check_out(out, problem, call)
         chosen, route = route_of(call, views, problem, backend)
-        if key is not None:
-            ROUTES.keep(key, route._replace(spans=spans(out, *call.tensors)))
+        if rest is not None:
+            ROUTES.keep(tensors, rest, route._replace(spans=spans(out, *call.tensors)))
     else:
         if out is not None and not out_is_new:
             contract.check_out_again(out, route.spans, call)

@@ -50,28 +50,24 @@ class Plan:
         return found
 
     @cached_property
-    def bound(self) -> Callable[[Any], None] | None:
-        """The launch that the phase bound to this problem at the first call, if it is one that does."""
+    def bound(self) -> Callable[[Any], None]:
+        """The launch, bound to this problem at the first call by a phase that does so."""
         bind = getattr(self.phase, "bind", None)
-        return None if bind is None else bind(self.problem, self.config)
+        if bind is None:
+            return lambda args: self.phase.launch(self.problem, self.config, args)
+        return bind(self.problem, self.config)
 
     def launch(self, args: Args) -> None:
         """Fill args.out and args.lse; while torch's profiler runs, as a range of the phase's module name.
 
         Of fake tensors nothing: they have shapes alone.
         """
-        if isinstance(args[0], FakeTensor):
+        if type(args[0]) is not Tensor and isinstance(args[0], FakeTensor):
             return None
         if not profiler._is_profiler_enabled:
-            return self._launch(args)
+            return self.bound(args)
         with profiler.record_function(self.phase.__name__):
-            self._launch(args)
-
-    def _launch(self, args: Args) -> None:
-        if self.bound is not None:
-            self.bound(args)
-        else:
-            self.phase.launch(self.problem, self.config, args)
+            return self.bound(args)
 
     def append(self, args: AppendArgs) -> None:
         """Write rows into their pages; nothing where there is no row."""

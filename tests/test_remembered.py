@@ -400,3 +400,13 @@ def test_another_door_checks_for_itself():
         )  # fmt: skip
         with pytest.raises(DTypeError):
             deepseek.flash_mla_with_kvcache(q, pool, named["block_table"], named["seq_lens"], D)
+
+
+@pytest.mark.parametrize("door", [Decode, Pages, Prefill], ids=lambda door: door.__name__)
+def test_a_descale_that_is_a_number(door):
+    """Its value counts in every call."""
+    call = door()
+    x = {name: x.to(FP8) if name[:1] in "qkv" else x for name, x in call.x.items()}
+    for factor in (0.5, 0.5, 2.0, torch.tensor(2.0)):
+        once, twice = (call.function(**x, v_descale=f, softmax_scale=0.1).float() for f in (1.0, factor))
+        torch.testing.assert_close(twice, float(factor) * once, rtol=0.01, atol=1e-3)
