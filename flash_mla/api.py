@@ -159,7 +159,9 @@ def flash_mla_with_kvcache(
     Raises:
         FlashMLAError: one of its subclasses, before anything is written: see docs/contract.md, section 8.
     """
-    mask, tail = contract.one_mask(mask, tail_mask), tail_mask is not None
+    tail = tail_mask is not None
+    if tail:
+        mask = contract.one_mask(mask, tail_mask)
     descales = (q_descale, k_descale, v_descale)
     if traced(q):
         if metadata is not None:

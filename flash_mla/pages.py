@@ -106,7 +106,8 @@ def decode_over_pages(
         mask, tail_mask, batch_invariant: as in flash_mla_with_kvcache.
         layout: "NHD" (default) or "HND", of all three pools.
         k_rope_pages: K's last columns where the latent is split: k_pages then holds the first Dv (ckv), this one the
-            D - Dv others (kpe), and V is k_pages. Default None.
+            D - Dv others (kpe), and V is k_pages. On a GPU, D is no power of two and Dv the
+            greatest below it (512 + 64, 128 + 64). Default None.
         v_head_dim: Dv where v_pages is None. Default: all columns of k_pages.
         causal: without a mask, query i sees keys t <= seq_lens[b] - S_q + i (default); False: every key.
         check_values: read seq_lens and block_table and check them, which waits for the GPU. False, in an engine's loop:
@@ -390,12 +391,12 @@ def plan_pools(
     """
     _, k, v, _, _, _, _, layout, width, causal, _, _, _, options = call
     # NOTE: 512.0 == 512, as a key too
-    key = None
+    rest, tensors = None, (*call.tensors, out)
     if not traced(call.q):
-        key = contract.facts_of(
-            call, k, k if v is None else v, out, options, layout, type(width), width, causal, backend, out_is_new, also
+        rest = contract.rest_of(
+            call, k, k if v is None else v, options, layout, type(width), width, causal, backend, out_is_new, also
         )
-    route = None if key is None else ROUTES.get(key)
+    route = ROUTES.get(tensors, rest)
     chosen = None if route is None else route.plan()
     if route is None or chosen is None:
         if also is not None:
@@ -406,8 +407,8 @@ def plan_pools(
         if not out_is_new:
             contract.check_out(out, problem, call)
         chosen, route = route_of(call, views, problem, backend)
-        if key is not None:
-            ROUTES.keep(key, route._replace(spans=spans(out, *call.tensors)))
+        if rest is not None:
+            ROUTES.keep(tensors, rest, route._replace(spans=spans(out, *call.tensors)))
     else:
         if out is not None and not out_is_new:
             contract.check_out_again(out, route.spans, call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -50,28 +50,23 @@ class Plan:
         return found
 
     @cached_property
-    def bound(self) -> Callable[[Any], None] | None:
-        """The launch that the phase bound to this problem at the first call, if it is one that does."""
+    def bound(self) -> Callable[[Any], None]:
+        """The launch, bound to this problem at the first call by a phase that does so."""
         bind = getattr(self.phase, "bind", None)
-        return None if bind is None else bind(self.problem, self.config)
+        # NOTE: a launch that held the plan would keep it alive when it is forgotten, until cycles are collected
+        return (bind or partial(unbound, self.phase))(self.problem, self.config)
 
     def launch(self, args: Args) -> None:
         """Fill args.out and args.lse; while torch's profiler runs, as a range of the phase's module name.
 
         Of fake tensors nothing: they have shapes alone.
         """
-        if isinstance(args[0], FakeTensor):
+        if type(args[0]) is not Tensor and isinstance(args[0], FakeTensor):
             return None
         if not profiler._is_profiler_enabled:
-            return self._launch(args)
+            return self.bound(args)
         with profiler.record_function(self.phase.__name__):
-            self._launch(args)
-
-    def _launch(self, args: Args) -> None:
-        if self.bound is not None:
-            self.bound(args)
-        else:
-            self.phase.launch(self.problem, self.config, args)
+            return self.bound(args)
 
     def append(self, args: AppendArgs) -> None:
         """Write rows into their pages; nothing where there is no row."""
@@ -83,6 +78,11 @@ class Plan:
         module = appending(self.name)
         bind = getattr(module, "bind", None)
         return module.launch if bind is None else bind(args)
+
+
+def unbound(phase: Phase, problem: Problem, config: Hashable) -> Callable[[Any], None]:
+    """The launch of a phase that binds none."""
+    return lambda args: phase.launch(problem, config, args)
 
 
 QUESTION = "which problem does this call pose?"

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_mla
 from flash_mla import contract, deepseek, pages
+from flash_mla.backends.cpu import engine
 from flash_mla.deepseek import sparse
 from flash_mla.errors import (
     BlockTableError,
@@ -198,6 +199,24 @@ def test_another_backend_is_asked(door):
         call.again(backend="hopper")
     with pytest.raises(DeviceError, match="no such backend"):
         call.again(backend=["cpu"])
+
+
+@every
+def test_a_plan_that_is_forgotten_serves_no_call(door, monkeypatch):
+    """Where the kernels come back, they serve at once what torch's ops have served, and the other way round."""
+    kernels = []
+    run = engine.Call.run
+    monkeypatch.setattr(engine.Call, "run", lambda *args: kernels.append(1) or run(*args))
+    call = door()
+    for missing in ("hidden by a test", None, "hidden by a test"):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "missing", lambda missing=missing: missing)
+            plan.cache_clear()
+            kernels.clear()
+            call.again()
+            call.again()
+            assert len(kernels) == (0 if missing else 2)
+    plan.cache_clear()
 
 
 @every
@@ -400,3 +419,13 @@ def test_another_door_checks_for_itself():
         )  # fmt: skip
         with pytest.raises(DTypeError):
             deepseek.flash_mla_with_kvcache(q, pool, named["block_table"], named["seq_lens"], D)
+
+
+@pytest.mark.parametrize("door", [Decode, Pages, Prefill], ids=lambda door: door.__name__)
+def test_a_descale_that_is_a_number(door):
+    """Its value counts in every call."""
+    call = door()
+    x = {name: x.to(FP8) if name[:1] in "qkv" else x for name, x in call.x.items()}
+    for factor in (0.5, 0.5, 2.0, torch.tensor(2.0)):
+        once, twice = (call.function(**x, v_descale=f, softmax_scale=0.1).float() for f in (1.0, factor))
+        torch.testing.assert_close(twice, float(factor) * once, rtol=0.01, atol=1e-3)

@@ -16,7 +16,7 @@ from flash_mla.contract.caches import (
     is_alias,
 )
 from flash_mla.contract.decode_call import decode, decode_problem
-from flash_mla.contract.facts import facts_of
+from flash_mla.contract.facts import rest_of
 from flash_mla.contract.given import NO_DESCALES, DecodeCall, Descales, MhaCall, PrefillCall, inputs_of
 from flash_mla.contract.masks import (
     check_decode_mask,
@@ -82,7 +82,6 @@ __all__ = [
     "decode",
     "decode_problem",
     "deepseek_order",
-    "facts_of",
     "inputs_of",
     "is_alias",
     "is_aligned",
@@ -95,6 +94,7 @@ __all__ = [
     "prefill_problem",
     "refuse_deepseek_order",
     "refuse_learning_out",
+    "rest_of",
     "settle_causal",
     "sparse_blocks",
     "warn_default_scale",

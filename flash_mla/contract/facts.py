@@ -1,4 +1,4 @@
-"""What the checks of an attention call look at, as a key: what a call has in common with one that passed them."""
+"""What the checks of an attention call look at beside its tensors' facts: a key with these."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from torch import Tensor
 
 from flash_mla.contract.given import Given
 from flash_mla.contract.scales import check_scale
-from flash_mla.passed import facts
 from flash_mla.problem import FP8
 from flash_mla.quant import needs_descale
 
 
-def facts_of(call: Given, k: Tensor, v: Tensor, out: Tensor | None, *others: Any) -> Hashable | None:
-    """All that the checks of a call look at but for values and where tensors lie, as a key; None where they have to
-    look themselves.
+def rest_of(call: Given, k: Tensor, v: Tensor, *others: Any) -> Hashable | None:
+    """All that the checks of a call look at but for its tensors' facts, for values and for where tensors lie; None
+    where they have to look themselves.
 
     Args:
         call: its softmax_scale is checked here, since its value counts.
@@ -25,11 +24,10 @@ def facts_of(call: Given, k: Tensor, v: Tensor, out: Tensor | None, *others: Any
     """
     scale_sign = check_scale(call.softmax_scale)
     try:
-        tensors = facts(*call.tensors, out)
         k_start, v_start = k.data_ptr(), v.data_ptr()
-    except AttributeError:  # a number, whose value counts, or something that should be a tensor
+    except AttributeError:  # something that should be a tensor
         return None
     if not k_start:  # without memory, addresses do not tell what is an alias
         return None
-    marked = k.dtype == FP8 and (needs_descale(k), needs_descale(v))
-    return type(call), tensors, k_start == v_start, marked, scale_sign, others
+    marked = k.dtype is FP8 and (needs_descale(k), needs_descale(v))
+    return type(call), k_start == v_start, marked, scale_sign, others

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,14 +49,21 @@ class MLAMetadata:
 
     def fits(self, problem: DecodeProblem) -> bool:
         """Whether it was made for such a call."""
-        p = problem
-        sizes = (p.B, p.Hq, p.Hk, p.S_q, p.D, p.Nblk, p.table_blocks)
-        return self._sizes == sizes and (self.Dv is None or self.Dv == p.Dv)
-
-    @cached_property
-    def _sizes(self) -> tuple[int, ...]:
-        """All but Dv and max_seq_len."""
-        return (self.B, self.Hq, self.Hk, self.S_q, self.D, self.Nblk, self.table_blocks)
+        if problem is self.__dict__.get("fitted"):  # the layers of a step ask about one
+            return True
+        fits = (
+            self.B == problem.B
+            and self.Hq == problem.Hq
+            and self.Hk == problem.Hk
+            and self.S_q == problem.S_q
+            and self.D == problem.D
+            and self.Nblk == problem.Nblk
+            and self.table_blocks == problem.table_blocks
+            and self.Dv in (None, problem.Dv)
+        )
+        if fits:
+            self.__dict__["fitted"] = problem
+        return fits
 
     @property
     def q_shape(self) -> tuple[int, int, int, int]:

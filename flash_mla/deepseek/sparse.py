@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -35,7 +34,7 @@ from flash_mla.contract import (
 from flash_mla.deepseek.checks import check_out, check_query, check_same_dtype, given, writable
 from flash_mla.entry import entry
 from flash_mla.errors import HeadGroupingError, ShapeError
-from flash_mla.passed import Passed, facts, traced
+from flash_mla.passed import Passed, traced
 from flash_mla.plan import Plan, plan
 from flash_mla.problem import (
     FP8,
@@ -197,7 +196,7 @@ def sparse(call: SparseCall, backend: str | None, out: Tensor | None = None) -> 
     chosen.launch(SparseArgs(q, keys, sink, scale, result, lse, most, math.inf))
     out = given(out, result)
     # in decode; prefill has a backward, and comes here without gradients
-    if inputs := learning(q, attn_sink, *[x.cache for x in keys]):
+    if not max_logits and (inputs := learning(q, attn_sink, *[x.cache for x in keys])):
         out, lse = (refusing("deepseek.flash_mla_with_kvcache", x, inputs) for x in (out, lse))
     return out, lse, most
 
@@ -206,11 +205,10 @@ def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
     """The plan of a call, every check made where it did not pass before."""
     q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits = call
     sign = check_scale(softmax_scale)
-    key: Hashable = None
-    if not traced(call.q):  # a traced tensor has no address
-        tensors = facts(q, attn_sink, *[x for pool in pools for x in pool[1:]])
-        key = (tensors, formatted, type(Dv), Dv, sign, max_logits, backend)
-        known = PASSED.get(key)
+    tensors, rest = (q, attn_sink, *[x for pool in pools for x in pool[1:]]), None
+    if not traced(q):  # a traced tensor has no address
+        rest = (formatted, type(Dv), Dv, sign, max_logits, backend)
+        known = PASSED.get(tensors, rest)
         if known is not None and (chosen := known()) is not None:
             return chosen
     q, pools, *_ = call.by_request()
@@ -231,8 +229,7 @@ def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
     keys = [pool.keys(formatted) for pool in pools]
     problem = sparse_problem(q, fmt, keys, Dv, sign, attn_sink, max_logits)
     chosen = plan(problem, backend)
-    if key is not None:
-        PASSED.keep(key, ref(chosen))
+    PASSED.keep(tensors, rest, ref(chosen))
     return chosen
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_mla.backends.cpu import engine
 from flash_mla.backends.cpu.surroundings import undisturbed
-from flash_mla.passed import Passed, facts
+from flash_mla.passed import Passed
 from flash_mla.problem import BLOCK, FP8, AppendArgs, AppendRowsArgs
 from flash_mla.quant import RowFormat
 
@@ -42,10 +42,9 @@ def copying() -> engine.Entries:
 
 def copy_rows(args: AppendArgs) -> None:
     """By the compiled kernel."""
-    key = facts(*args)
-    shared = SHARED.get(key)
+    shared = SHARED.get(args, ())
     if shared is None:
-        shared = SHARED.keep(key, copied(args))
+        shared = SHARED.keep(args, (), copied(args))
     packed = type(shared).from_buffer_copy(shared)
     given = [x if x is None else x.contiguous() for x in (args.start_pos, args.num_tokens)]
     tensors = (args.k, args.v, args.k_cache, args.v_cache, args.block_table, *given)

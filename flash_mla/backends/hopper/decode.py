@@ -44,10 +44,8 @@ def piece_slots(config: Any, problem: DecodeProblem) -> int:
     return items(config, problem) * split.piece_slots(problem.table_blocks, config.piece)
 
 
-def factor(problem: DecodeProblem, descale: Tensor | None, unread: Tensor) -> Tensor:
-    """A descale [B, Hk] as the kernels read it: of 1 where another is given, any tensor where none is."""
-    if not problem.descale:
-        return unread
+def factor(problem: DecodeProblem, descale: Tensor | None) -> Tensor:
+    """A descale [B, Hk] as the kernels read it: of 1 where another is given alone."""
     if descale is not None:
         return descale
     # NOTE: a graph in capture fills a tensor of its own, since nothing may wait for the host there
@@ -84,7 +82,7 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
         int(split.may_split(problem.table_blocks)),
         clusters,
     )
-    latent, factors = config.latent, config.factors
+    latent, descale = config.latent, config.descale
 
     def launch(args: DecodeArgs) -> None:
         q, k, v, table, seq_lens, mask, q_descale, k_descale, v_descale, sink, scale, out, lse, _, empty_lse = args
@@ -92,8 +90,8 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
         workspace = kept.workspace
         if lse is None:
             lse = kept.view(lse_shape, lse_start)
-        if factors:
-            q_descale, k_descale, v_descale = (factor(problem, x, workspace) for x in (q_descale, k_descale, v_descale))
+        if descale:
+            q_descale, k_descale, v_descale = (factor(problem, x) for x in (q_descale, k_descale, v_descale))
         # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own
         kernel(
             q,

@@ -105,8 +105,11 @@ def on_device(device: torch.device, launch: Callable[[Any], None]) -> Callable[[
     """The launch, made with this device as the current one."""
     index = device.index
 
+    # NOTE: 0.3 us less than `torch.cuda.current_device`, which looks first whether torch has begun with CUDA
+    current = torch._C._cuda_getDevice
+
     def there(args: Any) -> None:
-        if index == torch.cuda.current_device():
+        if index == current():
             return launch(args)
         with torch.cuda.device(device):
             return launch(args)

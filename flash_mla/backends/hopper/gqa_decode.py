@@ -58,7 +58,7 @@ def config(problem: DecodeProblem) -> Config:
 
 
 def bind(problem: DecodeProblem, config: Config) -> Callable[[DecodeArgs], None]:
-    """The launch, which fills args.out and args.lse. It allocates workspace: 2 * tile_n FP32 rows of Dv an SM (at most
+    """The launch, which fills args.out and args.lse. It works in `scratch`: 2 * tile_n FP32 rows of Dv an SM (at most
     17 MB on 132 SMs); for a batch-invariant call tile_n rows for each piece that a row of the table has room for, at
     most 16 a head.
 

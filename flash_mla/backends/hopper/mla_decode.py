@@ -43,7 +43,7 @@ def config(problem: DecodeProblem) -> Config:
 
 
 def bind(problem: DecodeProblem, config: Config) -> Callable[[DecodeArgs], None]:
-    """The launch, which fills args.out and args.lse. It allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on
+    """The launch, which fills args.out and args.lse. It works in `scratch`: 2 * 64 FP32 rows of 512 an SM (35 MB on
     132 SMs); of a batch-invariant call 64 rows for each piece that a row of the table has room for, at most 16 (2 MB a
     request and tile).
 

@@ -50,7 +50,7 @@ def config(problem: DecodeProblem) -> Config:
 
 
 def bind(problem: DecodeProblem, config: Config) -> Callable[[DecodeArgs], None]:
-    """The launch, which fills args.out and args.lse. It allocates workspace: 2 * tile_n FP32 rows of 512 an SM (35 MB
+    """The launch, which fills args.out and args.lse. It works in `scratch`: 2 * tile_n FP32 rows of 512 an SM (35 MB
     on 132 SMs at most).
 
     The kernel is loaded here, and compiled the first time ever on a machine.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import DTYPES, LOG2_E, int32, multiprocessors, on_device
+from flash_mla.backends.hopper.scratch import scratch
 from flash_mla.backends.hopper.strides import refuse_rows
 from flash_mla.kernels.hopper.prefill import schedule
 from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
@@ -110,8 +111,8 @@ def list_blocks(problem: PrefillProblem, args: PrefillArgs) -> tuple[Tensor, Ten
 
 
 def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], None]:
-    """The launch, which fills args.out and args.lse. It allocates workspace: a counter; lse where the call wants none;
-    what `list_blocks` says. An int64 table or lengths are converted first, on the device.
+    """The launch, which fills args.out and args.lse. It allocates workspace: a counter; what `list_blocks` says;
+    an lse that the call does not want lies in `scratch`. An int64 table or lengths are converted first, on the device.
 
     The kernel is loaded here, and compiled the first time ever on a machine.
     """
@@ -145,7 +146,7 @@ def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], Non
             q = q.contiguous() if broadcast else q
             q, k, v = (readable(x, config) for x in (q, k, v))
         lse = args.lse
-        lse = q.new_empty((B * Hq, P), dtype=torch.float32) if lse is None else lse.view(B * Hq, P)
+        lse = scratch(device, B * Hq * P).view((B * Hq, P)) if lse is None else lse.view(B * Hq, P)
         score_scale = value_scale = no_factor
         if problem.descale:
             score_scale, value_scale = (

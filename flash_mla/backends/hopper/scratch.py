@@ -3,6 +3,7 @@ results alone."""
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 MOST = 2**24
 """Words that are kept, 64 MB: the workspace of any call but a batch-invariant one of many requests."""
+MOST_VIEWS = 256
 
 
 class Scratch:
@@ -20,11 +22,13 @@ class Scratch:
         self.workspace = torch.empty(words, dtype=torch.float32, device=device)
         self._views: dict[tuple[tuple[int, ...], int], Tensor] = {}
 
-    def view(self, shape: tuple[int, int, int], start: int) -> Tensor:
+    def view(self, shape: tuple[int, ...], start: int = 0) -> Tensor:
         """The words from `start` on, as a contiguous tensor."""
         key = shape, start
         if key not in self._views:
-            self._views[key] = self.workspace.as_strided(shape, (shape[1] * shape[2], shape[2], 1), start)
+            if len(self._views) >= MOST_VIEWS:
+                self._views.clear()
+            self._views[key] = self.workspace.narrow(0, start, math.prod(shape)).view(shape)
         return self._views[key]
 
 

@@ -70,7 +70,7 @@ def config(problem: SparseProblem) -> Config:
 
 
 def bind(problem: SparseProblem, config: Config) -> Callable[[SparseArgs], None]:
-    """The launch, which fills args.out and args.lse. It allocates workspace: 2 * 64 FP32 rows of 512 an SM (35 MB on
+    """The launch, which fills args.out and args.lse. It works in `scratch`: 2 * 64 FP32 rows of 512 an SM (35 MB on
     132 SMs); int64 indices or lengths are converted first, on the device.
 
     The kernel is loaded here, and compiled the first time ever on a machine.

@@ -81,12 +81,12 @@ class PagedCache(Cache):
     ) -> TokenDecode | LatentDecode:
         """A layer's bound call for q and its new tokens, made once for their shapes, the scale and the projection."""
         _, index, k, v = new
-        layer, key = self.layer(index), (facts(q, k, v), scale)
-        call = layer.tokens.get(key)
+        layer, tensors, rest = self.layer(index), (q, k, v), (scale,)
+        call = layer.tokens.get(tensors, rest)
         if call is None or not call.fits(held):
             args = (layer, q, k, v, self.pages.block_table, self.pages.seq_lens, scale)
             made = TokenDecode(*args) if held is None else LatentDecode(*args, held, self._shared(q, k, v, held))
-            call = layer.tokens.keep(key, made)
+            call = layer.tokens.keep(tensors, rest, made)
         return call
 
     def _shared(self, q: Tensor, k: Tensor, v: Tensor, held: MLAProjection) -> Shared:

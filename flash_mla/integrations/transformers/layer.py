@@ -11,7 +11,7 @@ from flash_mla.autograd import learning, refusing
 from flash_mla.cache import PagedKVCache
 from flash_mla.contract import is_alias
 from flash_mla.pages import Bound, PoolCall, bind
-from flash_mla.passed import Passed, facts
+from flash_mla.passed import Passed
 
 if TYPE_CHECKING:
     from flash_mla.integrations.transformers.token import LatentDecode, TokenDecode
@@ -54,15 +54,15 @@ class Layer:
 
     def bound(self, q: Tensor, table: Tensor, lengths: Tensor, out: Tensor, scale: float) -> Bound:
         """The decode call with these tensors; one that repeats what the checks look at is not checked again."""
-        key = (facts(q, table, lengths), scale)
-        if (found := self._bound.get(key)) is not None:
+        tensors, rest = (q, table, lengths), (scale,)
+        if (found := self._bound.get(tensors, rest)) is not None:
             return found
         k_pages, v_pages = (x[0].transpose(0, 1) for x in (self.k_cache, self.v_cache))
         call = PoolCall(
             q, k_pages, v_pages, None, table, lengths, layout="HND", softmax_scale=scale,
             descales=(None, self.k_descale, self.v_descale),
         )  # fmt: skip
-        return self._bound.keep(key, bind(call, out))
+        return self._bound.keep(tensors, rest, bind(call, out))
 
 
 def rows_of(cache: Tensor) -> Tensor:

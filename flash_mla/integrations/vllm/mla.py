@@ -26,7 +26,7 @@ from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
 from flash_mla.deepseek import flash_attn_varlen_func
 from flash_mla.pages import Bound, PoolCall, attend_pools, bind
-from flash_mla.passed import Passed, facts
+from flash_mla.passed import Passed
 from flash_mla.problem import FP8, Options
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -134,10 +134,10 @@ class Decode:
         """The call, bound before where its facts were the same; a pool that is another forgets those of the last."""
         if (pool := cache.data_ptr()) != self._pool or not pool:
             self._pool, self._bound = pool, Passed()
-        key = (facts(q, cache, table, seq_lens, *descales), *[x.data_ptr() for x in descales if x is not None])
-        if (found := self._bound.get(key)) is not None:
+        tensors, rest = (q, cache, table, seq_lens, *descales), tuple([x.data_ptr() for x in descales if x is not None])
+        if (found := self._bound.get(tensors, rest)) is not None:
             return found
-        return self._bound.keep(key, bind(self.call(q, cache, table, seq_lens, descales), out))
+        return self._bound.keep(tensors, rest, bind(self.call(q, cache, table, seq_lens, descales), out))
 
 
 def by_request(x: Tensor, requests: int) -> Tensor:

@@ -8,10 +8,9 @@ A kernel is an object with `config`, `kernel`, the device function, and
         KV head
 
 with `Tensors` between them. A config says what is the kernel's: `latent`, whether K is all there is, of one KV head, V
-its first columns; `factors`, whether it takes descales at all, and `descale`, whether they count; `rows`, query rows of
-a cluster; `token_major`, their order; `q_unit`, elements of q in the 16 bytes of which TMA's strides are multiples;
-`piece`, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); `masked`, whether there is a
-bool mask.
+its first columns; `descale`, whether there are descales; `rows`, query rows of a cluster; `token_major`, their order;
+`q_unit`, elements of q in the 16 bytes of which TMA's strides are multiples; `piece`, the pairs of blocks that a
+batch-invariant call cuts requests at (0: it is none); `masked`, whether there is a bool mask.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from flash_mla.kernels.hopper.partials import Partials, packed_rows, piece_slots
 class Tensors(NamedTuple):
     """Global memory, all but q, k and v.
 
-    table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; descales [B, Hk] FP32, None if the kernel takes
-    none; out [B, Hq * S_q, Dv]; lse [B, Hq * S_q] FP32, natural log; mask: None where keys are causal.
+    table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; descales [B, Hk] FP32, or None; out
+    [B, Hq * S_q, Dv]; lse [B, Hq * S_q] FP32, natural log; mask: None where keys are causal.
     """
 
     table: cute.Tensor
@@ -65,7 +64,7 @@ class Decode:
         table: cute.Tensor,  # [B, table_blocks] int32
         seq_lens: cute.Tensor,  # [B] int32
         sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
-        q_descale: cute.Tensor,  # [B, Hk] FP32; anything if they do not count; None if the kernel takes none
+        q_descale: cute.Tensor,  # [B, Hk] FP32; None if not config.descale
         k_descale: cute.Tensor,
         v_descale: cute.Tensor,
         out: cute.Tensor,  # [B, Hq, S_q, Dv], contiguous; token-major: as [B, S_q, Hq, Dv]
@@ -136,9 +135,7 @@ def arguments(config: Any, q: str, cache: str, out: str) -> tuple:
         return symbolic.tensor(DTYPES[cache], (B, Hk, blocks, BLOCK, width), tma=tma)
 
     def factor() -> cute.Tensor | None:
-        if not config.factors:
-            return None
-        return symbolic.tensor(Float32, (B, Hk) if config.descale else (None,), strided=config.descale)
+        return symbolic.tensor(Float32, (B, Hk), strided=True) if config.descale else None
 
     return (
         symbolic.tensor(DTYPES[q], (B, Hq, S_q, config.D), tma=(0,)),

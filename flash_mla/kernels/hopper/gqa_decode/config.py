@@ -70,7 +70,7 @@ class Config:
     masked: bool = False
     token_major: bool = False
 
-    latent, factors = False, True
+    latent = False
     cluster, threads = 1, THREADS
 
     @property

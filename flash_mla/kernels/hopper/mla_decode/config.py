@@ -72,7 +72,7 @@ class Config:
     short: bool = False
 
     Dv = DV
-    latent, factors = True, False
+    latent, descale = True, False
     q_unit = 8
     """Elements of q in the 16 bytes of which its strides are multiples."""
     threads = THREADS

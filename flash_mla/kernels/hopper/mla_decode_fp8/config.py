@@ -67,7 +67,7 @@ class Config:
     token_major: bool = False
 
     Dv = DV
-    latent, factors = True, True
+    latent = True
     piece, masked = 0, False
     threads = THREADS
 
