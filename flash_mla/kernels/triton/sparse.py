@@ -22,7 +22,7 @@ import triton.language as tl
 
 from flash_mla.kernels.triton.attend import LN2, LOG2E, normalise, sink_factor
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision
+from flash_mla.kernels.triton.tiles import head_tiles, least_rest, power_of_2, precision
 
 # --- Config ---
 
@@ -59,7 +59,7 @@ def config(
 
     quantised: columns in e4m3, 0 in a cache of q's dtype.
     """
-    d_main, d_rest = head_tiles(D)
+    d_main, d_rest = head_tiles(D, least_rest(target))
     row = (d_main + d_rest) * itemsize
     rows = max(16, power_of_2(Hq))
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from flash_mla.kernels.triton.attend import LOG2E
 from flash_mla.kernels.triton.backward import load_rows
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision
+from flash_mla.kernels.triton.tiles import head_tiles, least_rest, power_of_2, precision
 
 # --- Config ---
 
@@ -67,7 +67,7 @@ KEYS = ((128, 128, 64, 8), (128, 64, 64, 4), (64, 64, 64, 4), (64, 32, 32, 4), (
 
 def config(*, Hq: int, D: int, Dv: int, topk: int, itemsize: int, target: Target) -> Config:
     """The first tiles that fit: pure arithmetic, no device."""
-    d_main, d_rest = head_tiles(D)
+    d_main, d_rest = head_tiles(D, least_rest(target))
     heads, parts = max(16, power_of_2(Hq)), 2 if itemsize == 4 else 1
 
     def queries_fit(tile_m: int, tile_n: int) -> bool:

@@ -35,6 +35,16 @@ def least_values(d_main: int, itemsize: int, target: Target) -> int:
     return max(least, min(d_main, 64)) if itemsize == 2 and target.wgmma else least
 
 
+def least_rest(target: Target) -> int:
+    """Fewest columns of a second tile of gathered rows beside the first: for wgmma, 64, so that both have rows of 128
+    bytes and more (see `least_columns`).
+
+    NOTE: rows of D = 72 in FP32, 64 + 16 columns, 64 heads: Triton 3.6's code read shared memory 28 KB past its end in
+    the product with the first tile (H200, compute-sanitizer).
+    """
+    return 64 if target.wgmma else 16
+
+
 def head_tiles(D: int, least: int = 16) -> tuple[int, int]:
     """(D_MAIN, D_REST): a head dimension as one power-of-two tile, or two: 576 is 512 + 64, 192 is 128 + 64.
 
