@@ -14,7 +14,7 @@ pytestmark = NEEDS
 CONFIGS = gates(
     [
         Config("fp8_ds_mla", 1, 64),
-        Config("fp8_ds_mla", 1, 64, cluster=2),
+        Config("model1", 1, 64, cluster=2),
         Config("fp8_ds_mla", 1, 8),
         Config("model1", 1, 8),
         Config("model1", 2, 64),
@@ -26,10 +26,10 @@ CONFIGS = gates(
         Config("fp8_ds_mla", 1, 16),
         Config("fp8_ds_mla", 2, 8),
         Config("fp8_ds_mla", 2, 16),
-        Config("fp8_token", 1, 64, cluster=2),
+        Config("fp8_token", 1, 64),
         Config("fp8_token", 2, 16),
         Config("model1", 2, 64, cluster=2),
-        Config("flat", 1, 64, cluster=2),
+        Config("flat", 1, 64),
         Config("bf16_512", 2, 16),
     ],
 )

@@ -11,7 +11,7 @@ from flash_mla.backends.hopper.device import LOG2_E, int32, multiprocessors, on_
 from flash_mla.backends.hopper.scratch import scratch
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.mla_decode.config import START
-from flash_mla.kernels.hopper.sparse_decode.config import DV, SPLIT_COST, TILES, Config
+from flash_mla.kernels.hopper.sparse_decode.config import DV, SPLIT_COST, TILES, Config, shareable
 from flash_mla.problem import ALIGNMENT, BLOCK, SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS
 
@@ -57,7 +57,8 @@ def rows_name(problem: SparseProblem) -> str:
 
 
 def config(problem: SparseProblem) -> Config:
-    """The kernel variant: the smallest tile of heads that holds them, and two CTAs of 64 that share a token's keys.
+    """The kernel variant: the smallest tile of heads that holds them; of two tiles of 64 the CTAs share a token's keys
+    where the rows allow it.
 
     A call so small that its heads can be spread over the chip, 16 a CTA and a pair of blocks each, is.
     """
@@ -65,7 +66,7 @@ def config(problem: SparseProblem) -> Config:
     spread = problem.B * problem.S_q * -(-problem.Hq // TILES[1]) * -(-blocks // 2)
     tiles = TILES[:2] if spread <= SPREAD else TILES
     tile_heads = next((tile for tile in tiles if problem.Hq <= tile), tiles[-1])
-    cluster = 2 if tile_heads == TILES[-1] and problem.Hq > tile_heads else 1
+    cluster = 2 if shareable(rows_name(problem)) and tile_heads == TILES[-1] and problem.Hq > tile_heads else 1
     return Config(rows_name(problem), len(problem.sets), tile_heads, cluster)
 
 

@@ -70,6 +70,16 @@ ROWS = {
 """The rows of `quant.FORMATS`, and plain BF16 ones."""
 
 
+def shareable(rows: str) -> bool:
+    """Whether the CTAs of a cluster may copy such rows to each other.
+
+    NOTE: not rows of 9 chunks. The consumers write P over the ninth, which the CTA's own copy to the peer may still be
+    reading: nothing tells it that the copy has left. Of 128 heads over fp8_ds_mla one token's tile in a million had P in
+    place of rope, and scores far too large (DeepSeek's suite on an H200, case 103; FlashMLA right beside it).
+    """
+    return ROWS[rows].D < CHUNK * K_CHUNKS
+
+
 class Batch(NamedTuple):
     """What a thread loads at once: its columns of some chunks, of all its rows, for a stage."""
 
@@ -89,6 +99,9 @@ class Config:
     caches: int
     tile_heads: int
     cluster: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.cluster == 1 or shareable(self.rows)
 
     @property
     def few(self) -> bool:
