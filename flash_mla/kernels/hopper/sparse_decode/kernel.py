@@ -58,7 +58,7 @@ from flash_mla.kernels.hopper.mla_decode.config import STAGES, START
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer as ManyConsumer
 from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.partials import Partials, note_split
-from flash_mla.kernels.hopper.sparse_decode import few, many, raw, raw_consumer
+from flash_mla.kernels.hopper.sparse_decode import few, halves, many, raw, raw_consumer
 from flash_mla.kernels.hopper.sparse_decode.config import (
     CONSUMER_WARPS,
     DV,
@@ -217,7 +217,7 @@ class SparseDecode(Kernel[Config]):
                 cute.arch.setmaxregister_increase(config.registers[0])
             tidx, _, _ = cute.arch.thread_idx()
             if const_expr(config.few):
-                roles = raw_consumer if const_expr(config.raw) else few
+                roles = halves if const_expr(config.halves) else raw_consumer if const_expr(config.raw) else few
                 consumer = roles.Consumer.over(shared, warp_id // 4, tidx % WARPGROUP)
                 segments = roles.Segments(consumer, tensors, scalars, cluster_id)
                 walk(work, lengths, lengths, scalars.groups, segments.compute, Done.nothing())
