@@ -13,7 +13,7 @@ pytestmark = NEEDS
 
 CONFIGS = gates(
     [
-        Config("fp8_ds_mla", 1, 64),
+        Config("fp8_ds_mla", 1, 64, halves=True),
         Config("fp8_ds_mla", 1, 64, cluster=2),
         Config("fp8_ds_mla", 1, 8),
         Config("model1", 1, 8),
@@ -24,6 +24,8 @@ CONFIGS = gates(
     ],
     [
         Config("fp8_ds_mla", 1, 16),
+        Config("fp8_ds_mla", 1, 64),
+        Config("fp8_ds_mla", 2, 64, halves=True),
         Config("fp8_ds_mla", 2, 8),
         Config("fp8_ds_mla", 2, 16),
         Config("fp8_token", 1, 64, cluster=2),

@@ -87,23 +87,20 @@ class Config:
     """What is compiled: everything else is an argument of the kernel.
 
     rows: a name of ROWS; caches: 1, or 2 (a token's keys lie in both); tile_heads: query heads of a CTA, 64 as the M of
-    the products or fewer as their N; cluster: CTAs of 64 heads that share a token's keys.
+    the products or fewer as their N; cluster: CTAs of 64 heads that share a token's keys; halves: 64 heads as the N,
+    over raw rows, one CTA, each consumer with half of O's columns.
     """
 
     rows: str
     caches: int
     tile_heads: int
     cluster: int = 1
+    halves: bool = False
 
     @property
     def few(self) -> bool:
         """Whether the heads are the N of the products."""
         return self.tile_heads < TILE_M or self.halves
-
-    @property
-    def halves(self) -> bool:
-        """Whether these are 64 heads over raw rows, and each consumer has half of O's columns."""
-        return self.tile_heads == TILE_M and self.cluster == 1 and self.layout.raw
 
     @property
     def layout(self) -> RowLayout:
