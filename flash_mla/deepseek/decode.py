@@ -240,12 +240,16 @@ def dense(
         descale_q, descale_k = (None if x is None else x.to(torch.float32).view(-1, 1) for x in descales)
         factors = descale_q, descale_k, descale_k
     call = PoolCall(
-        q.transpose(1, 2), k_cache, None, None, block_table, cache_seqlens, None, "NHD", Dv, causal, softmax_scale,
-        factors, attn_sink,
+        q, k_cache, None, None, block_table, cache_seqlens, None, "NHD", Dv, causal, softmax_scale, factors, attn_sink,
+        by_token=True,
     )  # fmt: skip
     planned = plan_pools(call, backend, None, False, also=check_dense)
     check_out(out, q, Dv, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens, attn_sink=attn_sink)
     written = writable(out)
+    if planned.like is not None:
+        written = torch.empty_like(planned.like) if written is None else written
+        written, lse = attend_planned(planned, written, True, math.inf)
+        return given(out, written), lse
     # no kernel writes by token, which another `out` of the problem asks for
     if written is None and (planned.folded or planned.packed):
         written = q.new_empty((*q.shape[:3], Dv), dtype=out_dtype(q.dtype))
@@ -255,7 +259,7 @@ def dense(
 
 def check_dense(call: PoolCall) -> None:
     """What the package's dense decode asks of a call beyond `decode_over_pages`, in its own names."""
-    q, k_cache, Dv = call.q.transpose(1, 2), call.k_pages, call.v_head_dim
+    q, k_cache, Dv = call.q, call.k_pages, call.v_head_dim
     check_query(q, "[b, s_q, h_q, d]", 4)
     assert Dv is not None
     check_head_dims(q.shape[3], Dv)
