@@ -14,7 +14,10 @@ transformers = pytest.importorskip("transformers")
 from flash_mla import ModelError, SequenceLengthError, ShapeError  # noqa: E402
 from flash_mla.errors import DeviceError, DTypeError, GradientError  # noqa: E402
 from flash_mla.integrations.transformers import PagedCache, attention, layer, paged_cache  # noqa: E402
-from flash_mla.integrations.transformers.token import TokenDecode  # noqa: E402
+from flash_mla.integrations.transformers import cache as cache_module  # noqa: E402
+from flash_mla.integrations.transformers.token import LatentDecode, Shared, TokenDecode  # noqa: E402
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 VOCAB = 264
 FP8 = torch.float8_e4m3fn
@@ -199,17 +202,35 @@ def test_a_call_is_checked_once_a_layer(family: str, monkeypatch: pytest.MonkeyP
     assert len(made) == 4
 
 
-@pytest.mark.parametrize("family", ["DeepseekV3", "Youtu", "Llama", "Qwen3"])
-def test_bound_steps_of_one_token(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: over a block's end, ragged, in chunks with padding before, under beams, and with other weights."""
-    bound: list[TokenDecode] = []
-    made = TokenDecode.__init__
-    monkeypatch.setattr(TokenDecode, "__init__", lambda self, *a: bound.append(self) or made(self, *a))
-    monkeypatch.setattr(attention, "launches_bind", attention.is_plain)
-    model, options = build(family), {"max_new_tokens": 12, "do_sample": False}
+@pytest.mark.parametrize(
+    ("family", "graphs", "device"),
+    [
+        ("DeepseekV3", False, "cpu"),
+        ("DeepseekV3", True, "cpu"),
+        pytest.param("DeepseekV3", True, "cuda", marks=GPU),
+        ("Youtu", True, "cpu"),
+        ("Llama", False, "cpu"),
+        pytest.param("Llama", False, "cuda", marks=GPU),
+        ("Qwen3", False, "cpu"),
+    ],
+)
+def test_bound_steps_of_one_token(family: str, graphs: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: over a block's end, ragged, in chunks with padding before, under beams, and with other weights.
+
+    On the CPU launches are run again where a graph would be replayed.
+    """
+    bound: list[TokenDecode | LatentDecode] = []
+    for kind in (TokenDecode, LatentDecode):
+        made = kind.__init__
+        monkeypatch.setattr(kind, "__init__", lambda self, *a, made=made: bound.append(self) or made(self, *a))
+    if device == "cpu":
+        monkeypatch.setattr(attention, "launches_bind", attention.is_plain)
+        monkeypatch.setattr(cache_module, "is_captured", lambda q: graphs)
+        monkeypatch.setattr(Shared, "capture", lambda self, run: run)
+    model, options = build(family).to(device), {"max_new_tokens": 12, "do_sample": False}
     cache = None
     for seed, beams in enumerate([1, 2, 1]):
-        inputs = prompts([60, 44] if beams == 1 else [61], seed=seed)
+        inputs = {k: x.to(device) for k, x in prompts([60, 44] if beams == 1 else [61], seed=seed).items()}
         model.set_attn_implementation("eager")
         expected = model.generate(**inputs, **options, num_beams=beams)
         cache = cache or hostile_cache(model, 2, 72)
@@ -227,6 +248,7 @@ def test_bound_steps_of_one_token(family: str, monkeypatch: pytest.MonkeyPatch) 
     model.set_attn_implementation("paged_kv_cache")
     for inference in (True, False):  # what was made inside of inference mode is written outside of it
         cache.reset()
+        cache.pages.grow(1)
         with torch.inference_mode(inference):
             assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
 

@@ -6,7 +6,6 @@ that raises, or is interrupted in any line, has changed nothing here.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -43,7 +42,9 @@ class Ledger:
 
     def draft(self) -> Ledger:
         """A ledger of lists of its own, but of the same allocators."""
-        draft = copy.copy(self)
+        # NOTE: copy.copy takes 4 us more, in every step of decode
+        draft = object.__new__(Ledger)
+        draft.is_slabs = self.is_slabs
         draft.allocators, draft.blocks, draft.lengths = [*self.allocators], [*self.blocks], [*self.lengths]
         return draft
 

@@ -8,10 +8,16 @@ from torch import Tensor
 from flash_mla.errors import BlockCountError, BlockTableError, DeviceError, SequenceLengthError
 from flash_mla.problem import BLOCK, PrefillProblem
 
+FEW = 64
+"""Integers that Python looks at itself: two tensors of one take 2 us so, 9 by torch's ops."""
+
 
 def extremes(lengths: Tensor, *tables: Tensor) -> list[int]:
     """The least and the greatest length, and id of each table that has one; read at once: a GPU is waited for once."""
-    return torch.stack([x for read in (lengths, *tables) if read.numel() for x in torch.aminmax(read)]).tolist()
+    read = [x for x in (lengths, *tables) if x.numel()]
+    if all(x.is_cpu and x.numel() <= FEW for x in read):
+        return [extreme(x) for x in [x.flatten().tolist() for x in read] for extreme in (min, max)]
+    return torch.stack([x for tensor in read for x in torch.aminmax(tensor)]).tolist()
 
 
 def check_values(block_table: Tensor, seq_lens: Tensor, Nblk: int, name: str = "seq_lens", page: int = BLOCK) -> int:

@@ -13,8 +13,9 @@ from flash_mla.cache import PagedKVCache
 from flash_mla.errors import ModelError, ShapeError
 from flash_mla.integrations.transformers.layer import Layer
 from flash_mla.integrations.transformers.step import Step, Tokens, admit
-from flash_mla.integrations.transformers.token import Scratch, TokenDecode
+from flash_mla.integrations.transformers.token import LatentDecode, Scratch, Shared, TokenDecode, is_captured
 from flash_mla.mla import MLAProjection
+from flash_mla.passed import facts
 from flash_mla.problem import FP8
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class PagedCache(Cache):
         self.graph: DecodeGraph | None = None
         self._layers: list[Layer] = []
         self._scratch: Scratch = {}
+        with torch.inference_mode(False):
+            self._starts = torch.empty_like(pages.seq_lens)
         self._forget()
 
     def _forget(self) -> None:
@@ -57,7 +60,7 @@ class PagedCache(Cache):
         if self.graph is not None and self.graph.step is not None:
             return self.graph.step
         if self._step is None or tokens is not self._tokens:
-            self._step = Step(self.pages, tokens)
+            self._step = Step(self.pages, tokens, self._starts)
             self._tokens = tokens
             self.seen += tokens.count
         return self._step
@@ -73,16 +76,27 @@ class PagedCache(Cache):
             self._layers = [Layer(self.pages, i, len(self.layers), self.index_dim) for i in range(len(self.layers))]
         return self._layers[index]
 
-    def token_decode(self, q: Tensor, new: NewTokens, scale: float, held: MLAProjection | None) -> TokenDecode:
+    def token_decode(
+        self, q: Tensor, new: NewTokens, scale: float, held: MLAProjection | None
+    ) -> TokenDecode | LatentDecode:
         """A layer's bound call for q and its new tokens, made once for their shapes, the scale and the projection."""
         _, index, k, v = new
         layer, tensors, rest = self.layer(index), (q, k, v), (scale,)
         call = layer.tokens.get(tensors, rest)
-        if call is None or call.held is not held:
-            pages = self.pages
-            made = TokenDecode(layer, q, k, v, pages.block_table, pages.seq_lens, scale, held, self._scratch)
+        if call is None or not call.fits(held):
+            args = (layer, q, k, v, self.pages.block_table, self.pages.seq_lens, scale)
+            made = TokenDecode(*args) if held is None else LatentDecode(*args, held, self._shared(q, k, v, held))
             call = layer.tokens.keep(tensors, rest, made)
         return call
+
+    def _shared(self, q: Tensor, k: Tensor, v: Tensor, held: MLAProjection) -> Shared:
+        """What the layers share for calls with these; for graphs, unless the whole step is one."""
+        key = facts(q, k, v)
+        if key not in self._scratch:
+            # NOTE: tensors made in inference mode could not be written outside of it
+            with torch.inference_mode(False):
+                self._scratch[key] = Shared(q, k, v, held, self.graph is None and is_captured(q))
+        return self._scratch[key]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without views, which a copy would give memory of their own."""
@@ -116,7 +130,7 @@ class PagedCache(Cache):
         Args:
             tokens_to_remove: 0 or below, as transformers' caches take it.
         """
-        dropped = -tokens_to_remove
+        dropped = -int(tokens_to_remove)  # transformers 5.17 gives a tensor
         if not 0 <= dropped <= min(self.pages.lengths):
             raise ShapeError(
                 given=f"crop({tokens_to_remove}), sequences of {[*self.pages.lengths]} tokens",

@@ -14,7 +14,7 @@ from flash_mla.pages import Bound, PoolCall, bind
 from flash_mla.passed import Passed
 
 if TYPE_CHECKING:
-    from flash_mla.integrations.transformers.token import TokenDecode
+    from flash_mla.integrations.transformers.token import LatentDecode, TokenDecode
 
 
 class Layer:
@@ -42,7 +42,7 @@ class Layer:
         self.k_rows, self.v_rows = rows_of(self.k_cache), rows_of(v_cache)
         self.k_descale = None if pages.k_descale is None else pages.k_descale[:, own]
         self.v_descale = None if pages.v_descale is None else pages.v_descale[:, own]
-        self.tokens: Passed[TokenDecode] = Passed()
+        self.tokens: Passed[TokenDecode | LatentDecode] = Passed()
         self._bound = Passed[Bound]()
 
     def decode(self, q: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:

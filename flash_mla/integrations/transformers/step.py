@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flash_mla.integrations.transformers.layer import Layer
 
 MAX_S_Q = 8  # most query tokens of a decode call
+SMALL_MASK = 2**14  # bytes that are sooner copied to the host than summed on a GPU, by two launches
 
 
 class Tokens:
@@ -39,9 +40,10 @@ class Tokens:
         """Of each request: tokens before this pass, tokens of this pass; None without a mask. One wait for the GPU."""
         if self.mask is None:
             return None
-        new = self.mask[:, -1] if self.count == 1 else self.mask[:, -self.count :].sum(-1)
+        mask = self.mask.cpu() if self.mask.numel() <= SMALL_MASK else self.mask
+        new = mask[:, -1] if self.count == 1 else mask[:, -self.count :].sum(-1)
         base = self.count + 1  # both numbers in one
-        both = [divmod(x, base) for x in torch.add(new, self.mask.sum(-1), alpha=base).tolist()]
+        both = [divmod(x, base) for x in torch.add(new, mask.sum(-1), alpha=base).tolist()]
         return [(total - count, count) for total, count in both]
 
 
@@ -82,7 +84,7 @@ def admit(pages: PagedKVCache, tokens: Tokens) -> Tensor | None:
 
 
 class Step:
-    """One forward pass; making it gives the requests their blocks.
+    """One forward pass; making it gives the requests their blocks. `starts` goes to the tensor that is given for it.
 
     Attributes:
         is_first: no request held a token before.
@@ -94,7 +96,8 @@ class Step:
         longest: tokens of the longest request.
     """
 
-    def __init__(self, pages: PagedKVCache, tokens: Tokens) -> None:
+    def __init__(self, pages: PagedKVCache, tokens: Tokens, starts: Tensor) -> None:
+        self._starts: Tensor | None = starts
         self.is_first = not any(pages.lengths)
         self.keep = admit(pages, tokens)
         self.longest = max(pages.lengths)
@@ -109,12 +112,12 @@ class Step:
         """The pass of every request's last token, which has its block; all that it is comes from the device."""
         step = cls.__new__(cls)
         step.is_first, step.keep, step.is_token, step.longest = False, None, True, max(pages.lengths)
-        step._pages, step._tokens, step._kept = pages, 1, None
+        step._pages, step._tokens, step._kept, step._starts = pages, 1, None, None
         return step
 
     @cached_property
     def starts(self) -> Tensor:
-        return self._pages.seq_lens - 1
+        return torch.sub(self._pages.seq_lens, 1, out=self._starts)
 
     @cached_property
     def position(self) -> Tensor:
