@@ -106,7 +106,8 @@ def decode_over_pages(
         mask, tail_mask, batch_invariant: as in flash_mla_with_kvcache.
         layout: "NHD" (default) or "HND", of all three pools.
         k_rope_pages: K's last columns where the latent is split: k_pages then holds the first Dv (ckv), this one the
-            D - Dv others (kpe), and V is k_pages. Default None.
+            D - Dv others (kpe), and V is k_pages. On a GPU, D is no power of two and Dv the
+            greatest below it (512 + 64, 128 + 64). Default None.
         v_head_dim: Dv where v_pages is None. Default: all columns of k_pages.
         causal: without a mask, query i sees keys t <= seq_lens[b] - S_q + i (default); False: every key.
         check_values: read seq_lens and block_table and check them, which waits for the GPU. False, in an engine's loop:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -55,9 +55,8 @@ class Plan:
     def bound(self) -> Callable[[Any], None]:
         """The launch, bound to this problem at the first call by a phase that does so."""
         bind = getattr(self.phase, "bind", None)
-        if bind is None:
-            return lambda args: self.phase.launch(self.problem, self.config, args)
-        return bind(self.problem, self.config)
+        # NOTE: a launch that held the plan would keep it alive when it is forgotten, until cycles are collected
+        return (bind or partial(unbound, self.phase))(self.problem, self.config)
 
     def launch(self, args: Args) -> None:
         """Fill args.out and args.lse; while torch's profiler runs, as a range of the phase's module name.
@@ -88,6 +87,11 @@ def without_memory(x: Tensor) -> Tensor:
     if type(x) is Tensor:
         x.untyped_storage().resize_(0)
     return x
+
+
+def unbound(phase: Phase, problem: Problem, config: Hashable) -> Callable[[Any], None]:
+    """The launch of a phase that binds none."""
+    return lambda args: phase.launch(problem, config, args)
 
 
 QUESTION = "which problem does this call pose?"

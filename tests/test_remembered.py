@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_mla
 from flash_mla import contract, deepseek, pages
+from flash_mla.backends.cpu import engine
 from flash_mla.deepseek import sparse
 from flash_mla.errors import (
     BlockTableError,
@@ -198,6 +199,24 @@ def test_another_backend_is_asked(door):
         call.again(backend="hopper")
     with pytest.raises(DeviceError, match="no such backend"):
         call.again(backend=["cpu"])
+
+
+@every
+def test_a_plan_that_is_forgotten_serves_no_call(door, monkeypatch):
+    """Where the kernels come back, they serve at once what torch's ops have served, and the other way round."""
+    kernels = []
+    run = engine.Call.run
+    monkeypatch.setattr(engine.Call, "run", lambda *args: kernels.append(1) or run(*args))
+    call = door()
+    for missing in ("hidden by a test", None, "hidden by a test"):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "missing", lambda missing=missing: missing)
+            plan.cache_clear()
+            kernels.clear()
+            call.again()
+            call.again()
+            assert len(kernels) == (0 if missing else 2)
+    plan.cache_clear()
 
 
 @every

@@ -41,6 +41,15 @@ def faults_of(draw: Draw, x: dict[str, Any], q: str = "q") -> list[Fault]:
     ]
 
 
+def with_out(draw: Draw, x: dict[str, Any], size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Sometimes an `out` in the arguments, and what the call may therefore write; a slice or off 16 bytes, too."""
+    if not draw.chance(0.2):
+        return []
+    out = draw.poison(*size, dtype=dtype)
+    x["out"] = draw.inside(out, contiguous=draw.chance(0.5)) if draw.chance(0.5) else out
+    return [x["out"]]
+
+
 def scale_fault(draw: Draw, name: str) -> Fault:
     value = draw.among((math.nan, math.inf, "0.1", [0.1]))
     return f"{name} {value}", (ShapeError,), lambda x: x.update({name: value})
@@ -145,7 +154,8 @@ def dense(draw: Draw, backend: str | None) -> Case:
             )
         return oracle.judge(out.transpose(1, 2), lse, truth, dtype, math.inf)
 
-    return legal(draw, name, x, verify, [], deepseek)
+    writes = [] if fp8 else with_out(draw, x, (B, S_q, Hq, Dv), dtype)
+    return legal(draw, name, x, verify, writes, deepseek)
 
 
 # --- Sparse -----------------------------------------------------------------------------------------------------------
@@ -323,7 +333,8 @@ def sparse_decode(draw: Draw, backend: str | None) -> Case:
             )
         return oracle.judge(out.transpose(1, 2), lse, truth, dtype, math.inf)
 
-    return legal(draw, "flash_mla_with_kvcache", x, verify, [], deepseek)
+    writes = with_out(draw, x, (B, S_q, Hq, Dv), dtype)
+    return legal(draw, "flash_mla_with_kvcache", x, verify, writes, deepseek)
 
 
 def empty_rows(Hq: int, Dv: int) -> oracle.Rows:
@@ -394,7 +405,8 @@ def sparse_prefill(draw: Draw, backend: str | None) -> Case:
                 failures.append(f"max_logits: error {error:.1e}")
         return failures
 
-    return legal(draw, "flash_mla_sparse_fwd", x, verify, [], deepseek)
+    writes = with_out(draw, x, (S_q, Hq, Dv), dtype)
+    return legal(draw, "flash_mla_sparse_fwd", x, verify, writes, deepseek)
 
 
 # --- Sequences laid end to end ----------------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ import math
 from llvmlite import ir
 
 from flash_mla.kernels.cpu.formats import SIZE, widen
-from flash_mla.kernels.cpu.ir import F64, POINTER, Value, vector
+from flash_mla.kernels.cpu.ir import F64, POINTER, Value, Variable, vector
 from flash_mla.kernels.cpu.item import Item
-from flash_mla.kernels.cpu.lanes import interleave
+from flash_mla.kernels.cpu.lanes import exp, interleave
 from flash_mla.kernels.cpu.walk import Block, walk_named, walk_pages
 
 
@@ -61,6 +61,16 @@ class Attend(Item):
 
     def end(self) -> None:
         """What is left to do after an item's last block."""
+
+    def move_max(self, at: Value, peak: Value) -> tuple[Value, Variable]:
+        """Make `peak` the max of a vector of rows, which lie at `at`, and m["factor"] what their sums and O are then to
+        be multiplied by: what weights are relative to, and the sum so far."""
+        m = self.m
+        base = peak.equals(-math.inf).pick(0.0, peak)  # a row that sees no key yet: exp(-inf) is 0
+        factor = exp((m["max"] + at).load(self.V, 4) - base)
+        (m["max"] + at).store(peak, 4)
+        (m["factor"] + at).store(factor, 4)
+        return base, self.g.variable((m["sum"] + at).load(self.V, 4) * factor)
 
     def load_mask(self, first: Value, rows: int, block: Block, width: int) -> None:
         """The mask's addends of rows [first, first + rows), to m["bias"] as [key, row], `width` rows from key to key:

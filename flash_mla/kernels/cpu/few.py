@@ -110,12 +110,7 @@ class Few(Attend):
             with some, g.loop(0, vectors * keys, keys) as j:
                 key = j.index().splat(W) + g.lanes([lane // s.tile_m for lane in range(W)])
                 keep(j, (key < limit).pick(scaled(j), -math.inf))
-        peak = rotate_max(top.get(), s.tile_m)
-        base = peak.equals(-math.inf).pick(0.0, peak)  # a row that sees no key yet: exp(-inf) is 0
-        factor = exp((m["max"] + at).load(self.V, 4) - base)
-        (m["max"] + at).store(peak, 4)
-        (m["factor"] + at).store(factor, 4)
-        total = g.variable((m["sum"] + at).load(self.V, 4) * factor)
+        base, total = self.move_max(at, rotate_max(top.get(), s.tile_m))
         with g.loop(0, vectors * W, W) as x:
             p = exp((scores + x * 4).load(self.V, 4) - base)
             (scores + x * 4).store(p, 4)

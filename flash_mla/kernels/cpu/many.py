@@ -50,6 +50,14 @@ class Many(Attend):
             return widen(at + half * W * 2, "bf16", W)
         return chunk(at, dtype, W, half)
 
+    def part(self, row: Value, dtype: str, columns: int, c: Value, half: int, rest: bool) -> Value:
+        """Vector `half` of chunk c of a row of so many columns; where whole chunks leave it, 0 past the row's end."""
+        s = self.spec
+        if rest:
+            end = columns // s.chunk * s.chunk * SIZE[dtype]
+            return tail(row + end, dtype, s.lanes, half, columns % s.chunk)
+        return self.read(row, dtype, c, half)
+
     def each_vector(self, columns: int, body: Callable[[Value, int, bool], None]) -> None:
         """body(chunk, half, whether it is what whole chunks leave) for the vectors of a row."""
         whole = columns // self.spec.chunk
@@ -69,11 +77,7 @@ class Many(Attend):
             to = self.m["q"] + v // per_tile * (s.tile_m * self.wide_row) + v % per_tile * (4 * W)
 
             def copy(c: Value, half: int, rest: bool) -> None:
-                if rest:
-                    end = s.depth // s.chunk * s.chunk * SIZE[kind]
-                    xs = [tail(row + end, kind, W, half, s.depth % s.chunk) for row in rows]
-                else:
-                    xs = [self.read(row, kind, c, half) for row in rows]
+                xs = [self.part(row, kind, s.depth, c, half, rest) for row in rows]
                 for column, x in enumerate(turn(xs)):
                     (to + (c * s.chunk + (half * W + column)) * (s.tile_m * 4)).store(x, 4)
 
@@ -115,11 +119,7 @@ class Many(Attend):
             source, to = block.k + j * block.k_row, m["wide"] + j * self.wide_row
 
             def copy(c: Value, half: int, rest: bool, source: Value = source, to: Value = to) -> None:
-                if rest:
-                    end = s.D // s.chunk * s.chunk * SIZE[s.held]
-                    x = tail(source + end, s.held, W, half, s.D % s.chunk)
-                else:
-                    x = self.read(source, s.held, c, half)
+                x = self.part(source, s.held, s.D, c, half, rest)
                 (to + (c * s.chunk + half * W) * 4).store(x, 4)
 
             self.each_vector(s.D, copy)
@@ -175,11 +175,7 @@ class Many(Attend):
         with g.loop(t * per_tile, (t + 1) * per_tile) as v:
             at = v * (4 * W)
             peak = self.moved((m["max"] + at).load(self.V, 4), (m["peak"] + at).load(self.V, 4))
-            base = peak.equals(-math.inf).pick(0.0, peak)  # a row that sees no key yet: exp(-inf) is 0
-            factor = exp((m["max"] + at).load(self.V, 4) - base)
-            (m["max"] + at).store(peak, 4)
-            (m["factor"] + at).store(factor, 4)
-            total = g.variable((m["sum"] + at).load(self.V, 4) * factor)
+            base, total = self.move_max(at, peak)
             self.weigh(v, base, reach, total)
             (m["sum"] + at).store(total.get(), 4)
 

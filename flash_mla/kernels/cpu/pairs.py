@@ -12,7 +12,7 @@ The sum of the weights is of those before rounding: lse stays FP32's. The instru
 
 from __future__ import annotations
 
-from flash_mla.kernels.cpu.formats import SIZE, chunk, round_bf16, tail
+from flash_mla.kernels.cpu.formats import round_bf16
 from flash_mla.kernels.cpu.ir import BF16, I16, I32, Value, Variable, vector
 from flash_mla.kernels.cpu.lanes import exp
 from flash_mla.kernels.cpu.many import Many
@@ -79,17 +79,12 @@ class Pairs(Many):
     def pair_v(self, block: Block) -> None:
         """Write V of the block to m["pairs"], keys 2i and 2i + 1 side by side."""
         g, s, W = self.g, self.spec, self.spec.lanes
-        size = SIZE[s.held]
 
         def row(j: Value, there: tuple[Value, Value] | None) -> None:
             sources = [block.v + (j + n).min(block.keys - 1) * block.v_row for n in (0, 1)]
 
             def pair(c: Value, half: int, rest: bool) -> None:
-                if rest:
-                    end = s.Dv // s.chunk * s.chunk * size
-                    xs = [tail(source + end, s.held, W, half, s.Dv % s.chunk) for source in sources]
-                else:
-                    xs = [chunk(source + c * (s.chunk * size), s.held, W, half) for source in sources]
+                xs = [self.part(source, s.held, s.Dv, c, half, rest) for source in sources]
                 if there:  # slots past the last key may hold NaN
                     xs = [own.pick(x, self.zero) for own, x in zip(there, xs, strict=True)]
                 (self.pair(j, c) + half * (4 * W)).store(beside(*xs), 4)
