@@ -228,6 +228,19 @@ def test_topk_of_short_rows(index_dtype):
     assert torch.equal(chosen, topk_reference(seen, topk))
 
 
+def test_topk_of_few_rows():
+    """So few that several programs mark the scores of one row."""
+    N, topk = 1500, 100
+    scores = hostile_scores(14, N, seed=3)
+    starts = torch.tensor([0, 5, 600, 511, 512, 40, 0, 0, 1499, 1000, 1024, 0, 31, 33])
+    ends = torch.tensor([N, N, N, 1499, 1029, 1500, 513, 0, 1500, 900, 1024, 1200, 1400, 1057])
+    t = torch.arange(N)
+    seen = scores.masked_fill((t < starts[:, None]) | (t >= ends[:, None]), -math.inf)
+    for rows in torch.arange(14).split(3):
+        chosen = topk_indices(scores[rows], topk, starts[rows], ends[rows], backend=BACKEND)
+        assert torch.equal(chosen, topk_reference(seen[rows], topk))
+
+
 @pytest.mark.parametrize("page", [64, 16])
 def test_topk_as_rows_of_a_pool(page):
     """Through a block table, as pool_indices maps positions."""

@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python docs/bench/cpu_kernels.py [seconds a case [pattern of case names]]
 
-`gather` copies the pages into a contiguous KV and calls torch's op: SDPA with a group's heads as rows, and for MLA the
-flash op with V = K (its last columns dropped). `torch` is the library's own path without llvmlite. `read` reads 64 MiB
+`gather` copies the pages into a contiguous KV and calls torch's op: SDPA with a group's heads as rows (over BF16 where
+the cache is FP8), and for MLA the flash op with V = K (its last columns dropped). Of a chunk that is written, it writes
+the rows by an index first. `torch` is the library's own path without llvmlite. `read` reads 64 MiB
 in shuffled blocks of 16 KiB; `peak` is a loop of FMAs. A pattern (`re.search`) runs the cases that it finds: on a
 shared machine the table is taken in pieces, each while nothing else runs.
 """
@@ -25,7 +26,7 @@ import torch
 from llvmlite import ir
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from flash_mla import deepseek, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla import deepseek, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
 from flash_mla.backends.cpu import engine
 from flash_mla.bench.timing import device_name
 from flash_mla.indexer import topk_indices
@@ -150,19 +151,43 @@ def decode(name: str, B: int, Hq: int, Hk: int, D: int, S: int, Dv: int | None =
     def gather() -> object:
         for b in range(B):
             ids = table[b].long()
-            torch.index_select(k[b], 1, ids, out=buffers[0][b])
-            if not alias:
-                torch.index_select(v[b], 1, ids, out=buffers[1][b])
-        rows = buffers[0].flatten(2, 3)
+            for pages, buffer in zip((k, v)[: 1 if alias else 2], buffers, strict=False):
+                torch.index_select(as_bytes(pages[b]), 1, ids, out=as_bytes(buffer[b]))
+        rows = [x.flatten(2, 3).to(torch.bfloat16 if dtype == FP8 else dtype) for x in buffers]
         if alias:
-            return flash(q.view(B, 1, Hq, D), rows, rows)[0][..., :Dv]
-        return sdpa(q.view(B, Hk, Hq // Hk, D), rows, buffers[1].flatten(2, 3))
+            return flash(q.view(B, 1, Hq, D), rows[0], rows[0])[0][..., :Dv]
+        return sdpa(q.to(rows[0].dtype).view(B, Hk, Hq // Hk, D), *rows)
 
-    calls = {"ours": call}
-    if dtype != FP8:
-        calls["gather"] = gather
     columns = D if alias else D + Dv
+    calls = {"ours": call, "gather": gather}
     show(name, calls, 2.0 * B * Hq * S * (D + Dv), float(B * S * Hk * columns * k.element_size()), B < 1024)
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """FP8 as bytes, which torch indexes."""
+    return x.view(torch.uint8) if x.dtype == FP8 else x
+
+
+def chunk(name: str, H: int, D: int, P: int, before: int, writes: bool = False) -> None:
+    """P tokens of a prompt after those that lie in the cache, or that are written to it in the same call."""
+    S, n = before + P, -(-(before + P) // 64)
+    k, v, *buffers = (torch.randn(1, H, n, 64, D).bfloat16() for _ in range(4))
+    q, *rows = (torch.randn(1, H, P, D).bfloat16() for _ in range(3))
+    table, start = torch.randperm(n).int()[None], torch.tensor([before], dtype=torch.int32)
+    new = dict(zip("kv", rows, strict=True)) if writes else {}
+    mask = torch.arange(S) <= torch.arange(P)[:, None] + before
+    places = torch.arange(before, S)
+
+    def gather() -> object:
+        ids = table[0].long()
+        for x, cache, buffer in zip(rows, (k, v), buffers, strict=True):
+            if writes:
+                cache[0][:, ids[places // 64], places % 64] = x[0]
+            torch.index_select(cache[0], 1, ids, out=buffer[0])
+        return sdpa(q, *(x.flatten(2, 3)[:, :, :S] for x in buffers), attn_mask=mask)
+
+    calls = {"ours": lambda: mha_fwd_kvcache(q, k, v, table, start_pos=start, **new), "gather": gather}
+    show(name, calls, 4.0 * H * D * (P * before + P * (P + 1) / 2), 4.0 * S * H * D, beside_torch=True)
 
 
 def prefill(name: str, H: int, D: int, Dv: int, P: int) -> None:
@@ -190,6 +215,19 @@ def sparse(name: str, Hq: int, S: int, topk: int = 2048) -> None:
         q, pages, None, None, 512, schedule, is_fp8_kvcache=True, indices=indices
     )
     show(name, {"ours": call}, 2.0 * Hq * topk * 1088, 656.0 * topk, beside_torch=True)
+
+
+def sparse_rows(name: str, Hq: int, topk: int, queries: int) -> None:
+    """Rows of BF16 that each query names, of 8192."""
+    rows, q = torch.randn(8192, 1, 576).bfloat16(), torch.randn(queries, Hq, 576).bfloat16()
+    indices = torch.stack([torch.randperm(8192)[:topk] for _ in range(queries)]).int()[:, None]
+
+    def gather() -> object:
+        named = [rows[:, 0].index_select(0, ids[0].long())[None, None] for ids in indices]
+        return [flash(x[None, None], keys, keys)[0][..., :512] for x, keys in zip(q, named, strict=True)]
+
+    calls = {"ours": lambda: deepseek.flash_mla_sparse_fwd(q, rows, indices, 0.07), "gather": gather}
+    show(name, calls, 2.0 * queries * Hq * topk * 1088, 1152.0 * queries * topk, beside_torch=True)
 
 
 def select(name: str, rows: int, N: int, k: int = 2048) -> None:
@@ -235,6 +273,22 @@ def cases() -> Iterator[tuple[str, Callable[[str], None]]]:
         for S in (8192, 131072):
             name = f"sparse fp8_ds_mla, {heads} heads, topk 2048, s_kv {S}"
             yield name, partial(sparse, Hq=heads, S=S)
+    for heads, topk in ((16, 128), (16, 512), (128, 512)):
+        yield f"short: fp8_ds_mla, {heads} heads, topk {topk}", partial(sparse, Hq=heads, S=8192, topk=topk)
+    for heads, queries in ((16, 1), (16, 16), (128, 1)):
+        name = f"short: BF16 rows, {heads} heads, topk 512, {queries} queries"
+        yield name, partial(sparse_rows, Hq=heads, topk=512, queries=queries)
+    for heads, S in ((16, 64), (16, 128), (16, 512), (128, 128), (128, 512)):
+        yield f"short: MLA {heads} heads, S {S}", partial(decode, B=1, Hq=heads, Hk=1, D=576, S=S, Dv=512)
+    for Hq, Hk, D, S in ((32, 8, 128, 64), (32, 8, 128, 512), (14, 2, 64, 512), (12, 12, 64, 128)):
+        yield f"short: GQA {Hq}/{Hk} D {D}, S {S}", partial(decode, B=1, Hq=Hq, Hk=Hk, D=D, S=S)
+    for S in (64, 1024):
+        yield f"short: GQA 32/8 D 128 FP8, S {S}", partial(decode, B=1, Hq=32, Hk=8, D=128, S=S, dtype=FP8)
+    for P, before, writes in ((16, 0, False), (16, 0, True), (128, 0, True), (128, 1024, True), (128, 4096, False)):
+        name = f"short: chunk of {P} after {before}{', written' if writes else ''}, 8 heads D 128"
+        yield name, partial(chunk, H=8, D=128, P=P, before=before, writes=writes)
+    for P in (16, 64, 128):
+        yield f"short: causal prefill, 8 heads, D 128, P {P}", partial(prefill, H=8, D=128, Dv=128, P=P)
     for rows, N in ((1, 8192), (1, 131072), (16, 32768)):
         yield f"top-k 2048 of {N} scores, {rows} rows", partial(select, rows=rows, N=N)
 

@@ -56,9 +56,12 @@ def test_copied_rows(dtype, D, Dv, layout, index, threads, monkeypatch):
     assert v_cache is None or torch.equal(bits(v_cache), bits(wanted[1]))
 
 
-def test_without_starts_and_counts():
-    """All rows from position 0 on, as torch's ops write them."""
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "columns-apart"])
+def test_without_starts_and_counts(apart):
+    """All rows from position 0 on, as torch's ops write them; columns that lie apart too."""
     k, v = torch.randn(2, 4, 130, 40).bfloat16(), torch.randn(2, 4, 130, 8).bfloat16()
+    if apart:
+        k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (k, v))
     table = torch.tensor([[2, 0, 1], [0, 2, 1]])
     written = []
     for write in (append.copy_rows, append.index_rows):

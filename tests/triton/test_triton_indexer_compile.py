@@ -62,7 +62,7 @@ def test_scores_fit(name, gpu):
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize(
-    ("rows", "N", "K"), [(4096, 32768, 2048), (64, 131072, 512), (1, 4096, 512), (64, 32768, 4096)]
+    ("rows", "N", "K"), [(4096, 131072, 2048), (64, 131072, 512), (1, 4096, 512), (64, 32768, 4096)]
 )
 def test_topk_fits(rows, N, K, gpu):
     problem = TopkProblem(torch.device("meta"), rows, N, N, K, 64, 1)
@@ -71,13 +71,13 @@ def test_topk_fits(rows, N, K, gpu):
     out, table = meta(rows, K, dtype=torch.int32), meta(rows, N // 64, dtype=torch.int32)
     args = TopkArgs(meta(rows, N, dtype=torch.float32), ints, ints, table, out)
     space = topk_backend.workspace(problem, config)
-    if space is not None:
+    if config.parts > 1:
         arguments = topk_backend.pivot_arguments(problem, config, args, space)
         built = compile_for(topk.pivot_kernel, arguments, {"num_warps": topk.PIVOT_WARPS}, TARGETS[gpu])
         within("pivot", built, TARGETS[gpu])
-        arguments = topk_backend.narrow_arguments(problem, config, args, space)
-        built = compile_for(topk.narrow_kernel, arguments, {"num_warps": topk.NARROW_WARPS}, TARGETS[gpu])
-        within("narrow", built, TARGETS[gpu])
+        arguments = topk_backend.mark_arguments(problem, config, args, space)
+        built = compile_for(topk.mark_kernel, arguments, {"num_warps": topk.MARK_WARPS}, TARGETS[gpu])
+        within("mark", built, TARGETS[gpu])
     arguments = topk_backend.select_arguments(problem, config, args, space)
     built = compile_for(topk.select_kernel, arguments, {"num_warps": config.warps}, TARGETS[gpu])
     print(config, gpu, built)

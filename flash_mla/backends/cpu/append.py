@@ -41,7 +41,10 @@ def copying() -> engine.Entries:
 
 
 def copy_rows(args: AppendArgs) -> None:
-    """By the compiled kernel."""
+    """By the compiled kernel; rows that do not lie together are put together first."""
+    k, v = args.k, args.v
+    if k.stride(3) != 1 or (v is not None and v.stride(3) != 1):
+        args = args._replace(k=k.contiguous(), v=None if v is None else v.contiguous())
     shared = SHARED.get(args, ())
     if shared is None:
         shared = SHARED.keep(args, (), copied(args))

@@ -28,11 +28,11 @@ def config(problem: TopkProblem, on: Target | None = None) -> topk.Config:
 
 
 class Workspace(NamedTuple):
-    """pivots [rows] FP32, candidates [rows, parts, room] int32, counts [rows, parts] int32."""
+    """pivots [rows] FP32, marks [rows, ceil(N / 32)] int32 (whole tiles), candidates [rows, room] int32."""
 
     pivots: Tensor
+    marks: Tensor
     candidates: Tensor
-    counts: Tensor
 
 
 def workspace(problem: TopkProblem, config: topk.Config) -> Workspace | None:
@@ -42,8 +42,8 @@ def workspace(problem: TopkProblem, config: topk.Config) -> Workspace | None:
     empty = partial(torch.empty, device=problem.device)
     return Workspace(
         empty(problem.rows, dtype=torch.float32),
-        empty(problem.rows, config.parts, config.room, dtype=torch.int32),
-        empty(problem.rows, config.parts, dtype=torch.int32),
+        empty(problem.rows, -(-problem.N // config.tile) * config.tile // 32, dtype=torch.int32),
+        empty(problem.rows, config.room, dtype=torch.int32),
     )
 
 
@@ -55,11 +55,11 @@ def pivot_arguments(problem: TopkProblem, config: topk.Config, args: TopkArgs, s
     )  # fmt: skip
 
 
-def narrow_arguments(problem: TopkProblem, config: topk.Config, args: TopkArgs, space: Workspace) -> dict[str, Any]:
-    """narrow_kernel's arguments."""
-    return topk.narrow_arguments(
-        config, scores=args.scores, starts=args.starts, ends=args.ends, pivots=space.pivots,
-        candidates=space.candidates, counts=space.counts, N=problem.N,
+def mark_arguments(problem: TopkProblem, config: topk.Config, args: TopkArgs, space: Workspace) -> dict[str, Any]:
+    """mark_kernel's arguments."""
+    return topk.mark_arguments(
+        config, scores=args.scores, starts=args.starts, ends=args.ends, pivots=space.pivots, marks=space.marks,
+        N=problem.N,
     )  # fmt: skip
 
 
@@ -67,21 +67,21 @@ def select_arguments(
     problem: TopkProblem, config: topk.Config, args: TopkArgs, space: Workspace | None
 ) -> dict[str, Any]:
     """select_kernel's arguments."""
-    pivots, candidates, counts = space or (None, None, None)
+    pivots, marks, candidates = space or (None, None, None)
     return topk.select_arguments(
-        config, scores=args.scores, starts=args.starts, ends=args.ends, pivots=pivots, candidates=candidates,
-        counts=counts, block_table=args.block_table, out=args.out, N=problem.N, queries=problem.queries,
+        config, scores=args.scores, starts=args.starts, ends=args.ends, pivots=pivots, marks=marks,
+        candidates=candidates, block_table=args.block_table, out=args.out, N=problem.N, queries=problem.queries,
         page=problem.page,
     )  # fmt: skip
 
 
 def launch(problem: TopkProblem, config: topk.Config, args: TopkArgs) -> None:
-    """One kernel, and two before it where a row has more scores than a program holds."""
+    """One kernel; two before it where several programs mark a row."""
     rows = problem.rows
     with device_of(problem.device):
         space = workspace(problem, config)
-        if space is not None:
+        if space is not None and config.parts > 1:
             topk.pivot_kernel[(rows,)](**pivot_arguments(problem, config, args, space), num_warps=topk.PIVOT_WARPS)
-            grid = (rows, config.parts)
-            topk.narrow_kernel[grid](**narrow_arguments(problem, config, args, space), num_warps=topk.NARROW_WARPS)
+            marks = mark_arguments(problem, config, args, space)
+            topk.mark_kernel[(rows, config.parts)](**marks, num_warps=topk.MARK_WARPS)
         topk.select_kernel[(rows,)](**select_arguments(problem, config, args, space), num_warps=config.warps)

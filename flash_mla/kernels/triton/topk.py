@@ -1,15 +1,17 @@
 """Top-k: the columns of the k greatest scores of a row, in ascending order, the leftmost first where scores are equal.
 
-pivot_kernel, grid (rows): a strided sample of the row gives a pivot that a little more than k scores are expected to
-reach. narrow_kernel, grid (rows, parts): the columns of those that do, in order, are a part's candidates; each score is
-read once, compared once and given a place by a running sum. select_kernel, grid (rows): a radix select of one bit a
-step among the candidates, which it holds in registers as integers that order as the scores do, halves the range of the
-threshold until k of them lie at or above it. Rows of at most `room` scores are all candidates: the third kernel alone.
+Find a pivot: a strided sample of the row gives a score that a little more than k are expected to reach. Mark: each
+score is read once, and a bit says whether it does (compact.py). Select: the columns whose bits are set are the
+candidates, whose scores are held in registers as integers that order as the scores do; a radix select of one bit a step
+halves the range of the threshold until k of them lie at or above it. Rows of at most `room` scores are all candidates.
+
+select_kernel, grid (rows), does all three; of few long rows, pivot_kernel, grid (rows), and mark_kernel, grid (rows,
+parts), do the first two.
 
 The answer never depends on the sample: where too few or too many scores reach the pivot (many equal ones can), the
-third kernel takes the whole row instead, with a pass over it for every bit.
+selection takes the whole row instead, with a pass over it for every bit.
 
-Bound: bytes, one read of the scores.
+Bound: bytes, one read of the scores. A row's selection is a chain of some 40 barriers, 8 us with nothing beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_mla.kernels.triton.compact import list_marked, mark, running, scatter
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import power_of_2
 
@@ -28,38 +31,47 @@ from flash_mla.kernels.triton.tiles import power_of_2
 
 @dataclass(frozen=True)
 class Config:
-    """room candidates a row, 16 a thread of warps warps; parts programs look for them, tile scores a step, with a pivot
-    from sample scores. parts is 0 where every score is a candidate.
+    """room candidates a row, 16 a thread of warps warps; parts programs mark them, tile scores a step, with a pivot
+    from sample scores. parts is 0 where every score is a candidate. ptx: of NVIDIA.
     """
 
     room: int
     parts: int
     tile: int
     sample: int
+    ptx: bool
 
     @property
     def warps(self) -> int:
         """Of select_kernel."""
         return min(16, max(1, self.room // 512))
 
+    def aim(self, topk: int) -> int:
+        """Scores that are wanted to reach the pivot: the mean of topk and room, as their ratio goes."""
+        return int((topk * self.room) ** 0.5)
+
 
 MAX_K = 4096
 MAX_PARTS = 16
 PIVOT_WARPS = 8
-NARROW_WARPS = 4
+MARK_WARPS = 4
 
 
 def config(*, rows: int, N: int, topk: int, target: Target) -> Config:
-    """Room for twice topk: the pivot aims between the two. Four programs an SM while a part has two tiles or more."""
-    interpreted = target.backend == "interpreter"
+    """Room for twice topk: the pivot aims between the two. A program marks a row and selects from it, which leaves its
+    scores in L2 for the selection; long rows that are too few for the SMs have more programs."""
+    interpreted, ptx = target.backend == "interpreter", target.backend == "cuda"
     room = max(512 if interpreted else 4096, power_of_2(2 * topk))
     if room >= N:
-        return Config(max(128, power_of_2(max(N, 1))), 0, 0, 0)
+        return Config(max(128, power_of_2(max(N, 1))), 0, 0, 0, ptx)
     tile = 512 if interpreted else 2048
     # a sixteenth of the row: of 128k scores, 128 +- 9 of the sample are among the greatest 2048
     sample = min(16384, max(64 if interpreted else 2048, power_of_2(N) // 16))
-    parts = min(-(-N // (2 * tile)), -(-4 * target.multiprocessors // rows), MAX_PARTS)
-    return Config(room, max(parts, 1), tile, sample)
+    parts = 1
+    if rows <= target.multiprocessors and N > (1024 if interpreted else 32768):
+        # four programs an SM while a part has two tiles or more
+        parts = min(-(-N // (2 * tile)), -(-4 * target.multiprocessors // rows), MAX_PARTS)
+    return Config(room, parts, tile, sample, ptx)
 
 
 # --- Steps ---
@@ -87,6 +99,12 @@ def score_of(key):
 
 
 @triton.jit
+def finite(score):
+    """The score, or the least finite one."""
+    return tl.maximum(score, score_of(tl.cast(LEAST, tl.int32)))
+
+
+@triton.jit
 def reaching(keys, key):
     """How many of them are not less than key."""
     return tl.sum((keys >= key).to(tl.int32), 0)
@@ -96,18 +114,6 @@ def reaching(keys, key):
 def halve(low, high):
     """The middle, rounded down, without overflow."""
     return (low & high) + ((low ^ high) >> 1)
-
-
-@triton.jit
-def running(x):
-    """(sum of what came before each, the sum of all) of a tile of a multiple of 128.
-
-    NOTE: a warp scans 128 in a row, then the rows: 26 instructions a score where a scan of the whole tile takes 55.
-    """
-    rows = tl.reshape(x, [x.shape[0] // 128, 128])
-    totals = tl.sum(rows, 1)
-    before = tl.cumsum(rows, 1) - rows + (tl.cumsum(totals, 0) - totals)[:, None]
-    return tl.reshape(before, [x.shape[0]]), tl.sum(totals, 0)
 
 
 @triton.jit
@@ -131,7 +137,10 @@ def threshold(keys, wanted, enough):
 
 
 @triton.jit
-def emit(out_row, keys, columns, low, high, room, aboves, equals, table_row, table_blocks, PAGE: tl.constexpr):
+def emit(
+    out_row, keys, columns, low, high, room, aboves, equals, table_row, table_blocks,
+    PAGE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """Write the columns of the keys that reach high, and the leftmost `room` of those that are low, in order.
 
     aboves and equals: how many of either came before; returns them with these.
@@ -147,7 +156,7 @@ def emit(out_row, keys, columns, low, high, room, aboves, equals, table_row, tab
     if PAGE > 0:
         block = tl.minimum(columns // PAGE, table_blocks - 1)
         rows = (tl.load(table_row + block, mask=chosen, other=0) * PAGE + columns % PAGE).to(tl.int32)
-    tl.store(out_row + place, rows, mask=chosen)
+    scatter(out_row + place, rows, chosen, PTX)
     return aboves + (total & 0xFFFF), equals + (total >> 16)
 
 
@@ -162,6 +171,18 @@ def bounds(start_ptr, end_ptr, row, N):
     return begin, end
 
 
+@triton.jit
+def find_pivot(score_row, begin, end, AIM: tl.constexpr, ROOM: tl.constexpr, SAMPLE: tl.constexpr):
+    """A score that about AIM of the row's are expected to reach; -inf where all that are finite are candidates."""
+    length = tl.maximum(end - begin, 1)
+    offs = begin + (tl.arange(0, SAMPLE).to(tl.int64) * length // SAMPLE).to(tl.int32)
+    live = (offs < end) & (length > ROOM)
+    keys = ordered(tl.load(score_row + offs, mask=live, other=float("-inf")), live)
+    wanted = tl.maximum(tl.cast(SAMPLE, tl.int64) * AIM // length, 1).to(tl.int32)
+    low, at_low, _, _ = threshold(keys, wanted, wanted + wanted // 16)
+    return tl.where(at_low < wanted, float("-inf"), score_of(low))
+
+
 # --- Kernels ---
 
 
@@ -170,59 +191,41 @@ def pivot_kernel(
     score_ptr,  # [rows, width]
     start_ptr,  # [rows]
     end_ptr,  # [rows]
-    pivot_ptr,  # [rows]; -inf where every finite score is a candidate
+    pivot_ptr,  # [rows]
     N,
     stride_row,
-    AIM: tl.constexpr,  # scores that are wanted to reach the pivot
+    AIM: tl.constexpr,
     ROOM: tl.constexpr,
     SAMPLE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     begin, end = bounds(start_ptr, end_ptr, row, N)
-    length = tl.maximum(end - begin, 1)
-    offs = begin + (tl.arange(0, SAMPLE).to(tl.int64) * length // SAMPLE).to(tl.int32)
-    live = (offs < end) & (length > ROOM)
-    keys = ordered(tl.load(score_ptr + row * stride_row + offs, mask=live, other=float("-inf")), live)
-    wanted = tl.maximum(tl.cast(SAMPLE, tl.int64) * AIM // length, 1).to(tl.int32)
-    low, at_low, _, _ = threshold(keys, wanted, wanted + wanted // 16)
-    tl.store(pivot_ptr + row, tl.where(at_low < wanted, float("-inf"), score_of(low)))
+    tl.store(pivot_ptr + row, find_pivot(score_ptr + row * stride_row, begin, end, AIM, ROOM, SAMPLE))
 
 
 @triton.jit
-def narrow_kernel(
+def mark_kernel(
     score_ptr,  # [rows, width]
     start_ptr,  # [rows]
     end_ptr,  # [rows]
     pivot_ptr,  # [rows]
-    candidate_ptr,  # [rows, PARTS, ROOM]
-    count_ptr,  # [rows, PARTS]
+    mark_ptr,  # [rows, words]
     N,
     width,
+    words,
     stride_row,
-    ROOM: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
     begin, end = bounds(start_ptr, end_ptr, row, N)
-    pivot = tl.maximum(tl.load(pivot_ptr + row), score_of(tl.cast(LEAST, tl.int32)))
     # this part's tiles, on multiples of TILE so that loads are wide
     base = begin // TILE * TILE
     each = ((end - base + TILE - 1) // TILE + PARTS - 1) // PARTS * TILE
-    first = base + part * each
-    score_row = score_ptr + row * stride_row
-    candidates = candidate_ptr + (row * PARTS + part) * ROOM
-    count = 0
-    for t in tl.range(first, tl.minimum(first + each, end), TILE, num_stages=3):
-        offs = t + tl.arange(0, TILE)
-        # NOTE: the mask names width alone, so that four scores are one access where it is a multiple of 16
-        scores = tl.load(score_row + offs, mask=offs < width, other=float("-inf"))
-        kept = ((scores >= pivot) & (offs >= begin) & (offs < end)).to(tl.int32)
-        before, total = running(kept)
-        tl.store(candidates + count + before, offs, mask=(kept > 0) & (count + before < ROOM))
-        count += total
-    tl.store(count_ptr + row * PARTS + part, count)
+    first = base + tl.program_id(1) * each
+    last = tl.minimum(first + each, end)
+    pivot = finite(tl.load(pivot_ptr + row))
+    mark(score_ptr + row * stride_row, mark_ptr + row * words, pivot, begin, end, first, last, width, TILE)
 
 
 @triton.jit
@@ -231,12 +234,13 @@ def select_kernel(
     start_ptr,  # [rows]
     end_ptr,  # [rows]
     pivot_ptr,  # [rows]
-    candidate_ptr,  # [rows, PARTS, ROOM]
-    count_ptr,  # [rows, PARTS]
+    mark_ptr,  # [rows, words]
+    candidate_ptr,  # [rows, ROOM]
     table_ptr,  # [rows / queries, table_blocks]
     out_ptr,  # [rows, K]
     N,
     width,
+    words,
     stride_row,
     queries,
     table_blocks,
@@ -244,8 +248,12 @@ def select_kernel(
     K_TILE: tl.constexpr,
     PAGE: tl.constexpr,  # 0: columns are not mapped
     ROOM: tl.constexpr,
-    PARTS: tl.constexpr,  # 0: all scores are candidates
+    PARTS: tl.constexpr,  # 0: all scores are candidates; 1: this kernel marks them
     TILE: tl.constexpr,
+    AIM: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    WORDS: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     begin, end = bounds(start_ptr, end_ptr, row, N)
@@ -255,7 +263,6 @@ def select_kernel(
     if PAGE > 0:
         table_row += row // queries * table_blocks
 
-    # the candidates of all parts, laid end to end
     offs = tl.arange(0, ROOM)
     if PARTS == 0:
         columns = offs
@@ -263,19 +270,19 @@ def select_kernel(
         scores = tl.load(score_row + offs, mask=offs < width, other=float("-inf"))
         fits = True
     else:
-        total = 0
-        most = 0
-        place = offs
-        for part in tl.static_range(PARTS):
-            count = tl.load(count_ptr + row * PARTS + part)
-            place = tl.where(offs >= total, part * ROOM + offs - total, place)
-            total += count
-            most = tl.maximum(most, count)
-        live = offs < total
-        columns = tl.load(candidate_ptr + row * (PARTS * ROOM) + place, mask=live, other=0)
-        complete = tl.load(pivot_ptr + row) == float("-inf")
-        fits = (total <= ROOM) & (complete | (total >= K))
-        live = live & fits
+        mark_row = mark_ptr + row * words
+        candidate_row = candidate_ptr + row * ROOM
+        if PARTS == 1:
+            pivot = find_pivot(score_row, begin, end, AIM, ROOM, SAMPLE)
+            mark(score_row, mark_row, finite(pivot), begin, end, begin // TILE * TILE, end, width, TILE)
+            tl.debug_barrier()  # other threads have written what this one reads, here and below
+        else:
+            pivot = tl.load(pivot_ptr + row)
+        total = list_marked(mark_row, candidate_row, begin, end, ROOM, TILE, WORDS, PTX)
+        fits = (total <= ROOM) & ((pivot == float("-inf")) | (total >= K))
+        live = (offs < total) & fits
+        tl.debug_barrier()
+        columns = tl.load(candidate_row + offs, mask=live, other=0)
         scores = tl.load(score_row + columns, mask=live, other=float("-inf"))
 
     keys = ordered(scores, live)
@@ -298,7 +305,7 @@ def select_kernel(
     # all that reach the threshold, or all above it and of those at it the leftmost
     room = tl.where(at_low <= K, 0, K - at_high)
     high = tl.where(at_low <= K, low, high)
-    aboves, equals = emit(out_row, keys, columns, low, high, room, 0, 0, table_row, table_blocks, PAGE)
+    aboves, equals = emit(out_row, keys, columns, low, high, room, 0, 0, table_row, table_blocks, PAGE, PTX)
     if PARTS > 0:  # noqa: SIM102
         if fits == 0:
             for t in tl.range(begin // TILE * TILE, end, TILE):
@@ -306,7 +313,7 @@ def select_kernel(
                 tile = tl.load(score_row + offs_t, mask=offs_t < width, other=float("-inf"))
                 keys_t = ordered(tile, (offs_t >= begin) & (offs_t < end))
                 aboves, equals = emit(
-                    out_row, keys_t, offs_t, low, high, room, aboves, equals, table_row, table_blocks, PAGE
+                    out_row, keys_t, offs_t, low, high, room, aboves, equals, table_row, table_blocks, PAGE, PTX
                 )
     rest = tl.arange(0, K_TILE)
     tl.store(out_row + rest, tl.full([K_TILE], -1, tl.int32), mask=(rest >= tl.minimum(at_low, K)) & (rest < K))
@@ -329,29 +336,20 @@ def reaching_row(score_row, key, begin, end, width, TILE: tl.constexpr):
 def pivot_arguments(
     config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, pivots: Tensor, N: int, topk: int
 ) -> dict[str, Tensor | int | None]:
-    """pivot_kernel's arguments: the pivot aims at the mean of topk and room, as their ratio goes."""
+    """pivot_kernel's arguments."""
     return dict(
         score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, N=N, stride_row=scores.stride(0),
-        AIM=int((topk * config.room) ** 0.5), ROOM=config.room, SAMPLE=config.sample,
+        AIM=config.aim(topk), ROOM=config.room, SAMPLE=config.sample,
     )  # fmt: skip
 
 
-def narrow_arguments(
-    config: Config,
-    *,
-    scores: Tensor,
-    starts: Tensor | None,
-    ends: Tensor | None,
-    pivots: Tensor,
-    candidates: Tensor,
-    counts: Tensor,
-    N: int,
+def mark_arguments(
+    config: Config, *, scores: Tensor, starts: Tensor | None, ends: Tensor | None, pivots: Tensor, marks: Tensor, N: int
 ) -> dict[str, Tensor | int | None]:
-    """narrow_kernel's arguments."""
+    """mark_kernel's arguments."""
     return dict(
-        score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, candidate_ptr=candidates,
-        count_ptr=counts, N=N, width=scores.shape[1], stride_row=scores.stride(0), ROOM=config.room,
-        PARTS=config.parts, TILE=config.tile,
+        score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, mark_ptr=marks, N=N,
+        width=scores.shape[1], words=marks.shape[1], stride_row=scores.stride(0), PARTS=config.parts, TILE=config.tile,
     )  # fmt: skip
 
 
@@ -362,8 +360,8 @@ def select_arguments(
     starts: Tensor | None,
     ends: Tensor | None,
     pivots: Tensor | None,
+    marks: Tensor | None,
     candidates: Tensor | None,
-    counts: Tensor | None,
     block_table: Tensor | None,
     out: Tensor,
     N: int,
@@ -372,9 +370,11 @@ def select_arguments(
 ) -> dict[str, Tensor | int | None]:
     """select_kernel's arguments."""
     return dict(
-        score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, candidate_ptr=candidates,
-        count_ptr=counts, table_ptr=block_table, out_ptr=out, N=N, width=scores.shape[1],
+        score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, mark_ptr=marks, candidate_ptr=candidates,
+        table_ptr=block_table, out_ptr=out, N=N, width=scores.shape[1], words=0 if marks is None else marks.shape[1],
         stride_row=scores.stride(0), queries=queries,
         table_blocks=0 if block_table is None else block_table.shape[1], K=out.shape[1],
         K_TILE=power_of_2(out.shape[1]), PAGE=page, ROOM=config.room, PARTS=config.parts, TILE=config.tile,
+        AIM=config.aim(out.shape[1]), SAMPLE=config.sample,
+        WORDS=max(128, min(config.room // 2, power_of_2(-(-N // 32)))), PTX=config.ptx,
     )  # fmt: skip
