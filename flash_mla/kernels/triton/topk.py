@@ -11,7 +11,8 @@ parts), do the first two.
 The answer never depends on the sample: where too few or too many scores reach the pivot (many equal ones can), the
 selection takes the whole row instead, with a pass over it for every bit.
 
-Bound: bytes, one read of the scores. A row's selection is a chain of some 40 barriers, 8 us with nothing beside it.
+Bound: bytes, one read of the scores. Few rows are bound by the selection, a chain of reductions over the program: 19 us
+in a launch of its own (H200, 64 rows of 32768).
 """
 
 from __future__ import annotations
