@@ -25,7 +25,7 @@ from flash_mla.errors import BlockCountError, LayoutError, ShapeError
 from flash_mla.heads import as_heads, by_token, from_heads
 from flash_mla.launch import attend_decode, expand_descale
 from flash_mla.passed import Passed, spans, traced
-from flash_mla.plan import Plan, plan
+from flash_mla.plan import Plan, plan, without_memory
 from flash_mla.problem import BLOCK, PLAIN, DecodeArgs, DecodeProblem, Options
 
 __all__ = ["decode_over_pages"]
@@ -156,12 +156,18 @@ class PoolCall(NamedTuple):
     descales: Descales = NO_DESCALES
     attn_sink: Tensor | None = None
     options: Options = PLAIN
+    by_token: bool = False
+    """q lies as [B, S_q, Hq, D], and out will."""
 
     @property
     def tensors(self) -> tuple[Any, ...]:
         """What the call reads."""
-        q, k_pages, v_pages, k_rope_pages, table, lengths, mask, _, _, _, _, descales, sink, _ = self
+        q, k_pages, v_pages, k_rope_pages, table, lengths, mask, _, _, _, _, descales, sink, _, _ = self
         return (q, k_pages, v_pages, k_rope_pages, table, lengths, mask, sink, *descales)
+
+    def by_head(self) -> PoolCall:
+        """The same with q [B, Hq, S_q, D]."""
+        return self._replace(q=self.q.transpose(1, 2), by_token=False) if self.by_token else self
 
 
 # --- Views ------------------------------------------------------------------------------------------------------------
@@ -273,6 +279,7 @@ class Route(NamedTuple):
         packed: the plan's own problem has q and out packed.
         k, v, k_rope: the page views; v is None where it is the first columns of the one KV head's K.
         parts: blocks that a page was cut into.
+        like: a tensor like out, without memory, where the plan's launch takes q, pools and out as the call has them.
         spans: of out, then of the call's tensors.
     """
 
@@ -284,11 +291,16 @@ class Route(NamedTuple):
     v: View | None
     k_rope: View | None
     parts: int
+    like: Tensor | None
     spans: tuple[int, ...] = ()
 
     def views(self, call: PoolCall) -> DecodeCall:
-        """The call over page views."""
-        q, k, v, rope, table, lengths, mask, _, _, _, scale, descales, sink, options = call
+        """The call over page views, or over what they are views of where the launch takes it."""
+        q, k, v, rope, table, lengths, mask, _, _, _, scale, descales, sink, options, by_token = call
+        if self.like is not None:
+            v = k if v is None else v
+            return DecodeCall(q, k, v, table.contiguous(), lengths, mask, scale, descales, sink, options)
+        q = q.transpose(1, 2) if by_token else q
         k_rope = None if rope is None or self.k_rope is None else self.k_rope.of(rope)
         table = table.contiguous() if self.parts == 1 else table_of_blocks(table, self.parts)
         k_view = self.k.of(k)
@@ -362,7 +374,7 @@ class Planned(NamedTuple):
     """A call that passed every check: over page views, its problem, and the plan, whose own may have q and out packed.
 
     `folded`: S_q of a call without causality, whose queries see the same keys, as the heads of a group do, and are
-    heads here; 0 of any other.
+    heads here; 0 of any other. `like`: see `Route`; the call may then be over the pools.
     """
 
     plan: Plan
@@ -370,6 +382,7 @@ class Planned(NamedTuple):
     call: DecodeCall
     folded: int
     packed: bool
+    like: Tensor | None
 
 
 Also = Callable[[PoolCall], None]
@@ -386,23 +399,23 @@ def plan_pools(
 ) -> Planned:
     """Every check of the call, and its plan.
 
-    out_is_new: out is nobody else's, and of the right kind. also: what another door checks first; its out is new, to be
-    made later, and lies as [B, S_q, Hq, Dv].
+    out_is_new: out is nobody else's, and of the right kind. also: what another door checks first.
     """
-    _, k, v, _, _, _, _, layout, width, causal, _, _, _, options = call
+    _, k, v, _, _, _, _, layout, width, causal, _, _, _, options, by_token = call
     # NOTE: 512.0 == 512, as a key too
     rest, tensors = None, (*call.tensors, out)
     if not traced(call.q):
         rest = contract.rest_of(
-            call, k, k if v is None else v, options, layout, type(width), width, causal, backend, out_is_new, also
-        )
+            call, k, k if v is None else v, options, layout, type(width), width, causal, by_token, backend, out_is_new,
+            also,
+        )  # fmt: skip
     route = ROUTES.get(tensors, rest)
     chosen = None if route is None else route.plan()
     if route is None or chosen is None:
         if also is not None:
             also(call)
-        problem, views = checked(call, out)
-        if also is not None:
+        problem, views = checked(call.by_head(), out)
+        if by_token:
             problem = by_token_out(problem)
         if not out_is_new:
             contract.check_out(out, problem, call)
@@ -417,7 +430,7 @@ def plan_pools(
     if check_values:
         longest = contract.check_values(views.block_table, views.seq_lens, route.problem.Nblk, page=route.problem.page)
         contract.check_mask_length("mask", None if call.options.tail else call.mask, longest)
-    return Planned(chosen, route.problem, views, route.folded, route.packed)
+    return Planned(chosen, route.problem, views, route.folded, route.packed, route.like)
 
 
 def by_token_out(problem: DecodeProblem) -> DecodeProblem:
@@ -441,7 +454,11 @@ def route_of(call: PoolCall, views: DecodeCall, problem: DecodeProblem, backend:
     if not (problem.alias and problem.Hk == 1):
         v_view = View(v.shape, v.stride())
     packed = chosen.problem != problem
-    return chosen, Route(ref(chosen), problem, folded, packed, k_view, v_view, k_rope, parts)
+    like = None
+    if chosen.by_address and parts == 1 and not (folded or packed or rope is not None):
+        like, _ = chosen.results_like(call.q)
+        like = without_memory(torch.empty_like(like).transpose(1, 2)) if call.by_token else like
+    return chosen, Route(ref(chosen), problem, folded, packed, k_view, v_view, k_rope, parts, like)
 
 
 def attend_pools(
@@ -468,7 +485,7 @@ def attend_packed(
     planned: Planned, out: Tensor | None, return_lse: bool, empty_lse: float
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The attention; where the plan is of a packed problem, q is made contiguous, and out copied to."""
-    chosen, _, call, _, packs = planned
+    chosen, _, call, _, packs, _ = planned
     if not packs:
         return attend_decode(chosen, call, out, return_lse, "decode_over_pages", empty_lse)
     packed = call._replace(q=call.q.contiguous())
@@ -498,7 +515,7 @@ class Bound(NamedTuple):
 
     Attributes:
         plan: of the call's problem, or of the same one with q and out packed.
-        k, v: page views of the pool, which they keep alive.
+        k, v: page views of the pool, which they keep alive, or what these are views of.
         descales: of q, k and v, [B, Hk] each, or None.
         parts: blocks that a page was cut into.
         packed: q is made contiguous, and out copied to.
@@ -537,7 +554,7 @@ def bind(call: PoolCall, out: Tensor) -> Bound:
 
     out: [B, Hq, S_q, Dv], nobody else's, and like that of all calls to come.
     """
-    chosen, problem, views, _, packed = plan_pools(call, None, out, False, out_is_new=True)
+    chosen, problem, views, _, packed, _ = plan_pools(call, None, out, False, out_is_new=True)
     assert call.softmax_scale is not None
     descales = tuple(expand_descale(x, problem) for x in call.descales)
     parts = call.k_pages.shape[1 if call.layout == "NHD" else 2] // problem.page

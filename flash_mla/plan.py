@@ -43,11 +43,13 @@ class Plan:
         # NOTE: `empty_like` takes the host half as long as `empty`, which has a shape to read
         assert isinstance(self.problem, Attention)
         device = torch.empty(0, device=self.problem.device)
-        found = tuple(x.beside(device) for x in self.problem.results)
-        for x in found:
-            assert type(x) is Tensor
-            x.untyped_storage().resize_(0)
-        return found
+        assert type(device) is Tensor
+        return tuple(without_memory(x.beside(device)) for x in self.problem.results)
+
+    @property
+    def by_address(self) -> bool:
+        """Whether the launch asks of q, caches and out of a decode only where they begin."""
+        return getattr(self.phase, "BY_ADDRESS", False)
 
     @cached_property
     def bound(self) -> Callable[[Any], None]:
@@ -78,6 +80,13 @@ class Plan:
         module = appending(self.name)
         bind = getattr(module, "bind", None)
         return module.launch if bind is None else bind(args)
+
+
+def without_memory(x: Tensor) -> Tensor:
+    """The same tensor, its memory given back: to make others like it. A fake one has none."""
+    if type(x) is Tensor:
+        x.untyped_storage().resize_(0)
+    return x
 
 
 def unbound(phase: Phase, problem: Problem, config: Hashable) -> Callable[[Any], None]:

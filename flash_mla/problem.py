@@ -129,7 +129,8 @@ class DecodeArgs(NamedTuple):
     its first key is seq_lens[b] - S_q; q_descale, k_descale,
     v_descale [B, Hk] FP32, expanded; attn_sink [Hq] FP32; out [B, Hq, S_q, Dv], contiguous but for out_strides; lse
     [B, Hq, S_q] FP32 contiguous, natural log, `empty_lse` on a row without keys; k_rope [B, Hk, Nblk, page, D - Dv] of
-    a split latent, whose k has Dv columns, or None.
+    a split latent, whose k has Dv columns, or None. Of an `alias` with one KV head v may be k, of which it is the first
+    Dv columns. For a launch by address q, k, v and out are any tensors that begin where these do.
     """
 
     q: Tensor

@@ -27,7 +27,7 @@ from flash_mla.errors import (
     SequenceLengthError,
     ShapeError,
 )
-from flash_mla.plan import plan
+from flash_mla.plan import Plan, plan
 from flash_mla.problem import FP8
 from flash_mla.quant import mark_scaled
 
@@ -429,3 +429,19 @@ def test_a_descale_that_is_a_number(door):
     for factor in (0.5, 0.5, 2.0, torch.tensor(2.0)):
         once, twice = (call.function(**x, v_descale=f, softmax_scale=0.1).float() for f in (1.0, factor))
         torch.testing.assert_close(twice, float(factor) * once, rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.skipif(engine.missing() is not None, reason=f"needs a launch by address: {engine.missing()}")
+def test_the_drop_in_makes_no_view(monkeypatch):
+    """Its query and pool go in themselves where a launch asks only where they begin."""
+    call, seen = DropIn(), []
+    call.x["causal"] = True
+    want = call.again()
+    assert torch.equal(call.again(), want)
+    monkeypatch.setattr(Plan, "launch", lambda _, args: seen.append(args))
+    out = call.again()
+    assert seen[0].q is call.x["q"]
+    assert seen[0].k is seen[0].v is call.x["k_cache"]
+    assert seen[0].out is out
+    assert out.shape == want.shape
+    assert out.is_contiguous()

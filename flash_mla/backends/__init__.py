@@ -14,6 +14,8 @@ and a phase's module (one of PHASES, or one for each kernel) has
                                            raise nothing of the contract: what it cannot do, refuse has said
     bind(problem, config) -> launch(args)  in place of launch, where the host's time counts: all that follows from the
                                            problem is worked out once, the kernel loaded
+    BY_ADDRESS                             True of a decode whose launch asks of q, caches and out where they begin, no
+                                           more: nobody need make views of them in the shapes of DecodeArgs
 
 Its module `append` has `launch(args)`, which writes AppendArgs' rows into the pages; Triton's and the CPU's also
 `launch_rows(args)`, which quantises AppendRowsArgs' on the way.

@@ -21,11 +21,11 @@ from flash_mla.contract import (
     out_dtype,
 )
 from flash_mla.deepseek.checks import check_out, check_query, check_same_dtype, given, writable
-from flash_mla.deepseek.sparse import Pool, SparseCall, sparse
+from flash_mla.deepseek.sparse import sparse
 from flash_mla.entry import entry
 from flash_mla.errors import DTypeError, ShapeError
 from flash_mla.pages import PoolCall, attend_planned, plan_pools
-from flash_mla.problem import FP8
+from flash_mla.problem import FP8, SparseKeys
 
 
 @dataclass
@@ -143,11 +143,10 @@ def flash_mla_with_kvcache(
             "both or neither, and extra_topk_length only with them",
             "A cache is read through its indices",
         )
-    pools: tuple[Pool, ...] = (Pool("", k_cache, indices, topk_length),)
+    keys: tuple[SparseKeys, ...] = (SparseKeys(k_cache, indices, topk_length),)
     if extra_k_cache is not None and extra_indices_in_kvcache is not None:
-        pools += (Pool("extra_", extra_k_cache, extra_indices_in_kvcache, extra_topk_length),)
-    call = SparseCall(q, pools, is_fp8_kvcache, head_dim_v, softmax_scale, attn_sink)
-    return sparse(call, backend, out)[:2]
+        keys += (SparseKeys(extra_k_cache, extra_indices_in_kvcache, extra_topk_length),)
+    return sparse(q, keys, is_fp8_kvcache, head_dim_v, softmax_scale, attn_sink, backend, out)[:2]
 
 
 @entry("flash_mla.deepseek")
@@ -213,8 +212,8 @@ def dense_rows(
     t = torch.arange(rows.shape[1] * page, device=q.device)
     seen = t < last.expand(B, S_q).unsqueeze(2)  # [b, s_q, tokens]
     indices = torch.where(seen, rows.flatten(1).unsqueeze(1), -1).to(torch.int32)
-    call = SparseCall(q, (Pool("", k_cache, indices, lengths),), True, Dv, softmax_scale, attn_sink)
-    return sparse(call, backend, out)[:2]
+    keys = (SparseKeys(k_cache, indices, lengths),)
+    return sparse(q, keys, True, Dv, softmax_scale, attn_sink, backend, out)[:2]
 
 
 # --- Dense ------------------------------------------------------------------------------------------------------------
@@ -240,12 +239,16 @@ def dense(
         descale_q, descale_k = (None if x is None else x.to(torch.float32).view(-1, 1) for x in descales)
         factors = descale_q, descale_k, descale_k
     call = PoolCall(
-        q.transpose(1, 2), k_cache, None, None, block_table, cache_seqlens, None, "NHD", Dv, causal, softmax_scale,
-        factors, attn_sink,
+        q, k_cache, None, None, block_table, cache_seqlens, None, "NHD", Dv, causal, softmax_scale, factors, attn_sink,
+        by_token=True,
     )  # fmt: skip
     planned = plan_pools(call, backend, None, False, also=check_dense)
     check_out(out, q, Dv, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens, attn_sink=attn_sink)
     written = writable(out)
+    if planned.like is not None:
+        written = torch.empty_like(planned.like) if written is None else written
+        written, lse = attend_planned(planned, written, True, math.inf)
+        return given(out, written), lse
     # no kernel writes by token, which another `out` of the problem asks for
     if written is None and (planned.folded or planned.packed):
         written = q.new_empty((*q.shape[:3], Dv), dtype=out_dtype(q.dtype))
@@ -255,7 +258,7 @@ def dense(
 
 def check_dense(call: PoolCall) -> None:
     """What the package's dense decode asks of a call beyond `decode_over_pages`, in its own names."""
-    q, k_cache, Dv = call.q.transpose(1, 2), call.k_pages, call.v_head_dim
+    q, k_cache, Dv = call.q, call.k_pages, call.v_head_dim
     check_query(q, "[b, s_q, h_q, d]", 4)
     assert Dv is not None
     check_head_dims(q.shape[3], Dv)

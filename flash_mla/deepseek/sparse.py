@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
@@ -105,89 +106,76 @@ def row_format(q: Tensor, cache: Tensor) -> RowFormat:
     return found
 
 
-class Pool(NamedTuple):
-    """One cache of a sparse call as it is given: [pages, page, 1, D or bytes], in prefill [rows, 1, D]; indices of its
-    rows, how many count.
-
-    prefix: what stands before the names of these arguments.
-    """
-
-    prefix: str
-    cache: Tensor
-    indices: Tensor
-    lengths: Tensor | None
-
-    def check(self, q: Tensor, fmt: RowFormat | None) -> None:
-        """Shapes, dtypes and devices against q's; `fmt` of the rows, None in q's dtype."""
-        cache, indices = f"{self.prefix}k_cache", f"{self.prefix}indices"
-        lengths = f"{self.prefix}topk_length"
-        check_tensor(cache, self.cache)
-        check_tensor(indices, self.indices)
-        check_on(q.device, **{cache: self.cache, indices: self.indices, lengths: self.lengths})
-        check_rank(cache, self.cache.shape, 4, "[num_blocks, page, 1, d]")
-        if self.cache.shape[2] != 1:
-            raise HeadGroupingError(
-                f"{cache} {list(self.cache.shape)}",
-                "h_kv = 1",
-                "Sparse attention is multi-query",
-                "Call once for each KV head",
-            )
-        if fmt is not None:
-            fmt.check(self.cache)
-        else:
-            check_same_dtype(q, cache, self.cache)
-            check_last_dim(cache, self.cache)
-            if self.cache.shape[3] != q.shape[3]:
-                raise ShapeError(named(q=q, **{cache: self.cache}), "the same d", f"`{cache}` and q differ in d")
-        check_index(indices, self.indices, (*q.shape[:2], -1), "[b, s_q, topk] ([s_q, 1, topk] in prefill)")
-        check_last_dim(indices, self.indices)
-        if self.lengths is not None:
-            check_index(lengths, self.lengths, q.shape[:1], "[b] ([s_q] in prefill)")
-
-    def keys(self, formatted: bool) -> SparseKeys:
-        """As a launch takes them: rows of a format as bytes."""
-        cache = self.cache.view(torch.uint8) if formatted and self.cache.dtype != torch.uint8 else self.cache
-        # NOTE: kernels read the lengths without a stride
-        return SparseKeys(cache, self.indices, None if self.lengths is None else self.lengths.contiguous())
+PREFIXES = ("", "extra_")
+"""What stands before the names of the first cache's arguments, and of the second's."""
 
 
-class SparseCall(NamedTuple):
-    """A sparse call as the user named it, in prefill (`max_logits`) without a dim of requests; `formatted`: the rows
-    have a format. But for backend."""
+def check_keys(keys: SparseKeys, prefix: str, q: Tensor, fmt: RowFormat | None) -> None:
+    """Shapes, dtypes and devices of a cache [num_blocks, page, 1, d] and of what is read of it against q's; `fmt` of
+    the rows, None in q's dtype."""
+    cache, indices, lengths = f"{prefix}k_cache", f"{prefix}indices", f"{prefix}topk_length"
+    check_tensor(cache, keys.cache)
+    check_tensor(indices, keys.indices)
+    check_on(q.device, **{cache: keys.cache, indices: keys.indices, lengths: keys.lengths})
+    check_rank(cache, keys.cache.shape, 4, "[num_blocks, page, 1, d]")
+    if keys.cache.shape[2] != 1:
+        raise HeadGroupingError(
+            f"{cache} {list(keys.cache.shape)}",
+            "h_kv = 1",
+            "Sparse attention is multi-query",
+            "Call once for each KV head",
+        )
+    if fmt is not None:
+        fmt.check(keys.cache)
+    else:
+        check_same_dtype(q, cache, keys.cache)
+        check_last_dim(cache, keys.cache)
+        if keys.cache.shape[3] != q.shape[3]:
+            raise ShapeError(named(q=q, **{cache: keys.cache}), "the same d", f"`{cache}` and q differ in d")
+    check_index(indices, keys.indices, (*q.shape[:2], -1), "[b, s_q, topk] ([s_q, 1, topk] in prefill)")
+    check_last_dim(indices, keys.indices)
+    if keys.lengths is not None:
+        check_index(lengths, keys.lengths, q.shape[:1], "[b] ([s_q] in prefill)")
 
-    q: Tensor
-    pools: tuple[Pool, ...]
-    formatted: bool
-    Dv: int
-    softmax_scale: float | None
-    attn_sink: Tensor | None
-    max_logits: bool = False
 
-    def by_request(self) -> SparseCall:
-        """The same with q [b, s_q, h_q, d] and caches [num_blocks, page, 1, d] in prefill too."""
-        if not self.max_logits:
-            return self
-        pools = tuple([pool._replace(cache=pool.cache.unsqueeze(0)) for pool in self.pools])
-        return self._replace(q=self.q.unsqueeze(1), pools=pools)
+def as_launched(keys: SparseKeys, formatted: bool) -> SparseKeys:
+    """As a launch takes them: rows of a format as bytes, and lengths contiguous, since kernels read no stride."""
+    cache, indices, lengths = keys
+    if formatted and cache.dtype is not torch.uint8:
+        cache = cache.view(torch.uint8)
+    elif lengths is None:
+        return keys
+    return SparseKeys(cache, indices, None if lengths is None else lengths.contiguous())
 
 
 PASSED: Passed[ReferenceType[Plan]] = Passed()
 """Plans, weak as in `calls.Served`."""
 
 
-def sparse(call: SparseCall, backend: str | None, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Plan and launch: (out, lse, max_logits) as in `SparseArgs`, lse +inf on a row without keys; the out that was
-    given, if one was."""
-    q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits = call
-    chosen = plan_sparse(call, backend)
-    keys = tuple([pool.keys(formatted) for pool in pools])
+def sparse(
+    q: Tensor,
+    keys: tuple[SparseKeys, ...],
+    formatted: bool,
+    Dv: int,
+    softmax_scale: float | None,
+    attn_sink: Tensor | None,
+    backend: str | None,
+    out: Tensor | None,
+    max_logits: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(out, lse, max_logits) as in `SparseArgs`, of a call as it was given; the out that was given, if one was.
+
+    Args:
+        q, keys: in prefill (`max_logits`) without a dim of requests. lse is +inf on a row without keys.
+        formatted: the rows have a format.
+    """
+    chosen = plan_sparse(q, keys, formatted, Dv, softmax_scale, attn_sink, backend, max_logits)
+    if out is not None:
+        tensors = {f"{n}{name}": x for n, one in zip(PREFIXES, keys, strict=False) for name, x in one._asdict().items()}
+        check_out(out, q, Dv, attn_sink=attn_sink, **tensors)
+    keys = tuple([as_launched(x, formatted) for x in keys])
     sink = None if attn_sink is None else attn_sink.contiguous()
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if out is not None:
-        tensors = {
-            f"{pool.prefix}{name}": x for pool in pools for name, x in pool._asdict().items() if name != "prefix"
-        }
-        check_out(out, q, Dv, attn_sink=attn_sink, **tensors)
     like_out, like_lse = chosen.results_like(q)
     written = writable(out)
     result = torch.empty_like(like_out) if written is None else written
@@ -201,23 +189,32 @@ def sparse(call: SparseCall, backend: str | None, out: Tensor | None = None) -> 
     return out, lse, most
 
 
-def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
+def plan_sparse(
+    q: Tensor,
+    keys: tuple[SparseKeys, ...],
+    formatted: bool,
+    Dv: int,
+    softmax_scale: float | None,
+    attn_sink: Tensor | None,
+    backend: str | None,
+    max_logits: bool,
+) -> Plan:
     """The plan of a call, every check made where it did not pass before."""
-    q, pools, formatted, Dv, softmax_scale, attn_sink, max_logits = call
     sign = check_scale(softmax_scale)
-    tensors, rest = (q, attn_sink, *[x for pool in pools for x in pool[1:]]), None
+    tensors, rest = (q, attn_sink, *keys[0], *(keys[1] if len(keys) > 1 else ())), None
     if not traced(q):  # a traced tensor has no address
         rest = (formatted, type(Dv), Dv, sign, max_logits, backend)
         known = PASSED.get(tensors, rest)
         if known is not None and (chosen := known()) is not None:
             return chosen
-    q, pools, *_ = call.by_request()
+    if max_logits:
+        q, keys = q.unsqueeze(1), tuple([x._replace(cache=x.cache.unsqueeze(0)) for x in keys])
     check_query(q, "[b, s_q, h_q, d]", 4)
-    check_tensor("k_cache", pools[0].cache)
-    check_rank("k_cache", pools[0].cache.shape, 4, "[num_blocks, page, h_kv, d]")
-    fmt = row_format(q, pools[0].cache) if formatted else None
-    for pool in pools:
-        pool.check(q, fmt)
+    check_tensor("k_cache", keys[0].cache)
+    check_rank("k_cache", keys[0].cache.shape, 4, "[num_blocks, page, h_kv, d]")
+    fmt = row_format(q, keys[0].cache) if formatted else None
+    for one, prefix in zip(keys, PREFIXES, strict=False):
+        check_keys(one, prefix, q, fmt)
     check_head_dims(q.shape[3], Dv)
     check_sink(attn_sink, q.shape[2], q.device)
     if q.dtype == FP8 or Dv > q.shape[3]:
@@ -226,7 +223,7 @@ def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
             "BF16, FP16 or FP32 q, head_dim_v <= d",
             "V lies inside K",
         )
-    keys = [pool.keys(formatted) for pool in pools]
+    keys = tuple([as_launched(x, formatted) for x in keys])
     problem = sparse_problem(q, fmt, keys, Dv, sign, attn_sink, max_logits)
     chosen = plan(problem, backend)
     PASSED.keep(tensors, rest, ref(chosen))
@@ -236,7 +233,7 @@ def plan_sparse(call: SparseCall, backend: str | None) -> Plan:
 def sparse_problem(
     q: Tensor,
     fmt: RowFormat | None,
-    keys: list[SparseKeys],
+    keys: Sequence[SparseKeys],
     Dv: int,
     scale_sign: int,
     attn_sink: Tensor | None,
@@ -287,8 +284,8 @@ def sparse_prefill(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, max_logits, lse) of flash_mla_sparse_fwd."""
-    call = SparseCall(q, (Pool("", kv, indices, topk_length),), False, d_v, sm_scale, attn_sink, max_logits=True)
-    result, lse, max_logits = sparse(call, backend, out)
+    keys = (SparseKeys(kv, indices, topk_length),)
+    result, lse, max_logits = sparse(q, keys, False, d_v, sm_scale, attn_sink, backend, out, max_logits=True)
     assert max_logits is not None
     return result, max_logits, lse
 

@@ -1,7 +1,7 @@
 """What compute-sanitizer makes of named barriers at which two warpgroups of three wait: see docs/design/gqa-decode.md.
 
     compute-sanitizer --tool synccheck python tests/gpu/named_barriers.py {same|apart}
-    compute-sanitizer --tool racecheck python tests/gpu/named_barriers.py {even|uneven}
+    compute-sanitizer --tool racecheck --racecheck-report all python tests/gpu/named_barriers.py {even|uneven}
 
 same: both wait at one instruction. apart: each in code of its own, as the warpgroups of MLA decode do. even, uneven:
 three exchanges, before each of which a warpgroup waits at a barrier of its own twice; or one twice, the other three
@@ -54,9 +54,9 @@ class Exchange:
                 for _ in cutlass.range(waits[side], unroll=1):
                     sync(1 + side, 128)
                 words[tid] = x[tid] + 1
-                sync(5, 256)
+                sync(3, 256)
                 x[tid] = words[(tid + 128) % 256]
-                sync(5, 256)
+                sync(3, 256)
 
     @cute.jit
     def __call__(self, x: cute.Tensor, waits: cute.Tensor):

@@ -37,7 +37,6 @@ CASES = {
     "mla-short": (LATENT, None),
     "mla-long": (replace(LATENT, lengths=(32768,)), None),
     "mla-many": (replace(LATENT, lengths=(4096,) * 32), None),
-    "mla-128": (replace(LATENT, lengths=(4096,) * 32, Hq=128), None),
     "gqa-short": (GROUPED, None),
     "gqa-long": (replace(GROUPED, lengths=(32768,)), None),
     "gqa-many": (replace(GROUPED, lengths=(4096,) * 32), None),

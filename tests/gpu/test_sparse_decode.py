@@ -35,6 +35,9 @@ CASES = {
     "tokens": replace(V32, B=70, S_q=3, topk=200, lengths=True),
     "tokens-heads-8": replace(FEW, Hq=8, B=100, S_q=3, topk=300, lengths=True),
     "queries-9": replace(FEW, S_q=9),
+    # long enough for raw rows beside 64 heads
+    "heads-64-long": replace(V32, Hq=64, B=43, lengths=True, sink=True),
+    "heads-33-long-extra": replace(V32, Hq=33, B=32, topk=500, extra_topk=500, page=53),
     "one-long": replace(V32, B=1, S_q=1, topk=16384),
     "one-long-heads-16": replace(FEW, B=1, S_q=1, topk=16384),
     # rows
@@ -90,11 +93,11 @@ def test_replay_sees_new_lengths_and_indices(heads: int) -> None:
     assert torch.equal(lse, want[1])
 
 
-@pytest.mark.parametrize("heads", [16, 8])
+@pytest.mark.parametrize("heads", [64, 16, 8])
 @pytest.mark.parametrize("power", [-40, 0, 30])
 def test_scales_and_heads_of_any_magnitude(heads: int, power: int) -> None:
-    """Beside few heads rows keep their scales: these lie up to 2^24 apart, heads up to 2^9, and q has any size."""
-    case = replace(V32, Hq=heads, topk=300)
+    """Up to 64 heads rows keep their scales: these lie up to 2^24 apart, heads up to 2^9, and q has any size."""
+    case = replace(V32, Hq=heads, B=90 if heads == 64 else 3, topk=300)
     call, generator = case.call(), torch.Generator().manual_seed(power)
 
     def powers(lowest: int, shape: tuple[int, ...]) -> torch.Tensor:

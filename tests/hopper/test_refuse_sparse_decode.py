@@ -97,3 +97,19 @@ def test_config_spreads_a_small_call(B: int, tile: int) -> None:
     """64 heads in tiles of 16, where a pair of blocks of each has an SM: 640 keys are 5 pairs."""
     config = sparse_decode.config(problem({"topk": 640}, B=B, Hq=64))
     assert (config.tile_heads, config.cluster) == (tile, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "halves"),
+    [
+        ({"B": 128, "S_q": 1, "Hq": 64}, True),
+        ({"B": 16, "Hq": 17}, True),
+        ({"B": 128, "Hq": 65}, True),
+        # a CTA has less than four pairs of blocks; few heads; rows of other scales
+        ({"B": 15, "Hq": 64}, False),
+        ({"B": 128, "Hq": 16}, False),
+        ({"B": 128, "Hq": 64, "format": "fp8_token"}, False),
+    ],
+)
+def test_config_reads_raw_rows_in_long_calls_of_64_heads(changes: dict, halves: bool) -> None:
+    assert sparse_decode.config(problem(**changes)).halves is halves

@@ -16,7 +16,7 @@ CONFIGS = [
     for tile in TILES
     for cluster in (1, 2)
     if cluster == 1 or (tile == 64 and shareable(rows))
-]
+] + [Config("fp8_ds_mla", caches, 64, halves=True) for caches in (1, 2)]
 
 
 @pytest.mark.parametrize("fmt", list(FORMATS.values()), ids=str)

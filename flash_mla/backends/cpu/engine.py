@@ -38,6 +38,7 @@ logger = logging.getLogger("flash_mla")
 
 Attention = DecodeProblem | PrefillProblem | SparseProblem
 
+BY_ADDRESS = True
 NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "f16",

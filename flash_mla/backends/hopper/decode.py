@@ -63,8 +63,8 @@ def kept_one(device: torch.device) -> Tensor:
 
 
 def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Callable[[DecodeArgs], None]:
-    """The launch of a kernel of a config, which fills args.out and args.lse. An int64 table or lengths are converted
-    first."""
+    """The launch of a kernel of a config, which fills args.out and args.lse: by address. An int64 table or lengths are
+    converted first."""
     device = problem.device
     # NOTE: CTAs without work cost a short call up to a microsecond
     clusters = multiprocessors(device) // config.cluster
@@ -73,16 +73,25 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
     lse_start = config.workspace_words(clusters, piece_slots(config, problem))
     lse_shape = (problem.B, problem.Hq, problem.S_q)
     words = lse_start + math.prod(lse_shape)
+    q_request, q_head, _, _ = problem.q_strides
     scalars = (
         int(problem.sink),
+        problem.ratio,
+        problem.Hk,
+        problem.S_q,
+        problem.Nblk,
+        q_request,
+        problem.ratio * q_head,
         query_row_stride(problem),
+        *problem.k_strides[:4],
+        *problem.v_strides[:4],
         int(problem.tail),
         # a cache that all requests share has one request, whatever its batch stride says
         *(problem.B if strides[0] else 1 for strides in (problem.k_strides, problem.v_strides)),
         int(split.may_split(problem.table_blocks)),
         clusters,
     )
-    latent, descale = config.latent, config.descale
+    descale = config.descale
 
     def launch(args: DecodeArgs) -> None:
         q, k, v, table, seq_lens, mask, q_descale, k_descale, v_descale, sink, scale, out, lse, _, empty_lse = args
@@ -92,19 +101,18 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
             lse = kept.view(lse_shape, lse_start)
         if descale:
             q_descale, k_descale, v_descale = (factor(problem, x) for x in (q_descale, k_descale, v_descale))
-        # NOTE: tensors go in as they are: a view costs the host a microsecond, and the kernel makes its own
         kernel(
-            q,
-            k,
-            None if latent else v,
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr(),
+            lse.data_ptr(),
             int32(table),
             int32(seq_lens),
             workspace if sink is None else sink,
             q_descale,
             k_descale,
             v_descale,
-            out,
-            lse,
             workspace,
             None if mask is None else bytes_of(mask),
             scale * LOG2_E,

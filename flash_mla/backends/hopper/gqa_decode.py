@@ -12,6 +12,8 @@ from flash_mla.backends.hopper.strides import is_token_major, refuse_query, refu
 from flash_mla.kernels.hopper.gqa_decode.config import MAX_D, MAX_S_Q, PIECE, Q_VECTOR, TILES_N, WIDE_DV, Config
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
 
+BY_ADDRESS = True
+
 
 def refuse(problem: DecodeProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""

@@ -12,6 +12,8 @@ from flash_mla.kernels.hopper.limits import TILE_M
 from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, PIECES, SHORT_CTAS, SHORT_TILE, WIDTHS, Config
 from flash_mla.problem import DecodeArgs, DecodeProblem
 
+BY_ADDRESS = True
+
 
 def refuse(problem: DecodeProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""

@@ -17,6 +17,8 @@ from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
 QUERIES: dict[torch.dtype, Literal["fp8", "bf16", "fp16"]] = {FP8: "fp8", **HALVES}
 """Dtypes of q by the names that configs use."""
 
+BY_ADDRESS = True
+
 
 def refuse(problem: DecodeProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""

@@ -9,8 +9,8 @@ A kernel is an object with `config`, `kernel`, the device function, and
 
 with `Tensors` between them. A config says what is the kernel's: `latent`, whether K is all there is, of one KV head, V
 its first columns; `descale`, whether there are descales; `rows`, query rows of a cluster; `token_major`, their order;
-`q_unit`, elements of q in the 16 bytes of which TMA's strides are multiples; `piece`, the pairs of blocks that a
-batch-invariant call cuts requests at (0: it is none); `masked`, whether there is a bool mask.
+`piece`, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); `masked`, whether there is a
+bool mask.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.combine import combine_partials
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.launch import launch_persistent
-from flash_mla.kernels.hopper.limits import BLOCK
+from flash_mla.kernels.hopper.limits import BLOCK, TMA_BYTES
 from flash_mla.kernels.hopper.masks import Mask
 from flash_mla.kernels.hopper.packing import Packing
-from flash_mla.kernels.hopper.partials import Partials, packed_rows, piece_slots
+from flash_mla.kernels.hopper.partials import Partials, piece_slots
 
 
 class Tensors(NamedTuple):
@@ -50,31 +50,51 @@ class Tensors(NamedTuple):
 
 
 class Decode:
-    """The launches of a kernel; `cute.compile` takes it with `arguments`."""
+    """The launches of a kernel, `cute.compile` takes it with `arguments`; q, cache and out: dtypes by the names that
+    configs use.
 
-    def __init__(self, kernel: Any) -> None:
+    What a call only has to point at goes in as an address, so that the host makes no view of it: its shape and strides
+    are of the call's problem.
+    """
+
+    def __init__(self, kernel: Any, q: str, cache: str, out: str) -> None:
         self.kernel = kernel
+        self.q, self.cache, self.out = DTYPES[q], DTYPES[cache], DTYPES[out]
 
     @cute.jit
     def __call__(
         self,
-        q: cute.Tensor,  # [B, Hq, S_q, D]
-        k: cute.Tensor,  # [B, Hk, Nblk, 64, D]
-        v: cute.Tensor,  # [B, Hk, Nblk, 64, Dv]; None of a latent cache
+        q: Int64,  # of [B, Hq, S_q, D]
+        k: Int64,  # of [B, Hk, Nblk, 64, D]
+        v: Int64,  # of [B, Hk, Nblk, 64, Dv]; anything of a latent cache
+        out: Int64,  # of [B, Hq, S_q, Dv], contiguous; token-major: as [B, S_q, Hq, Dv]
+        lse: Int64,  # of [B, Hq, S_q] FP32, contiguous
         table: cute.Tensor,  # [B, table_blocks] int32
         seq_lens: cute.Tensor,  # [B] int32
         sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
         q_descale: cute.Tensor,  # [B, Hk] FP32; None if not config.descale
         k_descale: cute.Tensor,
         v_descale: cute.Tensor,
-        out: cute.Tensor,  # [B, Hq, S_q, Dv], contiguous; token-major: as [B, S_q, Hq, Dv]
-        lse: cute.Tensor,  # [B, Hq, S_q] FP32, contiguous
         workspace: cute.Tensor,  # [config.workspace_words(clusters, ...)] FP32
         seen: cute.Tensor,  # [B, Hq, S_q, columns] uint8; None if not config.masked
         scale_log2: Float32,
         empty_lse: Float32,  # lse of a row without keys
         has_sink: Int32,
-        q_row: Int64,  # elements between the packed query rows of a KV head
+        ratio: Int32,  # Hq / Hk
+        Hk: Int32,
+        S_q: Int32,
+        Nblk: Int32,
+        q_request: Int64,  # elements between requests of q
+        q_head: Int64,  # between KV heads
+        q_row: Int64,  # between the packed rows of one
+        k_request: Int64,  # elements between requests, heads, blocks, rows
+        k_head: Int64,
+        k_block: Int64,
+        k_row: Int64,
+        v_request: Int64,
+        v_head: Int64,
+        v_block: Int64,
+        v_row: Int64,
         tail: Int32,  # whether `seen` is over the S_q newest tokens alone
         k_requests: Int32,  # with pages of their own: B, or 1 where they share them
         v_requests: Int32,
@@ -83,13 +103,14 @@ class Decode:
         stream,
     ):
         config = self.kernel.config
-        B, heads, S_q = q.shape[0], k.shape[1], q.shape[2]
-        ratio = q.shape[1] // heads
+        B, heads = seq_lens.shape[0], 1 if const_expr(config.latent) else Hk
         packing = Packing(S_q, ratio if const_expr(config.token_major) else None)
-        rows, q_row = ratio * S_q, cute.assume(q_row, divby=config.q_unit)
-        q_head = cute.assume(ratio * q.stride[1], divby=config.q_unit)
-        layout = cute.make_layout((rows, config.D, heads, B), stride=(q_row, 1, q_head, q.stride[0]))
-        packed_out, packed_lse = packed_rows(out, lse)
+        rows = ratio * S_q
+        q_steps = evenly(self.q, q_row, q_head, q_request)
+        # NOTE: with one KV head its stride may be any
+        k_steps, v_steps = evenly(self.cache, k_row, k_block, k_request), evenly(self.cache, v_row, v_block, v_request)
+        k_head, v_head = (k_head, v_head) if const_expr(config.latent) else evenly(self.cache, k_head, v_head)
+        outs = cute.assume(Int64(heads) * rows * config.Dv, divby=config.Dv)
         tiles = (rows + (config.rows - 1)) // config.rows
         groups = tiles * heads
         tensors = Tensors(
@@ -99,17 +120,19 @@ class Decode:
             q_descale=q_descale,
             k_descale=k_descale,
             v_descale=v_descale,
-            out=packed_out,
-            lse=packed_lse,
+            out=tensor_at(out, self.out, (B, heads * rows, config.Dv), (outs, config.Dv, 1)),
+            lse=tensor_at(lse, Float32, (B, heads * rows), (heads * rows, 1), 4),
             partials=Partials.over(
                 workspace, clusters, config.rows, config.Dv, piece_slots(table, groups, config.piece)
             ),
             mask=Mask(seen, tail) if const_expr(config.masked) else None,
         )
         loads = self.kernel.loads(
-            cute.make_tensor(q.iterator, layout),
-            pages(k, k_requests),
-            None if const_expr(config.latent) else pages(v, v_requests),
+            tensor_at(q, self.q, (rows, config.D, heads, B), (q_steps[0], 1, q_steps[1], q_steps[2])),
+            pages(k, self.cache, (config.D, heads, Nblk, k_requests), k_head, k_steps),
+            None
+            if const_expr(config.latent)
+            else pages(v, self.cache, (config.Dv, heads, Nblk, v_requests), v_head, v_steps),
         )
         scalars = self.kernel.scalars(scale_log2, packing, has_sink, empty_lse, rows, tiles, heads)
         launch_persistent(self.kernel.kernel(*loads, tensors, scalars), config, clusters, stream)
@@ -117,44 +140,44 @@ class Decode:
             combine_partials(tensors, has_sink, packing, Int32(heads), groups, empty_lse, stream, config.piece)
 
 
-def pages(cache: cute.Tensor, requests) -> cute.Tensor:
-    """A cache [B, Hk, Nblk, 64, width] as [64, width, Hk, Nblk, requests]."""
-    request, head, block, row, _ = cache.stride
-    shape = (BLOCK, cache.shape[4], cache.shape[1], cache.shape[2], requests)
-    return cute.make_tensor(cache.iterator, cute.make_layout(shape, stride=(row, 1, head, block, request)))
+def evenly(dtype, *strides) -> tuple:
+    """Strides that are multiples of TMA's 16 bytes."""
+    return tuple(cute.assume(stride, divby=8 * TMA_BYTES // dtype.width) for stride in strides)
 
 
-def arguments(config: Any, q: str, cache: str, out: str) -> tuple:
-    """Symbolic arguments of `Decode.__call__`; the dtypes by the names that configs use."""
-    B, Hq, S_q = symbolic.size(), symbolic.size(), symbolic.size()
-    Hk, blocks = 1 if config.latent else symbolic.size(), symbolic.size()
+def tensor_at(address, dtype, shape, strides, align: int = TMA_BYTES) -> cute.Tensor:
+    """The tensor that begins there in global memory."""
+    pointer = cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
+    return cute.make_tensor(pointer, cute.make_layout(shape, stride=strides))
 
-    def keys(width: int) -> cute.Tensor:
-        # NOTE: with one KV head its stride may be any
-        tma = (0, 2, 3) if config.latent else range(4)
-        return symbolic.tensor(DTYPES[cache], (B, Hk, blocks, BLOCK, width), tma=tma)
+
+def pages(address, dtype, sizes, head, steps) -> cute.Tensor:
+    """A cache [64, *sizes], sizes (width, Hk, Nblk, requests). head, steps (row, block, request): strides."""
+    row, block, request = steps
+    return tensor_at(address, dtype, (BLOCK, *sizes), (row, 1, head, block, request))
+
+
+def arguments(config: Any) -> tuple:
+    """Symbolic arguments of `Decode.__call__`."""
+    B = symbolic.size()
 
     def factor() -> cute.Tensor | None:
-        return symbolic.tensor(Float32, (B, Hk), strided=True) if config.descale else None
+        return symbolic.tensor(Float32, (B, None), strided=True) if config.descale else None
 
     return (
-        symbolic.tensor(DTYPES[q], (B, Hq, S_q, config.D), tma=(0,)),
-        keys(config.D),
-        None if config.latent else keys(config.Dv),
+        *symbolic.numbers(Int64, Int64, Int64, Int64, Int64),
         symbolic.tensor(Int32, (B, None)),
         symbolic.tensor(Int32, (B,)),
         symbolic.tensor(Float32, (None,)),
         factor(),
         factor(),
         factor(),
-        symbolic.tensor(DTYPES[out], (B, Hq, S_q, config.Dv), align=16),
-        symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
-        symbolic.tensor(Uint8, (B, Hq, S_q, None), strided=True) if config.masked else None,
-        *symbolic.numbers(Float32, Float32, Int32, Int64, Int32, Int32, Int32, Int32, Int32),
+        symbolic.tensor(Uint8, (B, None, None, None), strided=True) if config.masked else None,
+        *symbolic.numbers(Float32, Float32, *[Int32] * 5, *[Int64] * 11, *[Int32] * 5),
     )
 
 
 def build(kernel: Any, q: str, cache: str, out: str, options: str) -> Any:
-    """Compile a kernel and its combine."""
-    return symbolic.compiled(Decode(kernel), arguments(kernel.config, q, cache, out), options)
+    """Compile a kernel and its combine; the dtypes by the names that configs use."""
+    return symbolic.compiled(Decode(kernel, q, cache, out), arguments(kernel.config), options)

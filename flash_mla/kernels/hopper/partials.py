@@ -82,15 +82,3 @@ def note_split(partials: Partials, work: Work, table: cute.Tensor, seq_lens: cut
         split_of[cluster_id, 0] = note.request
         split_of[cluster_id, 1] = note.group
         split_of[cluster_id, 2] = note.last
-
-
-def packed_rows(out: cute.Tensor, lse: cute.Tensor):
-    """(out [B, Hq * S_q, Dv], lse [B, Hq * S_q]) of contiguous [B, Hq, S_q, Dv] and [B, Hq, S_q]: see `packing.py`."""
-    B, Hq, S_q, Dv = out.shape
-    rows = Hq * S_q
-    return (
-        cute.make_tensor(
-            out.iterator, cute.make_layout((B, rows, Dv), stride=(cute.assume(Int64(rows) * Dv, divby=Dv), Dv, 1))
-        ),
-        cute.make_tensor(lse.iterator, cute.make_layout((B, rows), stride=(rows, 1))),
-    )

@@ -14,7 +14,6 @@ from flash_mla.kernels.hopper.limits import (
     ROW_BYTES,
     SMEM_BYTES,
     TILE_M,
-    TMA_BYTES,
     WARP,
     barrier_bytes,
     smem_bytes,
@@ -149,11 +148,6 @@ class Config:
     def stages(self) -> int:
         """Blocks of K and V in flight: what fits."""
         return min(MAX_STAGES, (SMEM_BYTES - ALIGNMENT - self.fixed_bytes) // self.stage_bytes)
-
-    @property
-    def q_unit(self) -> int:
-        """Elements of which the strides of q are multiples."""
-        return TMA_BYTES if self.q == "fp8" else TMA_BYTES // 2
 
     @property
     def rows(self) -> int:

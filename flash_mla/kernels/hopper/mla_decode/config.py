@@ -73,8 +73,6 @@ class Config:
 
     Dv = DV
     latent, descale = True, False
-    q_unit = 8
-    """Elements of q in the 16 bytes of which its strides are multiples."""
     threads = THREADS
 
     @property

@@ -77,11 +77,6 @@ class Config:
         return "bf16" if self.q == "fp8" else self.q
 
     @property
-    def q_unit(self) -> int:
-        """Elements of q in the 16 bytes of which its strides are multiples."""
-        return 16 if self.q == "fp8" else 8
-
-    @property
     def rope(self) -> int:
         """Columns of K's rope part."""
         return self.D - DV

@@ -53,6 +53,11 @@ class RowLayout:
         """Columns of a row."""
         return CHUNK * (self.codes + self.wide)
 
+    @property
+    def raw(self) -> bool:
+        """Whether a CTA of its own reads rows as they are: those of one FP32 scale for 128 columns."""
+        return self.scale == "fp32" and self.group == RAW_GROUP
+
     def scale_word(self, chunk: int) -> int:
         """Which 32-bit word of a row's scales holds those of a chunk."""
         return CHUNK * chunk // self.group if self.scale == "fp32" else CHUNK * chunk // self.group // 4
@@ -74,8 +79,8 @@ def shareable(rows: str) -> bool:
     """Whether the CTAs of a cluster may copy such rows to each other.
 
     NOTE: not rows of 9 chunks. The consumers write P over the ninth, which the CTA's own copy to the peer may still be
-    reading: nothing tells it that the copy has left. Of 128 heads over fp8_ds_mla one token's tile in a million had P in
-    place of rope, and scores far too large (DeepSeek's suite on an H200, case 103; FlashMLA right beside it).
+    reading: nothing tells it that the copy has left. Of 128 heads over fp8_ds_mla one tile in a million had P in place
+    of rope, and scores far too large (DeepSeek's suite on an H200, case 103; FlashMLA right beside it).
     """
     return ROWS[rows].D < CHUNK * K_CHUNKS
 
@@ -92,13 +97,15 @@ class Config:
     """What is compiled: everything else is an argument of the kernel.
 
     rows: a name of ROWS; caches: 1, or 2 (a token's keys lie in both); tile_heads: query heads of a CTA, 64 as the M of
-    the products or fewer as their N; cluster: CTAs of 64 heads that share a token's keys.
+    the products or fewer as their N; cluster: CTAs of 64 heads that share a token's keys; halves: 64 heads as the N,
+    over raw rows, one CTA, each consumer with half of O's columns.
     """
 
     rows: str
     caches: int
     tile_heads: int
     cluster: int = 1
+    halves: bool = False
 
     def __post_init__(self) -> None:
         assert self.cluster == 1 or shareable(self.rows)
@@ -106,7 +113,7 @@ class Config:
     @property
     def few(self) -> bool:
         """Whether the heads are the N of the products."""
-        return self.tile_heads < TILE_M
+        return self.tile_heads < TILE_M or self.halves
 
     @property
     def layout(self) -> RowLayout:
@@ -124,7 +131,7 @@ class Config:
     @property
     def blocks(self) -> int:
         """Blocks in shared memory."""
-        return RAW_BLOCKS if self.raw else 2
+        return 3 if self.halves else RAW_BLOCKS if self.raw else 2
 
     @property
     def k_bytes(self) -> int:
@@ -133,7 +140,12 @@ class Config:
 
     @property
     def p_buffers(self) -> int:
-        """Buffers of P, beside few heads: two a warpgroup, each of them once, or once for each scale of a row."""
+        """Buffers of P, beside few heads: two a warpgroup, each of them once, or once for each scale of a row.
+
+        Beside 64 heads one a warpgroup, once.
+        """
+        if self.halves:
+            return 2
         return 4 * (DV // RAW_GROUP if self.raw else 1)
 
     @property
@@ -142,7 +154,7 @@ class Config:
 
         That takes one FP32 scale for 128 columns, which the products are multiplied by: `raw.py`.
         """
-        return self.few and self.layout.scale == "fp32" and self.layout.group == RAW_GROUP
+        return self.few and self.layout.raw
 
     @property
     def copied(self) -> bool:
@@ -187,6 +199,8 @@ class Config:
             return 144, 112
         if self.producer_warps == 8:
             return self.entry_registers, self.entry_registers
+        if self.halves:
+            return 232, 40
         if self.raw and self.tile_heads == 8:
             # NOTE: at 88 the producers spill
             return 200, 104
@@ -272,6 +286,8 @@ class Config:
             # P; row sums of each warp, row max of each warpgroup; rings, or units of the heads and peaks of scales
             rest = 2 * self.p_buffers * self.tile_heads * BLOCK + 4 * self.tile_heads * (CONSUMER_WARPS + 2)
             rest += 4 * (self.tile_heads + CONSUMER_WARPS) if self.raw else self.ring_bytes
+            # scales of two pairs of blocks
+            rest += 2 * 4 * BLOCK * DV // RAW_GROUP if self.halves else 0
         else:
             # row max of each block, row sums; staged out
             rest = 4 * (2 * TILE_M + 2 * TILE_M) + CONSUMER_WARPS * 2 * STAGED

@@ -4,9 +4,10 @@ The rows lie in one paged cache or in two, in a row format (FP8) or in BF16; all
 what a request is in dense decode: its keys are its indices, in blocks of 64, those of the second cache behind.
 
 Grid: one CTA an SM, persistent. A CTA takes a tile of a token's heads: all of up to 16 (`few.py`; `raw.py` over rows of
-one FP32 scale for 128 columns), or 64 (`many.py`); two CTAs with 64 heads each of one token form a cluster. Every CTA
-finds its range of keys from the counts on the device (`split.py`); `combine.py` adds the pieces of tokens that were
-split. Nothing comes from the host: a captured graph stays right when indices and counts change.
+one FP32 scale for 128 columns), or 64 (`many.py`; `halves.py` over such rows); two CTAs with 64 heads each of one token
+form a cluster. Every CTA finds its range of keys from the counts on the device (`split.py`); `combine.py` adds the
+pieces of tokens that were split. Nothing comes from the host: a captured graph stays right when indices and counts
+change.
 
 Bound. 64 heads against a block are 8.9 MFLOP, 2176 cycles of an SM's tensor cores. Its 64 rows are 42 KB in
 fp8_ds_mla: 2300 cycles at an SM's share of 4.3 TB/s. To make them BF16 takes 16384 pairs of values through two
@@ -16,8 +17,9 @@ Roles (producers behind the two consumer warpgroups):
     many   warpgroups 0, 1   208 registers   as in MLA decode: scores of the even, of the odd block; half of O each
     few    warpgroups 0, 1   128 to 208    as in GQA decode: the even, the odd blocks; merged in the end
     raw    warpgroups 0, 1   200 or 208    the same, and they convert rows on the way to their products
+    halves warpgroups 0, 1   232           64 heads over raw rows: scores of the even, of the odd block; half of O each
     producer warps: 4 at 88 registers beside many and over BF16 rows, 8 at 128 (112) beside few, 4 at 104 (88) beside
-    raw; the first loads Q (TMA), notes split items
+    raw, at 40 beside halves; the first loads Q (TMA), notes split items
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
     K   producer warps -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block
@@ -25,6 +27,7 @@ Channels, producer -> consumer (full arrivals / empty arrivals):
             few: one a warp / the 4 warps that take the block
             BF16 rows, but in a cluster: each lane besides, when its copies have landed
             raw: 4 stages = two pairs of whole blocks; one a warp and its rows' bytes / the 4 warps that take the block
+            halves: 3 stages = whole blocks; the same / all 8 warps
         The mask of live keys travels with the left half of its block.
     Q   producer warp 0 -> warpgroups 0, 1   1 stage   1 + bytes / 8 warps
 
@@ -58,7 +61,7 @@ from flash_mla.kernels.hopper.mla_decode.config import STAGES, START
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer as ManyConsumer
 from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.partials import Partials, note_split
-from flash_mla.kernels.hopper.sparse_decode import few, many, raw, raw_consumer
+from flash_mla.kernels.hopper.sparse_decode import few, halves, many, raw, raw_consumer
 from flash_mla.kernels.hopper.sparse_decode.config import (
     CONSUMER_WARPS,
     DV,
@@ -217,7 +220,7 @@ class SparseDecode(Kernel[Config]):
                 cute.arch.setmaxregister_increase(config.registers[0])
             tidx, _, _ = cute.arch.thread_idx()
             if const_expr(config.few):
-                roles = raw_consumer if const_expr(config.raw) else few
+                roles = halves if const_expr(config.halves) else raw_consumer if const_expr(config.raw) else few
                 consumer = roles.Consumer.over(shared, warp_id // 4, tidx % WARPGROUP)
                 segments = roles.Segments(consumer, tensors, scalars, cluster_id)
                 walk(work, lengths, lengths, scalars.groups, segments.compute, Done.nothing())

@@ -30,8 +30,7 @@ from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.gqa_decode import shared
 from flash_mla.kernels.hopper.limits import BLOCK
-from flash_mla.kernels.hopper.mla_decode.config import STAGES
-from flash_mla.kernels.hopper.sparse_decode.config import CONSUMER_WARPS, Config
+from flash_mla.kernels.hopper.sparse_decode.config import CONSUMER_WARPS, DV, RAW_GROUP, Config
 from flash_mla.kernels.hopper.sparse_decode.producer import Producer
 from flash_mla.kernels.hopper.sparse_decode.rows import store_vector
 from flash_mla.kernels.hopper.split import scan_words
@@ -50,17 +49,19 @@ class Shared(shared.Shared):
     raw: Int32
     sLive: cute.Tensor
     sPeak: cute.Tensor
+    sScale: cute.Tensor | None
 
     @staticmethod
     def fields(config: Config) -> dict:
         """Those of this kind of CTA alone."""
-        align, array, heads = cute.struct.Align, cute.struct.MemRange, config.tile_heads
+        align, array, heads, scales = cute.struct.Align, cute.struct.MemRange, config.tile_heads, DV // RAW_GROUP
         return {
             "sP": align[array[Float16, config.p_buffers * heads * BLOCK], 1024],
             "sSum": array[Float32, CONSUMER_WARPS * heads],
             "sMax": array[Float32, 2 * heads],
             "sUnit": array[Float32, heads],
             "sPeak": array[Float32, CONSUMER_WARPS],
+            **({"sScale": align[array[Float16, 4 * scales * BLOCK], 16]} if config.halves else {}),
         }
 
     @staticmethod
@@ -70,12 +71,12 @@ class Shared(shared.Shared):
             stacked = cute.append(one.outer, cute.make_layout(count, stride=heads * columns))
             return field.get_tensor(stacked, swizzle=one.inner, dtype=dtype)
 
-        heads = config.tile_heads
+        heads, scales = config.tile_heads, DV // RAW_GROUP
         k = Channel.over(
             "K",
             storage.k_barriers.data_ptr(),
-            STAGES,
-            readers=CONSUMER_WARPS // 2,
+            config.blocks,
+            readers=CONSUMER_WARPS if config.halves else CONSUMER_WARPS // 2,
             writers=config.producer_warps,
         )
         return Shared(
@@ -99,6 +100,11 @@ class Shared(shared.Shared):
             raw=storage.sK.data_ptr().toint(),
             sLive=storage.sLive.get_tensor(cute.make_layout(config.blocks * BLOCK // 8)),
             sPeak=storage.sPeak.get_tensor(cute.make_layout(CONSUMER_WARPS)),
+            sScale=storage.sScale.get_tensor(
+                cute.make_layout(((2, 4, 8), scales, 4), stride=((1, 16, 2), BLOCK, BLOCK * scales))
+            )
+            if config.halves
+            else None,
         )
 
 
@@ -152,8 +158,9 @@ class RawProducer(Producer):
         k, row_bytes = self.shared.k, self.config.layout.row_bytes
         votes = cute.arch.vote_ballot_sync(self.row[0] != 0)
         for side in cutlass.range_constexpr(2):
-            stage = 2 * (turn % 2) + side
-            k.acquire(stage, turn // 2)
+            block = 2 * turn + side
+            stage = block % self.config.blocks
+            k.acquire(stage, block // self.config.blocks)
             target = self.shared.raw + (BLOCK * stage + ROWS * self.warp + self.lane % ROWS) * row_bytes
             mine, sLive = self.side == side, self.shared.sLive
             if mine and self.row[0] == 0:
@@ -171,9 +178,10 @@ class RawProducer(Producer):
     def run(self, groups, work) -> None:
         """Fill the stages for the CTA's segments."""
         done = walk(work, self.lengths, self.lengths, groups, self.load_segment, Done.nothing())
-        # a CTA must outlive its copies: block i of a pair of blocks was filled in every second turn
-        for stage in cutlass.range_constexpr(STAGES):
-            self.shared.k.acquire(stage, (done.items + 1 - stage // 2) // 2)
+        # a CTA must outlive its copies
+        blocks = self.config.blocks
+        for stage in cutlass.range_constexpr(blocks):
+            self.shared.k.acquire(stage, (2 * done.items + (blocks - 1 - stage)) // blocks)
 
 
 @cute.jit
