@@ -14,7 +14,7 @@ pytestmark = NEEDS
 CONFIGS = gates(
     [
         Config("fp8_ds_mla", 1, 64, halves=True),
-        Config("model1", 1, 64, cluster=2),
+        Config("fp8_ds_mla", 1, 64, cluster=2),
         Config("fp8_ds_mla", 1, 8),
         Config("model1", 1, 8),
         Config("model1", 2, 64),
@@ -28,17 +28,17 @@ CONFIGS = gates(
         Config("fp8_ds_mla", 2, 64, halves=True),
         Config("fp8_ds_mla", 2, 8),
         Config("fp8_ds_mla", 2, 16),
-        Config("fp8_token", 1, 64),
+        Config("fp8_token", 1, 64, cluster=2),
         Config("fp8_token", 2, 16),
         Config("model1", 2, 64, cluster=2),
-        Config("flat", 1, 64),
+        Config("flat", 1, 64, cluster=2),
         Config("bf16_512", 2, 16),
     ],
 )
 
 
-SPILLS = {Config("model1", 2, 64): (8, 1, 1), Config("fp8_token", 1, 64): (16, 5, 4)}
-"""Stack, stores and loads where scales lie apart: words written once a segment and read once a pair."""
+SPILLS = {Config("model1", 2, 64): (8, 1, 1), Config("fp8_ds_mla", 2, 64, halves=True): (16, 18, 9)}
+"""Stack, stores and loads with two caches: words written once a segment and read once a pair."""
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

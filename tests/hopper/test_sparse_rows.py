@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_mla.kernels.hopper.limits import SMEM_BYTES
-from flash_mla.kernels.hopper.sparse_decode.config import CHUNK, ROWS, STAGES, TILES, Config, shareable
+from flash_mla.kernels.hopper.sparse_decode.config import CHUNK, ROWS, STAGES, TILES, Config
 from flash_mla.quant import FORMATS, RowFormat
 
 CONFIGS = [
@@ -15,7 +15,7 @@ CONFIGS = [
     for caches in (1, 2)
     for tile in TILES
     for cluster in (1, 2)
-    if cluster == 1 or (tile == 64 and shareable(rows))
+    if cluster == 1 or tile == 64
 ] + [Config("fp8_ds_mla", caches, 64, halves=True) for caches in (1, 2)]
 
 

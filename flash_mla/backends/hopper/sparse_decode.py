@@ -11,7 +11,7 @@ from flash_mla.backends.hopper.device import LOG2_E, int32, multiprocessors, on_
 from flash_mla.backends.hopper.scratch import scratch
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.mla_decode.config import START
-from flash_mla.kernels.hopper.sparse_decode.config import DV, ROWS, SPLIT_COST, TILES, Config, shareable
+from flash_mla.kernels.hopper.sparse_decode.config import DV, ROWS, SPLIT_COST, TILES, Config
 from flash_mla.problem import ALIGNMENT, BLOCK, SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS
 
@@ -60,8 +60,7 @@ def rows_name(problem: SparseProblem) -> str:
 
 
 def config(problem: SparseProblem) -> Config:
-    """The kernel variant: the smallest tile of heads that holds them; of two tiles of 64 the CTAs share a token's keys
-    where the rows allow it.
+    """The kernel variant: the smallest tile of heads that holds them, and two CTAs of 64 that share a token's keys.
 
     A call so small that its heads can be spread over the chip, 16 a CTA and a pair of blocks each, is. One tile of 64
     heads reads rows as they are where a CTA has LONG pairs of blocks.
@@ -70,7 +69,7 @@ def config(problem: SparseProblem) -> Config:
     pairs = problem.B * problem.S_q * -(-blocks // 2)
     tiles = TILES[:2] if pairs * -(-problem.Hq // TILES[1]) <= SPREAD else TILES
     tile_heads = next((tile for tile in tiles if problem.Hq <= tile), tiles[-1])
-    cluster = 2 if tile_heads == TILES[-1] and problem.Hq > tile_heads and shareable(rows) else 1
+    cluster = 2 if tile_heads == TILES[-1] and problem.Hq > tile_heads else 1
     halves = tile_heads == TILES[-1] and cluster == 1 and ROWS[rows].raw and pairs >= LONG * SPREAD
     return Config(rows, len(problem.sets), tile_heads, cluster, halves)
 

@@ -42,7 +42,7 @@ class Channel:
     """`stages` pairs of mbarriers (frozen: the DSL then lets run-time branches and loops use it).
 
     full, empty: shared-memory pointers to `stages` 64-bit words each. writers: arrivals that fill a stage, in this CTA.
-    readers: arrivals that free a stage, over all CTAs of the cluster; 0 where something else says that it is free.
+    readers: arrivals that free a stage, over all CTAs of the cluster. 0 of either where something else says so.
     cluster: CTAs that fill and free each stage together.
     """
 
@@ -71,7 +71,8 @@ class Channel:
     def init(self) -> None:
         """Set the arrival counts; by one thread, before a fence and a CTA (or cluster) barrier."""
         for i in cutlass.range_constexpr(self.stages):
-            cute.arch.mbarrier_init(self.full + i, self.writers)
+            if const_expr(self.writers > 0):
+                cute.arch.mbarrier_init(self.full + i, self.writers)
             if const_expr(self.readers > 0):
                 cute.arch.mbarrier_init(self.empty + i, self.readers)
 

@@ -1,7 +1,7 @@
 """The steps of both consumer warpgroups over the pairs of blocks of a segment, whatever its keys are.
 
 keys: which keys of a block a row may see. `hide` makes the scores of the others -inf; `clear` zeroes their rows of V,
-where it is not done already (P is 0 there, but 0 * NaN is NaN).
+where it is not done already (P is 0 there, but 0 * NaN is NaN); `make_room` waits until P may be written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
 
 
 @dataclass(frozen=True)
-class Causal:
+class Keys:
+    """What is the same whatever the keys are."""
+
+    @cute.jit
+    def make_room(self, consumer: Consumer, stage: cutlass.Constexpr, turn) -> None:
+        """Wait for the place of P: the rope chunk, which comes with this stage, and with it is free of the last P."""
+        if const_expr(consumer.config.chunks < K_CHUNKS):
+            consumer.shared.k.acquire(stage, turn)
+
+
+@dataclass(frozen=True)
+class Causal(Keys):
     """The keys of a request of `length` keys, causal among its S_q tokens."""
 
     length: Int32
@@ -68,7 +79,7 @@ def own_block(consumer: Consumer, pair):
 
 
 @dataclass(frozen=True)
-class Gathered:
+class Gathered(Keys):
     """Keys that the producers gathered, with zeros for those that are not there."""
 
     def clear(self, consumer: Consumer, block: cutlass.Constexpr, pair, turn) -> None:
@@ -117,8 +128,7 @@ def step_even(
         consumer.find_peak(r)
         consumer.raise_max(r)
     consumer.exponentials()
-    if const_expr(consumer.config.chunks < K_CHUNKS):
-        k.acquire(1, turn)
+    keys.make_room(consumer, 1, turn)
     consumer.publish(Bar.P_EVEN)
 
     # P V of the even block
@@ -177,8 +187,7 @@ def consume_right(consumer: Consumer, keys, first, last, count, short: cutlass.C
         for r in cutlass.range_constexpr(2):
             consumer.raise_max(r)
         consumer.exponentials()
-        if const_expr(consumer.config.chunks < K_CHUNKS):
-            k.acquire(2, turn)
+        keys.make_room(consumer, 2, turn)
         consumer.publish(Bar.P_ODD)
         if const_expr(not early):
             warpgroup.wait_group(0)

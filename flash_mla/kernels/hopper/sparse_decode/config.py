@@ -75,16 +75,6 @@ ROWS = {
 """The rows of `quant.FORMATS`, and plain BF16 ones."""
 
 
-def shareable(rows: str) -> bool:
-    """Whether the CTAs of a cluster may copy such rows to each other.
-
-    NOTE: not rows of 9 chunks. The consumers write P over the ninth, which the CTA's own copy to the peer may still be
-    reading: nothing tells it that the copy has left. Of 128 heads over fp8_ds_mla one tile in a million had P in place
-    of rope, and scores far too large (DeepSeek's suite on an H200, case 103; FlashMLA right beside it).
-    """
-    return ROWS[rows].D < CHUNK * K_CHUNKS
-
-
 class Batch(NamedTuple):
     """What a thread loads at once: its columns of some chunks, of all its rows, for a stage."""
 
@@ -106,9 +96,6 @@ class Config:
     tile_heads: int
     cluster: int = 1
     halves: bool = False
-
-    def __post_init__(self) -> None:
-        assert self.cluster == 1 or shareable(self.rows)
 
     @property
     def few(self) -> bool:
@@ -160,6 +147,11 @@ class Config:
     def copied(self) -> bool:
         """Whether rows are copied as they are to where wgmma reads them; in a cluster a CTA must hand them on."""
         return self.layout.codes == 0 and self.cluster == 1
+
+    @property
+    def exchanges_rope(self) -> bool:
+        """Whether the CTAs of a cluster copy rows of the rope chunk to each other."""
+        return self.cluster > 1 and self.chunks == K_CHUNKS
 
     @property
     def producer_warps(self) -> int:
@@ -292,7 +284,12 @@ class Config:
             # row max of each block, row sums; staged out
             rest = 4 * (2 * TILE_M + 2 * TILE_M) + CONSUMER_WARPS * 2 * STAGED
         return smem_bytes(
-            q, k, rest, self.blocks * BLOCK // 8, 4 * split.scan_words(self.warps), barrier_bytes(STAGES, 1)
+            q,
+            k,
+            rest,
+            self.blocks * BLOCK // 8,
+            4 * split.scan_words(self.warps),
+            barrier_bytes(STAGES, 1, 2 if self.exchanges_rope else 0),
         )
 
     # what the consumers of MLA decode and of GQA decode read of their configs

@@ -4,10 +4,10 @@ The rows lie in one paged cache or in two, in a row format (FP8) or in BF16; all
 what a request is in dense decode: its keys are its indices, in blocks of 64, those of the second cache behind.
 
 Grid: one CTA an SM, persistent. A CTA takes a tile of a token's heads: all of up to 16 (`few.py`; `raw.py` over rows of
-one FP32 scale for 128 columns), or 64 (`many.py`; `halves.py` over such rows); over rows of
-512 columns two CTAs with 64 heads each of one token form a cluster (`config.shareable` says why not over others). Every
-CTA finds its range of keys from the counts on the device (`split.py`); `combine.py` adds the pieces of tokens that were
-split. Nothing comes from the host: a captured graph stays right when indices and counts change.
+one FP32 scale for 128 columns), or 64 (`many.py`; `halves.py` over such rows); two CTAs with 64 heads each of one token
+form a cluster. Every CTA finds its range of keys from the counts on the device (`split.py`); `combine.py` adds the
+pieces of tokens that were split. Nothing comes from the host: a captured graph stays right when indices and counts
+change.
 
 Bound. 64 heads against a block are 8.9 MFLOP, 2176 cycles of an SM's tensor cores. Its 64 rows are 42 KB in
 fp8_ds_mla: 2300 cycles at an SM's share of 4.3 TB/s. To make them BF16 takes 16384 pairs of values through two
@@ -198,7 +198,7 @@ class SparseDecode(Kernel[Config]):
         if warp_id == CONSUMER_WARPS:
             lengths.prefetch(scalars.groups, cluster_id, clusters, cute.arch.lane_idx())
         if warp_id == 0:
-            open_channels((shared.k, shared.q), (load_q.atom,))
+            open_channels(shared.channels, (load_q.atom,))
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         work = find_work(
@@ -232,7 +232,7 @@ class SparseDecode(Kernel[Config]):
                 consumer = ManyConsumer.over(shared, 1, tidx - WARPGROUP, scalars.scale_log2)
                 right = many.Segments(consumer, tensors, scalars, rank, cluster_id)
                 walk(work, lengths, lengths, scalars.groups, right.compute, Done.nothing())
-        for channel in (shared.q, shared.k):
+        for channel in shared.channels:
             channel.check()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, const_expr
+from cutlass import BFloat16, Float32, Int64, const_expr
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.absent import hide_columns
@@ -25,9 +26,15 @@ from flash_mla.kernels.hopper.walk import Done, Place
 
 @dataclass(frozen=True)
 class Shared(shared.Shared):
-    """Views of a CTA's shared memory; sLive: a bit for each key of the even, the odd block, set where it is there."""
+    """Views of a CTA's shared memory.
+
+    sLive: a bit for each key of the even, the odd block, set where it is there. landed: one stage for the rope chunk of
+    the even, the odd block, which both CTAs of a cluster free when they have their rows of it; None: nothing is copied
+    from where P will be.
+    """
 
     sLive: cute.Tensor
+    landed: Channel | None
 
     @staticmethod
     def fields(config: Config) -> dict:
@@ -37,13 +44,19 @@ class Shared(shared.Shared):
             "staged": align[array[BFloat16, CONSUMER_WARPS * STAGED], 128],
             "sMax": array[Float32, 2 * TILE_M],
             "sSum": array[Float32, 2 * TILE_M],
+            **({"landed_barriers": array[Int64, Channel.words(2)]} if config.exchanges_rope else {}),
         }
 
     @staticmethod
     def over(config: Config, storage) -> Shared:
         rows, buffers = row_layout(BFloat16, BLOCK, config.D), row_layout(BFloat16, BLOCK, 2 * K_CHUNKS * CHUNK)
         k_barriers, q_barriers = storage.k_barriers.data_ptr(), storage.q_barriers.data_ptr()
-        readers = CONSUMER_WARPS // 2 * config.cluster
+        readers, landed = CONSUMER_WARPS // 2 * config.cluster, None
+        if config.exchanges_rope:
+            barriers = storage.landed_barriers.data_ptr()
+            landed = Channel.over("rope", barriers, 2, readers=readers, writers=0, cluster=config.cluster)
+            for side in range(2):
+                landed.read_by(f"warpgroup {side}", CONSUMER_WARPS // 2, stages=(side,))
         return Shared(
             config=config,
             sQ=storage.sQ.get_tensor(rows.outer, swizzle=rows.inner),
@@ -55,20 +68,39 @@ class Shared(shared.Shared):
             k=Channel.over("K", k_barriers, STAGES, readers=readers, writers=config.k_writers, cluster=config.cluster),
             q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
             sLive=storage.sLive.get_tensor(cute.make_layout(2 * BLOCK // 8)),
+            landed=landed,
         )
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        return (self.k, self.q) if self.landed is None else (self.k, self.q, self.landed)
 
 
 @dataclass(frozen=True)
 class Named(Gathered):
-    """The keys that a token's indices name."""
+    """The keys that a token's indices name.
+
+    In a cluster a CTA copies its rows to the other, the rope chunk's too, over which its own consumers write P. That a
+    copy has left is told by nothing but that it has landed. So the consumers of both CTAs tell each other when their
+    scores are there, and wait for that before they write P: without it a tile in a million had P in place of rope.
+    """
 
     @cute.jit
     def hide(self, consumer: Consumer, pair) -> None:
         """The consumer's own block of a pair."""
+        if const_expr(consumer.shared.landed is not None):
+            consumer.shared.landed.release(consumer.side)
         live = live_words(consumer.shared.sLive)
         low, high = live[2 * consumer.side], live[2 * consumer.side + 1]
         if (low & high) != -1:
             hide_columns(consumer.S, low >> consumer.rows.column, high >> consumer.rows.column)
+
+    @cute.jit
+    def make_room(self, consumer: Consumer, stage: cutlass.Constexpr, turn) -> None:
+        """Wait for the place of P of a block that comes with this stage."""
+        if const_expr(consumer.shared.landed is not None):
+            consumer.shared.landed.acquire(consumer.side, turn + 1)
+        Gathered.make_room(self, consumer, stage, turn)
 
 
 @dataclass(frozen=True)
