@@ -11,6 +11,7 @@ import torch
 from flash_mla import GradientError, flash_mla_prefill, flash_mla_with_kvcache, get_mla_metadata, mha_fwd_kvcache
 from flash_mla.backends import backend, module
 from flash_mla.errors import SequenceLengthError
+from flash_mla.plan import plan
 from flash_mla.reference import decode_reference
 from flash_mla.testing import DecodeCase, MhaCase, PrefillCase, check, nan_filled, same_bits
 
@@ -97,12 +98,14 @@ def launches(monkeypatch):
     seen = []
     engine = module("cpu", "engine")
 
-    def recorded(problem, config, args, launch=engine.launch):
-        seen.append((problem, args))
-        launch(problem, config, args)
+    def recorded(problem, config, bind=engine.bind):
+        launch = bind(problem, config)
+        return lambda args: (seen.append((problem, args)), launch(args))
 
-    monkeypatch.setattr(engine, "launch", recorded)
-    return seen
+    monkeypatch.setattr(engine, "bind", recorded)
+    plan.cache_clear()
+    yield seen
+    plan.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -213,9 +216,21 @@ def test_compiled_mha_writes_the_callers_cache(launches):
 # --- Cost and manners of a call ---------------------------------------------------------------------------------------
 
 
-def test_call_overhead(monkeypatch):
+@pytest.fixture
+def in_place_of_launches(monkeypatch):
+    """Let the CPU backend call `done(problem)` where it would launch."""
+
+    def install(done):
+        monkeypatch.setattr(module("cpu", "engine"), "bind", lambda problem, config: lambda args: done(problem))
+        plan.cache_clear()
+
+    yield install
+    plan.cache_clear()
+
+
+def test_call_overhead(in_place_of_launches):
     """Everything but the launch of a decode step takes less than 30 us."""
-    monkeypatch.setattr(module("cpu", "engine"), "launch", lambda problem, config, args: None)
+    in_place_of_launches(lambda problem: None)
     x = DecodeCase("", (70, 130), Hq=16, Hk=1, D=576, Dv=512, alias=True).call().arguments
     metadata = get_mla_metadata(x["q"].shape, x["k_cache"].shape, x["block_table"], x["seq_lens"])
     tensors = [x[name] for name in ("q", "k_cache", "v_cache", "block_table", "seq_lens")]
@@ -236,10 +251,10 @@ def test_call_overhead(monkeypatch):
     assert least < 30
 
 
-def test_metadata_call_reads_no_value(monkeypatch):
+def test_metadata_call_reads_no_value(monkeypatch, in_place_of_launches):
     """With metadata, contract and plan run on tensors whose values cannot be read: nothing waits for a GPU."""
     seen = []
-    monkeypatch.setattr(module("cpu", "engine"), "launch", lambda problem, config, args: seen.append(problem))
+    in_place_of_launches(seen.append)
     monkeypatch.setattr(backend("cpu"), "refuse", lambda problem: None)
     x = DecodeCase("", (70, 130), mask="bool", sink=True, descale="tensor").call().arguments
     metadata = get_mla_metadata(x["q"].shape, x["k_cache"].shape, x["block_table"], x["seq_lens"])

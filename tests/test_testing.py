@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flash_mla import backends, deepseek, indexer
+from flash_mla.plan import plan
 from flash_mla.quant import FORMATS
 from flash_mla.reference import format_rows
 from flash_mla.testing import (
@@ -95,13 +96,15 @@ def wrong_launch(monkeypatch):
     def install(spoil):
         engine = backends.module("cpu", "engine")
 
-        def spoiled(problem, config, args, launch=engine.launch):
-            launch(problem, config, args)
-            spoil(args)
+        def spoiled(problem, config, bind=engine.bind):
+            launch = bind(problem, config)
+            return lambda args: (launch(args), spoil(args))
 
-        monkeypatch.setattr(engine, "launch", spoiled)
+        monkeypatch.setattr(engine, "bind", spoiled)
+        plan.cache_clear()
 
-    return install
+    yield install
+    plan.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -157,8 +160,10 @@ def test_run_sees_a_wrong_sparse_launch(wrong_launch, case, spoil, words):
 
 def test_run_sees_outputs_left_unwritten(monkeypatch):
     """The first call finds NaN where the launch does not write."""
-    monkeypatch.setattr(backends.module("cpu", "engine"), "launch", lambda problem, config, args: None)
+    monkeypatch.setattr(backends.module("cpu", "engine"), "bind", lambda problem, config: lambda args: None)
+    plan.cache_clear()
     result = run(SparsePrefillCase("spoiled"))
+    plan.cache_clear()
     assert any("are NaN" in failure for failure in result.failures), result.failures
 
 

@@ -110,11 +110,6 @@ def bind(problem: Attention, config: Call) -> Callable[[Any], None]:
     return config.launch
 
 
-def launch(problem: Attention, config: Call, args: DecodeArgs | PrefillArgs | SparseArgs) -> None:
-    """Fill args.out and args.lse."""
-    config.launch(args)
-
-
 def spec(problem: Attention, rows: int, **more: Any) -> Spec:
     """The kernel for items of so many rows, its mask's element type left open; `more` are fields of Spec."""
     from flash_mla.kernels.cpu.config import Spec, host, tile, unit_of, wide_tile

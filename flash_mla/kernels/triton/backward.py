@@ -31,7 +31,7 @@ from flash_mla.kernels.triton.attend import LOG2E, bias, sink_factor
 from flash_mla.kernels.triton.prefill import first_position, key_end
 from flash_mla.kernels.triton.share import BLOCK
 from flash_mla.kernels.triton.target import Target
-from flash_mla.kernels.triton.tiles import head_tiles, power_of_2, precision
+from flash_mla.kernels.triton.tiles import head_tiles, least_rest, power_of_2, precision
 
 # --- Config ---
 
@@ -76,7 +76,7 @@ beside 1.00. What they spill, 224 bytes a thread at most, is mostly addresses, o
 
 def config(*, P: int, S_kv: int, D: int, Dv: int, mask: int, block_mask: bool, itemsize: int, target: Target) -> Config:
     """The tiles for these dims: pure arithmetic, no device. mask: bytes of an element (tiles.MASK_BYTES)."""
-    d_main, d_rest = head_tiles(D)
+    d_main, d_rest = head_tiles(D, least_rest(target))
     d, dv_tile = d_main + d_rest, value_tile(Dv)
     plain = not mask and not block_mask
 

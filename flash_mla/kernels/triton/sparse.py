@@ -174,7 +174,8 @@ def attend_keys(
 ):
     """Online softmax over the key tiles of one cache."""
     # rows of every format are a multiple of 16 bytes apart, which 656-byte rows do not show by their BF16 stride, 328
-    rope_page, rope_row = rope_page // 8 * 8, rope_row // 8 * 8
+    # NOTE: pages need not be: a pitch of 820 bytes rounded down like this was another page's rows
+    rope_row = rope_row // 8 * 8
     for tile in tl.range(first, last):
         offs_n = tile * TILE_N + tl.arange(0, TILE_N)
         index = tl.load(index_row + offs_n, mask=offs_n < count, other=-1).to(tl.int64)

@@ -36,11 +36,12 @@ def least_values(d_main: int, itemsize: int, target: Target) -> int:
 
 
 def least_rest(target: Target) -> int:
-    """Fewest columns of a second tile of gathered rows beside the first: for wgmma, 64, so that both have rows of 128
-    bytes and more (see `least_columns`).
+    """Fewest columns of a second tile of rows beside the first, where they do not come by asynchronous copies: for
+    wgmma, 64, so that both have rows of 128 bytes and more (see `least_columns`).
 
-    NOTE: rows of D = 72 in FP32, 64 + 16 columns, 64 heads: Triton 3.6's code read shared memory 28 KB past its end in
-    the product with the first tile (H200, compute-sanitizer).
+    NOTE: gathered rows of D = 72 in FP32, 64 + 16 columns, 64 heads: Triton 3.6 read shared memory 28 KB past its
+    end in the product with the first tile (H200, compute-sanitizer); a backward of D = 40, Dv = 72 in FP32 likewise, or
+    its gradients were off by as much as the largest.
     """
     return 64 if target.wgmma else 16
 
