@@ -31,6 +31,11 @@ def lengths_of(draw: Draw, count: int, most: int) -> tuple[int, ...]:
     return tuple(draw.between(0, most) for _ in range(count))
 
 
+def least_keys(dtype: torch.dtype) -> int:
+    """Keys that a query should see: of few, what a softmax gives back cancels, and 16 bits leave their rounding."""
+    return 1 if dtype == torch.float32 else 40
+
+
 def with_sink(draw: Draw, Hq: int) -> bool:
     """Its gradient is a number a head: of one head alone it may be small by chance, where its error is not."""
     return draw.maybe(0.3) and Hq >= 8
@@ -39,7 +44,8 @@ def with_sink(draw: Draw, Hq: int) -> bool:
 def training(draw: Draw, backend: str | None) -> Case:
     """The backward of flash_mla_prefill."""
     D, Dv = draw.pick(((128, 128), (128, 128), (192, 128), (64, 64), (40, 72), (256, 256)))
-    B, P = draw.between(1, 3), draw.between(1, draw.among((1, 70, 300)))
+    B, dtype = draw.between(1, 3), draw.pick((*HALVES, *FLOATS))
+    P = draw.between(least_keys(dtype), max(least_keys(dtype), draw.among((1, 70, 300))))
     # the masks that a kernel without them refuses are drawn less often than none
     kinds: dict[str, Any] = {"causal": draw.pick((True, False))}
     if draw.maybe(0.3):
@@ -48,12 +54,12 @@ def training(draw: Draw, backend: str | None) -> Case:
         kinds |= {"sparse": draw.pick(("tensor", "heads", "layout"))}
     Hk = draw.pick((1, 2))
     Hq = Hk * draw.pick((1, 2, 4, 8))
-    lengths = lengths_of(draw, B, P) if draw.maybe(0.3) else None
+    lengths = (P, *lengths_of(draw, B - 1, P)) if draw.maybe(0.3) else None
     # over one key alone only lse has a gradient: what is left of out's, which cancels, has no size to be judged by
     d_lse = max(lengths or (P,)) < 2 or draw.chance(0.5)
     return drawn(
         draw, backend, testing.GradientCase, P=P, B=B, D=D, Dv=Dv, Hk=Hk, Hq=Hq, lengths=lengths,
-        dtype=draw.pick((*HALVES, *FLOATS)), sliced=draw.maybe(0.2), sink=with_sink(draw, Hq),
+        dtype=dtype, sliced=draw.maybe(0.2), sink=with_sink(draw, Hq),
         softmax_scale=draw.among((None, None, 0.2)), d_out=draw.among(("contiguous", "strided", "expanded")),
         d_lse=d_lse, **kinds,
     )  # fmt: skip
@@ -62,11 +68,12 @@ def training(draw: Draw, backend: str | None) -> Case:
 def sparse_training(draw: Draw, backend: str | None) -> Case:
     """The backward of flash_mla_sparse_fwd."""
     D, Dv = draw.pick(((576, 512), (576, 512), (512, 512), (72, 40)))
-    Hq = draw.pick((1, 3, 8, 16, 64, 128))
+    Hq, dtype = draw.pick((1, 3, 8, 16, 64, 128)), draw.pick((*HALVES, *FLOATS))
+    least = least_keys(dtype)
     return drawn(
         draw, backend, testing.SparseGradientCase, S_q=draw.between(1, draw.among((3, 60))),
-        S_kv=draw.between(1, draw.among((5, 300))), Hq=Hq, D=D, Dv=Dv,
-        topk=draw.pick((1, 2, 3, 64, 65, 200)), dtype=draw.pick((*HALVES, *FLOATS)), lengths=draw.maybe(0.4),
+        S_kv=draw.between(least, max(least, draw.among((5, 300)))), Hq=Hq, D=D, Dv=Dv,
+        topk=draw.pick((1, 2, 3, 64, 65, 200) if least == 1 else (64, 65, 200)), dtype=dtype, lengths=draw.maybe(0.4),
         sink=with_sink(draw, Hq), softmax_scale=draw.among((0.05, 0.02, -0.04)), expanded=draw.chance(0.3),
     )  # fmt: skip
 
@@ -74,12 +81,12 @@ def sparse_training(draw: Draw, backend: str | None) -> Case:
 def varlen_training(draw: Draw, backend: str | None) -> Case:
     """The backward of flash_attn_varlen_func."""
     D, Dv = draw.pick(((128, 128), (192, 128), (64, 64), (40, 72)))
-    n, Hk = draw.between(0, 3), draw.pick((1, 2))
+    n, Hk, dtype = draw.between(0, 3), draw.pick((1, 2)), draw.pick((*HALVES, *FLOATS))
     # one sequence has a query and a key, for the truth to have a graph
-    lengths_q, lengths_kv = ((draw.between(1, 150), *lengths_of(draw, n, 150)) for _ in range(2))
+    lengths_q, lengths_kv = ((draw.between(least_keys(dtype), 150), *lengths_of(draw, n, 150)) for _ in range(2))
     return drawn(
         draw, backend, testing.VarlenCase, lengths_q=lengths_q, lengths_kv=lengths_kv,
-        Hk=Hk, Hq=Hk * draw.pick((1, 2, 4)), D=D, Dv=Dv, dtype=draw.pick((*HALVES, *FLOATS)),
+        Hk=Hk, Hq=Hk * draw.pick((1, 2, 4)), D=D, Dv=Dv, dtype=dtype,
         causal=draw.pick((True, False)),
     )  # fmt: skip
 
