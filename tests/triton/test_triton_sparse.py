@@ -59,6 +59,24 @@ def test_sparse_decode(format_name, d, h_q, page, extra, lengths):
     assert_lse(lse, expected_lse.transpose(1, 2), relative=1.2e-4)
 
 
+@pytest.mark.parametrize("start", [0, 12])
+def test_pages_at_any_pitch(start):
+    """Pages need not lie a multiple of 16 bytes apart, nor begin on one."""
+    page = 3
+    cache, _, indices, _ = sparse_scope(2, 1, 20, page, 576, "fp8_ds_mla", False, 0)
+    size = page * 656
+    memory = torch.full((start + len(cache) * (size + 4),), 0xFF, dtype=torch.uint8)
+    apart = memory[start:].view(len(cache), size + 4)[:, :size]
+    apart.copy_(cache.view(torch.uint8).view(len(cache), size))
+    q = randn(2, 1, 8, 576, g=generator(1))
+    want, got = (
+        decode(q, x, None, None, 512, None, softmax_scale=0.05, is_fp8_kvcache=True, indices=indices)
+        for x in (cache, apart.view(cache.shape))
+    )
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
 def test_sparse_decode_without_a_key():
     cache, _, indices, _ = sparse_scope(2, 1, 16, 64, 576, "fp8_ds_mla", False, 0)
     q = randn(2, 1, 8, 576, g=generator(1))

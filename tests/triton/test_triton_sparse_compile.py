@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from test_triton_compile import TARGETS, compile_for
 
 from flash_mla.backends.triton import sparse as phase
-from flash_mla.kernels.triton import sparse, sparse_backward
+from flash_mla.kernels.triton import backward, sparse, sparse_backward
 from flash_mla.problem import SparseArgs, SparseKeys, SparseProblem, SparseSet
 from flash_mla.quant import FORMATS
 
@@ -77,12 +77,14 @@ def test_sparse_kernel_fits(name, gpu):
     assert not built.spills_over(SPILLS)
 
 
-def test_gathered_rows_are_cut_into_tiles_of_128_bytes():
+def test_rows_without_asynchronous_copies_are_cut_into_tiles_of_128_bytes():
     """See tiles.least_rest: a narrower tile beside a wide one was read past the end of shared memory on Hopper."""
     for D in range(8, 577, 8):
         common = {"Hq": 64, "D": D, "topk": 64, "target": TARGETS["sm_90"]}
         forward = sparse.config(**common, tokens=2, itemsize=4, quantised=0, flat=True, split=False)
-        backward = sparse_backward.config(**common, Dv=min(D, 512), itemsize=4)
-        for config in (forward, backward):
+        sparse_grad = sparse_backward.config(**common, Dv=min(D, 512), itemsize=4)
+        dense = {"P": 100, "S_kv": 100, "D": D, "Dv": min(D, 512), "mask": 0, "block_mask": False, "itemsize": 4}
+        dense_grad = backward.config(**dense, target=TARGETS["sm_90"])
+        for config in (forward, sparse_grad, dense_grad):
             assert config.d_rest == 0 or config.d_rest >= 64
             assert config.d_main + config.d_rest >= D
