@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fuzz.runner import Options, run
 
-CALLS = 400
+CALLS = 250
 
 
 @pytest.mark.parametrize("seed", range(2026, 2030))
