@@ -32,8 +32,8 @@ def lengths_of(draw: Draw, count: int, most: int) -> tuple[int, ...]:
 
 
 def least_keys(dtype: torch.dtype) -> int:
-    """Keys that a query should see: of few, what a softmax gives back cancels, and 16 bits leave their rounding."""
-    return 1 if dtype == torch.float32 else 40
+    """Keys that a query should see: of few, what a softmax gives back cancels, and rounding is what is left of it."""
+    return 8 if dtype == torch.float32 else 40
 
 
 def with_sink(draw: Draw, Hq: int) -> bool:
@@ -55,13 +55,11 @@ def training(draw: Draw, backend: str | None) -> Case:
     Hk = draw.pick((1, 2))
     Hq = Hk * draw.pick((1, 2, 4, 8))
     lengths = (P, *lengths_of(draw, B - 1, P)) if draw.maybe(0.3) else None
-    # over one key alone only lse has a gradient: what is left of out's, which cancels, has no size to be judged by
-    d_lse = max(lengths or (P,)) < 2 or draw.chance(0.5)
     return drawn(
         draw, backend, testing.GradientCase, P=P, B=B, D=D, Dv=Dv, Hk=Hk, Hq=Hq, lengths=lengths,
         dtype=dtype, sliced=draw.maybe(0.2), sink=with_sink(draw, Hq),
         softmax_scale=draw.among((None, None, 0.2)), d_out=draw.among(("contiguous", "strided", "expanded")),
-        d_lse=d_lse, **kinds,
+        d_lse=draw.chance(0.5), **kinds,
     )  # fmt: skip
 
 
@@ -73,7 +71,7 @@ def sparse_training(draw: Draw, backend: str | None) -> Case:
     return drawn(
         draw, backend, testing.SparseGradientCase, S_q=draw.between(1, draw.among((3, 60))),
         S_kv=draw.between(least, max(least, draw.among((5, 300)))), Hq=Hq, D=D, Dv=Dv,
-        topk=draw.pick((1, 2, 3, 64, 65, 200) if least == 1 else (64, 65, 200)), dtype=dtype, lengths=draw.maybe(0.4),
+        topk=draw.pick((64, 65, 200)), dtype=dtype, lengths=draw.maybe(0.4),
         sink=with_sink(draw, Hq), softmax_scale=draw.among((0.05, 0.02, -0.04)), expanded=draw.chance(0.3),
     )  # fmt: skip
 
