@@ -22,6 +22,7 @@ from torch import Tensor
 from flash_mla.problem import (
     BLOCK,
     FP8,
+    Attention,
     DecodeArgs,
     DecodeProblem,
     PrefillArgs,
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from flash_mla.kernels.cpu.config import Spec
 
 logger = logging.getLogger("flash_mla")
-
-Attention = DecodeProblem | PrefillProblem | SparseProblem
 
 BY_ADDRESS = True
 NAMES = {

@@ -23,6 +23,7 @@ import cutlass.utils as utils
 from cutlass import Boolean, Float32, Int32, const_expr
 
 from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper.lanes import warp_max
 from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.table import length_of
 
@@ -182,8 +183,7 @@ def add_pieces(
     largest = Float32(-1.0e30)
     for chunk in cutlass.range(0, pieces, 32, unroll=1):
         largest = cute.arch.fmax(largest, lse_of(lse_partial, begin, chunk + lane, pieces, part_row, together))
-    for i in cutlass.range_constexpr(5):
-        largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << i))
+    largest = warp_max(largest)
 
     total = Float32(0.0)
     result.fill(0.0)

@@ -11,6 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from flash_mla.kernels.hopper.lanes import warp_max
 from flash_mla.kernels.hopper.softmax import Rows
 
 PEAK = 6.0
@@ -94,9 +95,7 @@ def split_row(values: cute.Tensor):
     for i in cutlass.range_constexpr(cute.size(values)):
         number = values[i].to(Float32)
         peak = cute.arch.fmax(peak, cute.arch.fmax(number, -number))
-    for i in cutlass.range_constexpr(5):
-        peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=1 << i))
-    factor, unit = powers(peak)
+    factor, unit = powers(warp_max(peak))
     high, low = [], []
     for i in cutlass.range_constexpr(0, cute.size(values), 4):
         words = pack_twice(*(values[i + at].to(Float32) * factor for at in range(4)))

@@ -7,6 +7,7 @@ values are summed over them by `quad_sum`.
 
 from __future__ import annotations
 
+import cutlass
 import cutlass.cute as cute
 
 
@@ -32,3 +33,11 @@ def quad_max(value):
     """Maximum over the four threads that share a row, in each of them."""
     value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=1))
     return cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=2))
+
+
+@cute.jit
+def warp_max(value):
+    """Maximum over the threads of a warp, in each of them."""
+    for i in cutlass.range_constexpr(5):
+        value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=1 << i))
+    return value

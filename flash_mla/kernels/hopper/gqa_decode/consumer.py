@@ -188,8 +188,8 @@ class Consumer:
         cute.arch.fence_view_async_shared()
 
     @cute.jit
-    def raise_max(self) -> None:
-        """Move the running max to the block's where that is larger, and rescale the sums and O."""
+    def show_peaks(self) -> None:
+        """The warp's largest score of each row of the block to shared memory, where its sums will be."""
         sPeak, lane, warp_id = self.shared.sSum, self.tid % 32, 4 * self.side + self.tid // 32
         for c in cutlass.range_constexpr(self.config.tile_n // 4):
             i = 4 * (c // 2) + c % 2
@@ -198,6 +198,12 @@ class Consumer:
                 peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
             if lane < 4:
                 sPeak[self.row(c), warp_id] = peak
+
+    @cute.jit
+    def raise_max(self) -> None:
+        """Move the running max to the block's where that is larger, and rescale the sums and O."""
+        sPeak = self.shared.sSum
+        self.show_peaks()
         sync(self.bar, WARPGROUP)
         for c in cutlass.range_constexpr(self.config.tile_n // 4):
             new_max = self.row_max[c]

@@ -13,40 +13,15 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.gather import PASS, PASSES, PIECE, ROWS, Gather, Sources, place
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS
-from flash_mla.kernels.hopper.sparse_decode.config import CHUNK_BYTES, Config
-from flash_mla.kernels.hopper.sparse_decode.producer import Producer
-from flash_mla.kernels.hopper.walk import Done, Place
+from flash_mla.kernels.hopper.sparse_decode.config import CHUNK_BYTES
+from flash_mla.kernels.hopper.sparse_decode.producer import Copying
 
 
 @dataclass(frozen=True)
-class CopyProducer(Producer):
+class CopyProducer(Copying):
     """One of the warps that have rows copied: lane l looks after row l % 16 of its warp's, of the even or odd block."""
-
-    @staticmethod
-    def rows_at_hand(config: Config) -> dict[str, cute.Tensor]:
-        """Registers for what is read and not yet stored: none."""
-        return {"words": None, "scales": None}
-
-    @cute.jit
-    def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
-        """Q, and every block of a segment."""
-        token, first, last = place.request, part.first, part.last
-        if last > first:
-            keys = self.lengths.keys(token)
-            self.find_first(keys, first, last)
-            for pair in cutlass.range(first, last, unroll=1):
-                self.find_row(keys, pair + 1, 1)
-                self.read_index(keys, pair + 2, last)
-                self.fill_pair(done.items + pair - first)
-                if pair == first and self.warp == 0:
-                    # behind the first pair: the last segment may still read Q
-                    self.load_q(keys, place.group, done.segments)
-                self.go_on()
-            done = done.plus(last - first)
-        return done
 
     @cute.jit
     def sources(self, block: cutlass.Constexpr) -> Sources:

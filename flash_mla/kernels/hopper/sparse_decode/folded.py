@@ -22,12 +22,10 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float16, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
-from flash_mla.kernels.hopper.absent import hide_rows
 from flash_mla.kernels.hopper.barriers import sync
 from flash_mla.kernels.hopper.e4m3 import powers
-from flash_mla.kernels.hopper.gqa_decode import consumer as gqa
 from flash_mla.kernels.hopper.gqa_decode.config import CONSUMERS, Bar
-from flash_mla.kernels.hopper.lanes import quad_max
+from flash_mla.kernels.hopper.lanes import quad_max, warp_max
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, ROW_BYTES, TILE_M, WARP
 from flash_mla.kernels.hopper.sparse_decode.config import CONSUMER_WARPS, DV, RAW_GROUP
 from flash_mla.kernels.hopper.sparse_decode.folded_words import (
@@ -39,6 +37,7 @@ from flash_mla.kernels.hopper.sparse_decode.folded_words import (
 from flash_mla.kernels.hopper.sparse_decode.raw import Shared
 from flash_mla.kernels.hopper.sparse_decode.raw_consumer import (
     GROUPS,
+    RawRows,
     inverse_power,
     part_of,
     power_below,
@@ -46,7 +45,7 @@ from flash_mla.kernels.hopper.sparse_decode.raw_consumer import (
     two_fp16,
 )
 from flash_mla.kernels.hopper.sparse_decode.ring import read_vector, read_word
-from flash_mla.kernels.hopper.sparse_decode.rows import store_vector
+from flash_mla.kernels.hopper.sparse_decode.rows import fp32_of, store_vector
 from flash_mla.kernels.hopper.transpose import matrix_load, transpose_load
 
 CHUNKS = DV // CHUNK
@@ -60,7 +59,7 @@ WIDE_UNIT = 2.0**-14
 
 
 @dataclass(frozen=True)
-class Consumer(gqa.Consumer):
+class Consumer(RawRows):
     """A consumer warpgroup, which scores every second block and has half of O's columns.
 
     Registers of a thread beside O [256, 64] / 128 and S: K and V as they lie in shared memory and as A operands, two
@@ -115,10 +114,6 @@ class Consumer(gqa.Consumer):
             unit=cute.make_rmem_tensor(1, Float32),
         )
 
-    def block(self, stage):
-        """Its first byte."""
-        return self.shared.raw + stage * (BLOCK * self.config.layout.row_bytes)
-
     def scales_at(self, buffer, key):
         """Where the scales of a block's keys lie from `key` on, those of the first columns."""
         place = key % 8 // 2 * 16 + key // 8 * 2 + key % 2
@@ -147,9 +142,7 @@ class Consumer(gqa.Consumer):
                 for pair in pairs:
                     for number in pair:
                         peak = cute.arch.fmax(peak, cute.arch.fmax(number, -number))
-            for j in cutlass.range_constexpr(5):
-                peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=1 << j))
-            factor, unit = powers(peak)
+            factor, unit = powers(warp_max(peak))
             for first, at, pairs in rows:
                 words = [two_fp16(low * factor, high * factor) for low, high in pairs]
                 codes = const_expr(first < CHUNKS)
@@ -173,7 +166,7 @@ class Consumer(gqa.Consumer):
         for half in cutlass.range_constexpr(2):
             key = self.key + 8 * half
             word = read_word(self.block(stage) + key * layout.row_bytes + layout.scale_at + 4 * lane)
-            scale = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[word])
+            scale = fp32_of(word)
             top = cute.arch.fmax(cute.arch.fmax(scale, -scale), peaks[half] * WIDE_UNIT)
             self.key_unit[half] = power_below(quad_max(top))
             sScale[key, lane, buffer] = (scale * inverse_power(self.key_unit[half])).to(Float16)
@@ -256,12 +249,6 @@ class Consumer(gqa.Consumer):
             for half in cutlass.range_constexpr(2):
                 i = 4 * (c // 2) + c % 2 + 2 * half
                 self.S[i] = (self.S[i] * keys[half]) * head
-
-    @cute.jit
-    def hide_absent(self, stage) -> None:
-        """S = -inf where a key of the block is not there."""
-        words = cute.make_tensor(cute.recast_ptr(self.shared.sLive.iterator, dtype=Int32), cute.make_layout(6))
-        hide_rows(self.S, words[2 * stage + self.key // 32] >> (self.key % 32))
 
     # output
 

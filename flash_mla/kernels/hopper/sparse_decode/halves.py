@@ -97,20 +97,14 @@ class Consumer(folded.Consumer):
     @cute.jit
     def raise_max(self) -> None:
         """Move the running max and the unit to those of both blocks where they are larger; rescale the sums and O."""
-        sPeaks, sPeak, sMax = self.shared.sSum, self.shared.sPeak, self.shared.sMax
+        sPeak, sMax = self.shared.sPeak, self.shared.sMax
         lane, warps = self.tid % WARP, CONSUMER_WARPS
         unit = self.top
         for offset in (4, 8, 16):
             unit = cute.arch.fmax(unit, cute.arch.shuffle_sync_bfly(unit, offset=offset))
         if lane == 0:
             sPeak[self.warp] = unit
-        for c in cutlass.range_constexpr(self.config.tile_n // 4):
-            i = 4 * (c // 2) + c % 2
-            peak = cute.arch.fmax(self.S[i], self.S[i + 2])
-            for offset in (4, 8, 16):
-                peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
-            if lane < 4:
-                sPeaks[self.row(c), self.warp] = peak
+        self.show_peaks()
         sync(Bar.MERGE, CONSUMERS)
         unit = self.unit[0]
         for w in cutlass.range_constexpr(warps):

@@ -15,7 +15,7 @@ from typing import Self
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8, const_expr
+from cutlass import Int32, Int64, Uint8, const_expr
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import tma_boxes
@@ -27,6 +27,7 @@ from flash_mla.kernels.hopper.sparse_decode.rows import (
     Lengths,
     e8m0_value,
     four_values,
+    fp32_of,
     load_vector,
     load_word,
     store_vector,
@@ -198,7 +199,7 @@ class Producer:
             return None
         word = self.scales[row, layout.scale_word(chunk) % 2, buffer]
         if const_expr(layout.scale == "fp32"):
-            return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[word])
+            return fp32_of(word)
         if const_expr(layout.group == CHUNK):
             return e8m0_value(word, Int32(chunk % 4))
         # two scales a chunk: of the lanes 0, 1 and of 2, 3
@@ -315,6 +316,34 @@ class Producer:
             self.store(batch, i % 2)
             if const_expr(following.stage != batch.stage):
                 self.finish(batch.stage)
+
+
+@dataclass(frozen=True)
+class Copying(Producer):
+    """A warp that only starts copies, those of a pair of blocks in `fill_pair`: nothing waits in its registers."""
+
+    @staticmethod
+    def rows_at_hand(config: Config) -> dict[str, cute.Tensor]:
+        """Registers for what is read and not yet stored: none."""
+        return {"words": None, "scales": None}
+
+    @cute.jit
+    def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
+        """Q, and every block of a segment."""
+        token, first, last = place.request, part.first, part.last
+        if last > first:
+            keys = self.lengths.keys(token)
+            self.find_first(keys, first, last)
+            for pair in cutlass.range(first, last, unroll=1):
+                self.find_row(keys, pair + 1, 1)
+                self.read_index(keys, pair + 2, last)
+                self.fill_pair(done.items + pair - first)
+                if pair == first and self.warp == 0:
+                    # behind the first pair: the last segment may still read Q
+                    self.load_q(keys, place.group, done.segments)
+                self.go_on()
+            done = done.plus(last - first)
+        return done
 
 
 @cute.jit

@@ -25,16 +25,15 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Uint8
 
-from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.gqa_decode import shared
 from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.sparse_decode.config import CONSUMER_WARPS, DV, RAW_GROUP, Config
-from flash_mla.kernels.hopper.sparse_decode.producer import Producer
+from flash_mla.kernels.hopper.sparse_decode.producer import Copying, Producer
 from flash_mla.kernels.hopper.sparse_decode.rows import store_vector
 from flash_mla.kernels.hopper.split import scan_words
-from flash_mla.kernels.hopper.walk import Done, Place, walk
+from flash_mla.kernels.hopper.walk import Done, walk
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ ROWS = 16
 
 
 @dataclass(frozen=True)
-class RawProducer(Producer):
+class RawProducer(Copying):
     """One of the warps that have rows copied, 16 of each block: lanes 0 to 15 of the even one, 16 to 31 of the odd."""
 
     @classmethod
@@ -122,35 +121,12 @@ class RawProducer(Producer):
         shared.k.written_by("producer warps", shared.config.producer_warps)
         return cls(**vars(made))
 
-    @staticmethod
-    def rows_at_hand(config: Config) -> dict[str, cute.Tensor]:
-        """Registers for what is read and not yet stored: none."""
-        return {"words": None, "scales": None}
-
     @cute.jit
     def clear(self, target) -> None:
         """Zeros in place of a row that is not there: its P is 0, but 0 * NaN is NaN."""
         zero = Int32(0)
         for piece in cutlass.range(self.config.row_pieces, unroll=1):
             store_vector(target + 16 * piece, 0, (zero, zero, zero, zero))
-
-    @cute.jit
-    def load_segment(self, place: Place, length, part: split.Segment, done: Done) -> Done:
-        """Q, and every block of a segment."""
-        token, first, last = place.request, part.first, part.last
-        if last > first:
-            keys = self.lengths.keys(token)
-            self.find_first(keys, first, last)
-            for pair in cutlass.range(first, last, unroll=1):
-                self.find_row(keys, pair + 1, 1)
-                self.read_index(keys, pair + 2, last)
-                self.fill_pair(done.items + pair - first)
-                if pair == first and self.warp == 0:
-                    # behind the first pair: the last segment may still read Q
-                    self.load_q(keys, place.group, done.segments)
-                self.go_on()
-            done = done.plus(last - first)
-        return done
 
     @cute.jit
     def fill_pair(self, turn) -> None:

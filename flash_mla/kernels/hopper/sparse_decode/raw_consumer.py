@@ -19,11 +19,12 @@ from flash_mla.kernels.hopper.gqa_decode import consumer as gqa
 from flash_mla.kernels.hopper.gqa_decode import result
 from flash_mla.kernels.hopper.gqa_decode.config import CONSUMERS, Bar
 from flash_mla.kernels.hopper.gqa_decode.shared import Item
+from flash_mla.kernels.hopper.lanes import warp_max
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, ROW_BYTES, TILE_M, WARP
 from flash_mla.kernels.hopper.sparse_decode.config import CONSUMER_WARPS, DV, RAW_GROUP
 from flash_mla.kernels.hopper.sparse_decode.raw import Shared
 from flash_mla.kernels.hopper.sparse_decode.ring import read_vector
-from flash_mla.kernels.hopper.sparse_decode.rows import store_vector
+from flash_mla.kernels.hopper.sparse_decode.rows import fp32_of, store_vector
 from flash_mla.kernels.hopper.transpose import matrix_load, transpose_load
 from flash_mla.kernels.hopper.walk import Done, Place
 
@@ -38,7 +39,24 @@ LEAST = 2.0**-126
 
 
 @dataclass(frozen=True)
-class Consumer(gqa.Consumer):
+class RawRows(gqa.Consumer):
+    """A consumer warpgroup over raw rows."""
+
+    def block(self, stage):
+        """Its first byte."""
+        return self.shared.raw + stage * (BLOCK * self.config.layout.row_bytes)
+
+    @cute.jit
+    def hide_absent(self, stage) -> None:
+        """S = -inf where a key of the block is not there."""
+        words = cute.make_tensor(
+            cute.recast_ptr(self.shared.sLive.iterator, dtype=Int32), cute.make_layout(2 * self.config.blocks)
+        )
+        hide_rows(self.S, words[2 * stage + self.key // 32] >> (self.key % 32))
+
+
+@dataclass(frozen=True)
+class Consumer(RawRows):
     """A consumer warpgroup.
 
     Registers of a thread beside those of GQA decode: K and V as A operands, two groups of columns each; the products
@@ -128,9 +146,7 @@ class Consumer(gqa.Consumer):
             for pair in pairs:
                 for number in pair:
                     peak = cute.arch.fmax(peak, cute.arch.fmax(number, -number))
-            for j in cutlass.range_constexpr(5):
-                peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=1 << j))
-            factor, unit = powers(peak)
+            factor, unit = powers(warp_max(peak))
             words = [two_fp16(low * factor, high * factor) for low, high in pairs]
             store_vector(near, 0, words[0::2])
             store_vector(far, 0, words[1::2])
@@ -148,10 +164,6 @@ class Consumer(gqa.Consumer):
 
     # a block
 
-    def block(self, stage):
-        """Its first byte."""
-        return self.shared.raw + stage * (BLOCK * self.config.layout.row_bytes)
-
     @cute.jit
     def read_scales(self, stage) -> None:
         """The scales of the thread's two keys, and the largest of them."""
@@ -160,9 +172,7 @@ class Consumer(gqa.Consumer):
         for half in cutlass.range_constexpr(2):
             words = read_vector(self.block(stage) + (self.key + 8 * half) * layout.row_bytes, layout.scale_at)
             for g in cutlass.range_constexpr(GROUPS):
-                scale = cute.arch.inline_ptx(
-                    "mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[words[g]]
-                )
+                scale = fp32_of(words[g])
                 self.scale[half, g] = scale
                 top = cute.arch.fmax(top, cute.arch.fmax(scale, -scale))
         self.top[0] = top
@@ -220,12 +230,6 @@ class Consumer(gqa.Consumer):
                 for g in cutlass.range_constexpr(1, GROUPS):
                     total = total + self.raw[i, g] * self.scale[half, g]
                 self.S[i] = (self.S[i] + total * unit) * scale_log2
-
-    @cute.jit
-    def hide_absent(self, stage) -> None:
-        """S = -inf where a key of the block is not there."""
-        words = cute.make_tensor(cute.recast_ptr(self.shared.sLive.iterator, dtype=Int32), cute.make_layout(8))
-        hide_rows(self.S, words[2 * stage + self.key // 32] >> (self.key % 32))
 
     @cute.jit
     def exponentials(self):

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Int32, const_expr
 
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.limits import ROW_BYTES, WARP
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS
 from flash_mla.kernels.hopper.sparse_decode.config import CHUNK_BYTES, GRANULE, GRANULES, Config
 from flash_mla.kernels.hopper.sparse_decode.producer import Producer
-from flash_mla.kernels.hopper.sparse_decode.rows import e8m0_value, four_values, store_vector
+from flash_mla.kernels.hopper.sparse_decode.rows import e8m0_value, four_values, fp32_of, store_vector
 from flash_mla.kernels.hopper.walk import Done, Place
 
 
@@ -107,7 +107,7 @@ class RingProducer(Producer):
             return None
         if const_expr(layout.scale == "fp32"):
             word = self.scales[layout.scale_word(2 * i)]
-            return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[word])
+            return fp32_of(word)
         if const_expr(layout.group == 64):
             return e8m0_value(self.scales[i // 2], 2 * (i % 2) + self.lane % 8 // 4)
         return e8m0_value(self.scales[i], self.lane % 8 // 2)

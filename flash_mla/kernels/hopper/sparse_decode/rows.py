@@ -213,6 +213,11 @@ def four_values(codes, scale):
     )
 
 
+def fp32_of(word):
+    """The FP32 number of these bits."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[word])
+
+
 def e8m0_value(word, place):
     """The value of byte `place` of a word of e8m0: 2^(byte - 127)."""
     return cute.arch.inline_ptx(
