@@ -290,7 +290,7 @@ class Route(NamedTuple):
         plan: of the problem, or of the same one with q and out packed; weak, as in `calls.Served`.
         problem: over the page views, its queries as heads where `folded`, else 0, says how many a request has.
         packed: the plan's own problem has q and out packed.
-        k, v, k_rope: the page views; v is None where it is the first columns of the one KV head's K.
+        k, v, k_rope: the page views; v's is over K's pool where V is K's first columns.
         parts: blocks that a page was cut into.
         like: a tensor like out, without memory, where the plan's launch takes q, pools and out as the call has them.
         spans: of out, then of the call's tensors.
@@ -301,7 +301,7 @@ class Route(NamedTuple):
     folded: int
     packed: bool
     k: View
-    v: View | None
+    v: View
     k_rope: View | None
     parts: int
     like: Tensor | None
@@ -316,9 +316,8 @@ class Route(NamedTuple):
         q = q.transpose(1, 2) if by_token else q
         k_rope = None if rope is None or self.k_rope is None else self.k_rope.of(rope)
         table = table.contiguous() if self.parts == 1 else table_of_blocks(table, self.parts)
-        k_view = self.k.of(k)
-        v = k_view if self.v is None else self.v.of(k if v is None else v)
-        return DecodeCall(q, k_view, v, table, lengths, mask, scale, descales, sink, options, k_rope)
+        v = self.v.of(k if v is None else v)
+        return DecodeCall(q, self.k.of(k), v, table, lengths, mask, scale, descales, sink, options, k_rope)
 
 
 # NOTE: 30 us less on the host than views and checks (EPYC, minima of a thread's time).
@@ -463,9 +462,7 @@ def route_of(call: PoolCall, views: DecodeCall, problem: DecodeProblem, backend:
     k, v, rope = views.k_cache, views.v_cache, views.k_rope
     k_rope = None if rope is None else View(rope.shape, rope.stride())
     parts = call.k_pages.shape[1 if call.layout == "NHD" else 2] // problem.page
-    k_view, v_view = View(k.shape, k.stride()), None
-    if not (problem.alias and problem.Hk == 1):
-        v_view = View(v.shape, v.stride())
+    k_view, v_view = View(k.shape, k.stride()), View(v.shape, v.stride())
     packed = chosen.problem != problem
     like = None
     if chosen.by_address and parts == 1 and not (folded or packed or rope is not None):
