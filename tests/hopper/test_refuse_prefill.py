@@ -95,6 +95,26 @@ def test_config_of_fp8(changes: dict, dtype: str) -> None:
     assert prefill.config(PROBLEM._replace(dtype=FP8, **changes)).dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("changes", "cluster"),
+    [
+        ({"P": 1024}, 2),
+        ({"P": 200, "sink": True, "dtype": torch.float16}, 2),
+        ({"P": 33 * 128}, 2),
+        ({"P": 300}, 1),  # a tile without a partner
+        ({"P": 1024, "causal": True}, 1),
+        ({"P": 1024, "seq_lens": True}, 1),
+        ({"P": 1024, "block_mask": True}, 1),
+        ({"P": 1024, "dtype": FP8}, 1),
+        ({"P": 1024, "D": 192}, 1),
+        ({"P": 1024, **PAGES}, 1),
+    ],
+)
+def test_pairs_of_tiles_share_keys(changes: dict, cluster: int) -> None:
+    """Where all of them see the same keys, and few have no partner."""
+    assert prefill.config(PROBLEM._replace(**{"causal": False, **changes})).cluster == cluster
+
+
 def test_readable_widens() -> None:
     x, fp8 = torch.arange(32.0).view(1, 1, 2, 16), Config("fp8", 64, 64, False, False)
     bf16 = replace(fp8, dtype="bf16")

@@ -72,7 +72,9 @@ class Config:
     """What is compiled: everything else is an argument of the kernel.
 
     dtype of q, k, v and out (of FP8: BF16); D and Dv, their widths; paged: k and v are cache pages behind a table;
-    sparse: a map says which 64 x 64 blocks count (not in FP8).
+    sparse: a map says which 64 x 64 blocks count (not in FP8). cluster: CTAs that compute neighbouring row tiles of a
+    head against the same K and V, which each loads a share of for all (not with pages, a map or FP8; all tiles must see
+    the same keys).
     """
 
     dtype: Literal["bf16", "fp16", "fp8"]
@@ -80,6 +82,7 @@ class Config:
     Dv: int
     paged: bool
     sparse: bool
+    cluster: int = 1
 
     @property
     def fp8(self) -> bool:
@@ -118,6 +121,11 @@ class Config:
     def tile_m(self) -> int:
         """Query rows of a CTA: 64 a consumer warpgroup."""
         return self.sizes.m
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a cluster."""
+        return self.tile_m * self.cluster
 
     @property
     def tile_n(self) -> int:
@@ -175,7 +183,7 @@ class Config:
     @property
     def box_rows(self) -> int:
         """Keys that one TMA box brings."""
-        return BLOCK if self.paged else self.tile_n
+        return BLOCK if self.paged else self.tile_n // self.cluster
 
     @property
     def q_held(self) -> bool:

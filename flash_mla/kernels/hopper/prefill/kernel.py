@@ -1,7 +1,8 @@
 """Prefill on Hopper: out = softmax(scale * Q K^T) V for P query tokens a request, dense or over cache pages.
 
 Grid: one CTA an SM, persistent. A tile is TILE_M query rows of one head; tiles are handed out heaviest first by a
-counter in global memory (`schedule.py`).
+counter in global memory (`schedule.py`). Where all tiles see the same keys, clusters of two take two tiles of a head in
+turn: each CTA loads half of every block of K and V for both (TMA multicast), which halves what they read of L2.
 
 Bound. A block of N keys costs a tile of M rows 2 * M * N * (D + Dv) FLOP, at 4096 a cycle and SM: 2048 cycles for
 128 x 128 x (128 + 128), in which the softmax takes 1024 of exp2 (16 a cycle) and about 870 of a scheduler's 2048 issue
@@ -110,15 +111,17 @@ class Prefill(Kernel[Config]):
             order = [3, 4, 2, 1, 0] if paged else [2, 3, 1, 0]
             return cute.make_tensor(x.iterator, cute.select(x.layout, mode=order))
 
+        shares = config.cluster > 1
         tmas = Tmas(
             q=load_of(rows_first(q, False), config.tile_m, config.chunk(config.D)),
-            k=load_of(rows_first(k, config.paged), config.box_rows, config.chunk(config.D)),
-            v=load_of(rows_first(v, config.paged), config.box_rows, config.chunk(config.Dv)),
+            k=load_of(rows_first(k, config.paged), config.box_rows, config.chunk(config.D), shares),
+            v=load_of(rows_first(v, config.paged), config.box_rows, config.chunk(config.Dv), shares),
             out=store_of(rows_first(out, False), config.tile_m, CHUNK),
         )
         # NOTE: 2 also bounds the registers at entry to what REGISTERS[1] adds up to, where one CTA fits
         an_sm = 2 if config.sparse else 1
-        launch_ctas(self.kernel(tmas, out, tensors, scalars), ctas, config.threads, config.smem_bytes(), stream, an_sm)
+        kernel, smem = self.kernel(tmas, out, tensors, scalars), config.smem_bytes()
+        launch_ctas(kernel, ctas, config.threads, smem, stream, an_sm, config.cluster)
 
     @cute.kernel
     def kernel(self, tmas: Tmas, out: cute.Tensor, tensors: Tensors, scalars: Scalars):
@@ -147,7 +150,11 @@ class Prefill(Kernel[Config]):
 
         if warp_id == 0:
             open_channels(shared.channels, tuple(tma.atom for tma in tmas))
-        cute.arch.sync_threads()
+        if const_expr(config.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
         registers, few_registers = config.registers
         producer_warp = 4 * config.consumers

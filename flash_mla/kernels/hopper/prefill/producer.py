@@ -10,6 +10,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from flash_mla.kernels.hopper.boxes import tma_boxes
+from flash_mla.kernels.hopper.launch import place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.prefill import schedule
 from flash_mla.kernels.hopper.prefill.config import BITS, NOWHERE, ROW_LIMITS, TASK_STAGES, Config
@@ -42,6 +43,7 @@ class Producer:
 
     config: Config
     shared: Shared
+    rank: Int32
     tma_q: cute.CopyAtom
     tma_k: cute.CopyAtom
     tma_v: cute.CopyAtom
@@ -70,7 +72,8 @@ class Producer:
         sV, gV = boxes(tma_v, shared.sV, n, box, config.Dv, config.v_stages, tV, key)
         for channel in (shared.tasks, shared.q, shared.k, shared.v):
             channel.written_by("producer")
-        return Producer(config, shared, tma_q, tma_k, tma_v, sQ, gQ, sK, gK, sV, gV)
+        rank, _, _ = place_of_cta(config.cluster)
+        return Producer(config, shared, rank, tma_q, tma_k, tma_v, sQ, gQ, sK, gK, sV, gV)
 
     @cute.jit
     def load_q(self, row_tile, head, request, count) -> None:
@@ -110,6 +113,10 @@ class Producer:
                 for i in cutlass.range_constexpr(config.tile_n // BLOCK):
                     target = sX[None, (i, chunk, stage)]
                     cute.copy(tma, gX[None, chunk, pages[i], head, request], target, tma_bar_ptr=bar)
+            elif const_expr(config.cluster > 1):
+                everyone, boxes = cutlass.Int16((1 << config.cluster) - 1), block * config.cluster
+                source, target = gX[None, boxes + self.rank, chunk, head, request], sX[None, (self.rank, chunk, stage)]
+                cute.copy(tma, source, target, tma_bar_ptr=bar, mcast_mask=everyone)
             else:
                 cute.copy(tma, gX[None, block, chunk, head, request], sX[None, (0, chunk, stage)], tma_bar_ptr=bar)
 
@@ -192,14 +199,14 @@ class Producer:
         """Take tiles, describe them to the others, and load them."""
         config, sTask, tasks = self.config, self.shared.sTask, self.shared.tasks
         P, heads = cute.size(tQ, mode=[0]), cute.size(tQ, mode=[2]) * cute.size(tQ, mode=[3])
-        row_tiles = (P + config.tile_m - 1) // config.tile_m
+        row_tiles = (P + config.rows - 1) // config.rows
         tiles = row_tiles * heads
-        index, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
+        _, index, clusters = place_of_cta(config.cluster)
         count, done = Int32(0), Int32(0)
         order = schedule.Order(scalars.section, scalars.late, scalars.tail)
         while index < tiles:
             row_tile, head = schedule.tile(index, row_tiles, heads, order, cutlass.min, pick)
+            row_tile = row_tile * config.cluster + self.rank
             request = head // scalars.Hq
             q_head, row0 = head - request * scalars.Hq, row_tile * config.tile_m
             start, length = self.span(tensors, scalars, request, P)
@@ -226,14 +233,21 @@ class Producer:
                 self.load_all(source, blocks, count, row_tile, q_head, done)
             # NOTE: not before the tile's loads: a CTA that has a heavy tile would take another too early
             following = tiles
-            if tiles > ctas:
-                following = self.take(tensors.counter) + ctas
+            if const_expr(config.cluster > 1):
+                following = index + clusters
+            elif tiles > clusters:
+                following = self.take(tensors.counter) + clusters
             count, done, index = count + blocks, done + 1, following
         stage = done % TASK_STAGES
         tasks.acquire(stage, done // TASK_STAGES)
         with cute.arch.elect_one():
             sTask[Task._fields.index("blocks"), stage] = Int32(0)
             tasks.arrive(stage)
+        if const_expr(config.cluster > 1):
+            # a CTA must outlive its peer's arrivals on its barriers; for the bytes that it gets its consumers wait
+            for i in cutlass.range_constexpr(config.stages):
+                for channel in (self.shared.k, self.shared.v):
+                    channel.acquire((count + i) % config.stages, (count + i) // config.stages)
 
     @cute.jit
     def span(self, tensors: Tensors, scalars: Scalars, request, P):

@@ -81,7 +81,8 @@ class Shared:
 
     @staticmethod
     def over(config: Config, storage) -> Shared:
-        dtype, warps = DTYPES[config.dtype], 4 * config.consumers
+        dtype, warps, cluster = DTYPES[config.dtype], 4 * config.consumers, config.cluster
+        readers = warps * cluster
 
         def rows(memory, count: int, columns: int, stages: int) -> cute.Tensor:
             layout = row_layout(dtype, count, columns, stages, config.row_bytes(columns))
@@ -108,8 +109,8 @@ class Shared:
             sKeys=storage.sKeys.get_tensor(cute.make_layout(config.stages)),
             tasks=channel("tasks", storage.task_barriers, TASK_STAGES, readers=warps + config.helpers),
             q=channel("Q", storage.q_barriers, config.q_stages, readers=warps if config.staged else 1),
-            k=channel("K", storage.k_barriers, config.stages, readers=warps),
-            v=channel("V", storage.v_barriers, config.v_stages, readers=config.transposers or warps),
+            k=channel("K", storage.k_barriers, config.stages, readers=readers, cluster=cluster),
+            v=channel("V", storage.v_barriers, config.v_stages, readers=config.transposers or readers, cluster=cluster),
             turned=channel(
                 "V transposed", storage.turned_barriers, config.turned_stages, writers=TRANSPOSERS, readers=warps
             ),
