@@ -193,8 +193,14 @@ class Config:
 
     @property
     def turns(self) -> bool:
-        """Whether the warpgroups take turns to issue products: where three of them are bound by exp2 (5 % at D 64)."""
-        return self.consumers == 3
+        """Whether the warpgroups take turns to issue products: where three of them are bound by exp2 (5 % at D 64), and
+        at 192/128 (2 %)."""
+        return self.consumers == 3 or (self.D == 192 and not self.fp8 and not self.sparse)
+
+    @property
+    def early(self) -> int:
+        """Products of P V that are still to be issued when the turn is passed on, so that the next follow at once."""
+        return 2 if self.consumers == 2 else 0
 
     @property
     def ctas_sm(self) -> int:

@@ -36,8 +36,7 @@ def next_block(
     consumer.take_turn()
     consumer.scores(q_stage, following % stages)
     v.wait(count % stages, count // stages)
-    consumer.values(count % stages)
-    consumer.pass_turn()
+    consumer.values(count % stages, True)
     warpgroup.wait_group(1)
     k.release(following % stages)
     if const_expr(consumer.config.sparse):
@@ -80,8 +79,7 @@ def last_block(consumer: Consumer, count) -> None:
     v, stages = consumer.shared.values, consumer.config.stages
     v.wait(count % stages, count // stages)
     consumer.take_turn()
-    consumer.values(count % stages)
-    consumer.pass_turn()
+    consumer.values(count % stages, True)
     warpgroup.wait_group(0)
     v.release(count % stages)
 
@@ -97,6 +95,7 @@ def cross(
     k, v, stages, word = consumer.shared.k, consumer.shared.values, consumer.config.stages, Int32(0)
     row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
     v.wait(count % stages, count // stages)
+    consumer.take_turn()
     consumer.values(count % stages)
     q_stages = consumer.config.q_stages
     consumer.shared.q.wait(done % q_stages, done // q_stages)
@@ -104,6 +103,7 @@ def cross(
     if const_expr(consumer.config.sparse):
         word = consumer.shared.sKeys[(count + 1) % stages]
     consumer.scores(done % q_stages, (count + 1) % stages)
+    consumer.pass_turn()
     warpgroup.wait_group(1)
     v.release(count % stages)
     for r in cutlass.range_constexpr(2):
