@@ -31,6 +31,7 @@ CASES |= {
     "many-heads-full": replace(LONG, B=2, Hq=64, Hk=64, P=700, causal=False),
     # pairs of tiles that share their keys: the last row tile is not full, nor is the last block
     "pairs": replace(LONG, B=3, Hq=40, P=1500, causal=False, sink=True),
+    "pairs-192": replace(LONG, B=2, Hq=40, P=1300, D=192, causal=False),
     "pairs-few": replace(LONG, B=1, Hq=2, P=200, causal=False, dtype=torch.float16),
     "many-groups": replace(LONG, B=3, Hq=128, Hk=16, P=450),
     "many-requests": replace(LONG, B=40, Hq=4, Hk=1, P=200, lengths=tuple(5 * i for i in range(40))),

@@ -180,10 +180,12 @@ class Config:
         """Of a thread: a consumer's, the last warpgroup's."""
         return (REGISTERS_FP8 if self.fp8 else REGISTERS)[self.consumers]
 
-    @property
-    def box_rows(self) -> int:
-        """Keys that one TMA box brings."""
-        return BLOCK if self.paged else self.tile_n // self.cluster
+    def box_rows(self, columns: int) -> int:
+        """Keys that one TMA box of rows of so many columns brings: in a cluster a share of them, where the chunks of a row
+        cannot be shared out evenly."""
+        if self.paged:
+            return BLOCK
+        return self.tile_n if columns // self.chunk(columns) % self.cluster == 0 else self.tile_n // self.cluster
 
     @property
     def q_held(self) -> bool:

@@ -114,8 +114,8 @@ class Prefill(Kernel[Config]):
         shares = config.cluster > 1
         tmas = Tmas(
             q=load_of(rows_first(q, False), config.tile_m, config.chunk(config.D)),
-            k=load_of(rows_first(k, config.paged), config.box_rows, config.chunk(config.D), shares),
-            v=load_of(rows_first(v, config.paged), config.box_rows, config.chunk(config.Dv), shares),
+            k=load_of(rows_first(k, config.paged), config.box_rows(config.D), config.chunk(config.D), shares),
+            v=load_of(rows_first(v, config.paged), config.box_rows(config.Dv), config.chunk(config.Dv), shares),
             out=store_of(rows_first(out, False), config.tile_m, CHUNK),
         )
         # NOTE: 2 also bounds the registers at entry to what REGISTERS[1] adds up to, where one CTA fits

@@ -66,10 +66,10 @@ class Producer:
 
         free = (None, None, None, None)
         key = (0, *free) if config.paged else free
-        m, n, box = config.tile_m, config.tile_n, config.box_rows
+        m, n = config.tile_m, config.tile_n
         sQ, gQ = boxes(tma_q, shared.sQ, m, m, config.D, config.q_stages, tQ, free)
-        sK, gK = boxes(tma_k, shared.sK, n, box, config.D, config.stages, tK, key)
-        sV, gV = boxes(tma_v, shared.sV, n, box, config.Dv, config.v_stages, tV, key)
+        sK, gK = boxes(tma_k, shared.sK, n, config.box_rows(config.D), config.D, config.stages, tK, key)
+        sV, gV = boxes(tma_v, shared.sV, n, config.box_rows(config.Dv), config.Dv, config.v_stages, tV, key)
         for channel in (shared.tasks, shared.q, shared.k, shared.v):
             channel.written_by("producer")
         rank, _, _ = place_of_cta(config.cluster)
@@ -107,18 +107,31 @@ class Producer:
             if const_expr(config.sparse and not values):
                 sKeys[stage] = word
             channel.expect(stage, config.itemsize * config.tile_n * columns)
-        bar = channel.bar(stage)
-        for chunk in cutlass.range_constexpr(columns // config.chunk(columns)):
-            if const_expr(config.paged):
-                for i in cutlass.range_constexpr(config.tile_n // BLOCK):
-                    target = sX[None, (i, chunk, stage)]
-                    cute.copy(tma, gX[None, chunk, pages[i], head, request], target, tma_bar_ptr=bar)
-            elif const_expr(config.cluster > 1):
-                everyone, boxes = cutlass.Int16((1 << config.cluster) - 1), block * config.cluster
-                source, target = gX[None, boxes + self.rank, chunk, head, request], sX[None, (self.rank, chunk, stage)]
+        bar, chunks = channel.bar(stage), columns // config.chunk(columns)
+        if const_expr(config.cluster > 1):
+            self.load_share(tma, gX[None, None, None, head, request], sX[None, (None, None, stage)], block, chunks, bar)
+        else:
+            for chunk in cutlass.range_constexpr(chunks):
+                if const_expr(config.paged):
+                    for i in cutlass.range_constexpr(config.tile_n // BLOCK):
+                        target = sX[None, (i, chunk, stage)]
+                        cute.copy(tma, gX[None, chunk, pages[i], head, request], target, tma_bar_ptr=bar)
+                else:
+                    cute.copy(tma, gX[None, block, chunk, head, request], sX[None, (0, chunk, stage)], tma_bar_ptr=bar)
+
+    @cute.jit
+    def load_share(self, tma, gX: cute.Tensor, sX: cute.Tensor, block, chunks: cutlass.Constexpr, bar) -> None:
+        """This CTA's share of a block, to every CTA of the cluster: of its chunks, or of the rows of each."""
+        cluster, rank = self.config.cluster, self.rank
+        everyone = cutlass.Int16((1 << cluster) - 1)
+        if const_expr(chunks % cluster == 0):
+            for i in cutlass.range_constexpr(0, chunks, cluster):
+                source, target = gX[None, block, i + rank], sX[None, 0, i + rank]
                 cute.copy(tma, source, target, tma_bar_ptr=bar, mcast_mask=everyone)
-            else:
-                cute.copy(tma, gX[None, block, chunk, head, request], sX[None, (0, chunk, stage)], tma_bar_ptr=bar)
+        else:
+            for chunk in cutlass.range_constexpr(chunks):
+                source, target = gX[None, cluster * block + rank, chunk], sX[None, rank, chunk]
+                cute.copy(tma, source, target, tma_bar_ptr=bar, mcast_mask=everyone)
 
     @cute.jit
     def find_pages(self, source: Source, block, pages: cute.Tensor) -> None:
