@@ -106,7 +106,8 @@ def test_config_of_fp8(changes: dict, dtype: str) -> None:
         ({"P": 1024, "seq_lens": True}, 1),
         ({"P": 1024, "block_mask": True}, 1),
         ({"P": 1024, "dtype": FP8}, 1),
-        ({"P": 1024, "D": 192}, 1),
+        ({"P": 1024, "D": 192}, 2),
+        ({"P": 1024, "D": 256, "Dv": 256}, 1),
         ({"P": 1024, **PAGES}, 1),
     ],
 )

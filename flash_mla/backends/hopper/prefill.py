@@ -17,7 +17,8 @@ from flash_mla.kernels.hopper.prefill import schedule
 from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
 from flash_mla.problem import BLOCK, FP8, PrefillArgs, PrefillProblem
 
-SHARES = (128, 192)
+SHARED_WIDTHS = (128, 192)
+"""D at which pairs of row tiles share their loads."""
 MANY_TILES = 32
 """Row tiles of a head from which on one without a partner costs less than sharing saves."""
 
@@ -67,7 +68,7 @@ def shares_keys(problem: PrefillProblem, config: Config) -> bool:
     """Whether pairs of row tiles share what they load: where all see the same keys, and few have no partner."""
     row_tiles = -(-problem.P // config.tile_m)
     same = not (problem.causal or problem.seq_lens or problem.paged or config.sparse or config.fp8)
-    return same and config.D in SHARES and (row_tiles % 2 == 0 or row_tiles > MANY_TILES)
+    return same and config.D in SHARED_WIDTHS and (row_tiles % 2 == 0 or row_tiles > MANY_TILES)
 
 
 def narrow(x: Tensor) -> Tensor:

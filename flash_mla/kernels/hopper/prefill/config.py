@@ -181,8 +181,8 @@ class Config:
         return (REGISTERS_FP8 if self.fp8 else REGISTERS)[self.consumers]
 
     def box_rows(self, columns: int) -> int:
-        """Keys that one TMA box of rows of so many columns brings: in a cluster a share of them, where the chunks of a row
-        cannot be shared out evenly."""
+        """Keys that one TMA box of rows of so many columns brings: in a cluster a share of a block's, unless the CTAs
+        share out its chunks evenly."""
         if self.paged:
             return BLOCK
         return self.tile_n if columns // self.chunk(columns) % self.cluster == 0 else self.tile_n // self.cluster

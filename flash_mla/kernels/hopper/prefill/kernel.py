@@ -28,8 +28,8 @@ Channels, producer -> consumer (full arrivals / empty arrivals):
     out    consumers -> storing warp         consumer warps; refilling Q empties it
 
 Steady state of a consumer warpgroup, block n of a tile:
-    (D 64: wait for its turn) | issue S' = Q K[n+1]^T | issue O += P V[n] | (pass the turn on) | softmax of S' under
-    P V[n] and under the products of the other warpgroups
+    (D 64, 192: wait for its turn) | issue S' = Q K[n+1]^T | issue O += P V[n] | (pass the turn on) | softmax of S'
+    under P V[n] and under the products of the other warpgroups
 With two Q stages this runs on across tiles: beside P V of a tile's last block goes Q K^T of the next tile's first, and
 out is written under the products of the others. With one (192/128 and 256/256, whose Q is too large), the next tile's Q
 is on its way under the last P V, and out is written under the scores that it gives; in FP8 too, from two stages. The
