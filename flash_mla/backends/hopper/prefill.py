@@ -67,7 +67,9 @@ def config(problem: PrefillProblem) -> Config:
 def shares_keys(problem: PrefillProblem, config: Config) -> bool:
     """Whether pairs of row tiles share what they load: where all see the same keys, and few have no partner."""
     row_tiles = -(-problem.P // config.tile_m)
-    same = not (problem.causal or problem.seq_lens or problem.paged or config.sparse or config.fp8)
+    same = not (problem.seq_lens or problem.paged or config.sparse or config.fp8)
+    if problem.causal and row_tiles < 16:
+        return False
     return same and config.D in SHARED_WIDTHS and (row_tiles % 2 == 0 or row_tiles > MANY_TILES)
 
 
@@ -140,7 +142,6 @@ def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], Non
     row_tiles = -(-P // config.rows)
     tiles = row_tiles * B * Hq
     clusters = min(tiles, config.ctas_sm * multiprocessors(device) // config.cluster)
-    deals = tiles > clusters and config.cluster == 1
     kv_bytes = config.itemsize * problem.S_kv * (problem.D + problem.Dv)
     order = schedule.order(kv_bytes, problem.ratio, B * Hq, row_tiles, problem.causal, clusters)
     flags = (problem.causal, problem.seq_lens, problem.start_pos, problem.sink, problem.descale)
@@ -177,8 +178,8 @@ def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], Non
             score_scale,
             value_scale,
             lse,
-            # the counter is not read where each CTA has one tile, or clusters take them in turn
-            torch.zeros(1, dtype=torch.int32, device=device) if deals else nothing,
+            # nobody takes a second tile where each CTA has one: the counter is not read then
+            torch.zeros(1, dtype=torch.int32, device=device) if tiles > clusters else nothing,
             blocks,
             bits,
         )

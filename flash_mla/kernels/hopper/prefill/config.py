@@ -8,8 +8,10 @@ from typing import Literal, NamedTuple
 
 from flash_mla.kernels.hopper.limits import BLOCK, ROW_BYTES, STAGED, TILE_M, WARPGROUP, barrier_bytes, smem_bytes
 
-TASK, TASK_STAGES = 8, 2
+TASK, TASK_STAGES = 9, 2
 """Words of a tile's description; descriptions in flight."""
+NUMBER_STAGES = 4
+"""Tile numbers in flight from the first CTA of a cluster to the other: more than the tiles that it can be ahead."""
 
 REGISTERS = {1: (216, 40), 2: (240, 24), 3: (160, 32)}
 """A consumer's and the last warpgroup's, by consumer warpgroups."""
@@ -220,8 +222,8 @@ class Config:
         k = self.itemsize * self.stages * self.tile_n * self.D
         v = self.itemsize * (self.v_stages + self.turned_stages) * self.tile_n * self.Dv
         zeros, staged = ZEROS * self.fp8, 2 * self.staged_elements
-        descriptions = 4 * (TASK_STAGES * TASK + self.stages)
+        descriptions = 4 * (TASK_STAGES * TASK + self.stages + NUMBER_STAGES)
         barriers = barrier_bytes(
-            TASK_STAGES, self.q_stages, self.stages, self.v_stages, self.turned_stages, self.q_stages
+            NUMBER_STAGES, TASK_STAGES, self.q_stages, self.stages, self.v_stages, self.turned_stages, self.q_stages
         )
         return smem_bytes(q, k, v, zeros, staged, descriptions, barriers)

@@ -71,7 +71,7 @@ from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.launch import Kernel, launch_ctas
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
 from flash_mla.kernels.hopper.memory import allocate
-from flash_mla.kernels.hopper.prefill.config import TASK, TASK_STAGES, TRANSPOSERS, ZEROS, Config
+from flash_mla.kernels.hopper.prefill.config import NUMBER_STAGES, TASK, TASK_STAGES, TRANSPOSERS, ZEROS, Config
 from flash_mla.kernels.hopper.prefill.consumer import Consumer
 from flash_mla.kernels.hopper.prefill.producer import Producer
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Tensors, receive
@@ -137,7 +137,9 @@ class Prefill(Kernel[Config]):
             staged: cute.struct.Align[cute.struct.MemRange[DTYPES[config.out], config.staged_elements], 128]
             zeros: cute.struct.Align[cute.struct.MemRange[Int32, ZEROS // 4 * config.fp8], 16]
             sTask: cute.struct.MemRange[Int32, TASK_STAGES * TASK]
+            sNumbers: cute.struct.MemRange[Int32, NUMBER_STAGES]
             sKeys: cute.struct.MemRange[Int32, config.stages]
+            number_barriers: cute.struct.MemRange[Int64, Channel.words(NUMBER_STAGES)]
             task_barriers: cute.struct.MemRange[Int64, Channel.words(TASK_STAGES)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
             k_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]
@@ -186,7 +188,7 @@ class Prefill(Kernel[Config]):
         for channel in (shared.tasks, shared.q):
             channel.read_by("storing warp", 1)
         done = Int32(0)
-        row0, head, request, _kv_head, _length, _start, blocks, _whole = receive(shared, done)
+        row0, head, request, _kv_head, _length, _start, blocks, *_ = receive(shared, done)
         while blocks != 0:
             stage = done % config.q_stages
             shared.out.wait(stage, done // config.q_stages)
@@ -197,7 +199,7 @@ class Prefill(Kernel[Config]):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             shared.q.release(stage)
             done = done + 1
-            row0, head, request, _kv_head, _length, _start, blocks, _whole = receive(shared, done)
+            row0, head, request, _kv_head, _length, _start, blocks, *_ = receive(shared, done)
 
 
 # ---------------------------------------------------------------------------------------------------------- Launch

@@ -13,7 +13,7 @@ from flash_mla.kernels.hopper.boxes import tma_boxes
 from flash_mla.kernels.hopper.launch import place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.prefill import schedule
-from flash_mla.kernels.hopper.prefill.config import BITS, NOWHERE, ROW_LIMITS, TASK_STAGES, Config
+from flash_mla.kernels.hopper.prefill.config import BITS, NOWHERE, NUMBER_STAGES, ROW_LIMITS, TASK_STAGES, Config
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Task, Tensors
 from flash_mla.kernels.hopper.table import block_of
 
@@ -31,6 +31,16 @@ class Source(NamedTuple):
 def pick(condition, a, b):
     """a if the condition holds, else b."""
     return a if condition else b
+
+
+@cute.jit
+def send_to_peer(place, value, bar, peer) -> None:
+    """Store 4 bytes in the same place of another CTA of the cluster, whose barrier counts them."""
+    cute.arch.inline_ptx(
+        "{ .reg .b32 d, m; mapa.shared::cluster.u32 d, {$r0}, {$r3}; mapa.shared::cluster.u32 m, {$r2}, {$r3}; "
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [d], {$r1}, [m]; }",
+        read_only_args=[place, value, bar, peer],
+    )
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Producer:
         sQ, gQ = boxes(tma_q, shared.sQ, m, m, config.D, config.q_stages, tQ, free)
         sK, gK = boxes(tma_k, shared.sK, n, config.box_rows(config.D), config.D, config.stages, tK, key)
         sV, gV = boxes(tma_v, shared.sV, n, config.box_rows(config.Dv), config.Dv, config.v_stages, tV, key)
-        for channel in (shared.tasks, shared.q, shared.k, shared.v):
+        for channel in (shared.numbers, shared.tasks, shared.q, shared.k, shared.v):
             channel.written_by("producer")
         rank, _, _ = place_of_cta(config.cluster)
         return Producer(config, shared, rank, tma_q, tma_k, tma_v, sQ, gQ, sK, gK, sV, gV)
@@ -219,11 +229,16 @@ class Producer:
         order = schedule.Order(scalars.section, scalars.late, scalars.tail)
         while index < tiles:
             row_tile, head = schedule.tile(index, row_tiles, heads, order, cutlass.min, pick)
-            row_tile = row_tile * config.cluster + self.rank
+            # NOTE: the upper of two causal tiles has a block more; the CTAs take it in turn
+            last_tile = row_tile * config.cluster + config.cluster - 1
+            row_tile = row_tile * config.cluster + (self.rank + done) % config.cluster
             request = head // scalars.Hq
             q_head, row0 = head - request * scalars.Hq, row_tile * config.tile_m
             start, length = self.span(tensors, scalars, request, P)
             total, whole = self.blocks(scalars, row0, length, start)
+            loaded = total
+            if const_expr(config.cluster > 1):
+                loaded, _ = self.blocks(scalars, last_tile * config.tile_m, length, start)
             kv_head = q_head // (scalars.Hq // scalars.Hk)
             source = Source(tensors.table, request, kv_head, length)
             blocks = total
@@ -236,21 +251,22 @@ class Producer:
             stage = done % TASK_STAGES
             tasks.acquire(stage, done // TASK_STAGES)
             with cute.arch.elect_one():
-                for i, word in enumerate(Task(row0, head, request, kv_head, length, start, blocks, whole)):
+                for i, word in enumerate(Task(row0, head, request, kv_head, length, start, blocks, whole, loaded - total)):
                     sTask[i, stage] = word
                 tasks.arrive(stage)
             if const_expr(config.sparse):
                 self.load_q(row_tile, q_head, request, done)
                 self.load_listed(source, map_row, total, whole * config.tile_n, count)
             else:
-                self.load_all(source, blocks, count, row_tile, q_head, done)
+                self.load_all(source, loaded, count, row_tile, q_head, done)
             # NOTE: not before the tile's loads: a CTA that has a heavy tile would take another too early
             following = tiles
-            if const_expr(config.cluster > 1):
-                following = index + clusters
-            elif tiles > clusters:
-                following = self.take(tensors.counter) + clusters
-            count, done, index = count + blocks, done + 1, following
+            if tiles > clusters:
+                if const_expr(config.cluster == 1):
+                    following = self.take(tensors.counter) + clusters
+                else:
+                    following = self.take_together(tensors.counter, clusters, done)
+            count, done, index = count + (loaded if const_expr(not config.sparse) else blocks), done + 1, following
         stage = done % TASK_STAGES
         tasks.acquire(stage, done // TASK_STAGES)
         with cute.arch.elect_one():
@@ -281,6 +297,22 @@ class Producer:
         if cute.arch.lane_idx() == 0:
             number = cute.arch.atomic_add(counter.iterator, Int32(1))
         return cute.arch.shuffle_sync(number, offset=0)
+
+    @cute.jit
+    def take_together(self, counter: cute.Tensor, clusters, done):
+        """The next tile of the cluster: its first CTA takes it, and tells the other."""
+        numbers, slot = self.shared.numbers, done % NUMBER_STAGES
+        number = Int32(0)
+        if self.rank == 0:
+            number = self.take(counter) + clusters
+            with cute.arch.elect_one():
+                send_to_peer(self.shared.sNumbers + slot, number, numbers.bar(slot), Int32(1))
+        else:
+            with cute.arch.elect_one():
+                numbers.expect(slot, 4)
+            numbers.wait(slot, done // NUMBER_STAGES)
+            number = cute.make_tensor(self.shared.sNumbers, cute.make_layout(NUMBER_STAGES))[slot]
+        return number
 
     @cute.jit
     def blocks(self, scalars: Scalars, row0, length, start) -> schedule.Blocks:
