@@ -31,6 +31,10 @@ CASES |= {
     "many-heads-full": replace(LONG, B=2, Hq=64, Hk=64, P=700, causal=False),
     # pairs of tiles that share their keys: the last row tile is not full, nor is the last block
     "pairs": replace(LONG, B=3, Hq=40, P=1500, causal=False, sink=True),
+    "pairs-causal": replace(LONG, B=3, Hq=40, P=2500, sink=True),
+    "pairs-causal-192": replace(LONG, B=2, Hq=40, P=2200, D=192),
+    "pairs-ragged": replace(RAGGED, P=2100, Hq=40, lengths=(2100, 1, 0, 130)),
+    "pairs-ragged-full": replace(RAGGED, Hq=40, P=500, D=192, lengths=(500, 1, 0, 130), causal=False),
     "pairs-192": replace(LONG, B=2, Hq=40, P=1300, D=192, causal=False),
     "pairs-few": replace(LONG, B=1, Hq=2, P=200, causal=False, dtype=torch.float16),
     "many-groups": replace(LONG, B=3, Hq=128, Hk=16, P=450),

@@ -22,6 +22,9 @@ SHARED_WIDTHS = (128, 192)
 MANY_TILES = 32
 """Row tiles of a head from which on one without a partner costs less than sharing saves."""
 
+CAUSAL_TILES = 16
+"""Row tiles of a head from which on causal pairs share their loads: a pair takes as long as its upper tile."""
+
 
 def refuse(problem: PrefillProblem) -> str | None:
     """Why the kernel cannot run this problem, or None."""
@@ -65,12 +68,12 @@ def config(problem: PrefillProblem) -> Config:
 
 
 def shares_keys(problem: PrefillProblem, config: Config) -> bool:
-    """Whether pairs of row tiles share what they load: where all see the same keys, and few have no partner."""
-    row_tiles = -(-problem.P // config.tile_m)
-    same = not (problem.seq_lens or problem.paged or config.sparse or config.fp8)
-    if problem.causal and row_tiles < 16:
+    """Whether pairs of row tiles share what they load: where few have no partner, and few keys are those of one."""
+    if config.paged or config.sparse or config.fp8 or config.D not in SHARED_WIDTHS:
         return False
-    return same and config.D in SHARED_WIDTHS and (row_tiles % 2 == 0 or row_tiles > MANY_TILES)
+    row_tiles = -(-problem.P // config.tile_m)
+    paired = row_tiles % 2 == 0 or row_tiles > MANY_TILES
+    return paired and (row_tiles >= CAUSAL_TILES or not problem.causal)
 
 
 def narrow(x: Tensor) -> Tensor:

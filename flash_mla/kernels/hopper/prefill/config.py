@@ -11,7 +11,8 @@ from flash_mla.kernels.hopper.limits import BLOCK, ROW_BYTES, STAGED, TILE_M, WA
 TASK, TASK_STAGES = 9, 2
 """Words of a tile's description; descriptions in flight."""
 NUMBER_STAGES = 4
-"""Tile numbers in flight from the first CTA of a cluster to the other: more than the tiles that it can be ahead."""
+"""Numbers of tiles in flight from the first CTA of a cluster to the other. It is three ahead at most, since each waits
+for the other's share of a block two blocks later; so no place is taken before it was read."""
 
 REGISTERS = {1: (216, 40), 2: (240, 24), 3: (160, 32)}
 """A consumer's and the last warpgroup's, by consumer warpgroups."""
@@ -75,8 +76,7 @@ class Config:
 
     dtype of q, k, v and out (of FP8: BF16); D and Dv, their widths; paged: k and v are cache pages behind a table;
     sparse: a map says which 64 x 64 blocks count (not in FP8). cluster: CTAs that compute neighbouring row tiles of a
-    head against the same K and V, which each loads a share of for all (not with pages, a map or FP8; all tiles must see
-    the same keys).
+    head against the same K and V, which each loads a share of for all (not with pages, a map or FP8).
     """
 
     dtype: Literal["bf16", "fp16", "fp8"]
@@ -154,6 +154,11 @@ class Config:
         return self.stages if self.fp8 else 0
 
     @property
+    def number_stages(self) -> int:
+        """Numbers of tiles in flight between the CTAs of a cluster."""
+        return NUMBER_STAGES if self.cluster > 1 else 0
+
+    @property
     def transposers(self) -> int:
         """Warps that transpose V."""
         return TRANSPOSERS if self.fp8 else 0
@@ -222,8 +227,14 @@ class Config:
         k = self.itemsize * self.stages * self.tile_n * self.D
         v = self.itemsize * (self.v_stages + self.turned_stages) * self.tile_n * self.Dv
         zeros, staged = ZEROS * self.fp8, 2 * self.staged_elements
-        descriptions = 4 * (TASK_STAGES * TASK + self.stages + NUMBER_STAGES)
+        descriptions = 4 * (TASK_STAGES * TASK + self.stages + self.number_stages)
         barriers = barrier_bytes(
-            NUMBER_STAGES, TASK_STAGES, self.q_stages, self.stages, self.v_stages, self.turned_stages, self.q_stages
+            self.number_stages,
+            TASK_STAGES,
+            self.q_stages,
+            self.stages,
+            self.v_stages,
+            self.turned_stages,
+            self.q_stages,
         )
         return smem_bytes(q, k, v, zeros, staged, descriptions, barriers)

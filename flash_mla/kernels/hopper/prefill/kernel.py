@@ -1,8 +1,8 @@
 """Prefill on Hopper: out = softmax(scale * Q K^T) V for P query tokens a request, dense or over cache pages.
 
 Grid: one CTA an SM, persistent. A tile is TILE_M query rows of one head; tiles are handed out heaviest first by a
-counter in global memory (`schedule.py`). Where all tiles see the same keys, clusters of two take two tiles of a head in
-turn: each CTA loads half of every block of K and V for both (TMA multicast), which halves what they read of L2.
+counter in global memory (`schedule.py`). Clusters of two take two neighbouring tiles of a head: each CTA loads half of
+every block of K and V for both (TMA multicast), which halves what they read of L2.
 
 Bound. A block of N keys costs a tile of M rows 2 * M * N * (D + Dv) FLOP, at 4096 a cycle and SM: 2048 cycles for
 128 x 128 x (128 + 128), in which the softmax takes 1024 of exp2 (16 a cycle) and about 870 of a scheduler's 2048 issue
@@ -19,6 +19,7 @@ Roles (entry registers: 65536 / threads, rounded down to 8):
     its warps 2 and 3             in FP8: V transposed                                `transposer.py`
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
+    numbers, of a cluster: producer of the first CTA -> of the other   4 stages   1 + 4 bytes / none
     tasks  producer -> all        2 stages   1 / consumer warps and the storing or the two transposing ones
     Q      producer -> consumers  q_stages   1 + bytes / 1, by the storing warp: out lies in place of the dead Q;
                                              one stage, and FP8: consumer warps
@@ -71,7 +72,7 @@ from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.launch import Kernel, launch_ctas
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
 from flash_mla.kernels.hopper.memory import allocate
-from flash_mla.kernels.hopper.prefill.config import NUMBER_STAGES, TASK, TASK_STAGES, TRANSPOSERS, ZEROS, Config
+from flash_mla.kernels.hopper.prefill.config import TASK, TASK_STAGES, TRANSPOSERS, ZEROS, Config
 from flash_mla.kernels.hopper.prefill.consumer import Consumer
 from flash_mla.kernels.hopper.prefill.producer import Producer
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Tensors, receive
@@ -137,9 +138,9 @@ class Prefill(Kernel[Config]):
             staged: cute.struct.Align[cute.struct.MemRange[DTYPES[config.out], config.staged_elements], 128]
             zeros: cute.struct.Align[cute.struct.MemRange[Int32, ZEROS // 4 * config.fp8], 16]
             sTask: cute.struct.MemRange[Int32, TASK_STAGES * TASK]
-            sNumbers: cute.struct.MemRange[Int32, NUMBER_STAGES]
+            sNumbers: cute.struct.MemRange[Int32, config.number_stages]
             sKeys: cute.struct.MemRange[Int32, config.stages]
-            number_barriers: cute.struct.MemRange[Int64, Channel.words(NUMBER_STAGES)]
+            number_barriers: cute.struct.MemRange[Int64, Channel.words(config.number_stages)]
             task_barriers: cute.struct.MemRange[Int64, Channel.words(TASK_STAGES)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
             k_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]

@@ -236,12 +236,11 @@ class Producer:
             q_head, row0 = head - request * scalars.Hq, row_tile * config.tile_m
             start, length = self.span(tensors, scalars, request, P)
             total, whole = self.blocks(scalars, row0, length, start)
-            loaded = total
+            blocks, more = total, Int32(0)
             if const_expr(config.cluster > 1):
-                loaded, _ = self.blocks(scalars, last_tile * config.tile_m, length, start)
+                more = self.blocks(scalars, last_tile * config.tile_m, length, start).total - total
             kv_head = q_head // (scalars.Hq // scalars.Hk)
             source = Source(tensors.table, request, kv_head, length)
-            blocks = total
             block_map = tensors.block_map
             map_request = cutlass.min(request, block_map.shape[0] - 1)
             map_row = block_map[map_request, cutlass.min(q_head, block_map.shape[1] - 1), row_tile, None]
@@ -251,14 +250,14 @@ class Producer:
             stage = done % TASK_STAGES
             tasks.acquire(stage, done // TASK_STAGES)
             with cute.arch.elect_one():
-                for i, word in enumerate(Task(row0, head, request, kv_head, length, start, blocks, whole, loaded - total)):
+                for i, word in enumerate(Task(row0, head, request, kv_head, length, start, blocks, whole, more)):
                     sTask[i, stage] = word
                 tasks.arrive(stage)
             if const_expr(config.sparse):
                 self.load_q(row_tile, q_head, request, done)
                 self.load_listed(source, map_row, total, whole * config.tile_n, count)
             else:
-                self.load_all(source, loaded, count, row_tile, q_head, done)
+                self.load_all(source, blocks + more, count, row_tile, q_head, done)
             # NOTE: not before the tile's loads: a CTA that has a heavy tile would take another too early
             following = tiles
             if tiles > clusters:
@@ -266,7 +265,7 @@ class Producer:
                     following = self.take(tensors.counter) + clusters
                 else:
                     following = self.take_together(tensors.counter, clusters, done)
-            count, done, index = count + (loaded if const_expr(not config.sparse) else blocks), done + 1, following
+            count, done, index = count + blocks + more, done + 1, following
         stage = done % TASK_STAGES
         tasks.acquire(stage, done // TASK_STAGES)
         with cute.arch.elect_one():
@@ -306,12 +305,12 @@ class Producer:
         if self.rank == 0:
             number = self.take(counter) + clusters
             with cute.arch.elect_one():
-                send_to_peer(self.shared.sNumbers + slot, number, numbers.bar(slot), Int32(1))
+                send_to_peer(self.shared.sNumbers.iterator + slot, number, numbers.bar(slot), Int32(1))
         else:
             with cute.arch.elect_one():
                 numbers.expect(slot, 4)
             numbers.wait(slot, done // NUMBER_STAGES)
-            number = cute.make_tensor(self.shared.sNumbers, cute.make_layout(NUMBER_STAGES))[slot]
+            number = self.shared.sNumbers[slot]
         return number
 
     @cute.jit

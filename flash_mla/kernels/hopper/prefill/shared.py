@@ -11,7 +11,7 @@ from cutlass import Float32, Int32
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.prefill.config import NUMBER_STAGES, TASK, TASK_STAGES, TRANSPOSERS, Config
+from flash_mla.kernels.hopper.prefill.config import TASK, TASK_STAGES, TRANSPOSERS, Config
 
 
 class Tensors(NamedTuple):
@@ -71,7 +71,7 @@ class Shared:
     zeros: cute.Pointer
     staged: cute.Pointer
     sTask: cute.Tensor
-    sNumbers: cute.Pointer
+    sNumbers: cute.Tensor
     sKeys: cute.Tensor
     numbers: Channel
     tasks: Channel
@@ -108,9 +108,9 @@ class Shared:
             zeros=storage.zeros.data_ptr(),
             staged=storage.staged.data_ptr(),
             sTask=storage.sTask.get_tensor(cute.make_layout((TASK, TASK_STAGES))),
-            sNumbers=storage.sNumbers.data_ptr(),
+            sNumbers=storage.sNumbers.get_tensor(cute.make_layout(max(1, config.number_stages))),
             sKeys=storage.sKeys.get_tensor(cute.make_layout(config.stages)),
-            numbers=channel("numbers", storage.number_barriers, NUMBER_STAGES, readers=0),
+            numbers=channel("numbers", storage.number_barriers, config.number_stages, readers=0),
             tasks=channel("tasks", storage.task_barriers, TASK_STAGES, readers=warps + config.helpers),
             q=channel("Q", storage.q_barriers, config.q_stages, readers=warps if config.staged else 1),
             k=channel("K", storage.k_barriers, config.stages, readers=readers, cluster=cluster),
@@ -124,9 +124,8 @@ class Shared:
 
     @property
     def channels(self) -> tuple[Channel, ...]:
-        channels = (self.tasks, self.q, self.k, self.v, self.turned)
-        channels = channels if self.config.staged else (*channels, self.out)
-        return channels if self.config.cluster == 1 else (*channels, self.numbers)
+        all_configs = (self.numbers, self.tasks, self.q, self.k, self.v, self.turned)
+        return all_configs if self.config.staged else (*all_configs, self.out)
 
     @property
     def values(self) -> Channel:

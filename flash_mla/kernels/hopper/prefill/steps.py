@@ -190,7 +190,8 @@ def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Sca
                 shared.q.wait(done % q_stages, done // q_stages)
                 consumer.hold_q(done % q_stages)
                 consumer.begin(tensors, scalars, following)
-                word = next_block(consumer, tensors, Hq, following, count, done % q_stages, Int32(0), True, True, tile.more)
+                first, skipped = Int32(0), tile.more
+                word = next_block(consumer, tensors, Hq, following, count, done % q_stages, first, True, True, skipped)
             else:
                 last_block(consumer, count)
             consumer.write(out, tensors, scalars, tile, q_stage, row_max, row_sum)
