@@ -54,8 +54,7 @@ class Segments:
     def write_result(self, item: Item, v_scale, whole, slot) -> None:
         """Merge the warpgroups, normalise, and write: to out and lse if the segment is a whole item, else to its slot.
 
-        Each warpgroup gives every second O^T tile to the other and finishes the rest, as many pairs of tiles at a time
-        as the exchange holds.
+        Each warpgroup gives every second O^T tile to the other and finishes the rest.
         """
         consumer, tensors, scalars = self.consumer, self.tensors, self.scalars
         config, shared, side, tid = consumer.config, consumer.shared, consumer.side, consumer.tid
@@ -100,32 +99,26 @@ class Segments:
             inverse[c] = v_scale * cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
 
         # trade O^T tiles in pairs
-        kept = cute.make_rmem_tensor((N // 2, cute.size(exchange, mode=[3])), Float32)
-        pairs, depth = (tiles + 1) // 2, cute.size(exchange, mode=[3])
-        for first in cutlass.range_constexpr(0, pairs, depth):
-            if const_expr(first > 0):
+        kept = cute.make_rmem_tensor(N // 2, Float32)
+        for pair in cutlass.range_constexpr((tiles + 1) // 2):
+            if const_expr(pair > 0):
                 sync(Bar.MERGE, CONSUMERS)
-            some = range(first, min(first + depth, pairs))
-            for pair in some:
-                for i in cutlass.range_constexpr(N // 2):
-                    c = 2 * (i // 4) + i % 2
-                    left, right = consumer.O[pair * N + i], Float32(0.0)
-                    if const_expr(2 * pair + 1 < tiles):
-                        right = consumer.O[pair * N + N // 2 + i]
-                    kept[i, pair - first] = (left if side == 0 else right) * consumer.factor[c]
-                    exchange[tid, i, side, pair - first] = (right if side == 0 else left) * consumer.factor[c]
+            for i in cutlass.range_constexpr(N // 2):
+                c = 2 * (i // 4) + i % 2
+                left, right = consumer.O[pair * N + i], Float32(0.0)
+                if const_expr(2 * pair + 1 < tiles):
+                    right = consumer.O[pair * N + N // 2 + i]
+                kept[i] = (left if side == 0 else right) * consumer.factor[c]
+                exchange[tid, i, side] = (right if side == 0 else left) * consumer.factor[c]
             sync(Bar.MERGE, CONSUMERS)
-            for pair in some:
-                tile = 2 * pair + side
-                if tile < tiles:
-                    whole_tile = kept[None, pair - first]
-                    for i in cutlass.range_constexpr(N // 2):
-                        other = exchange[tid, i, 1 - side, pair - first]
-                        whole_tile[i] = (whole_tile[i] + other) * inverse[2 * (i // 4) + i % 2]
-                    if whole:
-                        self.store_tile(tensors.out, item.request, item.head * scalars.rows, item, tile, whole_tile)
-                    else:
-                        self.store_tile(tensors.partials.out, slot, -item.tile * N, item, tile, whole_tile)
+            tile = 2 * pair + side
+            if tile < tiles:
+                for i in cutlass.range_constexpr(N // 2):
+                    kept[i] = (kept[i] + exchange[tid, i, 1 - side]) * inverse[2 * (i // 4) + i % 2]
+                if whole:
+                    self.store_tile(tensors.out, item.request, item.head * scalars.rows, item, tile, kept)
+                else:
+                    self.store_tile(tensors.partials.out, slot, -item.tile * N, item, tile, kept)
         # NOTE: the exchange is P's memory: the next segment may write P only when both warpgroups have read it
         sync(Bar.MERGE, CONSUMERS)
 

@@ -88,7 +88,7 @@ class Shared:
             sP=view(storage.sP, config.tile_n, BLOCK, 4, DTYPES[config.product]),
             exchange=cute.make_tensor(
                 cute.recast_ptr(storage.sP.data_ptr(), dtype=Float32),
-                cute.make_layout((128, width, 2, 1), stride=(1, 128, 128 * width, 0)),
+                cute.make_layout((128, width, 2), stride=(1, 128, 128 * width)),
             ),
             sSum=storage.sSum.get_tensor(cute.make_layout((config.tile_n, CONSUMER_WARPS))),
             sMax=storage.sMax.get_tensor(cute.make_layout((config.tile_n, 2))),

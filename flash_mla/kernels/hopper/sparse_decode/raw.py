@@ -87,7 +87,7 @@ class Shared(shared.Shared):
             sP=view(storage.sP, Float16, BLOCK, config.p_buffers),
             exchange=cute.make_tensor(
                 cute.recast_ptr(storage.sP.data_ptr(), dtype=Float32),
-                cute.make_layout((128, heads // 2, 2, 4), stride=(1, 128, 128 * heads // 2, 128 * heads)),
+                cute.make_layout((128, heads // 2, 2), stride=(1, 128, 128 * heads // 2)),
             ),
             sSum=storage.sSum.get_tensor(cute.make_layout((heads, CONSUMER_WARPS))),
             sMax=storage.sMax.get_tensor(cute.make_layout((heads, 2))),
