@@ -30,8 +30,8 @@ Channels, producer -> consumer (full arrivals / empty arrivals):
             halves: 3 stages = whole blocks; the same / all 8 warps
         The mask of live keys travels with the left half of its block.
     Q   producer warp 0 -> warpgroups 0, 1   1 stage   1 + bytes / 8 warps
-    rope, in a cluster over FP8 rows of 576 columns   2 stages = even, odd block   none / 4 warps a CTA, when scores are there:
-        its chunk has landed in both CTAs, and P may be written over it
+    rope, in a cluster over FP8 rows of 576 columns   2 stages = even, odd block   none / 4 warps a CTA, when scores
+        are there: its chunk has landed in both CTAs, and P may be written over it
 
 Steady state of a producer warp beside few: `ring.py`, `raw.py`; over BF16 rows: `copies.py`. Else, beside many, a batch
 (up to 4 or 6 loads of 16 bytes a thread): start the loads of the next batch | wait for the stage | convert the batch,

@@ -339,7 +339,7 @@ class Copying(Producer):
             keys = self.lengths.keys(token)
             self.read_index(keys, first, last)
             if done.segments == 0 and self.warp == 0:
-                # NOTE: under the wait for the index; behind the rows of a pair a call of any size took 0.4 to 1.3 us more
+                # NOTE: under the wait for the index; behind the rows of a pair calls took 0.4 to 1.3 us more
                 self.load_q(keys, self.row_tile(place), done.segments)
             self.find_row(keys, first, 0)
             self.read_index(keys, first + 1, last)
