@@ -17,9 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_mla import flash_mla_with_kvcache, mha_fwd_kvcache
-from flash_mla.cache import PagedKVCache
+from flash_mla.cache import PagedKVCache, page_view
 from flash_mla.cache.blocks import BlockAllocator
 from flash_mla.errors import (
+    BlockCountError,
     CacheFullError,
     DeviceError,
     DTypeError,
@@ -399,6 +400,18 @@ def test_constructor_refuses(bad: dict) -> None:
         PagedKVCache(**good, dtype=FP8, k_descale=torch.ones(3))
 
 
+def test_page_view_reads_a_serving_engines_pool() -> None:
+    pool = torch.randn(5, 64, Hk, D)
+    view = page_view(pool, 3)
+    assert view.shape == (3, Hk, 5, 64, D)
+    assert view.stride() == (0, D, 64 * Hk * D, Hk * D, 1)
+    assert torch.equal(view[2, 1, 4, 63], pool[4, 63, 1])
+    with pytest.raises(BlockCountError):
+        page_view(pool[:, :32], 3)
+    with pytest.raises(ShapeError):
+        page_view(pool[0], 3)
+
+
 @settings(deadline=None)
 @given(st.integers(1, 40), st.lists(st.tuples(st.integers(1, 12), st.booleans()), max_size=30), st.randoms())
 def test_allocator_gives_each_block_to_one_owner(num_blocks: int, steps: list[tuple[int, bool]], random) -> None:
@@ -630,6 +643,7 @@ def test_truncate_gives_blocks_back_and_copies_on_write(pool_blocks: int | None)
         lambda cache: cache.truncate(3),
         lambda cache: cache.grow("2"),
         lambda cache: cache.grow(1.5),
+        lambda cache: page_view([1], 2),
     ],
 )
 def test_what_is_no_number_or_tensor_is_refused(call) -> None:

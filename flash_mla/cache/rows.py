@@ -7,8 +7,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flash_mla.errors import BlockCountError, ShapeError
 from flash_mla.problem import BLOCK, FP8
 from flash_mla.quant import quantise
+
+
+def page_view(pool: Tensor, batch: int) -> Tensor:
+    """A serving engine's pool [num_blocks, 64, Hk, D] as the page view [batch, Hk, num_blocks, 64, D], batch stride 0.
+
+    Raises:
+        ShapeError: the pool has not four dims.
+        BlockCountError: its pages are not 64 tokens long.
+    """
+    if not isinstance(pool, Tensor) or pool.dim() != 4:
+        shape = list(pool.shape) if isinstance(pool, Tensor) else f"is a {type(pool).__name__}"
+        raise ShapeError(given=f"pool {shape}", required="[num_blocks, 64, Hk, D]")
+    if pool.shape[1] != BLOCK:
+        raise BlockCountError(
+            given=f"pool {list(pool.shape)}: pages of {pool.shape[1]} tokens",
+            required="pages of 64 tokens: [num_blocks, 64, Hk, D]",
+            cause="The block size is fixed at 64",
+            fix="Configure the engine's page size as 64",
+        )
+    return pool.permute(2, 0, 1, 3).expand(batch, -1, -1, -1, -1)
 
 
 def write_rows(target: Tensor, index: Tensor, rows: Tensor, kept: Tensor | None, descale: Tensor | None) -> None:
