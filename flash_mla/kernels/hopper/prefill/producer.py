@@ -305,12 +305,12 @@ class Producer:
         if self.rank == 0:
             number = self.take(counter) + clusters
             with cute.arch.elect_one():
-                send_to_peer(self.shared.sNumbers.iterator + slot, number, numbers.bar(slot), Int32(1))
+                send_to_peer(self.shared.sNumbers + slot, number, numbers.bar(slot), Int32(1))
         else:
             with cute.arch.elect_one():
                 numbers.expect(slot, 4)
             numbers.wait(slot, done // NUMBER_STAGES)
-            number = self.shared.sNumbers[slot]
+            number = cute.make_tensor(self.shared.sNumbers, cute.make_layout(NUMBER_STAGES))[slot]
         return number
 
     @cute.jit

@@ -71,7 +71,7 @@ class Shared:
     zeros: cute.Pointer
     staged: cute.Pointer
     sTask: cute.Tensor
-    sNumbers: cute.Tensor
+    sNumbers: cute.Pointer
     sKeys: cute.Tensor
     numbers: Channel
     tasks: Channel
@@ -108,7 +108,7 @@ class Shared:
             zeros=storage.zeros.data_ptr(),
             staged=storage.staged.data_ptr(),
             sTask=storage.sTask.get_tensor(cute.make_layout((TASK, TASK_STAGES))),
-            sNumbers=storage.sNumbers.get_tensor(cute.make_layout(max(1, config.number_stages))),
+            sNumbers=storage.sNumbers.data_ptr(),
             sKeys=storage.sKeys.get_tensor(cute.make_layout(config.stages)),
             numbers=channel("numbers", storage.number_barriers, config.number_stages, readers=0),
             tasks=channel("tasks", storage.task_barriers, TASK_STAGES, readers=warps + config.helpers),
