@@ -326,6 +326,22 @@ def test_plots_say_what_ran(tmp_path: Path) -> None:
     assert "10^" not in text
 
 
+def test_a_plot_of_many_runs_counts_their_commits(tmp_path: Path) -> None:
+    records = [
+        {
+            "case": f"decode/{i}",
+            "group": "odd",
+            "dtype": "BF16",
+            "ms": 2.0,
+            "flops": 1e8,
+            "bytes": 1e7,
+            "commit": str(i),
+        }
+        for i in range(9)
+    ]
+    assert "<!-- BF16; torch 2.99; 9 commits; 2026-11-27" in drawn(records, tmp_path)[1]
+
+
 def test_plots_of_what_was_not_compared(tmp_path: Path) -> None:
     record = {"case": "decode/one", "group": "odd", "ms": 2.0, "flops": 1e8, "bytes": 1e7}
     assert [file.name for file in drawn([record], tmp_path)[0]] == ["a.svg"]
