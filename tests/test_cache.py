@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_mla import flash_mla_with_kvcache, mha_fwd_kvcache
+from flash_mla.blocks import BlockAllocator
 from flash_mla.cache import PagedKVCache, page_view
-from flash_mla.cache.blocks import BlockAllocator
 from flash_mla.errors import (
     BlockCountError,
     CacheFullError,
@@ -525,7 +525,7 @@ def interrupt_at(line: int, run) -> bool:
 
     def trace(frame, event, _):
         nonlocal left, told
-        own = "flash_mla/cache/" in frame.f_code.co_filename
+        own = "flash_mla/cache/" in frame.f_code.co_filename or frame.f_code.co_filename.endswith("flash_mla/blocks.py")
         if event == "line":
             left -= 1
             if left == 0:

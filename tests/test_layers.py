@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "flash_mla"
 LAYERS = (
     "errors problem uncompiled version",
     "kinds passed",
-    "heads layout mla quant merge reference kernels",
+    "blocks heads layout mla quant merge reference kernels",
     "contract backends",
     "plan autograd",
     "entry explanation launch gradients",
@@ -27,7 +27,7 @@ LAYERS = (
     "__main__",
 )
 ROOMS = {
-    "cache": ("blocks checks rows", "ledger", "paged", "__init__"),
+    "cache": ("checks ledger rows", "paged", "__init__"),
     "contract": (
         "given tensors",
         "caches masks memory order scales values",

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from flash_mla.cache.blocks import BlockAllocator
+from flash_mla.blocks import BlockAllocator
 from flash_mla.errors import CacheFullError, SequenceLengthError
 from flash_mla.problem import BLOCK
 
