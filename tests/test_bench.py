@@ -209,6 +209,7 @@ def test_markdown_is_a_table_a_group() -> None:
     machine = {"name": "box", "torch": "2", "date": "now", "gbps": 10.0, "tflops": 0.2, "how": "made up"}
     records = [measure(case, "cpu", CEILINGS, budget_s=0.0) for case in (GQA, CAUSAL)]
     lines = report.markdown(machine, records, "flash-mla bench").splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["# flash_mla on box", "## Decode, GQA", "## Prefill"]
     rows = [line for line in lines if line.startswith("| decode/gqa") or line.startswith("| prefill/causal")]
     heads = [line for line in lines if line.startswith("| case")]
     assert len(rows) == len(heads) == 2
