@@ -73,7 +73,7 @@ def launch_config(problem: SparseBackwardProblem, config: sparse_backward.Config
             num_stages=2,
         )
 
-    in_chunks(problem, config, args, step, products)
+    in_chunks(problem, config, args, step, products, args.dkv)
 
 
 def in_chunks(
@@ -82,8 +82,10 @@ def in_chunks(
     args: SparseBackwardArgs,
     step: int,
     products: Callable[[Prepared, Tensor, slice], None],
+    target: Tensor,
 ) -> None:
-    """The whole call around the products, which fill dq and the partial rows of a chunk of `step` tokens."""
+    """The whole call around the products, which fill dq and the partial rows of a chunk of `step` tokens. target: dkv,
+    or a view of it that has its elements in the order of the partial rows'."""
     forward = problem.forward
     tokens, rows = forward.B, args.keys.cache.shape[1]
     prepared = prepare(problem, config, args)
@@ -101,7 +103,7 @@ def in_chunks(
         sparse_backward.sum_kernel[(rows,)](
             **sum_arguments(problem, config, partial, order, first_of_row, dkv), num_warps=1
         )
-    args.dkv.copy_(dkv.view(args.dkv.shape))
+    target.copy_(dkv.view(target.shape))
 
 
 def named_rows(args: SparseBackwardArgs, rows: int) -> Tensor:

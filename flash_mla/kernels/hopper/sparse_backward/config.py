@@ -1,4 +1,4 @@
-"""What the two kernels of the sparse backward take, and what one compiled variant of them is. Imports no DSL."""
+"""What the three kernels of the sparse backward take, and what one compiled variant of them is. Imports no DSL."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ HEADS = (TILE_M, 2 * TILE_M)
 PIECE = BLOCK * TILE_M
 """Elements of P or dS of 64 keys and 64 heads, which lie together in the workspace (`item_of`)."""
 
-# the queries' kernel
-
 HALF = 256
-"""Columns of dq that a consumer warpgroup has, the second one also those of the rope part; of dkv likewise a CTA."""
+"""Columns that the first CTA of a token has, of dq or dkv; the second one has the other 256 and those of the rope part."""
+PARTS = 2
+"""Such CTAs of a token."""
 CONSUMERS = 2 * WARPGROUP
 CONSUMER_WARPS, PRODUCER_WARPS = 8, 4
 THREADS = WARP * (CONSUMER_WARPS + PRODUCER_WARPS)
 REGISTERS = (232, 40)
 """Of a consumer's and of a producer's thread."""
+
 EXCHANGED = TILE_M * BLOCK
-"""Elements that a consumer warpgroup hands to the other one a step."""
-
-# the keys' kernel
-
+"""Elements of P that one consumer warpgroup of the weights' kernel hands to the other one a step."""
+WEIGHTS_STAGES = 3
+"""64 rows of Q, dout or K in shared memory."""
+QUERIES_STAGES = 3
+"""Half of 64 rows of K, and dS of them and all heads."""
 KEYS_STAGES = 4
 """P or dS of 64 keys and all heads, so often in shared memory."""
 
 
 class Bar(IntEnum):
-    """Named barriers of the consumers: both have written; the second has read what the first wrote, and the reverse."""
+    """Named barriers of the weights' consumers: the first may issue its product, the second may; P is written; P is read."""
 
-    WRITTEN = 1
-    LEFT_READ = 2
-    RIGHT_READ = 3
+    SCORES = 1
+    SLOPES = 2
+    WRITTEN = 3
+    READ = 4
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Config:
 
     @property
     def columns(self) -> int:
-        """Columns of q of a CTA of the keys' kernel."""
+        """Columns of q or kv of a CTA that has half of them."""
         return self.D - HALF
 
     @property
@@ -83,16 +86,20 @@ class Config:
         """Whether there are columns beside V's."""
         return self.D > self.Dv
 
+    def weights_bytes(self) -> int:
+        """Shared memory of a CTA of the weights' kernel: stages of Q, dout or K; P that is handed over; seen keys;
+        barriers."""
+        rows = 2 * WEIGHTS_STAGES * BLOCK * self.D
+        seen = 2 * PRODUCER_WARPS * WEIGHTS_STAGES
+        return smem_bytes(rows, 2 * EXCHANGED, seen, barrier_bytes(WEIGHTS_STAGES))
+
     def queries_bytes(self) -> int:
-        """Shared memory of a CTA of the queries' kernel: Q, dout, K; what the consumers swap, in which they stage dq;
-        seen keys; barriers."""
-        rows = 2 * (TILE_M * (self.D + self.Dv) + BLOCK * self.D)
-        return smem_bytes(rows, 2 * 2 * EXCHANGED, 2 * PRODUCER_WARPS, barrier_bytes(self.chunks, 1))
+        """Shared memory of a CTA of the queries' kernel: stages of K and of dS; staged dq; barriers."""
+        stage = 2 * (BLOCK * self.columns + self.item)
+        return smem_bytes(QUERIES_STAGES * stage, 2 * CONSUMER_WARPS * STAGED, barrier_bytes(QUERIES_STAGES, QUERIES_STAGES))
 
     def keys_bytes(self) -> int:
-        """Shared memory of a CTA of the keys' kernel: Q, dout, stages of P or dS; staged dkv; barriers."""
+        """Shared memory of a CTA of the keys' kernel: Q, dout, stages of P or dS; barriers."""
         rows = 2 * self.heads * (self.columns + HALF)
-        return smem_bytes(rows, 2 * KEYS_STAGES * self.item, 2 * CONSUMER_WARPS * STAGED, barrier_bytes(1, KEYS_STAGES))
+        return smem_bytes(rows, 2 * KEYS_STAGES * self.item, barrier_bytes(1, KEYS_STAGES))
 
-
-assert CONSUMER_WARPS * STAGED <= 2 * EXCHANGED

@@ -1,8 +1,8 @@
-"""The sparse backward on Hopper, second kernel: a partial row of dkv for every slot of a token.
+"""The sparse backward on Hopper, third kernel: a partial row of dkv for every slot of a token.
 
     dkv[slot] = sum over heads of dS q + f P dout
 
-of the P (times f) and dS that `queries_kernel.py` left. Triton's `sum_kernel` adds the partial rows that name a row.
+of the P (times f) and dS that `weights_kernel.py` left. Triton's `sum_kernel` adds the partial rows that name a row.
 
 Grid: one CTA for a token and half of the columns, 256 of V's and, in the second, those of the rope part: Q and dout of
 up to 128 heads then stay in shared memory while all keys go by. Bound: memory. Of each slot 4 bytes a head are read and
@@ -16,6 +16,9 @@ Roles:
 Channels, producer -> consumers (full arrivals / empty arrivals):
     Q, dO    1 stage                                      1 + bytes / never freed
     dS, P    4 stages: dS, P of a tile, of the next one   1 + bytes / the warps of the tile's warpgroup
+
+The columns of a partial row lie as a thread of an accumulator has them, 8 of each 32 (`ORDER`): 16 bytes a store,
+straight from registers. Staged through shared memory, half of the time was spent waiting for it, beside the products.
 
 A slot that names no row may hold anything in its partial row: nobody reads it.
 """
@@ -34,34 +37,32 @@ from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import Tma, row_layout, tma_boxes
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.lanes import column_of, row_of
+from flash_mla.kernels.hopper.lanes import row_of
 from flash_mla.kernels.hopper.launch import Kernel, launch_ctas
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARP, WARPGROUP
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.sparse_backward.config import (
     CONSUMER_WARPS,
     HALF,
     KEYS_STAGES,
+    PARTS,
     REGISTERS,
     THREADS,
     Config,
 )
-from flash_mla.kernels.hopper.sparse_backward.queries_kernel import load_heads
-from flash_mla.kernels.hopper.sparse_backward.queries_shared import item_of
-from flash_mla.kernels.hopper.staging import store_rows
-
-PARTS = 2
-"""CTAs of a token: left and right columns."""
+from flash_mla.kernels.hopper.sparse_backward.weights_kernel import load_heads
+from flash_mla.kernels.hopper.sparse_backward.weights_shared import item_of
+ORDER = (4, 4, 2)
+"""Of 32 columns (a, b, c) of a row of kv, where a partial row has (b, a, c): column 8 a + 2 b + c at 8 b + 2 a + c."""
 
 
 class Shared(NamedTuple):
-    """A CTA's shared memory: sQ [heads, its columns of q]; sO [heads, 256]: dout; items: stages of dS or P of 64 keys;
-    staged: STAGED elements for each consumer warp. Channels: queries, once; weights."""
+    """A CTA's shared memory: sQ [heads, its columns of q]; sO [heads, 256]: dout; items: stages of dS or P of 64 keys.
+    Channels: queries, once; weights."""
 
     sQ: cute.Tensor
     sO: cute.Tensor
     items: cute.Pointer
-    staged: cute.Pointer
     queries: Channel
     weights: Channel
 
@@ -112,7 +113,6 @@ class SparseKeys(Kernel[Config]):
             sQ: align[array[dtype, config.heads * config.columns], 1024]
             sO: align[array[dtype, config.heads * HALF], 1024]
             items: align[array[dtype, KEYS_STAGES * config.item], 1024]
-            staged: align[array[dtype, CONSUMER_WARPS * STAGED], 128]
             q_barriers: array[Int64, Channel.words(1)]
             w_barriers: array[Int64, Channel.words(KEYS_STAGES)]
 
@@ -122,7 +122,6 @@ class SparseKeys(Kernel[Config]):
             sQ=storage.sQ.get_tensor(q_layout.outer, swizzle=q_layout.inner),
             sO=storage.sO.get_tensor(o_layout.outer, swizzle=o_layout.inner),
             items=storage.items.data_ptr(),
-            staged=storage.staged.data_ptr(),
             queries=Channel.over("Q, dout", storage.q_barriers.data_ptr(), 1, readers=0),
             weights=Channel.over("dS, P", storage.w_barriers.data_ptr(), KEYS_STAGES, readers=CONSUMER_WARPS // 2),
         )
@@ -224,9 +223,9 @@ class SparseKeys(Kernel[Config]):
             warpgroup.wait_group(0)
             channel.release(stage + 1)
             target, row0 = partial[work.token, None, None], tile * BLOCK
-            self.write(shared, sums, target, row0, part * HALF, wg, tid)
+            self.write(sums, target, row0, part * HALF, tid)
             if const_expr(has_rope):
-                self.write(shared, rope_sums, target, row0, config.Dv, wg, tid)
+                self.write(rope_sums, target, row0, config.Dv, tid)
 
     @cute.jit
     def product(
@@ -246,21 +245,19 @@ class SparseKeys(Kernel[Config]):
             atom.set(warpgroup.Field.ACCUMULATE, True)
 
     @cute.jit
-    def write(
-        self, shared: Shared, sums: cute.Tensor, target: cute.Tensor, row0, column0: cutlass.Constexpr, wg, tid
-    ) -> None:
-        """Partial rows, from `row0` on."""
-        if const_expr(self.config.wide):
-            for i in cutlass.range_constexpr(cute.size(sums) // 2):
-                row, column = row0 + row_of(tid) + 8 * (i % 2), column0 + 8 * (i // 2) + column_of(tid)
-                values = cute.make_tensor(sums.iterator + 2 * i, cute.make_layout(2))
-                if row < target.shape[0]:
-                    cute.autovec_copy(values, cute.local_tile(target[row, None], (2,), (column // 2,)))
-        else:
-            factor = cute.make_rmem_tensor(2, Float32)
-            factor.fill(1.0)
-            staged = shared.staged + (wg * (CONSUMER_WARPS // 2) + tid // WARP) * STAGED
-            store_rows(sums, factor, staged, target, row0, column0, tid)
+    def write(self, sums: cute.Tensor, target: cute.Tensor, row0, column0: cutlass.Constexpr, tid) -> None:
+        """Partial rows, from `row0` on, in the order of `ORDER`."""
+        piece = cute.make_rmem_tensor(8, target.element_type)
+        values = cute.make_rmem_tensor(8, Float32)
+        for r in cutlass.range_constexpr(2):
+            row = row0 + row_of(tid) + 8 * r
+            if row < target.shape[0]:
+                for group in cutlass.range_constexpr(cute.size(sums) // 16):
+                    for i in cutlass.range_constexpr(8):
+                        values[i] = sums[16 * group + 4 * (i // 2) + 2 * r + i % 2]
+                    piece.store(values.load().to(target.element_type))
+                    columns = column0 // 8 + 4 * group + tid % 4
+                    cute.autovec_copy(piece, cute.local_tile(target[row, None], (8,), (columns,)))
 
 
 def arguments(config: Config) -> tuple:
