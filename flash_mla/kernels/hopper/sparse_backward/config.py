@@ -96,10 +96,11 @@ class Config:
     def queries_bytes(self) -> int:
         """Shared memory of a CTA of the queries' kernel: stages of K and of dS; staged dq; barriers."""
         stage = 2 * (BLOCK * self.columns + self.item)
-        return smem_bytes(QUERIES_STAGES * stage, 2 * CONSUMER_WARPS * STAGED, barrier_bytes(QUERIES_STAGES, QUERIES_STAGES))
+        return smem_bytes(
+            QUERIES_STAGES * stage, 2 * CONSUMER_WARPS * STAGED, barrier_bytes(QUERIES_STAGES, QUERIES_STAGES)
+        )
 
     def keys_bytes(self) -> int:
         """Shared memory of a CTA of the keys' kernel: Q, dout, stages of P or dS; barriers."""
         rows = 2 * self.heads * (self.columns + HALF)
         return smem_bytes(rows, 2 * KEYS_STAGES * self.item, barrier_bytes(1, KEYS_STAGES))
-

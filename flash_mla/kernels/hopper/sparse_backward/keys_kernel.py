@@ -52,6 +52,7 @@ from flash_mla.kernels.hopper.sparse_backward.config import (
 )
 from flash_mla.kernels.hopper.sparse_backward.weights_kernel import load_heads
 from flash_mla.kernels.hopper.sparse_backward.weights_shared import item_of
+
 ORDER = (4, 4, 2)
 """Of 32 columns (a, b, c) of a row of kv, where a partial row has (b, a, c): column 8 a + 2 b + c at 8 b + 2 a + c."""
 
