@@ -16,7 +16,7 @@ PIECE = BLOCK * TILE_M
 """Elements of P or dS of 64 keys and 64 heads, which lie together in the workspace (`item_of`)."""
 
 HALF = 256
-"""Columns that the first CTA of a token has, of dq or dkv; the second one has the other 256 and those of the rope part."""
+"""Columns of dq or dkv that the first CTA of a token has; the second has the other 256, and the rope part."""
 PARTS = 2
 """Such CTAs of a token."""
 CONSUMERS = 2 * WARPGROUP
@@ -36,7 +36,7 @@ KEYS_STAGES = 4
 
 
 class Bar(IntEnum):
-    """Named barriers of the weights' consumers: the first may issue its product, the second may; P is written; P is read."""
+    """Named barriers of the weights' consumers: the first may issue its product, the second may; P is written, read."""
 
     SCORES = 1
     SLOPES = 2
@@ -96,9 +96,8 @@ class Config:
     def queries_bytes(self) -> int:
         """Shared memory of a CTA of the queries' kernel: stages of K and of dS; staged dq; barriers."""
         stage = 2 * (BLOCK * self.columns + self.item)
-        return smem_bytes(
-            QUERIES_STAGES * stage, 2 * CONSUMER_WARPS * STAGED, barrier_bytes(QUERIES_STAGES, QUERIES_STAGES)
-        )
+        barriers = barrier_bytes(QUERIES_STAGES, QUERIES_STAGES)
+        return smem_bytes(QUERIES_STAGES * stage, 2 * CONSUMER_WARPS * STAGED, barriers)
 
     def keys_bytes(self) -> int:
         """Shared memory of a CTA of the keys' kernel: Q, dout, stages of P or dS; barriers."""

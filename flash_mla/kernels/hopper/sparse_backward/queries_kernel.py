@@ -1,8 +1,8 @@
 """The sparse backward on Hopper, second kernel: dq = dS K, of the dS that `weights_kernel.py` left.
 
 Grid: one CTA for all heads of a token and half of the columns. Bound: half of a token's rows are gathered once more, 36
-KB a step of 64 keys beside 16 KB of dS, for 1152 cycles of the tensor cores: 14 GB of the L2 for 4096 tokens of 2048 keys
-and 128 heads, 2 ms.
+KB a step of 64 keys beside 16 KB of dS, for 1152 cycles of the tensor cores: 14 GB of the L2 for 4096 tokens of 2048
+keys and 128 heads, 2 ms.
 
 Roles (384 threads; entry 168 registers):
     warpgroups 0, 1   232 registers   64 heads each: dq += dS K

@@ -4,10 +4,10 @@
 
 with the heads' lse2, g (`shift`) and f (`left`, with a sink) from the Triton backward's `prepare_kernel`.
 
-Grid: persistent CTAs; a tile is a token and 64 of its heads, and those of a token run side by side, so that the L2 gives
-its rows to both. Q and dO are operands in registers: a product of 64 x 64 then reads 2 KB of shared memory in 32 cycles,
-half of what it gives. Bound: 2176 cycles of the tensor cores a step of 64 keys at D 576, 2.7 ms for 4096 tokens of 2048
-keys and 128 heads at 1.6 GHz; the L2 gives 19 GB of rows.
+Grid: persistent CTAs; a tile is a token and 64 of its heads, and those of a token run side by side, so that the L2
+gives its rows to both. Q and dO are operands in registers: a product of 64 x 64 then reads 2 KB of shared memory in 32
+cycles, half of what it gives. Bound: 2176 cycles of the tensor cores a step of 64 keys at D 576, 2.7 ms for 4096 tokens
+of 2048 keys and 128 heads at 1.6 GHz; the L2 gives 19 GB of rows.
 
 Roles (384 threads; entry 168 registers):
     warpgroup 0   232 registers   S = Q K^T, P                                   `weights_consumer.py`
