@@ -51,17 +51,16 @@ def launch(problem: SparseBackwardProblem, config: Choice, args: SparseBackwardA
     """Fill the gradients. Allocates workspace of a chunk of the tokens; what is not laid out as TMA needs is copied."""
     from flash_mla.backends.triton import sparse_backward as others
     from flash_mla.kernels.hopper import store
-    from flash_mla.kernels.hopper.sparse_backward import keys_kernel, queries_kernel, weights_kernel
+    from flash_mla.kernels.hopper.sparse_backward import gradients_kernel, weights_kernel
 
     kernels, without_sink = config.kernels, replace(config.kernels, sink=False)
     weigh = store.load("sparse_backward_weights", kernels, weights_kernel.build)
-    queries = store.load("sparse_backward_queries", without_sink, queries_kernel.build)
-    keys = store.load("sparse_backward_keys", without_sink, keys_kernel.build)
+    differentiate = store.load("sparse_backward_gradients", without_sink, gradients_kernel.build)
     q, d_out, kv = (readable(x) for x in (args.q, args.d_out, args.keys.cache))
     indices, lengths = int32(args.keys.indices), args.keys.lengths
     lengths = None if lengths is None else int32(lengths)
-    has_lengths, topk = int(lengths is not None), indices.shape[2]
-    items = 2 * -(-topk // BLOCK)
+    has_lengths = int(lengths is not None)
+    items = 2 * -(-indices.shape[2] // BLOCK)
     step = others.chunk_tokens(problem, config.others, 2 * items * kernels.item)
 
     def products(prepared: others.Prepared, partial: Tensor, part: slice) -> None:
@@ -82,10 +81,9 @@ def launch(problem: SparseBackwardProblem, config: Choice, args: SparseBackwardA
             has_lengths,
             min((part.stop - part.start) * kernels.head_tiles, multiprocessors(problem.device)),
         )
-        queries(kv, indices[part], counts, weights, args.dq[part], has_lengths)
-        keys(q[part], d_out[part], counts, weights, partial, topk, has_lengths)
+        differentiate(q[part], d_out[part], kv, indices[part], counts, weights, args.dq[part], partial, has_lengths)
 
     with device_of(problem.device):
         weights = torch.empty((step * items, kernels.item // 2), dtype=torch.int32, device=problem.device)
-        target = args.dkv.unflatten(-1, (-1, *keys_kernel.ORDER)).transpose(-3, -2)
+        target = args.dkv.unflatten(-1, (-1, *gradients_kernel.ORDER)).transpose(-3, -2)
         others.in_chunks(problem, config.others, args, step, products, target)

@@ -25,6 +25,11 @@ THREADS = WARP * (CONSUMER_WARPS + PRODUCER_WARPS)
 REGISTERS = (232, 40)
 """Of a consumer's and of a producer's thread."""
 
+THIRD = 192
+"""Columns of dq and dkv that a CTA of a token has."""
+THIRDS = 3
+"""Such CTAs."""
+
 EXCHANGED = TILE_M * BLOCK
 """Elements of P that one consumer warpgroup of the weights' kernel hands to the other one a step."""
 WEIGHTS_STAGES = 3
@@ -98,6 +103,12 @@ class Config:
         stage = 2 * (BLOCK * self.columns + self.item)
         barriers = barrier_bytes(QUERIES_STAGES, QUERIES_STAGES)
         return smem_bytes(QUERIES_STAGES * stage, 2 * CONSUMER_WARPS * STAGED, barriers)
+
+    def gradients_bytes(self) -> int:
+        """Shared memory of a CTA of the gradients' kernel: Q, dout; two stages of K, dS and P; staged dq; barriers."""
+        heads = 2 * self.heads * 2 * THIRD
+        stages = 2 * 2 * (BLOCK * THIRD + 2 * self.item)
+        return smem_bytes(heads, stages, 2 * CONSUMER_WARPS * STAGED, barrier_bytes(1, 2, 2, 2))
 
     def keys_bytes(self) -> int:
         """Shared memory of a CTA of the keys' kernel: Q, dout, stages of P or dS; barriers."""
