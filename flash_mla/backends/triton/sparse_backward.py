@@ -274,14 +274,14 @@ def sum_arguments(
     partial: Tensor,
     order: Tensor,
     starts: Tensor,
-    first: int,
+    token: int,
     dkv: Tensor,
 ) -> dict[str, Any]:
     return {
         "partial_ptr": partial,
         "order_ptr": order,
         "start_ptr": starts,
-        "first": first,
+        "token": token,
         "dkv_ptr": dkv,
         "topk": problem.forward.sets[0].topk,
         "D": problem.forward.D,

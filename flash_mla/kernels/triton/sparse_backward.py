@@ -269,7 +269,7 @@ def sum_kernel(
     partial_ptr,  # [tokens * SLOTS, D]
     order_ptr,  # slots by the row they name, of one row by token
     start_ptr,  # [kv_rows + 1]: where a row's slots of the chunk begin in order
-    first,  # of the tokens that order counts, the chunk's first
+    token,  # of the tokens that order counts, the chunk's first
     dkv_ptr,  # [kv_rows, D] FP32, added to
     topk,
     D: tl.constexpr,
@@ -291,7 +291,7 @@ def sum_kernel(
         listed = i + tl.arange(0, TILE)
         live = listed < last
         slot = tl.load(order_ptr + listed, mask=live, other=0)
-        rows = partial_ptr + ((slot // topk - first) * SLOTS + slot % topk) * D
+        rows = partial_ptr + ((slot // topk - token) * SLOTS + slot % topk) * D
         dkv += load_rows(rows, live, offs_d, D).to(tl.float32)
         if D_REST > 0:
             rest += load_rows(rows, live, offs_r, D).to(tl.float32)
