@@ -1,4 +1,4 @@
-"""What the three kernels of the sparse backward take, and what one compiled variant of them is. Imports no DSL."""
+"""What the two kernels of the sparse backward take, and what one compiled variant of them is. Imports no DSL."""
 
 from __future__ import annotations
 
@@ -11,33 +11,31 @@ from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARP, 
 WIDTHS = ((576, 512), (512, 512))
 """(D, Dv)."""
 HEADS = (TILE_M, 2 * TILE_M)
-"""Of a token, up to a whole tile: the keys' kernel holds their Q and dout, of half of the columns."""
+"""Of a token, up to a whole tile: the gradients' kernel holds their Q and dout, of a third of the columns."""
 PIECE = BLOCK * TILE_M
 """Elements of P or dS of 64 keys and 64 heads, which lie together in the workspace (`item_of`)."""
 
-HALF = 256
-"""Columns of dq or dkv that the first CTA of a token has; the second has the other 256, and the rope part."""
-PARTS = 2
-"""Such CTAs of a token."""
 CONSUMERS = 2 * WARPGROUP
 CONSUMER_WARPS, PRODUCER_WARPS = 8, 4
 THREADS = WARP * (CONSUMER_WARPS + PRODUCER_WARPS)
 REGISTERS = (232, 40)
 """Of a consumer's and of a producer's thread."""
 
-THIRD = 192
-"""Columns of dq and dkv that a CTA of a token has."""
-THIRDS = 3
-"""Such CTAs."""
+# the weights' kernel
 
 EXCHANGED = TILE_M * BLOCK
-"""Elements of P that one consumer warpgroup of the weights' kernel hands to the other one a step."""
-WEIGHTS_STAGES = 3
+"""Elements of P that one consumer warpgroup hands to the other one a step."""
+ROW_STAGES = 3
 """64 rows of Q, dout or K in shared memory."""
-QUERIES_STAGES = 3
-"""Half of 64 rows of K, and dS of them and all heads."""
-KEYS_STAGES = 4
-"""P or dS of 64 keys and all heads, so often in shared memory."""
+
+# the gradients' kernel
+
+THIRD = 192
+"""Columns of dq and dkv that a CTA of a token has."""
+PARTS = 3
+"""Such CTAs."""
+STAGES = 2
+"""A third of 64 rows of K, and dS and P of them and all heads, so often in shared memory."""
 
 
 class Bar(IntEnum):
@@ -72,11 +70,6 @@ class Config:
         return self.head_tiles * PIECE
 
     @property
-    def columns(self) -> int:
-        """Columns of q or kv of a CTA that has half of them."""
-        return self.D - HALF
-
-    @property
     def wide(self) -> bool:
         """Whether partial rows of dkv are FP32: rounded to FP16 each, they would miss its budget."""
         return self.dtype == "fp16"
@@ -94,23 +87,11 @@ class Config:
     def weights_bytes(self) -> int:
         """Shared memory of a CTA of the weights' kernel: stages of Q, dout or K; P that is handed over; seen keys;
         barriers."""
-        rows = 2 * WEIGHTS_STAGES * BLOCK * self.D
-        seen = 2 * PRODUCER_WARPS * WEIGHTS_STAGES
-        return smem_bytes(rows, 2 * EXCHANGED, seen, barrier_bytes(WEIGHTS_STAGES))
-
-    def queries_bytes(self) -> int:
-        """Shared memory of a CTA of the queries' kernel: stages of K and of dS; staged dq; barriers."""
-        stage = 2 * (BLOCK * self.columns + self.item)
-        barriers = barrier_bytes(QUERIES_STAGES, QUERIES_STAGES)
-        return smem_bytes(QUERIES_STAGES * stage, 2 * CONSUMER_WARPS * STAGED, barriers)
+        rows = 2 * ROW_STAGES * BLOCK * self.D
+        seen = 2 * PRODUCER_WARPS * ROW_STAGES
+        return smem_bytes(rows, 2 * EXCHANGED, seen, barrier_bytes(ROW_STAGES))
 
     def gradients_bytes(self) -> int:
-        """Shared memory of a CTA of the gradients' kernel: Q, dout; two stages of K, dS and P; staged dq; barriers."""
-        heads = 2 * self.heads * 2 * THIRD
-        stages = 2 * 2 * (BLOCK * THIRD + 2 * self.item)
-        return smem_bytes(heads, stages, 2 * CONSUMER_WARPS * STAGED, barrier_bytes(1, 2, 2, 2))
-
-    def keys_bytes(self) -> int:
-        """Shared memory of a CTA of the keys' kernel: Q, dout, stages of P or dS; barriers."""
-        rows = 2 * self.heads * (self.columns + HALF)
-        return smem_bytes(rows, 2 * KEYS_STAGES * self.item, barrier_bytes(1, KEYS_STAGES))
+        """Shared memory of a CTA of the gradients' kernel: Q, dout; stages of K, dS and P; staged dq; barriers."""
+        heads, stage = 2 * self.heads * 2 * THIRD, 2 * (BLOCK * THIRD + 2 * self.item)
+        return smem_bytes(heads, STAGES * stage, 2 * CONSUMER_WARPS * STAGED, barrier_bytes(1, STAGES, STAGES, STAGES))

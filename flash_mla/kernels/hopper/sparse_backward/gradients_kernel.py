@@ -45,18 +45,18 @@ from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARP, 
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.sparse_backward.config import (
     CONSUMER_WARPS,
+    PARTS,
     PRODUCER_WARPS,
     REGISTERS,
+    STAGES,
     THIRD,
-    THIRDS,
     THREADS,
     Config,
 )
 from flash_mla.kernels.hopper.sparse_backward.weights_kernel import load_heads, without_middle
 from flash_mla.kernels.hopper.sparse_backward.weights_shared import item_of
-from flash_mla.kernels.hopper.staging import store_rows
+from flash_mla.kernels.hopper.staging import late, store_rows
 
-STAGES = 2
 ORDER = (4, 4, 2)
 """Of 32 columns (a, b, c) of a row of kv, where a partial row has (b, a, c): column 8 a + 2 b + c at 8 b + 2 a + c."""
 
@@ -116,7 +116,7 @@ class SparseGradients(Kernel[Config]):
     ):
         tensors = Tensors(kv, without_middle(indices), weights, without_middle(dq), partial)
         kernel = self.kernel(load_heads(q), load_heads(d_out), tensors, lengths, has_lengths)
-        launch_ctas(kernel, q.shape[0] * THIRDS, THREADS, self.config.gradients_bytes(), stream)
+        launch_ctas(kernel, q.shape[0] * PARTS, THREADS, self.config.gradients_bytes(), stream)
 
     @cute.kernel
     def kernel(self, load_q: Tma, load_d_out: Tma, tensors: Tensors, lengths: cute.Tensor, has_lengths: Int32):
@@ -163,22 +163,22 @@ class SparseGradients(Kernel[Config]):
         cute.arch.sync_threads()
 
         index, _, _ = cute.arch.block_idx()
-        token, keys = index // THIRDS, Int32(tensors.indices.shape[1])
+        token, keys = index // PARTS, Int32(tensors.indices.shape[1])
         if has_lengths != 0:
             keys = cutlass.max(0, cutlass.min(lengths[token], keys))
-        work = Work(token, index % THIRDS, keys, (keys + (BLOCK - 1)) // BLOCK)
+        work = Work(token, index % PARTS, keys, (keys + (BLOCK - 1)) // BLOCK)
         if warp_id >= CONSUMER_WARPS:
             cute.arch.setmaxregister_decrease(REGISTERS[1])
             if warp_id == CONSUMER_WARPS:
                 self.load_queries(shared, load_q, load_d_out, work)
-            if work.part == THIRDS - 1:
+            if work.part == PARTS - 1:
                 self.load(shared, tensors, work, True, warp_id - CONSUMER_WARPS)
             else:
                 self.load(shared, tensors, work, False, warp_id - CONSUMER_WARPS)
         else:
             cute.arch.setmaxregister_increase(REGISTERS[0])
             tid, _, _ = cute.arch.thread_idx()
-            if work.part == THIRDS - 1:
+            if work.part == PARTS - 1:
                 self.consume(shared, tensors, work, True, warp_id // 4, tid % WARPGROUP)
             else:
                 self.consume(shared, tensors, work, False, warp_id // 4, tid % WARPGROUP)
@@ -212,7 +212,7 @@ class SparseGradients(Kernel[Config]):
     def load(self, shared: Shared, tensors: Tensors, work: Work, last: cutlass.Constexpr, warp) -> None:
         """K of the part's columns, dS and P, tile after tile."""
         config, keys = self.config, shared.keys
-        chunks = config.chunks - (THIRDS - 1) * (THIRD // CHUNK) if last else THIRD // CHUNK
+        chunks = config.chunks - (PARTS - 1) * (THIRD // CHUNK) if last else THIRD // CHUNK
         rows = tensors.kv.iterator + work.part * THIRD
         gather = Gather.over(rows, 2 * Int64(tensors.kv.stride[1]), warp, cute.arch.lane_idx())
         words, whole = cute.recast_ptr(shared.items, dtype=Int32), cute.make_layout(config.item // 2)
@@ -244,7 +244,7 @@ class SparseGradients(Kernel[Config]):
         """dq of this warpgroup's heads, and dkv of every second tile of keys, from tile `wg` on."""
         config, keys, slopes, weights = self.config, shared.keys, shared.slopes, shared.weights
         dtype, heads, K, MN = DTYPES[config.dtype], config.heads, OperandMajorMode.K, OperandMajorMode.MN
-        before = (THIRDS - 1) * THIRD
+        before = (PARTS - 1) * THIRD
         columns, v_columns = (config.D - before, config.Dv - before) if last else (THIRD, THIRD)
         # 8 x 8 blocks without a swizzle, those of the keys first
         blocks = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_INTER, dtype)
@@ -276,7 +276,6 @@ class SparseGradients(Kernel[Config]):
         sums = cute.make_rmem_tensor(mma_q.partition_shape_C((TILE_M, columns)), Float32)
         v_sums = cute.make_tensor(sums.iterator, cute.make_layout(mma_o.partition_shape_C((TILE_M, v_columns))))
         dQ.fill(0.0)
-        target = tensors.partial[work.token, None, None]
         shared.queries.wait(0, 0)
         for tile in cutlass.range(wg, work.tiles + 1, 2, unroll=1):
             if tile > 0:
@@ -293,12 +292,12 @@ class SparseGradients(Kernel[Config]):
                 stage, round = tile % STAGES, tile // STAGES
                 keys.wait(stage, round)
                 slopes.wait(stage, round)
+                weights.wait(stage, round)
                 warpgroup.fence()
                 self.product(mma, dQ, rS[None, None, None, stage], rK[None, None, None, stage], True)
                 warpgroup.commit_group()
                 self.product(mma_q, sums, rW[None, None, None, stage], rQ, False)
                 warpgroup.commit_group()
-                weights.wait(stage, round)
                 self.product(mma_o, v_sums, rW[None, None, None, STAGES + stage], rO, True)
                 warpgroup.commit_group()
                 warpgroup.wait_group(2)
@@ -307,7 +306,11 @@ class SparseGradients(Kernel[Config]):
                 slopes.release(stage)
                 warpgroup.wait_group(0)
                 weights.release(stage)
-                self.write(sums, target, tile * BLOCK, work.part * THIRD, tid)
+                # NOTE: made again from the CTA's index: kept, they spill where partial rows are FP32
+                cta, _, _ = cute.arch.block_idx()
+                index = late(cta)
+                target = tensors.partial[index // PARTS, None, None]
+                self.write(sums, target, tile * BLOCK, index % PARTS * THIRD, tid)
         if wg < config.head_tiles:
             factor = cute.make_rmem_tensor(2, Float32)
             factor.fill(1.0)

@@ -19,7 +19,7 @@ from flash_mla.kernels.hopper.sparse_backward.config import (
     CONSUMER_WARPS,
     CONSUMERS,
     PRODUCER_WARPS,
-    WEIGHTS_STAGES,
+    ROW_STAGES,
     Bar,
     Config,
 )
@@ -92,7 +92,7 @@ class Consumer:
                     left = tensors.left[head, tile.token]
             self.lse2[r], self.shift[r], self.left[r] = lse2, shift, left
         for side in cutlass.range_constexpr(2):
-            stage, round = (item + side) % WEIGHTS_STAGES, (item + side) // WEIGHTS_STAGES
+            stage, round = (item + side) % ROW_STAGES, (item + side) // ROW_STAGES
             self.shared.rows.wait(stage, round)
             if const_expr(side == self.side):
                 self.take_rows(stage)
@@ -200,8 +200,8 @@ class Consumer:
         self.start(tensors, tile, item)
         for step in cutlass.range(tile.steps, unroll=1):
             n = item + 2 + step
-            stage = n % WEIGHTS_STAGES
-            self.shared.rows.wait(stage, n // WEIGHTS_STAGES)
+            stage = n % ROW_STAGES
+            self.shared.rows.wait(stage, n // ROW_STAGES)
             sync(mine, CONSUMERS)
             self.product(stage)
             arrive(other, CONSUMERS)

@@ -1,4 +1,4 @@
-"""The sparse backward on Hopper, first kernel: f P and dS for the others, `queries_kernel.py` and `keys_kernel.py`.
+"""The sparse backward on Hopper, first kernel: f P and dS for the second, `gradients_kernel.py`.
 
     P = exp2(scale * log2(e) * q k - lse2)      dS = scale P (f dout v - g)
 
@@ -46,8 +46,8 @@ from flash_mla.kernels.hopper.sparse_backward.config import (
     EXCHANGED,
     PRODUCER_WARPS,
     REGISTERS,
+    ROW_STAGES,
     THREADS,
-    WEIGHTS_STAGES,
     Config,
 )
 from flash_mla.kernels.hopper.sparse_backward.weights_consumer import Consumer
@@ -107,10 +107,10 @@ class SparseWeights(Kernel[Config]):
 
         @cute.struct
         class Storage:
-            ring: align[array[dtype, WEIGHTS_STAGES * BLOCK * config.D], 1024]
+            ring: align[array[dtype, ROW_STAGES * BLOCK * config.D], 1024]
             exchange: align[array[dtype, EXCHANGED], 128]
-            sSeen: align[array[Uint16, WEIGHTS_STAGES * PRODUCER_WARPS], 8]
-            barriers: array[Int64, Channel.words(WEIGHTS_STAGES)]
+            sSeen: align[array[Uint16, ROW_STAGES * PRODUCER_WARPS], 8]
+            barriers: array[Int64, Channel.words(ROW_STAGES)]
 
         shared = Shared.over(config, allocate(Storage, config, config.weights_bytes()))
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())

@@ -11,7 +11,7 @@ from cutlass import Int32, Uint16
 from flash_mla.kernels.hopper.boxes import Tma, tma_boxes
 from flash_mla.kernels.hopper.gather import NO_ROW, ROWS, Gather
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
-from flash_mla.kernels.hopper.sparse_backward.config import PRODUCER_WARPS, WEIGHTS_STAGES
+from flash_mla.kernels.hopper.sparse_backward.config import PRODUCER_WARPS, ROW_STAGES
 from flash_mla.kernels.hopper.sparse_backward.weights_shared import Scalars, Shared, Tensors, Tile
 
 
@@ -35,12 +35,12 @@ class Producer:
     def load_heads(self, tma: Tma, columns: cutlass.Constexpr, tile: Tile, item) -> None:
         """Bring in Q or dout of the tile's heads; those past the last arrive as zeros."""
         rows, config = self.shared.rows, self.shared.config
-        stage, round = item % WEIGHTS_STAGES, item // WEIGHTS_STAGES
+        stage, round = item % ROW_STAGES, item // ROW_STAGES
         rows.acquire(stage, round)
         if self.warp == 0:
             with cute.arch.elect_one():
                 rows.expect(stage, 2 * TILE_M * columns)
-            shape = (columns // CHUNK, WEIGHTS_STAGES)
+            shape = (columns // CHUNK, ROW_STAGES)
             many = cute.make_layout(shape, stride=(TILE_M * CHUNK, BLOCK * config.D))
             boxes = (TILE_M, CHUNK), (None, None, None)
             target, source = tma_boxes(tma.atom, self.shared.ring, many, tma.tensor, *boxes)
@@ -65,7 +65,7 @@ class Producer:
     def load_keys(self, row, item) -> None:
         """This warp's 16 rows, and which keys name a row; row: of lane r and r + 16 for row r."""
         rows, config = self.shared.rows, self.shared.config
-        stage, round = item % WEIGHTS_STAGES, item // WEIGHTS_STAGES
+        stage, round = item % ROW_STAGES, item // ROW_STAGES
         seen = Int32(cute.arch.vote_ballot_sync(row >= 0))
         sources = self.gather.sources(row, 0)
         rows.acquire(stage, round)

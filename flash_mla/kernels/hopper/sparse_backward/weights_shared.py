@@ -16,7 +16,7 @@ from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARP, WARPGROUP
 from flash_mla.kernels.hopper.sparse_backward.config import (
     CONSUMER_WARPS,
     PRODUCER_WARPS,
-    WEIGHTS_STAGES,
+    ROW_STAGES,
     Config,
 )
 
@@ -101,11 +101,11 @@ class Shared:
             ring=storage.ring.get_tensor(layout.outer, swizzle=layout.inner).iterator,
             address=storage.ring.data_ptr().toint(),
             exchange=storage.exchange.data_ptr(),
-            sSeen=storage.sSeen.get_tensor(cute.make_layout(WEIGHTS_STAGES * PRODUCER_WARPS)),
+            sSeen=storage.sSeen.get_tensor(cute.make_layout(ROW_STAGES * PRODUCER_WARPS)),
             rows=Channel.over(
                 "Q, dout, K",
                 storage.barriers.data_ptr(),
-                WEIGHTS_STAGES,
+                ROW_STAGES,
                 readers=CONSUMER_WARPS,
                 writers=PRODUCER_WARPS * (WARP + 1),
             ),
@@ -113,8 +113,8 @@ class Shared:
 
     def sK(self, columns: int) -> cute.Tensor:
         """[64, columns, stages] of K."""
-        rows = row_layout(DTYPES[self.config.dtype], BLOCK, self.config.D * WEIGHTS_STAGES).outer
-        shape = (BLOCK, columns, WEIGHTS_STAGES)
+        rows = row_layout(DTYPES[self.config.dtype], BLOCK, self.config.D * ROW_STAGES).outer
+        shape = (BLOCK, columns, ROW_STAGES)
         view = cute.make_layout(shape, stride=(1, BLOCK, BLOCK * self.config.D))
         return cute.make_tensor(self.ring, cute.composition(rows, view))
 
