@@ -10,8 +10,8 @@ tokens after the other, three kernels:
     sparse_keys_kernel     (tokens * key tiles)   products of those with q and dout: a partial row a (token, slot)
     sum_kernel             (rows of kv)           adds the partial rows that name a row, in the order of tokens
 
-A slot is the place of a key in its token's list. Which slots name a row comes from a stable sort of the chunk's
-indices, so that no sum depends on the order of programs: no atomics, the same bits always, and each product is computed
+A slot is the place of a key in its token's list. Which slots name a row comes from a stable sort of indices, so
+that no sum depends on the order of programs: no atomics, the same bits always, and each product is computed
 once: 5 of them, 2.5 times the forward's. The chunk bounds the workspace. Atomic sums of dkv in FP32 took 12.3 ms, this
 way 15.6, sort and sum included, of 34 ms in all (H200, 4096 tokens, 128 heads, topk 2048).
 
