@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar
 from weakref import ReferenceType, ref
 
 import torch
@@ -31,23 +31,34 @@ class Served(NamedTuple):
 # NOTE: a look-up takes 3 us, where the checks of a decode take 16, those of `out` 30 and the plan of a problem 3.
 SERVED = Passed[Served]()
 
+Call = TypeVar("Call", DecodeCall, PrefillCall, MhaCall)
+Posed = TypeVar("Posed", DecodeProblem, PrefillProblem)
 
-def served(call: DecodeCall | PrefillCall | MhaCall, rest: Hashable | None, out: Tensor | None) -> Plan | None:
-    """The plan of a call whose like passed before; of what is written, what facts do not tell is checked."""
+
+def plan_once(
+    call: Call,
+    rest: Hashable | None,
+    check: Callable[[Call], Posed],
+    backend: str | None,
+    out: Tensor | None,
+) -> Plan:
+    """The plan of a call, checked but for values; where one like it passed before, only for what facts do not tell.
+
+    Args:
+        rest: what the checks look at beside the call's tensors and out; None: nothing is remembered.
+        check: the call's checks, which give its problem.
+    """
     found = SERVED.get((*call.tensors, out), rest)
-    if found is None or (chosen := found.plan()) is None:
-        return None
+    chosen = None if found is None else found.plan()
+    if found is None or chosen is None:
+        chosen = plan(contract.check_out(out, check(call), call), backend)
+        if rest is not None:
+            SERVED.keep((*call.tensors, out), rest, Served(ref(chosen), spans(out, *call.tensors)))
+        return chosen
     if out is not None:
         contract.check_out_again(out, found.spans, call)
     if isinstance(call, MhaCall):
         contract.check_places_again(found.spans[1:], call)
-    return chosen
-
-
-def keep(call: DecodeCall | PrefillCall | MhaCall, rest: Hashable | None, out: Tensor | None, chosen: Plan) -> Plan:
-    """Remember the plan of a call that passed its checks, and return it."""
-    if rest is not None:
-        SERVED.keep((*call.tensors, out), rest, Served(ref(chosen), spans(out, *call.tensors)))
     return chosen
 
 
@@ -59,9 +70,7 @@ def plan_decode(
 ) -> Plan:
     """Every check of the call, and its plan. Values are checked where nobody has."""
     rest = contract.rest_of(call, call.k_cache, call.v_cache, call.options, backend)
-    chosen = served(call, rest, out)
-    if chosen is None:
-        chosen = keep(call, rest, out, plan(contract.check_out(out, contract.decode(call), call), backend))
+    chosen = plan_once(call, rest, contract.decode, backend, out)
     problem = chosen.problem
     assert isinstance(problem, DecodeProblem)
     if call.softmax_scale is None and problem.alias:
@@ -81,14 +90,9 @@ def plan_decode(
 def plan_prefill(call: PrefillCall, backend: str | None, out: Tensor | None) -> Plan:
     """Every check of the call, and its plan."""
     rest = contract.rest_of(call, call.k, call.v, call.causal, backend)
-    chosen = served(call, rest, out)
-    if chosen is not None:
-        if call.seq_lens is not None:
-            contract.check_prefill_lengths(call.seq_lens, call.q.shape[2])
-        return chosen
-    problem = contract.prefill(call)
-    contract.check_mask_length("attn_mask", call.attn_mask, problem.P)
-    return keep(call, rest, out, plan(contract.check_out(out, problem, call), backend))
+    chosen = plan_once(call, rest, contract.prefill, backend, out)
+    contract.check_prefill_lengths(call.seq_lens, call.q.shape[2])
+    return chosen
 
 
 def attend_prefill(
@@ -108,9 +112,7 @@ def attend_prefill(
 def plan_mha(call: MhaCall, backend: str | None, out: Tensor | None) -> Plan:
     """Every check of the call, and its plan. Nothing is written yet."""
     rest = contract.rest_of(call, call.k_cache, call.v_cache, call.causal, backend)
-    chosen = served(call, rest, out)
-    if chosen is None:
-        chosen = keep(call, rest, out, plan(contract.check_out(out, contract.mha(call), call), backend))
+    chosen = plan_once(call, rest, contract.mha, backend, out)
     problem = chosen.problem
     assert isinstance(problem, PrefillProblem)
     longest = contract.check_prompt_values(

@@ -223,32 +223,9 @@ torch.library.register_fake("flash_mla::append_rows", fake_append, lib=ROWS)
 # --- The backward of prefill ------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("flash_mla::flash_mla_prefill_backward", mutates_args=())
-def prefill_backward_op(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sparse_layout: Tensor | None,
-    attn_mask: Tensor | None,
-    causal: bool,
-    softmax_scale: float | None,
-    seq_lens: Tensor | None,
-    attn_sink: Tensor | None,
-    backend: str | None,
-    dq_wanted: bool,
-    dkv_wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, d_sink) of a flash_mla_prefill that gave out and lse; empty tensors in place of what is not wanted,
-    and of d_sink without a sink."""
-    with torch.no_grad():
-        return prefill_gradients(
-            d_out, d_lse, q, k, v, out, lse, sparse_layout, attn_mask, causal, softmax_scale, seq_lens, attn_sink,
-            backend, dq_wanted, dkv_wanted,
-        )  # fmt: skip
+prefill_backward_op = torch.library.custom_op(
+    "flash_mla::flash_mla_prefill_backward", prefill_gradients, mutates_args=()
+)
 
 
 @prefill_backward_op.register_fake

@@ -175,14 +175,26 @@ class PoolCall(NamedTuple):
 
 def page_views(call: PoolCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(k, v, k_rope, table): page views [B, Hk, num_blocks, page, columns] of checked pools, and their table."""
-    q, k_pages, v_pages, k_rope_pages, block_table, _, _, layout, v_head_dim, *_ = call
+    check_pools(call)
+    width = check_columns(call)
+    order = (2, 0, 1, 3) if call.layout == "NHD" else (1, 0, 2, 3)
+    given = [pool for pool in (call.k_pages, call.v_pages, call.k_rope_pages) if pool is not None]
+    views = [pool.permute(order).expand(call.q.shape[0], -1, -1, -1, -1) for pool in given]
+    views, table = as_blocks(views, call.block_table.contiguous())
+    k = views[0]
+    v = k[..., :width] if call.v_pages is None else views[1]
+    return k, v, None if call.k_rope_pages is None else views[-1], table
+
+
+def check_pools(call: PoolCall) -> None:
+    """The layout, and what each tensor must be; pools have the same num_blocks, page and Hk."""
+    q, k_pages, v_pages, k_rope_pages, block_table, _, _, layout, *_ = call
     if layout not in LAYOUTS:
         raise ShapeError(f"layout = {layout!r}"[:200], "'NHD' or 'HND'", "`layout` names no layout", "Pass one of them")
     contract.check_tensor("q", q)
     contract.check_rank("q", q.shape, 4, "[B, Hq, S_q, D]")
     contract.check_tensor("block_table", block_table)
     contract.check_index("block_table", block_table, (q.shape[0], -1), "[B, max_pages]")
-    pools = {"q": q, "k_pages": k_pages}
     for name, pool in (("k_pages", k_pages), ("v_pages", v_pages), ("k_rope_pages", k_rope_pages)):
         if pool is None and name != "k_pages":
             continue
@@ -190,7 +202,6 @@ def page_views(call: PoolCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         assert pool is not None
         contract.check_rank(name, pool.shape, 4, LAYOUTS[layout])
         contract.check_last_dim(name, pool)
-        pools[name] = pool
         if pool.shape[:3] != k_pages.shape[:3]:
             raise ShapeError(
                 named(k_pages=k_pages, **{name: pool}),
@@ -198,16 +209,32 @@ def page_views(call: PoolCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
                 f"`k_pages` and `{name}` differ",
             )
     contract.check_last_dim("q", q)
-    contract.check_on(q.device, block_table=block_table, **{n: x for n, x in pools.items() if n != "q"})
+    contract.check_on(q.device, block_table=block_table, k_pages=k_pages, v_pages=v_pages, k_rope_pages=k_rope_pages)
+    page = k_pages.shape[1 if layout == "NHD" else 2]
+    if page not in (16, 32) and (page % BLOCK or not page):
+        raise BlockCountError(
+            f"{named(k_pages=k_pages)}, layout {layout}: pages of {page} tokens",
+            f"pages of 16, 32 or a multiple of {BLOCK} tokens",
+            "The kernels' tiles do not fit such pages",
+            "Re-pack the pool, or name the other layout",
+        )
+
+
+def check_columns(call: PoolCall) -> int:
+    """The columns of K, which are q's D, and of V, which is given once; returns Dv where V lies inside K."""
+    q, k_pages, v_pages, k_rope_pages, *_ = call
+    v_head_dim = call.v_head_dim
+    pools = {"k_pages": k_pages, "v_pages": v_pages, "k_rope_pages": k_rope_pages}
+    shapes = named(q=q, **{name: pool for name, pool in pools.items() if pool is not None})
     D, columns = q.shape[3], k_pages.shape[3] + (0 if k_rope_pages is None else k_rope_pages.shape[3])
     if columns != D:
         raise ShapeError(
-            named(**pools), f"k_pages{'' if k_rope_pages is None else ' and k_rope_pages'} of q's D = {D} columns",
+            shapes, f"k_pages{'' if k_rope_pages is None else ' and k_rope_pages'} of q's D = {D} columns",
             "The rows of K and of q differ in D", contract.UNABSORBED,
         )  # fmt: skip
     if v_pages is not None and (k_rope_pages is not None or v_head_dim not in (None, v_pages.shape[3])):
         raise ShapeError(
-            f"{named(**pools)}, v_head_dim = {v_head_dim}",
+            f"{shapes}, v_head_dim = {v_head_dim}",
             "v_pages None where the latent is split, and v_head_dim None or v_pages' columns",
             "V is given twice",
             "Leave v_pages or the other out",
@@ -221,26 +248,12 @@ def page_views(call: PoolCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         )
     if k_rope_pages is not None and width != k_pages.shape[3]:
         raise ShapeError(
-            f"{named(**pools)}, v_head_dim = {v_head_dim}",
+            f"{shapes}, v_head_dim = {v_head_dim}",
             f"v_head_dim = {k_pages.shape[3]}, all columns of k_pages",
             "The latent of a split row is V",
             "Leave v_head_dim out",
         )
-    page = k_pages.shape[1 if layout == "NHD" else 2]
-    if page not in (16, 32) and (page % BLOCK or not page):
-        raise BlockCountError(
-            f"{named(k_pages=k_pages)}, layout {layout}: pages of {page} tokens",
-            f"pages of 16, 32 or a multiple of {BLOCK} tokens",
-            "The kernels' tiles do not fit such pages",
-            "Re-pack the pool, or name the other layout",
-        )
-    given = [pool for pool in (k_pages, v_pages, k_rope_pages) if pool is not None]
-    order = (2, 0, 1, 3) if layout == "NHD" else (1, 0, 2, 3)
-    views = [pool.permute(order).expand(q.shape[0], -1, -1, -1, -1) for pool in given]
-    views, table = as_blocks(views, block_table.contiguous())
-    k = views[0]
-    v = k[..., :width] if v_pages is None else views[1]
-    return k, v, None if k_rope_pages is None else views[-1], table
+    return width
 
 
 def as_blocks(views: list[Tensor], table: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -277,7 +290,7 @@ class Route(NamedTuple):
         plan: of the problem, or of the same one with q and out packed; weak, as in `calls.Served`.
         problem: over the page views, its queries as heads where `folded`, else 0, says how many a request has.
         packed: the plan's own problem has q and out packed.
-        k, v, k_rope: the page views; v is None where it is the first columns of the one KV head's K.
+        k, v, k_rope: the page views; v's is over K's pool where V is K's first columns.
         parts: blocks that a page was cut into.
         like: a tensor like out, without memory, where the plan's launch takes q, pools and out as the call has them.
         spans: of out, then of the call's tensors.
@@ -288,7 +301,7 @@ class Route(NamedTuple):
     folded: int
     packed: bool
     k: View
-    v: View | None
+    v: View
     k_rope: View | None
     parts: int
     like: Tensor | None
@@ -303,9 +316,8 @@ class Route(NamedTuple):
         q = q.transpose(1, 2) if by_token else q
         k_rope = None if rope is None or self.k_rope is None else self.k_rope.of(rope)
         table = table.contiguous() if self.parts == 1 else table_of_blocks(table, self.parts)
-        k_view = self.k.of(k)
-        v = k_view if self.v is None else self.v.of(k if v is None else v)
-        return DecodeCall(q, k_view, v, table, lengths, mask, scale, descales, sink, options, k_rope)
+        v = self.v.of(k if v is None else v)
+        return DecodeCall(q, self.k.of(k), v, table, lengths, mask, scale, descales, sink, options, k_rope)
 
 
 # NOTE: 30 us less on the host than views and checks (EPYC, minima of a thread's time).
@@ -450,9 +462,7 @@ def route_of(call: PoolCall, views: DecodeCall, problem: DecodeProblem, backend:
     k, v, rope = views.k_cache, views.v_cache, views.k_rope
     k_rope = None if rope is None else View(rope.shape, rope.stride())
     parts = call.k_pages.shape[1 if call.layout == "NHD" else 2] // problem.page
-    k_view, v_view = View(k.shape, k.stride()), None
-    if not (problem.alias and problem.Hk == 1):
-        v_view = View(v.shape, v.stride())
+    k_view, v_view = View(k.shape, k.stride()), View(v.shape, v.stride())
     packed = chosen.problem != problem
     like = None
     if chosen.by_address and parts == 1 and not (folded or packed or rope is not None):

@@ -57,7 +57,7 @@ def quantise(x: Tensor, descale: float | Tensor | None = None, *, per_head: bool
         amax = sizes.amax(dim=-1) if sizes.shape[-1] else sizes.new_zeros(sizes.shape[:-1])
         factor = (amax / E4M3_MAX).clamp_min(TINY)
     else:
-        _check_divisor(descale)
+        check_divisor(descale)
         factor = _factor(descale, x)
     return _to_e4m3(x.float() / _per_row(factor, x)), factor
 
@@ -118,14 +118,14 @@ def _check_last(slots: Tensor, limit: int) -> None:
         raise BlockTableError(given=f"slot {last}", required=f"slots < {limit}, the tokens that {limit} rows hold")
 
 
-def _check_divisor(descale: float | Tensor) -> None:
+def check_divisor(descale: float | Tensor, name: str = "descale") -> None:
     """What stored values are divided by is a finite number above 0; of a tensor no value is read."""
     if not isinstance(descale, Tensor) and not 0 < descale < math.inf:
         raise ShapeError(
-            given=f"descale = {descale!r}",
+            given=f"{name} = {descale!r}",
             required="a finite number above 0, or a tensor of such",
             cause="Values are divided by it to be stored",
-            fix="Pass max|x| / 448, or None to have it found",
+            fix="Pass max|x| / 448, which fills the range of e4m3",
         )
 
 
@@ -304,7 +304,7 @@ class RowFormat:
         limit = pages.shape[0] * pages.shape[1]
         if check_values and N:
             _check_last(slots, limit)
-        _check_divisor(self._descale(descale))
+        check_divisor(self._descale(descale))
         if isinstance(descale, Tensor):
             descale = descale.to(pages.device, torch.float32)
         elif descale is not None:  # filled on the device: a copy from the host could not be captured
@@ -399,7 +399,7 @@ class RowFormat:
         # NOTE: contiguous, for else a rope of no dims has no bytes to view
         latent, rope = rows.contiguous().split([self.quantised, self.rope], dim=-1)
         if self.tile is None:
-            _check_divisor(self._descale(descale))
+            check_divisor(self._descale(descale))
             stored = _to_e4m3(latent.float() / self._descale(descale))
             scales = stored.view(torch.uint8)[..., :0]
         else:

@@ -409,6 +409,8 @@ def test_a_wrong_kind_is_our_error_in_a_compiled_call_too(name: str) -> None:
     """torch's own errors of custom ops would name no argument."""
     function, arguments = CALLS[f"flash_mla.{name}"]()
     for key, right in arguments.items():
+        if key in ("k_descale", "v_descale"):  # as q_descale, whose calls trace for seconds
+            continue
         for junk in ([1, 2], torch.tensor(1.0) if isinstance(right, torch.Tensor) else "abc"):
             torch.compiler.reset()
             with pytest.raises(FlashMLAError, match=rf"\b{key}\b"):

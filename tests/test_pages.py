@@ -80,6 +80,8 @@ CASES = {
     "page-32-padded": dict(page=32, packing="padded", dtype=torch.float16, sink=True),
     "mla": dict(page=64, packing="latent", Hk=1, Hq=8, D=80, Dv=64),
     "mla-page-16": dict(page=16, packing="latent", Hk=1, Hq=8, D=80, Dv=64, S_q=2),
+    "mla-half": dict(page=32, packing="latent", Hk=1, Hq=16, D=128, Dv=64, dtype=torch.float32, mask=True),
+    "mla-fp8": dict(page=64, packing="latent", Hk=1, Hq=4, D=576, Dv=512, kv_dtype=FP8, descale=True),
     "split": dict(page=64, packing="split", Hk=1, Hq=8, D=80, S_q=2),
     "split-page-16": dict(page=16, packing="split", Hk=1, Hq=8, D=80, sink=True),
     "split-fp8": dict(page=32, packing="split", Hk=1, Hq=8, D=576, kv_dtype=FP8, descale=True),
@@ -150,6 +152,11 @@ def test_pages(name, backend):
     again = decode_over_pages(**x, **options, out=given, check_values=False)
     assert again.data_ptr() == memory.data_ptr()
     assert torch.equal(again, out)
+    assert memory[..., Dv:].isnan().all()
+    # both once more: what the first calls left serves now
+    assert all(map(torch.equal, decode_over_pages(**x, **options, return_lse=True), (out, lse)))
+    memory.fill_(math.nan)
+    assert torch.equal(decode_over_pages(**x, **options, out=given, check_values=False), out)
     assert memory[..., Dv:].isnan().all()
 
 

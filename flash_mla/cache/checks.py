@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from flash_mla.errors import DeviceError, DTypeError, ShapeError
 from flash_mla.problem import DTYPES, FP8
+from flash_mla.quant import check_divisor
 
 
 def integers(
@@ -52,13 +52,7 @@ def check_rows(name: str, rows: Tensor, storage: Tensor, R: int, T: int) -> None
 
 def head_factors(name: str, descale: float | Tensor, heads: int, device: torch.device) -> Tensor:
     """descale as FP32 [1, Hk]."""
-    if not isinstance(descale, Tensor) and not 0 < descale < math.inf:
-        raise ShapeError(
-            given=f"{name} = {descale!r}",
-            required="a finite number above 0, or a tensor of such",
-            cause="Rows are divided by it to be stored",
-            fix="Pass max|k| / 448, or leave it out for 1",
-        )
+    check_divisor(descale, name)
     factors = torch.as_tensor(descale, dtype=torch.float32, device=device)
     if factors.shape not in ((), (heads,), (1, heads)):
         raise ShapeError(given=f"{name} {list(factors.shape)}", required=f"a float, [{heads}] or [1, {heads}]")

@@ -17,7 +17,7 @@ from flash_mla.contract.caches import (
     is_alias,
 )
 from flash_mla.contract.given import MhaCall, PrefillCall
-from flash_mla.contract.masks import check_mask
+from flash_mla.contract.masks import check_mask, check_mask_length
 from flash_mla.contract.memory import check_apart, check_writable, share_memory
 from flash_mla.contract.scales import check_descales, check_descales_given, check_scale, check_sink
 from flash_mla.contract.tensors import (
@@ -31,7 +31,6 @@ from flash_mla.contract.tensors import (
     named,
     out_dtype,
 )
-from flash_mla.contract.values import check_prefill_lengths
 from flash_mla.errors import BlockCountError, HeadGroupingError, LayoutError, ShapeError
 from flash_mla.passed import apart
 from flash_mla.problem import BLOCK, PrefillProblem
@@ -61,15 +60,16 @@ def prefill(call: PrefillCall) -> PrefillProblem:
     check_head_dims(D, Dv)
     if seq_lens is not None:
         check_seq_lens_shape(seq_lens, B)
-        check_prefill_lengths(seq_lens, P)
     check_sink(attn_sink, Hq, q.device)
+    mask = check_mask("attn_mask", attn_mask, B, Hq, P, "[B, 1|Hq, P, P]")
+    check_mask_length("attn_mask", attn_mask, P)
     return prefill_problem(
         q,
         k,
         v,
         S_kv=P,
         causal=causal,
-        mask=check_mask("attn_mask", attn_mask, B, Hq, P, "[B, 1|Hq, P, P]"),
+        mask=mask,
         block_mask=sparse_layout is not None,
         seq_lens=seq_lens is not None,
         descale=check_descales(descales, B, Hk, q.device),

@@ -78,9 +78,9 @@ def check_used(block_table: Tensor, seq_lens: Tensor, Nblk: int, name: str, page
         )
 
 
-def check_prefill_lengths(seq_lens: Tensor, P: int) -> None:
+def check_prefill_lengths(seq_lens: Tensor | None, P: int) -> None:
     """Key lengths of a prefill lie in [0, P]; on a GPU they are not read, and kernels clamp them."""
-    if seq_lens.device.type != "cpu" or not seq_lens.numel():
+    if seq_lens is None or seq_lens.device.type != "cpu" or not seq_lens.numel():
         return
     low, high = extremes(seq_lens)
     if low < 0 or high > P:

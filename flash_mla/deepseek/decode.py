@@ -115,18 +115,9 @@ def flash_mla_with_kvcache(
                 q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, attn_sink, backend, out
             )
         return dense(
-            q,
-            k_cache,
-            block_table,
-            cache_seqlens,
-            head_dim_v,
-            softmax_scale,
-            causal,
-            (None, None),
-            attn_sink,
-            backend,
-            out,
-        )
+            q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, (None, None), attn_sink,
+            backend, out,
+        )  # fmt: skip
     if causal:
         raise ShapeError(
             "causal = True and indices",
@@ -146,7 +137,7 @@ def flash_mla_with_kvcache(
     keys: tuple[SparseKeys, ...] = (SparseKeys(k_cache, indices, topk_length),)
     if extra_k_cache is not None and extra_indices_in_kvcache is not None:
         keys += (SparseKeys(extra_k_cache, extra_indices_in_kvcache, extra_topk_length),)
-    return sparse(q, keys, is_fp8_kvcache, head_dim_v, softmax_scale, attn_sink, backend, out)[:2]
+    return sparse(q, keys, is_fp8_kvcache, head_dim_v, softmax_scale, attn_sink, False, backend, out)[:2]
 
 
 @entry("flash_mla.deepseek")
@@ -213,7 +204,7 @@ def dense_rows(
     seen = t < last.expand(B, S_q).unsqueeze(2)  # [b, s_q, tokens]
     indices = torch.where(seen, rows.flatten(1).unsqueeze(1), -1).to(torch.int32)
     keys = (SparseKeys(k_cache, indices, lengths),)
-    return sparse(q, keys, True, Dv, softmax_scale, attn_sink, backend, out)[:2]
+    return sparse(q, keys, True, Dv, softmax_scale, attn_sink, False, backend, out)[:2]
 
 
 # --- Dense ------------------------------------------------------------------------------------------------------------

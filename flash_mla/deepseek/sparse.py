@@ -159,9 +159,9 @@ def sparse(
     Dv: int,
     softmax_scale: float | None,
     attn_sink: Tensor | None,
+    max_logits: bool,
     backend: str | None,
     out: Tensor | None,
-    max_logits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(out, lse, max_logits) as in `SparseArgs`, of a call as it was given; the out that was given, if one was.
 
@@ -169,7 +169,7 @@ def sparse(
         q, keys: in prefill (`max_logits`) without a dim of requests. lse is +inf on a row without keys.
         formatted: the rows have a format.
     """
-    chosen = plan_sparse(q, keys, formatted, Dv, softmax_scale, attn_sink, backend, max_logits)
+    chosen = plan_sparse(q, keys, formatted, Dv, softmax_scale, attn_sink, max_logits, backend)
     if out is not None:
         tensors = {f"{n}{name}": x for n, one in zip(PREFIXES, keys, strict=False) for name, x in one._asdict().items()}
         check_out(out, q, Dv, attn_sink=attn_sink, **tensors)
@@ -196,10 +196,10 @@ def plan_sparse(
     Dv: int,
     softmax_scale: float | None,
     attn_sink: Tensor | None,
-    backend: str | None,
     max_logits: bool,
+    backend: str | None,
 ) -> Plan:
-    """The plan of a call, every check made where it did not pass before."""
+    """The plan of a call, every check made where it did not pass before; the arguments are `sparse`'s."""
     sign = check_scale(softmax_scale)
     tensors, rest = (q, attn_sink, *keys[0], *(keys[1] if len(keys) > 1 else ())), None
     if not traced(q):  # a traced tensor has no address
@@ -285,7 +285,7 @@ def sparse_prefill(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, max_logits, lse) of flash_mla_sparse_fwd."""
     keys = (SparseKeys(kv, indices, topk_length),)
-    result, lse, max_logits = sparse(q, keys, False, d_v, sm_scale, attn_sink, backend, out, max_logits=True)
+    result, lse, max_logits = sparse(q, keys, False, d_v, sm_scale, attn_sink, True, backend, out)
     assert max_logits is not None
     return result, max_logits, lse
 

@@ -375,6 +375,7 @@ class ShardedAttention:
         descales = (q_descale, k_descale, v_descale)
         call = contract.PrefillCall(whole, k, v, None, None, causal, softmax_scale, seq_lens, descales, attn_sink)
         checked = contract.prefill(call)
+        contract.check_prefill_lengths(seq_lens, P)
         contract.check_last_dim("q", q)
         contract.check_monotonic("q", q.shape[:3], q.stride()[:3], "B H P")
         results = []
