@@ -99,21 +99,26 @@ def test_config_of_fp8(changes: dict, dtype: str) -> None:
     ("changes", "cluster"),
     [
         ({"P": 1024}, 2),
-        ({"P": 200, "sink": True, "dtype": torch.float16}, 2),
-        ({"P": 33 * 128}, 2),
-        ({"P": 300}, 1),  # a tile without a partner
-        ({"P": 1024, "seq_lens": True}, 2),
-        ({"P": 1024, "causal": True}, 1),
-        ({"P": 2048, "causal": True}, 2),
-        ({"P": 1024, "block_mask": True}, 1),
-        ({"P": 1024, "dtype": FP8}, 1),
-        ({"P": 1024, "D": 192}, 2),
-        ({"P": 1024, "D": 256, "Dv": 256}, 1),
-        ({"P": 1024, **PAGES}, 1),
+        ({"P": 4096, "D": 192, "dtype": torch.float16, "sink": True}, 2),
+        ({"P": 8192, "causal": True}, 2),
+        ({"P": 8192, "seq_lens": True}, 2),
+        ({"P": 4096, "D": 192, "causal": True}, 2),
+        ({"P": 8192 + 1, "causal": True}, 2),
+        # few tiles, or one without a partner
+        ({"P": 512}, 1),
+        ({"P": 4096, "causal": True}, 1),
+        ({"P": 4096, "seq_lens": True}, 1),
+        ({"P": 2048, "D": 192}, 1),
+        ({"P": 1025}, 1),
+        # what no pair shares
+        ({"P": 8192, "block_mask": True}, 1),
+        ({"P": 8192, "dtype": FP8}, 1),
+        ({"P": 8192, "D": 256, "Dv": 256}, 1),
+        ({"P": 8192, **PAGES}, 1),
     ],
 )
 def test_pairs_of_tiles_share_keys(changes: dict, cluster: int) -> None:
-    """Where few of them have no partner, and few keys are those of one."""
+    """Where that pays, and few have no partner."""
     assert prefill.config(PROBLEM._replace(**{"causal": False, **changes})).cluster == cluster
 
 

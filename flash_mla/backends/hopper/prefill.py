@@ -17,13 +17,11 @@ from flash_mla.kernels.hopper.prefill import schedule
 from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
 from flash_mla.problem import BLOCK, FP8, PrefillArgs, PrefillProblem
 
-SHARED_WIDTHS = (128, 192)
-"""D at which pairs of row tiles share their loads."""
+LEAST_TILES = {128: (8, 64), 192: (32, 32)}
+"""Row tiles of a head from which on pairs of them share what they load, by D: of tiles that are all alike, and of
+others, where a pair takes as long as its upper tile (measured: docs/design/prefill.md)."""
 MANY_TILES = 32
 """Row tiles of a head from which on one without a partner costs less than sharing saves."""
-
-CAUSAL_TILES = 16
-"""Row tiles of a head from which on causal pairs share their loads: a pair takes as long as its upper tile."""
 
 
 def refuse(problem: PrefillProblem) -> str | None:
@@ -68,12 +66,14 @@ def config(problem: PrefillProblem) -> Config:
 
 
 def shares_keys(problem: PrefillProblem, config: Config) -> bool:
-    """Whether pairs of row tiles share what they load: where few have no partner, and few keys are those of one."""
-    if config.paged or config.sparse or config.fp8 or config.D not in SHARED_WIDTHS:
+    """Whether pairs of row tiles share what they load: where that pays, and few have no partner."""
+    if config.paged or config.sparse or config.fp8 or config.D not in LEAST_TILES:
         return False
     row_tiles = -(-problem.P // config.tile_m)
+    least_alike, least = LEAST_TILES[config.D]
+    alike = not problem.causal and not problem.seq_lens
     paired = row_tiles % 2 == 0 or row_tiles > MANY_TILES
-    return paired and (row_tiles >= CAUSAL_TILES or not problem.causal)
+    return paired and row_tiles >= (least_alike if alike else least)
 
 
 def narrow(x: Tensor) -> Tensor:
