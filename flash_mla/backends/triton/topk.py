@@ -28,7 +28,7 @@ def config(problem: TopkProblem, on: Target | None = None) -> topk.Config:
 
 
 class Workspace(NamedTuple):
-    """pivots [rows] FP32, marks [rows, ceil(N / 32)] int32 (whole tiles), candidates [rows, room] int32."""
+    """pivots [rows] FP32, marks [rows, ceil(N / 32)] int32 (whole spans), candidates [rows, room] int32."""
 
     pivots: Tensor
     marks: Tensor
@@ -42,7 +42,7 @@ def workspace(problem: TopkProblem, config: topk.Config) -> Workspace | None:
     empty = partial(torch.empty, device=problem.device)
     return Workspace(
         empty(problem.rows, dtype=torch.float32),
-        empty(problem.rows, -(-problem.N // config.tile) * config.tile // 32, dtype=torch.int32),
+        empty(problem.rows, -(-problem.N // config.span) * config.span // 32, dtype=torch.int32),
         empty(problem.rows, config.room, dtype=torch.int32),
     )
 

@@ -2,8 +2,9 @@
 
 Find a pivot: a strided sample of the row gives a score that a little more than k are expected to reach. Mark: each
 score is read once, and a bit says whether it does (compact.py). Select: the columns whose bits are set are the
-candidates, whose scores are held in registers as integers that order as the scores do; a radix select of one bit a step
-halves the range of the threshold until k of them lie at or above it. Rows of at most `room` scores are all candidates.
+candidates, whose scores are held in registers as integers that order as the scores do; the range of the threshold is
+narrowed, a guess and its middle a step, until k of them lie at or above it. Rows of at most `room` scores are all
+candidates.
 
 select_kernel, grid (rows), does all three; of few long rows, pivot_kernel, grid (rows), and mark_kernel, grid (rows,
 parts), do the first two.
@@ -32,12 +33,14 @@ from flash_mla.kernels.triton.tiles import power_of_2
 
 @dataclass(frozen=True)
 class Config:
-    """room candidates a row, 16 a thread of warps warps; parts programs mark them, tile scores a step, with a pivot
-    from sample scores. parts is 0 where every score is a candidate. ptx: of NVIDIA.
+    """room candidates a row, 16 a thread of warps warps; parts programs mark them, span scores a step, with a pivot
+    from sample scores. parts is 0 where every score is a candidate. Where there are too many, tile scores a step are
+    looked at again. ptx: of NVIDIA.
     """
 
     room: int
     parts: int
+    span: int
     tile: int
     sample: int
     ptx: bool
@@ -64,15 +67,15 @@ def config(*, rows: int, N: int, topk: int, target: Target) -> Config:
     interpreted, ptx = target.backend == "interpreter", target.backend == "cuda"
     room = max(512 if interpreted else 4096, power_of_2(2 * topk))
     if room >= N:
-        return Config(max(128, power_of_2(max(N, 1))), 0, 0, 0, ptx)
-    tile = 512 if interpreted else 2048
+        return Config(max(128, power_of_2(max(N, 1))), 0, 0, 0, 0, ptx)
+    span, tile = (512, 512) if interpreted else (8192, 2048)
     # a sixteenth of the row: of 128k scores, 128 +- 9 of the sample are among the greatest 2048
     sample = min(16384, max(64 if interpreted else 2048, power_of_2(N) // 16))
     parts = 1
     if rows <= target.multiprocessors and N > (1024 if interpreted else 32768):
-        # four programs an SM while a part has two tiles or more
-        parts = min(-(-N // (2 * tile)), -(-4 * target.multiprocessors // rows), MAX_PARTS)
-    return Config(room, parts, tile, sample, ptx)
+        # four programs an SM while a part has a span or more
+        parts = min(-(-N // span), -(-4 * target.multiprocessors // rows), MAX_PARTS)
+    return Config(room, parts, span, tile, sample, ptx)
 
 
 # --- Steps ---
@@ -118,22 +121,44 @@ def halve(low, high):
 
 
 @triton.jit
-def threshold(keys, wanted, enough):
+def guess(low, at_low, high, at_high, wanted):
+    """The key that `wanted` would reach if they lay evenly from low to high, neither of both."""
+    width = tl.sub(high, low, sanitize_overflow=False).to(tl.uint32, bitcast=True).to(tl.float32)
+    step = width * ((at_low - wanted) / (at_low - at_high).to(tl.float32))
+    key = tl.add(low, step.to(tl.uint32).to(tl.int32, bitcast=True), sanitize_overflow=False)
+    return tl.minimum(tl.maximum(key, low + 1), high - 1)
+
+
+@triton.jit
+def least(keys):
+    """(the least key, how many are there)."""
+    return tl.min(tl.where(keys == NEVER, GREATEST, keys), 0), reaching(keys, LEAST)
+
+
+@triton.jit
+def threshold(keys, low, at_low, wanted, enough):
     """(low, at_low, high, at_high): at_low keys reach low, at_high < wanted reach high, and either high is low + 1 or
-    at_low is at most `enough` (>= wanted); low is the least key where no more than that are there."""
-    at_low = reaching(keys, LEAST)
-    low = tl.min(tl.where(keys == NEVER, GREATEST, keys), 0)
+    at_low is at most `enough` (>= wanted), as it may be from the start.
+
+    A step is a chain of reductions over the program, so it tries two keys: a guess, which takes half as many steps as
+    halving does, and the middle, so that no scores make it take more.
+    """
     high = tl.max(keys, 0) + 1
     at_high = 0
     while (at_low > enough) & (high > low + 1):
-        middle = halve(low, high)
-        count = reaching(keys, middle)
-        if count >= wanted:
-            low = middle
-            at_low = count
+        guessed, middle = guess(low, at_low, high, at_high, wanted), halve(low, high)
+        first, second = tl.minimum(guessed, middle), tl.maximum(guessed, middle)
+        # both counts in one sum: neither exceeds 16384, the longest sample
+        both = tl.sum((keys >= first).to(tl.int32) + ((keys >= second).to(tl.int32) << 16), 0)
+        at_first, at_second = both & 0xFFFF, both >> 16
+        if at_first < wanted:
+            high = first
+            at_high = at_first
         else:
-            high = middle
-            at_high = count
+            low = tl.where(at_second < wanted, first, second)
+            at_low = tl.where(at_second < wanted, at_first, at_second)
+            high = tl.where(at_second < wanted, second, high)
+            at_high = tl.where(at_second < wanted, at_second, at_high)
     return low, at_low, high, at_high
 
 
@@ -180,7 +205,8 @@ def find_pivot(score_row, begin, end, AIM: tl.constexpr, ROOM: tl.constexpr, SAM
     live = (offs < end) & (length > ROOM)
     keys = ordered(tl.load(score_row + offs, mask=live, other=float("-inf")), live)
     wanted = tl.maximum(tl.cast(SAMPLE, tl.int64) * AIM // length, 1).to(tl.int32)
-    low, at_low, _, _ = threshold(keys, wanted, wanted + wanted // 16)
+    low, at_low = least(keys)
+    low, at_low, _, _ = threshold(keys, low, at_low, wanted, wanted + wanted // 16)
     return tl.where(at_low < wanted, float("-inf"), score_of(low))
 
 
@@ -216,17 +242,17 @@ def mark_kernel(
     words,
     stride_row,
     PARTS: tl.constexpr,
-    TILE: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     begin, end = bounds(start_ptr, end_ptr, row, N)
-    # this part's tiles, on multiples of TILE so that loads are wide
-    base = begin // TILE * TILE
-    each = ((end - base + TILE - 1) // TILE + PARTS - 1) // PARTS * TILE
+    # this part's spans, on multiples of SPAN so that loads are wide
+    base = begin // SPAN * SPAN
+    each = ((end - base + SPAN - 1) // SPAN + PARTS - 1) // PARTS * SPAN
     first = base + tl.program_id(1) * each
     last = tl.minimum(first + each, end)
     pivot = finite(tl.load(pivot_ptr + row))
-    mark(score_ptr + row * stride_row, mark_ptr + row * words, pivot, begin, end, first, last, width, TILE)
+    mark(score_ptr + row * stride_row, mark_ptr + row * words, pivot, begin, end, first, last, width, SPAN)
 
 
 @triton.jit
@@ -250,6 +276,7 @@ def select_kernel(
     PAGE: tl.constexpr,  # 0: columns are not mapped
     ROOM: tl.constexpr,
     PARTS: tl.constexpr,  # 0: all scores are candidates; 1: this kernel marks them
+    SPAN: tl.constexpr,
     TILE: tl.constexpr,
     AIM: tl.constexpr,
     SAMPLE: tl.constexpr,
@@ -275,11 +302,11 @@ def select_kernel(
         candidate_row = candidate_ptr + row * ROOM
         if PARTS == 1:
             pivot = find_pivot(score_row, begin, end, AIM, ROOM, SAMPLE)
-            mark(score_row, mark_row, finite(pivot), begin, end, begin // TILE * TILE, end, width, TILE)
+            mark(score_row, mark_row, finite(pivot), begin, end, begin // SPAN * SPAN, end, width, SPAN)
             tl.debug_barrier()  # other threads have written what this one reads, here and below
         else:
             pivot = tl.load(pivot_ptr + row)
-        total = list_marked(mark_row, candidate_row, begin, end, ROOM, TILE, WORDS, PTX)
+        total = list_marked(mark_row, candidate_row, begin, end, ROOM, SPAN, WORDS, PTX)
         fits = (total <= ROOM) & ((pivot == float("-inf")) | (total >= K))
         live = (offs < total) & fits
         tl.debug_barrier()
@@ -287,7 +314,11 @@ def select_kernel(
         scores = tl.load(score_row + columns, mask=live, other=float("-inf"))
 
     keys = ordered(scores, live)
-    low, at_low, high, at_high = threshold(keys, K, K)
+    if PARTS == 0:
+        low, at_low = least(keys)
+    else:
+        low, at_low = ordered(finite(pivot), True), tl.where(fits, total, 0)
+    low, at_low, high, at_high = threshold(keys, low, at_low, K, K)
     if PARTS > 0:  # noqa: SIM102 (known when the kernel is compiled)
         if fits == 0:
             # NOTE: up to 32 passes over the row (H200, 64 rows of 128k scores of 50 values: 0.9 ms)
@@ -350,7 +381,7 @@ def mark_arguments(
     """mark_kernel's arguments."""
     return dict(
         score_ptr=scores, start_ptr=starts, end_ptr=ends, pivot_ptr=pivots, mark_ptr=marks, N=N,
-        width=scores.shape[1], words=marks.shape[1], stride_row=scores.stride(0), PARTS=config.parts, TILE=config.tile,
+        width=scores.shape[1], words=marks.shape[1], stride_row=scores.stride(0), PARTS=config.parts, SPAN=config.span,
     )  # fmt: skip
 
 
@@ -375,7 +406,7 @@ def select_arguments(
         table_ptr=block_table, out_ptr=out, N=N, width=scores.shape[1], words=0 if marks is None else marks.shape[1],
         stride_row=scores.stride(0), queries=queries,
         table_blocks=0 if block_table is None else block_table.shape[1], K=out.shape[1],
-        K_TILE=power_of_2(out.shape[1]), PAGE=page, ROOM=config.room, PARTS=config.parts, TILE=config.tile,
-        AIM=config.aim(out.shape[1]), SAMPLE=config.sample,
+        K_TILE=power_of_2(out.shape[1]), PAGE=page, ROOM=config.room, PARTS=config.parts, SPAN=config.span,
+        TILE=config.tile, AIM=config.aim(out.shape[1]), SAMPLE=config.sample,
         WORDS=max(128, min(config.room // 2, power_of_2(-(-N // 32)))), PTX=config.ptx,
     )  # fmt: skip
