@@ -14,23 +14,24 @@ pytestmark = NEEDS
 
 VARIANTS = gates(
     [
-        *((*width, False, False, 1) for width in WIDTHS),
-        (128, 128, False, False, 2),
-        (128, 128, True, False, 1),
-        (128, 128, False, True, 1),
-        (256, 256, False, True, 1),
+        *((*width, False, False, 1, False) for width in WIDTHS),
+        (128, 128, False, False, 2, True),
+        (192, 128, False, False, 2, False),
+        (128, 128, True, False, 1, False),
+        (128, 128, False, True, 1, False),
+        (256, 256, False, True, 1, False),
     ],
     [
-        (64, 64, True, False, 1),
-        (64, 64, False, True, 1),
-        (192, 128, False, False, 2),
-        (192, 128, True, False, 1),
-        (192, 128, False, True, 1),
-        (256, 256, True, False, 1),
+        (64, 64, True, False, 1, False),
+        (64, 64, False, True, 1, False),
+        (128, 128, False, False, 2, False),
+        (192, 128, True, False, 1, False),
+        (192, 128, False, True, 1, False),
+        (256, 256, True, False, 1, False),
     ],
 )
-"""(D, Dv, paged, sparse, cluster) in BF16. FP16 differs in the type of an instruction; pages and a list together in the
-producer alone, and each is compiled."""
+"""(D, Dv, paged, sparse, cluster, in_turn) in BF16. FP16 differs in the type of an instruction; pages and a list together
+in the producer alone, and each is compiled."""
 FP8_VARIANTS = gates(
     [(64, 64, False), (128, 128, False), (256, 256, False)],
     [(192, 128, False), (64, 64, True), (128, 128, True), (192, 128, True), (256, 256, True)],
@@ -38,11 +39,11 @@ FP8_VARIANTS = gates(
 """(D, Dv, paged) in FP8."""
 
 
-@pytest.mark.parametrize(("D", "Dv", "paged", "sparse", "cluster"), VARIANTS)
-def test_prefill(D: int, Dv: int, paged: bool, sparse: bool, cluster: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("D", "Dv", "paged", "sparse", "cluster", "in_turn"), VARIANTS)
+def test_prefill(D: int, Dv: int, paged: bool, sparse: bool, cluster: int, in_turn: bool, tmp_path: Path) -> None:
     from flash_mla.kernels.hopper.prefill.kernel import build
 
-    config = Config("bf16", D, Dv, paged, sparse, cluster)
+    config = Config("bf16", D, Dv, paged, sparse, cluster, in_turn)
     assert config.smem_bytes() <= SMEM_BYTES
     sass = compiled(build, config, tmp_path)
     ((registers, _),) = sass.resources

@@ -100,14 +100,14 @@ def test_config_of_fp8(changes: dict, dtype: str) -> None:
     [
         ({"P": 1024}, 2),
         ({"P": 4096, "D": 192, "dtype": torch.float16, "sink": True}, 2),
-        ({"P": 8192, "causal": True}, 2),
-        ({"P": 8192, "seq_lens": True}, 2),
+        ({"P": 16384, "causal": True}, 2),
+        ({"P": 16384, "seq_lens": True}, 2),
         ({"P": 4096, "D": 192, "causal": True}, 2),
-        ({"P": 8192 + 1, "causal": True}, 2),
+        ({"P": 16384 + 1, "causal": True}, 2),
         # few tiles, or one without a partner
         ({"P": 512}, 1),
-        ({"P": 4096, "causal": True}, 1),
-        ({"P": 4096, "seq_lens": True}, 1),
+        ({"P": 8192, "causal": True}, 1),
+        ({"P": 8192, "seq_lens": True}, 1),
         ({"P": 2048, "D": 192}, 1),
         ({"P": 1025}, 1),
         # what no pair shares
@@ -119,7 +119,9 @@ def test_config_of_fp8(changes: dict, dtype: str) -> None:
 )
 def test_pairs_of_tiles_share_keys(changes: dict, cluster: int) -> None:
     """Where that pays, and few have no partner."""
-    assert prefill.config(PROBLEM._replace(**{"causal": False, **changes})).cluster == cluster
+    config = prefill.config(PROBLEM._replace(**{"causal": False, **changes}))
+    assert config.cluster == cluster
+    assert config.in_turn == (cluster > 1 and config.D == 128 and not changes.keys() & {"causal", "seq_lens"})
 
 
 def test_readable_widens() -> None:

@@ -76,7 +76,8 @@ class Config:
 
     dtype of q, k, v and out (of FP8: BF16); D and Dv, their widths; paged: k and v are cache pages behind a table;
     sparse: a map says which 64 x 64 blocks count (not in FP8). cluster: CTAs that compute neighbouring row tiles of a
-    head against the same K and V, which each loads a share of for all (not with pages, a map or FP8).
+    head against the same K and V, which each loads a share of for all (not with pages, a map or FP8); in_turn: clusters
+    take tiles in turn, not by the counter (all tiles must see the same keys).
     """
 
     dtype: Literal["bf16", "fp16", "fp8"]
@@ -85,6 +86,7 @@ class Config:
     paged: bool
     sparse: bool
     cluster: int = 1
+    in_turn: bool = False
 
     @property
     def fp8(self) -> bool:
@@ -156,7 +158,12 @@ class Config:
     @property
     def number_stages(self) -> int:
         """Numbers of tiles in flight between the CTAs of a cluster."""
-        return NUMBER_STAGES if self.cluster > 1 else 0
+        return NUMBER_STAGES if self.uneven else 0
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the tiles of a cluster may see more keys one than the other."""
+        return self.cluster > 1 and not self.in_turn
 
     @property
     def transposers(self) -> int:

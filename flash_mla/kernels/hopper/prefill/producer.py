@@ -229,15 +229,16 @@ class Producer:
         order = schedule.Order(scalars.section, scalars.late, scalars.tail)
         while index < tiles:
             row_tile, head = schedule.tile(index, row_tiles, heads, order, cutlass.min, pick)
-            # NOTE: the upper of two causal tiles has a block more; the CTAs take it in turn
             last_tile = row_tile * config.cluster + config.cluster - 1
-            row_tile = row_tile * config.cluster + (self.rank + done) % config.cluster
+            # NOTE: the upper of two causal tiles has a block more; the CTAs take it in turn
+            place = (self.rank + done) % config.cluster if const_expr(config.uneven) else self.rank
+            row_tile = row_tile * config.cluster + place
             request = head // scalars.Hq
             q_head, row0 = head - request * scalars.Hq, row_tile * config.tile_m
             start, length = self.span(tensors, scalars, request, P)
             total, whole = self.blocks(scalars, row0, length, start)
             blocks, more = total, Int32(0)
-            if const_expr(config.cluster > 1):
+            if const_expr(config.uneven):
                 more = self.blocks(scalars, last_tile * config.tile_m, length, start).total - total
             kv_head = q_head // (scalars.Hq // scalars.Hk)
             source = Source(tensors.table, request, kv_head, length)
@@ -261,7 +262,7 @@ class Producer:
             # NOTE: not before the tile's loads: a CTA that has a heavy tile would take another too early
             following = tiles
             if tiles > clusters:
-                following = self.take_next(tensors.counter, scalars, index, clusters, done)
+                following = self.take_next(tensors.counter, index, clusters, done)
             count, done, index = count + blocks + more, done + 1, following
         stage = done % TASK_STAGES
         tasks.acquire(stage, done // TASK_STAGES)
@@ -295,17 +296,14 @@ class Producer:
         return cute.arch.shuffle_sync(number, offset=0)
 
     @cute.jit
-    def take_next(self, counter: cute.Tensor, scalars: Scalars, index, clusters, done):
+    def take_next(self, counter: cute.Tensor, index, clusters, done):
         """The number of the tile after number `index`."""
-        number = index + clusters
-        # NOTE: tiles that are all alike may come in turn: 616 TFLOP/s at S 1024, 584 by the counter; 739 and 728 at S
-        # 4096. At 192/128 the counter is the faster: 768 and 774
-        in_turn = (self.config.D == 128) & (scalars.causal == 0) & (scalars.has_lens == 0)
-        if const_expr(self.config.cluster == 1):
-            number = self.take(counter) + clusters
-        elif not in_turn:
-            number = self.take_together(counter, clusters, done)
-        return number
+        if const_expr(self.config.in_turn):
+            return index + clusters
+        elif const_expr(self.config.cluster > 1):
+            return self.take_together(counter, clusters, done)
+        else:
+            return self.take(counter) + clusters
 
     @cute.jit
     def take_together(self, counter: cute.Tensor, clusters, done):
