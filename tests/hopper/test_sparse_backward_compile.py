@@ -62,12 +62,10 @@ def test_weights_compile(config: Config, tmp_path: Path) -> None:
     assert config.weights_bytes() <= SMEM_BYTES
     sass = compiled(build, config, tmp_path)
     assert (sass.resources, sass.spills) == ([(168, 0)], (0, 0, 0))
-    # Q K^T and dout V^T of each of three stages; their first operands are loaded once
-    assert sass.count("HGMMA") == 3 * sass.count("LDSM") == 3 * (config.D + config.Dv) // 16
+    # Q K^T and dout V^T, whose first operands are loaded once
+    assert sass.count("HGMMA") == sass.count("LDSM") == (config.D + config.Dv) // 16
     # NOTE: serialised wgmma shows as one wait an instruction
-    assert sass.count(r"WARPGROUP\.DEPBAR") == 3 * 2
-    # NOTE: with descriptors made in registers, two for each product
-    assert sass.count("R2UR") < 100
+    assert sass.count(r"WARPGROUP\.DEPBAR") == 2
     # a gathered row, 16 bytes a thread; P, handed over
     assert sass.count(r"LDGSTS\.E\.BYPASS\.LTC128B\.128") == 4 * config.chunks
     assert sass.count(r"STS\.128") == 4

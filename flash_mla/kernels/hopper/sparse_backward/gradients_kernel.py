@@ -242,8 +242,7 @@ class SparseGradients(Kernel[Config]):
     @cute.jit
     def consume(self, shared: Shared, tensors: Tensors, work: Work, last: cutlass.Constexpr, wg, tid) -> None:
         """dq of this warpgroup's heads, and dkv of every second tile of keys, from tile `wg` on."""
-        config, queries = self.config, shared.queries
-        keys, slopes, weights = shared.keys, shared.slopes, shared.weights
+        config, keys, slopes, weights = self.config, shared.keys, shared.slopes, shared.weights
         dtype, heads, K, MN = DTYPES[config.dtype], config.heads, OperandMajorMode.K, OperandMajorMode.MN
         before = (PARTS - 1) * THIRD
         columns, v_columns = (config.D - before, config.Dv - before) if last else (THIRD, THIRD)
@@ -277,6 +276,7 @@ class SparseGradients(Kernel[Config]):
         sums = cute.make_rmem_tensor(mma_q.partition_shape_C((TILE_M, columns)), Float32)
         v_sums = cute.make_tensor(sums.iterator, cute.make_layout(mma_o.partition_shape_C((TILE_M, v_columns))))
         dQ.fill(0.0)
+        shared.queries.wait(0, 0)
         for tile in cutlass.range(wg, work.tiles + 1, 2, unroll=1):
             if tile > 0:
                 stage, round = (tile - 1) % STAGES, (tile - 1) // STAGES
@@ -293,7 +293,6 @@ class SparseGradients(Kernel[Config]):
                 keys.wait(stage, round)
                 slopes.wait(stage, round)
                 weights.wait(stage, round)
-                queries.wait(0, 0)
                 warpgroup.fence()
                 self.product(mma, dQ, rS[None, None, None, stage], rK[None, None, None, stage], True)
                 warpgroup.commit_group()

@@ -111,7 +111,7 @@ class Consumer:
                 words[4 * k + i] = word
 
     @cute.jit
-    def product(self, stage: cutlass.Constexpr) -> None:
+    def product(self, stage) -> None:
         """Issue S = Q K^T or dout V^T."""
         atom = cute.make_mma_atom(self.mma.op)
         atom.set(warpgroup.Field.ACCUMULATE, False)
@@ -203,13 +203,9 @@ class Consumer:
             stage = n % ROW_STAGES
             self.shared.rows.wait(stage, n // ROW_STAGES)
             sync(mine, CONSUMERS)
-            # NOTE: a branch for each stage: descriptors of one that the thread counts are made in its registers,
-            # one after the other, between the products
-            for place in cutlass.range_constexpr(ROW_STAGES):
-                if stage == place:
-                    self.product(place)
-                    arrive(other, CONSUMERS)
-                    warpgroup.wait_group(0)
+            self.product(stage)
+            arrive(other, CONSUMERS)
+            warpgroup.wait_group(0)
             if const_expr(self.side == 0):
                 self.weigh(scalars.scale_log2, stage)
                 self.shared.rows.release(stage)
