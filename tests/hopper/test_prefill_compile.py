@@ -30,8 +30,8 @@ VARIANTS = gates(
         (256, 256, True, False, 1, False),
     ],
 )
-"""(D, Dv, paged, sparse, cluster, in_turn) in BF16. FP16 differs in the type of an instruction; pages and a list together
-in the producer alone, and each is compiled."""
+"""(D, Dv, paged, sparse, cluster, in_turn) in BF16. FP16 differs in the type of an instruction; pages and a list
+together in the producer alone, and each is compiled."""
 FP8_VARIANTS = gates(
     [(64, 64, False), (128, 128, False), (256, 256, False)],
     [(192, 128, False), (64, 64, True), (128, 128, True), (192, 128, True), (256, 256, True)],
