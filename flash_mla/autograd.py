@@ -123,6 +123,10 @@ NO_SECOND_BACKWARD = (
     "its backward has no backward of its own",
     "Leave create_graph out; second derivatives need plain torch operators",
 )
+NO_BATCHED_BACKWARD = (
+    "torch.autograd.grad with is_grads_batched, as in a vectorised jacobian, hands over gradients without memory",
+    "Call torch.func.vmap of torch.func.vjp's function, or one backward a gradient",
+)
 
 
 def differentiable(
@@ -136,10 +140,15 @@ def differentiable(
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         return getattr(torch.ops.flash_mla, op)(*inputs)
 
+    def of_one(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in gradients):
+            no_backward(op, *NO_BATCHED_BACKWARD)
+        return backward(ctx, *gradients)
+
     members = {
         "forward": staticmethod(forward),
         "setup_context": staticmethod(save),
-        "backward": staticmethod(backward),
+        "backward": staticmethod(of_one),
         "generate_vmap_rule": True,
     }
     return type(op, (torch.autograd.Function,), members)

@@ -275,7 +275,9 @@ def check_ragged(q: Tensor, kv: tuple[Tensor, Tensor], weights: Tensor, starts: 
     check_tensor("q", q)
     check_rank("q", q.shape, 3, "[S_q, H, D]")
     if not isinstance(kv, (tuple, list)) or len(kv) != 2:
-        raise ShapeError(f"kv is a {type(kv).__name__}", "kv = (k [S_kv, D], scales [S_kv])", "Keys need their scales")
+        raise ShapeError(
+            f"kv is a {type(kv).__name__}", "kv = (k [S_kv, D], scales [S_kv])", "Keys need their scales", "Pass both"
+        )
     k, k_scale = kv
     check_on(q.device, k=k, k_scale=k_scale, weights=weights, starts=starts, ends=ends)
     check_heads(q, weights)
@@ -326,13 +328,20 @@ def check_paged(
             limits = limits + torch.arange(1 - S_q, 1, device=q.device)
     width = block_table.shape[1] * page if max_context_len is None else max_context_len
     if isinstance(width, bool) or width < 0:
-        raise ShapeError(f"max_context_len = {width}", "max_context_len >= 0", "A row cannot have fewer than 0 scores")
+        raise ShapeError(
+            f"max_context_len = {width}", "max_context_len >= 0", "A row cannot have fewer than 0 scores", "Pass None"
+        )
     return limits, width
 
 
 def check_topk(topk: int) -> None:
     if type(topk) is not int or topk < 1:
-        raise ShapeError(f"topk = {topk}", "an integer topk >= 1", "A selection of no key leaves nothing to attend to")
+        raise ShapeError(
+            f"topk = {topk}",
+            "an integer topk >= 1",
+            "A selection of no key leaves nothing to attend to",
+            "Pass 2048, say",
+        )
 
 
 # --- Launches ---------------------------------------------------------------------------------------------------------

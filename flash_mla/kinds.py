@@ -169,7 +169,12 @@ def check_traced(kinds: Kinds, args: tuple[object, ...], kwargs: dict[str, Any])
         else:
             fits = not right.isdisjoint(NUMBERS) and isinstance(value, int | float | torch.SymInt | torch.SymFloat)
         if not fits:
-            raise ShapeError(f"{name} is a {type(value).__name__}", f"{name}: {' | '.join(sorted(right))}")
+            raise ShapeError(
+                f"{name} is a {type(value).__name__}",
+                f"{name}: {' | '.join(sorted(right))}",
+                f"`{name}` is not of a kind that the function takes",
+                "Pass one of these kinds",
+            )
 
 
 NUMBERS = frozenset({"bool", "float", "int"})

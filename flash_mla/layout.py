@@ -46,6 +46,7 @@ class BlockSparseLayout:
                 given=f"blocks = {self.blocks!r}"[:200],
                 required="a dense bool tensor",
                 cause="A layout is made of a tensor",
+                fix="Pass a dense bool tensor, or build it with from_dense_mask(mask)",
             )
         if self.blocks.dim() != 4 or self.blocks.dtype != torch.bool:
             raise MaskShapeError(

@@ -43,7 +43,12 @@ def apply_sink(out: Tensor, lse: Tensor, attn_sink: Tensor) -> Tensor:
     """
     check_parts(out, lse)
     if not computes(attn_sink):
-        raise DTypeError(f"attn_sink {attn_sink.dtype}", "a floating attn_sink of 16 bits or more", "A sink is a logit")
+        raise DTypeError(
+            f"attn_sink {attn_sink.dtype}",
+            "a floating attn_sink of 16 bits or more",
+            "A sink is a logit",
+            "Call attn_sink.float()",
+        )
     if any(size not in (1, of) for size, of in zip(attn_sink.shape[::-1], lse.shape[::-1], strict=False)):
         raise ShapeError(
             f"attn_sink {list(attn_sink.shape)}, lse {list(lse.shape)}",

@@ -117,7 +117,12 @@ class MLAProjection:
                 fix="Heads come before tokens, and the rope dims come last",
             )
         if x.dtype != self.w_k.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise DTypeError(given=f"{name} {x.dtype}, weight {self.w_k.dtype}", required="one dtype")
+            raise DTypeError(
+                given=f"{name} {x.dtype}, w_k {self.w_k.dtype}",
+                required="one dtype",
+                cause=f"`{name}` is multiplied by the projection",
+                fix=f"Cast one of them, as with {name}.to(kv_b.w_k.dtype)",
+            )
         return x[..., :width], x[..., width:]
 
 

@@ -115,7 +115,12 @@ def _check_slots(slots: object, device: torch.device) -> None:
 def _check_last(slots: Tensor, limit: int) -> None:
     """No slot is past the pages; reads them."""
     if (last := int(slots.max())) >= limit:
-        raise BlockTableError(given=f"slot {last}", required=f"slots < {limit}, the tokens that {limit} rows hold")
+        raise BlockTableError(
+            given=f"slot {last}",
+            required=f"slots < {limit}, the rows that the pages have",
+            cause="`slots` names a token past the pages",
+            fix="Pass block * page + offset inside of the pages; a negative slot is dropped",
+        )
 
 
 def check_divisor(descale: float | Tensor, name: str = "descale") -> None:

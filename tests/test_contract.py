@@ -25,6 +25,10 @@ from flash_mla import (
     get_mla_metadata,
     mha_fwd_kvcache,
 )
+from flash_mla.merge import apply_sink
+from flash_mla.mla import MLAProjection
+from flash_mla.problem import FP8
+from flash_mla.quant import FP8_TOKEN
 from flash_mla.reference import decode_reference
 from flash_mla.testing import DecodeCase, MhaCase, PrefillCase, nan_filled, storage_bytes
 
@@ -559,3 +563,51 @@ def test_every_error_class_is_exported_and_has_its_words():
         kind = getattr(flash_mla, name)
         assert issubclass(kind, FlashMLAError)
         assert_legible(kind("what was given", "what is required"))
+
+
+def fault(call, kind, fix):
+    return pytest.param(call, kind, fix, id=fix)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "fix"),
+    [
+        fault(
+            lambda: flash_mla.flash_mla_prefill(*torch.ones(3, 1, 1, 4, 8), out=torch.ones(1, 1, 4, 8).half()),
+            flash_mla.DTypeError,
+            "Pass an out of that kind",
+        ),
+        fault(
+            lambda: apply_sink(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1), torch.ones(2, 1).to(FP8)),
+            flash_mla.DTypeError,
+            "attn_sink.float()",
+        ),
+        fault(
+            lambda: FP8_TOKEN.append(
+                FP8_TOKEN.empty(1), torch.tensor([64]), torch.ones(1, 512).bfloat16(), torch.ones(1, 64).bfloat16()
+            ),
+            flash_mla.BlockTableError,
+            "block * page + offset",
+        ),
+        fault(lambda: flash_mla.BlockSparseLayout([[True]]), MaskShapeError, "from_dense_mask"),
+        fault(
+            lambda: MLAProjection(torch.ones(2, 8, 16), torch.ones(2, 8, 16), 8).absorb(torch.ones(1, 2, 1, 16).half()),
+            flash_mla.DTypeError,
+            "Cast one of them",
+        ),
+        fault(
+            lambda: flash_mla.PagedKVCache(2, 1, 8, max_seq_len=64).free([1, 1]), ShapeError, "Name each request once"
+        ),
+        fault(
+            lambda: flash_mla.PagedKVCache(2, 1, 8, max_seq_len=64, dtype=torch.int8),
+            flash_mla.DTypeError,
+            "Make it in the model's dtype",
+        ),
+    ],
+)
+def test_the_fix_mends_the_fault(call, kind, fix):
+    """A class's own words are those of the reference's table, which a call outside of it replaces."""
+    with pytest.raises(kind) as caught:
+        call()
+    assert fix in caught.value.fix
+    assert caught.value.cause != type(caught.value).cause

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from flash_mla import ModelError, SequenceLengthError, ShapeError  # noqa: E402
 from flash_mla.errors import DeviceError, DTypeError, GradientError  # noqa: E402
 from flash_mla.integrations.transformers import PagedCache, attention, layer, paged_cache  # noqa: E402
 from flash_mla.integrations.transformers import cache as cache_module  # noqa: E402
+from flash_mla.integrations.transformers.step import call_sizes  # noqa: E402
 from flash_mla.integrations.transformers.token import LatentDecode, Shared, TokenDecode  # noqa: E402
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -114,6 +116,14 @@ def test_beam_search_reorders_tables(family: str) -> None:
     expected = model.generate(**inputs, **options)
     cache = hostile_cache(model, 6, 80)
     assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
+
+
+def test_a_chunk_goes_through_calls_of_few_sizes() -> None:
+    """Of which Triton compiles a kernel each."""
+    calls = {tokens: call_sizes(tokens, 128) for tokens in range(1, 400)}
+    assert all(sum(sizes) == tokens for tokens, sizes in calls.items())
+    assert {*chain(*calls.values())} == {*range(1, 9), 16, 32, 64, 128}
+    assert call_sizes(300, 128) == [128, 128, 32, 8, 4]
 
 
 @pytest.mark.parametrize("family", ["DeepseekV3", "DeepseekV32", "Llama"])

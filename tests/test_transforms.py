@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp, vjp, vmap
 
 import flash_mla
 from flash_mla import DeviceError, FlashMLAError, GradientError, LayoutError, ShapeError, deepseek
@@ -104,6 +104,19 @@ def test_vmap_is_call_after_call(name: str) -> None:
     function, shape = LEARNING[name]
     q = torch.randn(2, *shape)
     assert torch.equal(vmap(function)(q), torch.stack([function(x) for x in q]))
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_batch_of_gradients_is_refused_or_mapped(name: str) -> None:
+    function, shape = LEARNING[name]
+    q = torch.randn(shape, requires_grad=True)
+    out = function(q)
+    gradients = torch.randn(2, *out.shape)
+    with pytest.raises(GradientError, match="is_grads_batched"):
+        torch.autograd.grad(out, q, gradients, is_grads_batched=True, retain_graph=True)
+    _, pull = vjp(function, q.detach())
+    want = [torch.autograd.grad(out, q, gradient, retain_graph=True)[0] for gradient in gradients]
+    assert torch.equal(vmap(pull)(gradients)[0], torch.stack(want))
 
 
 @pytest.mark.parametrize("name", ALL)

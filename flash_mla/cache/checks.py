@@ -32,6 +32,21 @@ def integers(
     return numbers
 
 
+def batch_indices(requests: Sequence[int] | None, batch: int) -> list[int]:
+    """The different batch indices that are named, all where None are."""
+    if requests is None:
+        return list(range(batch))
+    rows = integers("requests", requests, batch, most=batch - 1)
+    if len(set(rows)) < len(rows):
+        raise ShapeError(
+            given=f"requests {rows}",
+            required="different batch indices",
+            cause="A request is named twice",
+            fix="Name each request once, with all of its tokens",
+        )
+    return rows
+
+
 def check_rows(name: str, rows: Tensor, storage: Tensor, R: int, T: int) -> None:
     """New rows [R, Hk, T, D] fit the cache's array of K or V."""
     expected = (R, storage.shape[1], T, storage.shape[-1])
@@ -55,5 +70,10 @@ def head_factors(name: str, descale: float | Tensor, heads: int, device: torch.d
     check_divisor(descale, name)
     factors = torch.as_tensor(descale, dtype=torch.float32, device=device)
     if factors.shape not in ((), (heads,), (1, heads)):
-        raise ShapeError(given=f"{name} {list(factors.shape)}", required=f"a float, [{heads}] or [1, {heads}]")
+        raise ShapeError(
+            given=f"{name} {list(factors.shape)}",
+            required=f"a float, [{heads}] or [1, {heads}]",
+            cause=f"`{name}` does not have one factor for each KV head",
+            fix="Pass a float, or a tensor [Hk]",
+        )
     return factors.expand(1, heads).contiguous()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.api import flash_mla_with_kvcache, get_mla_metadata
-from flash_mla.cache.checks import check_rows, head_factors, integers
+from flash_mla.cache.checks import batch_indices, check_rows, head_factors, integers
 from flash_mla.cache.ledger import Change, Ledger
 from flash_mla.cache.rows import more_blocks, staged, upload, write_rows
 from flash_mla.contract import MLAMetadata, check_mask_length
@@ -103,10 +103,15 @@ class PagedKVCache:
                 given=f"{batch=}, {num_kv_heads=}, {head_dim=}, v_head_dim={v_dim}, {latent=}, "
                 f"{max_seq_len=}, {pool_blocks=}",
                 required="each an integer from 1 to 2^31 - 1; a latent's v_head_dim at most its head_dim",
+                cause="These sizes make no cache",
+                fix="Pass sizes in requests, heads, columns, tokens and blocks; pool_blocks=None for slabs",
             )
         if dtype not in DTYPES:
             raise DTypeError(
-                given=f"{dtype=}", required=" | ".join(map(str, DTYPES)), cause="No backend reads a cache of this dtype"
+                given=f"{dtype=}",
+                required=" | ".join(map(str, DTYPES)),
+                cause="No backend reads a cache of this dtype",
+                fix="Make it in the model's dtype, or in float8_e4m3fn",
             )
         table_blocks = -(-max_seq_len // BLOCK)
         num_blocks, slabs = (table_blocks, batch) if pool_blocks is None else (pool_blocks, 1)
@@ -185,7 +190,7 @@ class PagedKVCache:
             SequenceLengthError: a request would hold more than max_seq_len tokens.
             ShapeError, DTypeError, DeviceError: k, v, num_tokens or requests do not fit the cache.
         """
-        rows = self._requests(requests)
+        rows = batch_indices(requests, len(self._ledger.lengths))
         if (v is None) != self._latent:
             raise ShapeError(
                 given="append(k)" if v is None else "append(k, v)",
@@ -221,7 +226,7 @@ class PagedKVCache:
             num_tokens: one number for all or [R]; otherwise as in `append`, which raises the same errors.
             requests: the R different batch indices; omitted, all B.
         """
-        rows = self._requests(requests)
+        rows = batch_indices(requests, len(self._ledger.lengths))
         self._extend(rows, self._counts(num_tokens, len(rows)))
 
     def decode(
@@ -279,7 +284,7 @@ class PagedKVCache:
             SequenceLengthError: target holds tokens.
             CacheFullError: no free block for the partly filled one.
         """
-        source, target = self._requests([source, target])
+        source, target = batch_indices([source, target], len(self._ledger.lengths))
 
         def share(change: Change) -> None:
             change.fork(source, target)
@@ -320,7 +325,7 @@ class PagedKVCache:
             SequenceLengthError: a request holds fewer tokens than it should keep.
             ShapeError: lengths or requests do not fit the cache.
         """
-        rows = self._requests(requests)
+        rows = batch_indices(requests, len(self._ledger.lengths))
         kept = integers("lengths", lengths, len(self._ledger.lengths), length=len(rows))
         with self._lock:
             self._ledger.check_kept(rows, kept)
@@ -479,15 +484,6 @@ class PagedKVCache:
         return upload(values, dtype, self.seq_lens.device)
 
     # Checks
-
-    def _requests(self, requests: Sequence[int] | None) -> list[int]:
-        batch = len(self._ledger.lengths)
-        if requests is None:
-            return list(range(batch))
-        rows = integers("requests", requests, batch, most=batch - 1)
-        if len(set(rows)) < len(rows):
-            raise ShapeError(given=f"requests {rows}", required="different batch indices")
-        return rows
 
     def _counts(self, num_tokens: int | Sequence[int] | Tensor, length: int, most: int | None = None) -> list[int]:
         values = [num_tokens] * length if isinstance(num_tokens, int) else num_tokens

@@ -25,7 +25,7 @@ from flash_mla.contract.masks import (
     settle_causal,
     sparse_blocks,
 )
-from flash_mla.contract.memory import check_apart, check_out, check_out_again, refuse_learning_out
+from flash_mla.contract.memory import OTHER_OUT, check_apart, check_out, check_out_again, refuse_learning_out
 from flash_mla.contract.mla_metadata import MLAMetadata, check_metadata, check_shape, metadata
 from flash_mla.contract.order import DEEPSEEK_NAMES, deepseek_order, refuse_deepseek_order
 from flash_mla.contract.prefill_call import check_places_again, mha, prefill, prefill_problem
@@ -47,6 +47,7 @@ from flash_mla.contract.values import check_prefill_lengths, check_prompt_values
 __all__ = [
     "DEEPSEEK_NAMES",
     "NO_DESCALES",
+    "OTHER_OUT",
     "UNABSORBED",
     "DecodeCall",
     "Descales",

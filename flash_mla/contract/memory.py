@@ -16,6 +16,8 @@ from flash_mla.problem import BLOCK, DecodeProblem, PrefillProblem
 
 Some = TypeVar("Some", DecodeProblem, PrefillProblem)
 
+OTHER_OUT = "Pass an out of that kind, or none"
+
 
 def check_out(out: Tensor | None, problem: Some, call: Given) -> Some:
     """`out` has the output's shape, dtype, device and layout, and shares no memory with any tensor of the call.
@@ -27,9 +29,13 @@ def check_out(out: Tensor | None, problem: Some, call: Given) -> Some:
     check_tensor("out", out)
     strides = problem.out_strides if isinstance(problem, DecodeProblem) else None
     if tuple(out.shape) != problem.out_shape:
-        raise ShapeError(named(out=out), f"out {list(problem.out_shape)}", "`out` does not have the output's shape")
+        raise ShapeError(
+            named(out=out), f"out {list(problem.out_shape)}", "`out` does not have the output's shape", OTHER_OUT
+        )
     if out.dtype != problem.out_dtype:
-        raise DTypeError(f"out {out.dtype}", f"out {problem.out_dtype}", "`out` does not have the output's dtype")
+        raise DTypeError(
+            f"out {out.dtype}", f"out {problem.out_dtype}", "`out` does not have the output's dtype", OTHER_OUT
+        )
     if strides is None and not out.is_contiguous():
         raise LayoutError(
             f"out with strides {out.stride()}", "out contiguous", "`out` is not contiguous", "Pass a contiguous out"

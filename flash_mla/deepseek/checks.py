@@ -7,6 +7,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from flash_mla.contract import (
+    OTHER_OUT,
     check_apart,
     check_index,
     check_last_dim,
@@ -79,10 +80,10 @@ def check_out(out: Tensor | None, q: Tensor, Dv: int, **inputs: Tensor | None) -
     check_tensor("out", out)
     size = (*q.shape[:-1], Dv)
     if out.shape != size:
-        raise ShapeError(named(out=out), f"out {list(size)}", "`out` does not have the output's shape")
+        raise ShapeError(named(out=out), f"out {list(size)}", "`out` does not have the output's shape", OTHER_OUT)
     if out.dtype != out_dtype(q.dtype):
         required = out_dtype(q.dtype)
-        raise DTypeError(f"out {out.dtype}", f"out {required}", "`out` does not have the output's dtype")
+        raise DTypeError(f"out {out.dtype}", f"out {required}", "`out` does not have the output's dtype", OTHER_OUT)
     check_on(q.device, out=out)
     check_last_dim("out", out)
     refuse_learning_out(out)

@@ -443,7 +443,12 @@ def merge_rounded(outs: Tensor, lses: Tensor, attn_sink: Tensor | None) -> tuple
 def check_whole_lengths(seq_lens: list[int]) -> None:
     """No length is negative. (That none is too long, the metadata of a rank's own lengths has checked.)"""
     if seq_lens and min(seq_lens) < 0:
-        raise SequenceLengthError(f"seq_lens has {min(seq_lens)}", "seq_lens[b] >= 0")
+        raise SequenceLengthError(
+            f"seq_lens has {min(seq_lens)}",
+            "seq_lens[b] >= 0",
+            "`seq_lens[b]` is negative",
+            "Pass lengths in tokens, 0 or more",
+        )
 
 
 def refuse_gradients(function: str, results: tuple[Tensor, ...], inputs: Iterable[object]) -> tuple[Tensor, ...]:

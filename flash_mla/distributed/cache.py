@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.cache import PagedKVCache
+from flash_mla.cache.checks import batch_indices
 from flash_mla.contract import check_rank, check_tensor, named
 from flash_mla.distributed.attention import ShardedAttention
 from flash_mla.distributed.split import local_lengths
@@ -39,7 +40,12 @@ class ContextCache:
 
     def __init__(self, pages: PagedKVCache, attention: ShardedAttention) -> None:
         if any(pages.lengths):
-            raise ShapeError(given=f"pages {pages}", required="an empty cache", cause="Its tokens are of no request")
+            raise ShapeError(
+                given=f"pages {pages}",
+                required="an empty cache",
+                cause="Its tokens are of no whole request",
+                fix="Pass a new PagedKVCache, or call pages.clear()",
+            )
         self.pages = pages
         # NOTE: a tensor made in inference mode could never be written outside of it
         with torch.inference_mode(False):
@@ -71,13 +77,19 @@ class ContextCache:
                 check_tensor(name, x)
                 check_rank(name, x.shape, 4, "[R, Hk, T, D]")  # type: ignore[union-attr]
         if v is not None and v.shape[:3] != k.shape[:3]:
-            raise ShapeError(given=named(k=k, v=v), required="k [R, Hk, T, D], v [R, Hk, T, Dv]")
-        rows = self._requests(requests)
+            raise ShapeError(
+                given=named(k=k, v=v),
+                required="k [R, Hk, T, D], v [R, Hk, T, Dv]",
+                cause="`k` and `v` are not of the same tokens",
+            )
+        rows = batch_indices(requests, len(self._lengths))
         counts = [k.shape[2]] * len(rows) if num_tokens is None else [*num_tokens]
         if len(counts) != len(rows) or any(not 0 <= count <= k.shape[2] for count in counts):
             raise ShapeError(
                 given=f"num_tokens {counts}, k {list(k.shape)}, {len(rows)} requests",
                 required=f"{len(rows)} integers from 0 to {k.shape[2]}",
+                cause="`num_tokens` does not say how many of k's tokens each request takes",
+                fix="Pass one number a request, or none for all of them",
             )
         own = [self._own(self._lengths[b], count) for b, count in zip(rows, counts, strict=True)]
         most = max(map(len, own), default=0)
@@ -94,9 +106,14 @@ class ContextCache:
 
     def truncate(self, lengths: Sequence[int], requests: Sequence[int] | None = None) -> None:
         """Shorten whole requests to so many tokens; arguments and errors as in `PagedKVCache.truncate`."""
-        rows = self._requests(requests)
+        rows = batch_indices(requests, len(self._lengths))
         if len(lengths) != len(rows):
-            raise ShapeError(given=f"{len(lengths)} lengths for {len(rows)} requests", required="one a request")
+            raise ShapeError(
+                given=f"{len(lengths)} lengths for {len(rows)} requests",
+                required="one a request",
+                cause="`lengths` does not say what each request keeps",
+                fix="Pass one length for each request named",
+            )
         for b, length in zip(rows, lengths, strict=True):
             if not 0 <= length <= self._lengths[b]:
                 raise SequenceLengthError(
@@ -110,7 +127,7 @@ class ContextCache:
 
     def fork(self, source: int, target: int) -> None:
         """Make the empty request `target` a copy of `source`, as `PagedKVCache.fork`."""
-        source, target = self._requests([source, target])
+        source, target = batch_indices([source, target], len(self._lengths))
         if self._lengths[target]:  # this rank may hold none of its tokens
             raise SequenceLengthError(
                 given=f"fork({source}, {target}); request {target} holds {self._lengths[target]} tokens",
@@ -123,17 +140,9 @@ class ContextCache:
 
     def free(self, requests: Sequence[int]) -> None:
         """Empty the requests, as `PagedKVCache.free`."""
-        rows = self._requests(requests)
+        rows = batch_indices(requests, len(self._lengths))
         self.pages.free(rows)
         self._set(dict.fromkeys(rows, 0))
-
-    def _requests(self, requests: Sequence[int] | None) -> list[int]:
-        """Batch indices, all if None; those of whole requests are checked here, since they index lengths first."""
-        batch = len(self._lengths)
-        rows = [*range(batch)] if requests is None else [*requests]
-        if any(type(b) is not int or not 0 <= b < batch for b in rows) or len(set(rows)) < len(rows):
-            raise ShapeError(given=f"requests {rows}", required=f"different batch indices from 0 to {batch - 1}")
-        return rows
 
     def _own(self, start: int, count: int) -> list[int]:
         """Which of `count` tokens from position `start` on are this rank's."""

@@ -93,7 +93,9 @@ def local_mask(mask: Tensor, keys: int, rank: int, size: int) -> Tensor:
     """The columns of a mask [.., L] over whole requests at the first `keys` keys of a rank; hidden where past L."""
     check_dims("mask", mask, None, "[.., L]")
     if mask.dtype != torch.bool and not (mask.is_floating_point() and mask.element_size() > 1):
-        raise MaskShapeError(f"mask {mask.dtype}", "bool, or floating of 16 bits or more", "The mask is neither")
+        raise MaskShapeError(
+            f"mask {mask.dtype}", "bool, or floating of 16 bits or more", "The mask is neither", "Call mask.bool()"
+        )
     hidden = False if mask.dtype == torch.bool else -math.inf
     positions = local_positions(keys, rank, size, mask.device).clamp(max=mask.shape[-1])
     return pad(mask, (0, 1), value=hidden)[..., positions]

@@ -168,3 +168,39 @@ def test_a_remembered_call_runs_on_the_stream_of_the_call(step):
         out = flash_mla_with_kvcache(**arguments, metadata=metadata)
     stream.synchronize()
     judge(case, arguments, out)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_what_comes_after_an_early_combine_reads_all_of_out(batch_invariant):
+    """Triton lets combine start beside decode. With nothing to combine it is over first: what comes next must wait."""
+    case = DecodeCase("early", (60,), Hq=16, Hk=1, D=576, Dv=512, alias=True, spare=40, device="cuda")
+    x = case.call().arguments
+    metadata = get_mla_metadata(x["q"].shape, x["k_cache"].shape, x["block_table"], x["seq_lens"])
+    options = {"metadata": metadata, "batch_invariant": batch_invariant, "backend": "triton"}
+    want = flash_mla_with_kvcache(**x, **options)
+    out, copies = torch.empty_like(want), torch.empty((100, *want.shape), dtype=want.dtype, device="cuda")
+    torch.cuda._sleep(50_000_000)  # so that launches wait for the GPU, not it for them
+    for copy in copies:
+        out.fill_(float("nan"))
+        flash_mla_with_kvcache(**x, **options, out=out)
+        copy.copy_(out)
+    assert torch.equal(copies, want.expand_as(copies))
+
+
+@pytest.mark.parametrize(("B", "blocks", "batch_invariant"), [(8200, 1, False), (520, 512, True)])
+def test_more_items_than_a_grid_has_rows(B, blocks, batch_invariant):
+    """B * Hk, or with pieces 16 times as many, past 65535: the same bits as in two calls of half as many requests."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(B, 8, 1, 64, generator=generator, device="cuda", dtype=torch.bfloat16)
+    pool = torch.randn(2, 8, 64, 64, 64, generator=generator, device="cuda", dtype=torch.bfloat16)
+    k, v = (x.expand(B, -1, -1, -1, -1) for x in pool)
+    table = torch.randint(0, 64, (B, blocks), generator=generator, device="cuda", dtype=torch.int32)
+    lengths = torch.randint(0, 64 * min(blocks, 64) + 1, (B,), generator=generator, device="cuda", dtype=torch.int32)
+
+    def attend(own):
+        return flash_mla_with_kvcache(
+            q[own], k[own], v[own], table[own], lengths[own], batch_invariant=batch_invariant, backend="triton"
+        )
+
+    halves = slice(0, B // 2), slice(B // 2, B)
+    assert torch.equal(attend(slice(0, B)), torch.cat([attend(own) for own in halves]))

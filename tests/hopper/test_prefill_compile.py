@@ -53,6 +53,8 @@ def test_prefill(D: int, Dv: int, paged: bool, sparse: bool, tmp_path: Path) -> 
     scores, values = config.D // 16, config.tile_n // 16 * (2 if wide else 1)
     steps = (1 if config.sparse else 2) + 2
     assert sass.count("HGMMA") == steps * (scores + values)
+    # Q held in registers: loaded before the first block and at the step across tiles
+    assert sass.count(r"LDSM\.16\.M88\.4") == (2 * config.D // 16 if config.q_held else 0)
     # NOTE: serialised wgmma shows as one arrive and one wait an instruction
     assert sass.count(r"WARPGROUP\.ARRIVE") <= 8
     assert sass.count(r"WARPGROUP\.DEPBAR") <= 8

@@ -21,6 +21,7 @@ CONFIGS = gates(
         Config("v4.1", 1, 16),
         Config("bf16_576", 1, 16),
         Config("bf16_576", 1, 64),
+        Config("bf16_576", 1, 64, cluster=2),
     ],
     [
         Config("fp8_ds_mla", 1, 16),

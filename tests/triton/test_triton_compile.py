@@ -23,13 +23,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter is on", allow_module_level=True)
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from flash_mla.backends.triton import append as append_phase  # noqa: E402
 from flash_mla.backends.triton import decode as decode_phase  # noqa: E402
 from flash_mla.backends.triton import prefill as prefill_phase  # noqa: E402
 from flash_mla.backends.triton.device import stored  # noqa: E402
-from flash_mla.kernels.triton import append, combine, decode, prefill, rows, tiles  # noqa: E402
+from flash_mla.kernels.triton import append, combine, decode, decode_latent, prefill, rows, share, tiles  # noqa: E402
 from flash_mla.kernels.triton.target import Target  # noqa: E402
 from flash_mla.problem import (  # noqa: E402
     FP8,
@@ -359,11 +360,8 @@ def test_a_lost_descriptor_is_seen(monkeypatch: pytest.MonkeyPatch, case: str) -
     assert unwritten_registers(cuobjdump(built.kernel, "-sass"))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_combine_and_append_compile(target: str) -> None:
-    on = TARGETS[target]
-    problem, args = decode_case(**DECODE["mla_16"])
-    chosen = decode_phase.config(problem, on)
+def build_combine(chosen: decode_phase.DecodeConfig, problem: DecodeProblem, args: DecodeArgs, on: Target) -> Built:
+    """The combine of a case of 16 heads over a latent."""
     constants = combine.constants(
         chosen.combine, B=problem.B, Hk=1, capacity=64 * problem.table_blocks, S_q=1, ratio=16, Dv=512,
         out=args.out, pdl=chosen.decode.pdl, partial_rows=16, dv_tile=512,
@@ -372,8 +370,15 @@ def test_combine_and_append_compile(target: str) -> None:
         "seq_lens_ptr": args.seq_lens, "partial_ptr": meta(1, dtype=torch.float32), "sink_ptr": None,
         "out_ptr": args.out, "lse_ptr": args.lse,
     }  # fmt: skip
-    options = {"num_warps": chosen.combine.warps}
-    within("combine", compile_for(combine.combine_kernel, tensors | constants, options, on), on)
+    return compile_for(combine.combine_kernel, tensors | constants, {"num_warps": chosen.combine.warps}, on)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_combine_and_append_compile(target: str) -> None:
+    on = TARGETS[target]
+    problem, args = decode_case(**DECODE["mla_16"])
+    chosen = decode_phase.config(problem, on)
+    within("combine", build_combine(chosen, problem, args, on), on)
     new = AppendArgs(
         meta(64, 1, 8, 576, dtype=torch.bfloat16), None, args.k, None, args.block_table, args.seq_lens, None
     )  # fmt: skip
@@ -398,9 +403,28 @@ def test_append_of_rows_compiles(name: str, target: str) -> None:
 
 
 def test_the_early_combine_compiles() -> None:
-    """One short request on Hopper: decode releases the combine, which waits (programmatic dependent launch)."""
+    """One short request on Hopper: decode releases the combine, which waits (programmatic dependent launch), its first
+    program in any case."""
     on = TARGETS["sm_90"]
-    problem, _ = decode_case(B=1, Hq=16, Hk=1, D=576, Dv=512, alias=True, table_blocks=16)
-    assert decode_phase.config(problem, on).decode.pdl
+    problem, args = decode_case(B=1, Hq=16, Hk=1, D=576, Dv=512, alias=True, table_blocks=16)
+    chosen = decode_phase.config(problem, on)
+    assert chosen.decode.pdl
     DECODE["early"] = {"B": 1, "Hq": 16, "Hk": 1, "D": 576, "Dv": 512, "alias": True, "table_blocks": 16}
     assert "griddepcontrol.launch_dependents" in build_decode("early", on)[1].kernel.asm["ptx"]
+    ptx = build_combine(chosen, problem, args, on).kernel.asm["ptx"]
+    assert ptx.index("griddepcontrol.wait") < ptx.index("ret;")
+
+
+@pytest.mark.skipif(not PINNED, reason="asks Triton 3.6 what it specialises")
+@pytest.mark.parametrize("kernel", [decode.decode_kernel, decode_latent.decode_latent_kernel, combine.combine_kernel])
+def test_a_kernel_serves_every_batch_and_table(kernel: Any) -> None:
+    """What changes while a server runs is no part of what a kernel is compiled for, but for a batch of one."""
+    specialise = create_function_from_signature(
+        kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+    )
+
+    def key(n: int) -> list[Any]:
+        return specialise(*(n if name in share.VARYING else 48 for name in kernel.arg_names))[1]
+
+    assert key(16) == key(17) == key(2**20)
+    assert key(1) != key(16)

@@ -96,7 +96,7 @@ def prepare(problem: BackwardProblem, args: BackwardArgs) -> Prepared:
     lse, d_lse = args.lse.stride(), None if args.d_lse is None else args.d_lse.stride()
     slot = bound(problem, args.out.stride(), args.d_out.stride(), lse, d_lse)
     if not slot:
-        grid = (row_tiles(forward), forward.Hq, forward.B)
+        grid = (row_tiles(forward) * forward.B, forward.Hq, 1)
         slot.append(Launcher(backward.prepare_kernel, grid, prepare_constants(problem, args), {"num_warps": 4}))
     slot[0](prepare_tensors(args, prepared))
     if args.d_sink is not None and prepared.d_sink is not None:

@@ -68,28 +68,7 @@ def paged_attention(
     Returns:
         ([B, P, Hq, Dv], None): attention weights are not made.
     """
-    if not isinstance(key, NewTokens) or not isinstance(attention_mask, Tokens):
-        raise ModelError(
-            given=f"key {type(key).__name__}, attention_mask {type(attention_mask).__name__}",
-            required="past_key_values=paged_cache(...), and an attention_mask [B, tokens] or none",
-            cause="The model's attention was switched to the paged cache, and this call brings another cache or mask",
-            fix="Pass the paged cache, or switch back with model.set_attn_implementation('sdpa')",
-        )
-    if module.training and torch.is_grad_enabled():
-        raise GradientError(
-            given=f"{type(module).__name__} in training mode",
-            required="a model in evaluation mode, or torch.no_grad()",
-            cause="Rows of a paged cache carry no gradient: the projections of K and V would learn nothing",
-            fix="Call model.eval(); to train, switch back with model.set_attn_implementation('sdpa')",
-        )
-    extras = [name for name in UNKNOWN if kwargs.get(name) is not None]
-    if dropout or extras:
-        raise ModelError(
-            given=f"{dropout=}, " + ", ".join(extras),
-            required="plain causal attention without dropout",
-            cause="The paged path does not compute these",
-            fix="Call model.eval(), or use a transformers cache for this model",
-        )
+    check_call(module, key, attention_mask, dropout, kwargs)
     cache = key.cache
     step, layer = cache.step(attention_mask), cache.layer(key.layer)
     is_latent, picked = layer.is_latent, kwargs.get("indices")
@@ -121,6 +100,32 @@ def paged_attention(
         out = refusing("attention over a paged cache", out, inputs)
     out = out.transpose(1, 2) if picked is not None else step.restore(out)
     return out.to(query.dtype), None
+
+
+def check_call(module: Any, key: Any, attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+    """The call brings the paged cache and the step's Tokens, does not train, and asks for nothing more."""
+    if not isinstance(key, NewTokens) or not isinstance(attention_mask, Tokens):
+        raise ModelError(
+            given=f"key {type(key).__name__}, attention_mask {type(attention_mask).__name__}",
+            required="past_key_values=paged_cache(...), and an attention_mask [B, tokens] or none",
+            cause="The model's attention was switched to the paged cache, and this call brings another cache or mask",
+            fix="Pass the paged cache, or switch back with model.set_attn_implementation('sdpa')",
+        )
+    if module.training and torch.is_grad_enabled():
+        raise GradientError(
+            given=f"{type(module).__name__} in training mode",
+            required="a model in evaluation mode, or torch.no_grad()",
+            cause="Rows of a paged cache carry no gradient: the projections of K and V would learn nothing",
+            fix="Call model.eval(); to train, switch back with model.set_attn_implementation('sdpa')",
+        )
+    extras = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if dropout or extras:
+        raise ModelError(
+            given=f"{dropout=}, " + ", ".join(extras),
+            required="plain causal attention without dropout",
+            cause="The paged path does not compute these",
+            fix="Call model.eval(), or use a transformers cache for this model",
+        )
 
 
 def launches_bind(query: Tensor, new: NewTokens, cache: Tensor) -> bool:

@@ -16,7 +16,8 @@ from flash_mla.quant import quantise
 if TYPE_CHECKING:
     from flash_mla.integrations.transformers.layer import Layer
 
-MAX_S_Q = 8  # most query tokens of a decode call
+MAX_S_Q = 128  # most query tokens of a decode call, as Hopper's kernels have it
+FEW_S_Q = 8  # the same over an FP8 cache; and what is left may be any number below
 SMALL_MASK = 2**14  # bytes that are sooner copied to the host than summed on a GPU, by two launches
 
 
@@ -184,16 +185,29 @@ class Step:
         return out[self._request, :, self._rank].masked_fill_(~self.keep[:, :, None, None], 0)
 
     @cached_property
-    def _lengths(self) -> list[Tensor]:
-        """[B] each: tokens of the requests up to the last one of each decode call of the step."""
-        later = range(self._tokens - MAX_S_Q, 0, -MAX_S_Q)
-        lengths = self._pages.seq_lens
-        return [*[(lengths - tokens).clamp(min=0) for tokens in later], lengths]
+    def _calls(self) -> tuple[list[int], list[Tensor]]:
+        """Of each decode call of the step its query tokens, and [B] tokens of the requests up to the last of them."""
+        pages = self._pages
+        sizes = call_sizes(self._tokens, MAX_S_Q if pages.k_descale is None else FEW_S_Q)
+        later = [self._tokens - sum(sizes[: i + 1]) for i in range(len(sizes))]
+        return sizes, [(pages.seq_lens - n).clamp(min=0) if n else pages.seq_lens for n in later]
 
     def decode(self, q: Tensor, layer: Layer, scale: float) -> Tensor:
-        """Attention of q [B, Hq, P, D] over a layer's pages, at most MAX_S_Q tokens a call."""
-        table = self._pages.block_table
-        if self._tokens <= MAX_S_Q:
-            return layer.decode(q, table, self._pages.seq_lens, scale)
-        calls = zip(q.split(MAX_S_Q, dim=2), self._lengths, strict=True)
-        return torch.cat([layer.decode(part, table, lengths, scale) for part, lengths in calls], 2)
+        """Attention of q [B, Hq, P, D] over a layer's pages, in as many calls as `call_sizes` says."""
+        table, (sizes, lengths) = self._pages.block_table, self._calls
+        if len(sizes) == 1:
+            return layer.decode(q, table, lengths[0], scale)
+        parts = zip(q.split(sizes, dim=2), lengths, strict=True)
+        return torch.cat([layer.decode(part, table, own, scale) for part, own in parts], 2)
+
+
+def call_sizes(tokens: int, most: int) -> list[int]:
+    """Query tokens of each decode call for so many: powers of two, at most `most`, then what is left of less than 8.
+
+    NOTE: Triton compiles a kernel for each number, so that any number up to 128 would cost a server 128 compiles.
+    """
+    sizes = []
+    while tokens >= FEW_S_Q:
+        sizes.append(min(1 << (tokens.bit_length() - 1), most))
+        tokens -= sizes[-1]
+    return [*sizes, tokens] if tokens else sizes

@@ -1,6 +1,6 @@
 """Append: copy new rows of K and V into their cache pages; row i of request b goes to position start_pos[b] + i.
 
-Grid: (tiles of tokens, Hk, B). Bound: bytes, each row read once and written once.
+Grid: (tiles of tokens * Hk * B). Bound: bytes, each row read once and written once.
 
 NOTE: a row is dropped, not clamped, where its position lies past the table or its block id outside the cache: a write
 to any other place would destroy another request's rows.
@@ -30,6 +30,7 @@ def append_kernel(
     start_pos_ptr,  # [B]
     num_tokens_ptr,  # [B]
     P,
+    Hk,
     Nblk,
     table_blocks,
     stride_kb, stride_kh, stride_ks, stride_kd,
@@ -43,9 +44,10 @@ def append_kernel(
     D_TILE: tl.constexpr,
     DV_TILE: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)  # [TILE_T]
-    kv_head = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
+    tiles = tl.cdiv(P, TILE_T)
+    token = tl.program_id(0) % tiles * TILE_T + tl.arange(0, TILE_T)  # [TILE_T]
+    kv_head = (tl.program_id(0) // tiles % Hk).to(tl.int64)
+    b = (tl.program_id(0) // tiles // Hk).to(tl.int64)
     position = token.to(tl.int64)
     if start_pos_ptr is not None:
         position += tl.load(start_pos_ptr + b)
@@ -76,8 +78,8 @@ def append_kernel(
 
 
 def grid(B: int, Hk: int, P: int) -> tuple[int, int, int]:
-    """(tiles of tokens, Hk, B)."""
-    return -(-P // TILE_T), Hk, B
+    """(tiles of tokens * Hk * B, 1, 1): no other dim of a grid reaches beyond 65535."""
+    return -(-P // TILE_T) * Hk * B, 1, 1
 
 
 def constants(
@@ -88,6 +90,7 @@ def constants(
     Dv = 0 if v is None else v.shape[3]
     return dict(
         P=k.shape[2],
+        Hk=k.shape[1],
         Nblk=k_cache.shape[2],
         table_blocks=block_table.shape[1],
         **strides("k", "bhsd", k),

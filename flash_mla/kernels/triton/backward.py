@@ -6,7 +6,7 @@ With p = exp2(s - lse2) and s the scores in base 2, f what a sink leaves of a ro
     dq = scale ds k        dk = scale ds^T q
 
 Three kernels, one after another (this file, backward_keys.py, backward_queries.py), none of which adds to what another
-program writes: no atomics, the same bits always. `prepare_kernel` (grid: row tiles, Hq, B) reads out and dout once and
+program writes: no atomics, the same bits always. `prepare_kernel` (grid: row tiles * B, Hq) reads out and dout once and
 writes lse2, g, f. It finds the last row of each head that has a gradient too: the others read no row past it, so padded
 queries cost nothing, and may hold NaN. `keys_kernel` (grid: B * Hk * key tiles) keeps dk and dv of a key tile in
 registers and walks the query tiles that see it, of every head of the group. `queries_kernel` (grid: B * Hq * query
@@ -189,9 +189,10 @@ def prepare_kernel(
     TILE_M: tl.constexpr,
     DV_TILE: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    tiles = tl.cdiv(P, TILE_M)
+    tile = tl.program_id(0) % tiles
     h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
     rows = tile * TILE_M + tl.arange(0, TILE_M)
     row_live = rows < P
     rows64 = rows.to(tl.int64)
@@ -219,7 +220,7 @@ def prepare_kernel(
     tl.store(lse2_ptr + row, tl.where(active, lse * LOG2E, float("inf")), mask=row_live)
     tl.store(shift_ptr + row, shift - d_lse, mask=row_live)
     live = tl.max(tl.where(active, rows + 1, 0), 0)
-    tl.store(live_ptr + (b * tl.num_programs(1) + h) * tl.num_programs(0) + tile, live)
+    tl.store(live_ptr + (b * tl.num_programs(1) + h) * tiles + tile, live)
 
 
 @triton.jit
@@ -238,10 +239,10 @@ def columns_kernel(
     CAUSAL: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """prefill.compact_kernel along columns: the kept blocks of one block column. Grid: (block columns, H, B)."""
-    column = tl.program_id(0)
+    """prefill.compact_kernel along columns: the kept blocks of one block column. Grid: (block columns * B, H)."""
+    column = tl.program_id(0) % block_columns
     h = tl.program_id(1)
-    b = tl.program_id(2)
+    b = tl.program_id(0) // block_columns
     stored = column * BLOCK < key_end(seq_lens_ptr, b, S_kv)
     start = first_position(start_pos_ptr, b, S_kv)
     flags = block_mask_ptr + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + column.to(tl.int64) * stride_n)

@@ -2,9 +2,9 @@
 
 A partial is out_i, the largest score max_i of its keys in base 2, and the sum sum_i of their weights:
 out = sum_i w_i out_i / sum_i w_i with w_i = sum_i exp2(max_i - max), in the order of the shares, so that reruns are
-bitwise equal. Grid: (rows * column tiles, programs - 1). Program p looks at the boundary before share p + 1: if an item
-lies across it, and across no boundary before, the program merges one row of that item; otherwise it has nothing to do.
-Where items are cut into pieces, the grid is (rows * column tiles, items), and a program merges the pieces of an item,
+bitwise equal. Grid: (rows * column tiles * (programs - 1)). A program looks at the boundary before share p + 1: if an
+item lies across it, and across no boundary before, it merges one row of that item; otherwise it has nothing to do.
+Where items are cut into pieces, the grid is (rows * column tiles * items), and a program merges the pieces of an item,
 if it has more than one.
 
 Bound: bytes of the partials, at most two items a share: 2 * programs * rows * Dv * 4.
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_mla.kernels.triton.attend import LN2, sink_factor
-from flash_mla.kernels.triton.share import MOST_PIECES, PIECE, locate, piece_units, request_length, units
+from flash_mla.kernels.triton.share import MOST_PIECES, PIECE, VARYING, locate, piece_units, request_length, units
 from flash_mla.kernels.triton.strides import strides
 from flash_mla.kernels.triton.tiles import power_of_2
 
@@ -50,7 +50,7 @@ def config(*, items: int, programs: int, Dv: int, pieces: int = 0) -> Config:
 # --- Kernel ---
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VARYING)
 def combine_kernel(
     seq_lens_ptr,  # [B]
     partial_ptr,  # out [slots, partial_rows, DV_TILE], max and sum [slots, partial_rows]; 2 slots a program, a piece: 1
@@ -73,23 +73,32 @@ def combine_kernel(
     TILE_C: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (DV + TILE_C - 1) // TILE_C
-    row = tl.program_id(0) // COLUMN_TILES
+    TILES: tl.constexpr = S_Q * RATIO * COLUMN_TILES
+    row = tl.program_id(0) % TILES // COLUMN_TILES
     columns = tl.program_id(0) % COLUMN_TILES * TILE_C + tl.arange(0, TILE_C)
+    place = tl.program_id(0) // TILES  # an item, or a boundary
+    places = tl.num_programs(0) // TILES
+    if PDL:
+        # NOTE: one program waits in any case: where no item is cut, all would end before decode, and the kernel that
+        # comes next would start beside it
+        is_first = tl.program_id(0) == 0
+        if is_first:
+            tl.extra.cuda.gdc_wait()
     if PIECE > 0:
         # the slots of an item's pieces lie side by side
-        item = tl.program_id(1)
+        item = place
         b = item // Hk
         kv_head = item % Hk
         size = units(request_length(seq_lens_ptr, b, capacity))
         each = piece_units(size, PIECE, TILE_S)
         if size <= each:
             return
-        programs = tl.num_programs(1) * pieces
+        programs = places * pieces
         first = item * pieces
         last = first + (size - 1) // each
     else:
-        first = tl.program_id(1)
-        programs = tl.num_programs(1) + 1
+        first = place
+        programs = places + 1
         # is an item cut here, and for the first time?
         total, share, b, request_start = locate(seq_lens_ptr, B, capacity, Hk, programs, first + 1)
         boundary = (first + 1) * share
@@ -151,8 +160,9 @@ def combine_kernel(
 
 
 def grid(config: Config, rows: int, Dv: int, programs: int) -> tuple[int, int, int]:
-    """(rows * column tiles, boundaries or items, 1)."""
-    return rows * -(-Dv // config.tile_c), programs // config.pieces if config.pieces else programs - 1, 1
+    """(rows * column tiles * boundaries or items, 1, 1)."""
+    places = programs // config.pieces if config.pieces else programs - 1
+    return rows * -(-Dv // config.tile_c) * places, 1, 1
 
 
 def constants(

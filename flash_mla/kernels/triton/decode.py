@@ -1,6 +1,6 @@
 """Decode: S_q query tokens a request over its paged cache, out = softmax(q k^T * scale + mask) v.
 
-Grid: (M tiles, programs). The S_q * ratio query rows that share a KV head are packed into M tiles; the M tiles of one
+Grid: (M tiles * programs). The S_q * ratio query rows that share a KV head are packed into M tiles; the M tiles of one
 share run side by side, so that their reads of the same K meet in L2. With SPLIT, `programs` programs cut the line of
 work units (see share.py) into equal shares whatever the lengths; a program walks the items of its share, writes an item
 that it holds whole straight to `out`, and any other as a partial result in FP32 (`combine.py`): an item that began
@@ -32,6 +32,7 @@ from flash_mla.kernels.triton.share import (
     BLOCK,
     MOST_PIECES,
     PIECE,
+    VARYING,
     block_id,
     first_unit,
     pieces,
@@ -171,7 +172,7 @@ def e4m3_bytes(d_main: int, d_rest: int, dv_tile: int, stages: int, mask: int) -
 # --- Kernel ---
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VARYING)
 def decode_kernel(
     q_ptr,  # [B, Hq, S_q, D]
     k_ptr,  # [B, Hk, Nblk, PAGE, D]; D_MAIN columns where rope_ptr has the rest
@@ -188,11 +189,7 @@ def decode_kernel(
     lse_ptr,  # [B, Hq, S_q] contiguous
     partial_ptr,  # see combine.py; rows m_tiles * TILE_M
     softmax_scale,  # its magnitude; FLIP has its sign
-    B,
-    Hk,
-    Nblk,
-    capacity,
-    mask_len,
+    B, Hk, Nblk, capacity, mask_len,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
@@ -218,8 +215,7 @@ def decode_kernel(
     PDL: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
-    D_MAIN: tl.constexpr,
-    D_REST: tl.constexpr,
+    D_MAIN: tl.constexpr, D_REST: tl.constexpr,
     DV_TILE: tl.constexpr,
     REUSE: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -227,8 +223,10 @@ def decode_kernel(
     PRECISION: tl.constexpr,
     E4M3: tl.constexpr,  # as in attend
 ):  # fmt: skip
-    m_tile = tl.program_id(0)
-    program = tl.program_id(1)
+    M_TILES: tl.constexpr = (S_Q * RATIO + TILE_M - 1) // TILE_M
+    m_tile = tl.program_id(0) % M_TILES
+    program = tl.program_id(0) // M_TILES
+    programs = tl.num_programs(0) // M_TILES
     rows = m_tile * TILE_M + tl.arange(0, TILE_M)  # [TILE_M] row = query * RATIO + head of the group
     row_live = rows < S_Q * RATIO
     query = rows // RATIO
@@ -241,7 +239,7 @@ def decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
     b, request_start, share_start, end = first_unit(
-        seq_lens_ptr, B, Hk, capacity, program, tl.num_programs(1), SPLIT, PIECE, MOST_PIECES
+        seq_lens_ptr, B, Hk, capacity, program, programs, SPLIT, PIECE, MOST_PIECES
     )
     unit = share_start
     while unit < end:
@@ -333,11 +331,11 @@ def decode_kernel(
         if v_descale_ptr is not None:
             out *= tl.load(v_descale_ptr + b64 * stride_vdb + kv_head * stride_vdh)
         store_item(
-            out, row_max, row_sum, lse2, rows, row_live, head, query, b64,
+            out, row_max, row_sum, lse2, rows, row_live, head, query, b64, program, programs,
             part=(unit > share_start).to(tl.int32), cut=(unit > item_start) | (stop < item_end),
             partial_ptr=partial_ptr, sink_ptr=sink_ptr, out_ptr=out_ptr, lse_ptr=lse_ptr, heads=Hk * RATIO,
             stride_ob=stride_ob, stride_oh=stride_oh, stride_os=stride_os, S_Q=S_Q, DV=DV, SPLIT=SPLIT, PIECE=PIECE,
-            TILE_M=TILE_M, DV_TILE=DV_TILE, COLUMNS=DV_TILE,
+            PARTIAL_ROWS=M_TILES * TILE_M, DV_TILE=DV_TILE, COLUMNS=DV_TILE,
         )  # fmt: skip
 
         # on to the next head, or request
@@ -351,8 +349,8 @@ def decode_kernel(
 
 
 def grid(config: Config, rows: int, items: int) -> tuple[int, int, int]:
-    """(M tiles, programs, 1) for S_q * ratio rows and B * Hk items."""
-    return -(-rows // config.tile_m), config.programs or items, 1
+    """(M tiles * programs, 1, 1) for S_q * ratio rows and B * Hk items: no other dim of a grid reaches beyond 65535."""
+    return -(-rows // config.tile_m) * (config.programs or items), 1, 1
 
 
 def partial_numel(config: Config, rows: int) -> int:

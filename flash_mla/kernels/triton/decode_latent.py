@@ -29,6 +29,7 @@ from flash_mla.kernels.triton.decode import Config, same_constants
 from flash_mla.kernels.triton.item import store_item
 from flash_mla.kernels.triton.share import (
     BLOCK,
+    VARYING,
     block_id,
     first_unit,
     request_length,
@@ -88,7 +89,7 @@ def in_rows(first, second, factor, TILE_M: tl.constexpr, PAIRS: tl.constexpr):
 # --- Kernel ---
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VARYING)
 def decode_latent_kernel(
     q_ptr,  # [B, Hq, S_q, D]
     k_ptr,  # [B, Hk, Nblk, PAGE, D / 2] pairs; DV / 2 where rope_ptr has the rest
@@ -134,8 +135,11 @@ def decode_latent_kernel(
     TILE_N: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(1)
-    rows = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)  # [TILE_M] row = query * RATIO + head of the group
+    M_TILES: tl.constexpr = (S_Q * RATIO + TILE_M - 1) // TILE_M
+    m_tile = tl.program_id(0) % M_TILES
+    program = tl.program_id(0) // M_TILES
+    programs = tl.num_programs(0) // M_TILES
+    rows = m_tile * TILE_M + tl.arange(0, TILE_M)  # [TILE_M] row = query * RATIO + head of the group
     row_live = rows < S_Q * RATIO
     query = rows // RATIO
     HALF: tl.constexpr = DV // 4  # pairs of half of V's columns
@@ -148,7 +152,7 @@ def decode_latent_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
     b, request_start, share_start, end = first_unit(
-        seq_lens_ptr, B, Hk, capacity, program, tl.num_programs(1), SPLIT, PIECE, MOST_PIECES
+        seq_lens_ptr, B, Hk, capacity, program, programs, SPLIT, PIECE, MOST_PIECES
     )
     unit = share_start
     while unit < end:
@@ -274,15 +278,16 @@ def decode_latent_kernel(
         cut = (unit > item_start) | (stop < item_end)
         store_item(
             in_rows(out0_even, out0_odd, factor, TILE_M, HALF), row_max, row_sum, lse2, rows, row_live, head, query,
-            b64, part=part, cut=cut, partial_ptr=partial_ptr, sink_ptr=sink_ptr, out_ptr=out_ptr, lse_ptr=lse_ptr,
-            heads=Hk * RATIO, stride_ob=stride_ob, stride_oh=stride_oh, stride_os=stride_os, S_Q=S_Q, DV=DV,
-            SPLIT=SPLIT, PIECE=PIECE, TILE_M=TILE_M, DV_TILE=DV, COLUMNS=2 * HALF, FIRST=0,
+            b64, program, programs, part=part, cut=cut, partial_ptr=partial_ptr, sink_ptr=sink_ptr, out_ptr=out_ptr,
+            lse_ptr=lse_ptr, heads=Hk * RATIO, stride_ob=stride_ob, stride_oh=stride_oh, stride_os=stride_os, S_Q=S_Q,
+            DV=DV, SPLIT=SPLIT, PIECE=PIECE, PARTIAL_ROWS=M_TILES * TILE_M, DV_TILE=DV, COLUMNS=2 * HALF, FIRST=0,
         )  # fmt: skip
         store_item(
             in_rows(out1_even, out1_odd, factor, TILE_M, HALF), row_max, row_sum, lse2, rows, row_live, head, query,
-            b64, part=part, cut=cut, partial_ptr=partial_ptr, sink_ptr=sink_ptr, out_ptr=out_ptr, lse_ptr=lse_ptr,
-            heads=Hk * RATIO, stride_ob=stride_ob, stride_oh=stride_oh, stride_os=stride_os, S_Q=S_Q, DV=DV,
-            SPLIT=SPLIT, PIECE=PIECE, TILE_M=TILE_M, DV_TILE=DV, COLUMNS=2 * HALF, FIRST=2 * HALF,
+            b64, program, programs, part=part, cut=cut, partial_ptr=partial_ptr, sink_ptr=sink_ptr, out_ptr=out_ptr,
+            lse_ptr=lse_ptr, heads=Hk * RATIO, stride_ob=stride_ob, stride_oh=stride_oh, stride_os=stride_os, S_Q=S_Q,
+            DV=DV, SPLIT=SPLIT, PIECE=PIECE, PARTIAL_ROWS=M_TILES * TILE_M, DV_TILE=DV, COLUMNS=2 * HALF,
+            FIRST=2 * HALF,
         )  # fmt: skip
 
         # on to the next head, or request

@@ -12,7 +12,7 @@ from flash_mla.kernels.triton.attend import LN2, sink_factor
 def store_item(
     out,  # [TILE_M, COLUMNS] FP32, columns from FIRST on
     row_max, row_sum, lse2, rows, row_live, head, query,  # [TILE_M]
-    b,
+    b, program, programs,
     part,  # whether the item is not the first of its program
     cut,  # whether other programs have parts of it
     partial_ptr, sink_ptr, out_ptr, lse_ptr,
@@ -22,7 +22,7 @@ def store_item(
     DV: tl.constexpr,
     SPLIT: tl.constexpr,
     PIECE: tl.constexpr,
-    TILE_M: tl.constexpr,
+    PARTIAL_ROWS: tl.constexpr,  # of a slot
     DV_TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
     FIRST: tl.constexpr = 0,
@@ -33,13 +33,12 @@ def store_item(
     written = row_live
     if SPLIT:
         if cut:
-            partial_rows = tl.num_programs(0) * TILE_M
             SLOTS: tl.constexpr = 1 if PIECE > 0 else 2
-            slot_row = ((SLOTS * tl.program_id(1) + part) * partial_rows + rows).to(tl.int64)  # [TILE_M]
+            slot_row = ((SLOTS * program + part) * PARTIAL_ROWS + rows).to(tl.int64)  # [TILE_M]
             part_tile = partial_ptr + slot_row[:, None] * DV_TILE + columns[None, :]
             tl.store(part_tile, out, mask=row_live[:, None] & inside)
             if FIRST == 0:
-                slot_rows = tl.cast(SLOTS * tl.num_programs(1) * partial_rows, tl.int64)
+                slot_rows = tl.cast(SLOTS * programs * PARTIAL_ROWS, tl.int64)
                 max_partial_ptr = partial_ptr + slot_rows * DV_TILE
                 tl.store(max_partial_ptr + slot_row, row_max, mask=row_live)
                 tl.store(max_partial_ptr + slot_rows + slot_row, row_sum, mask=row_live)

@@ -129,10 +129,10 @@ def compact_kernel(
     CAUSAL: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """List the kept blocks of one block row. Grid: (block rows, H, B)."""
-    block_row = tl.program_id(0)
+    """List the kept blocks of one block row. Grid: (block rows * B, H)."""
+    block_row = tl.program_id(0) % block_rows
     h = tl.program_id(1)
-    b = tl.program_id(2)
+    b = tl.program_id(0) // block_rows
     # keys that any row of this block row can see
     end = key_end(seq_lens_ptr, b, S_kv)
     if CAUSAL:
@@ -332,7 +332,7 @@ def compact(
     lists = 1 if shared else B, 1 if block_mask.stride(1) == 0 else Hq
     num_kept = torch.empty((*lists, block_mask.shape[dim]), dtype=torch.int32, device=block_mask.device)
     kept = torch.empty((*num_kept.shape, block_mask.shape[5 - dim]), dtype=torch.int32, device=block_mask.device)
-    kernel[(block_mask.shape[dim], lists[1], lists[0])](
+    kernel[(block_mask.shape[dim] * lists[0], lists[1])](
         block_mask_ptr=block_mask, seq_lens_ptr=seq_lens, start_pos_ptr=start_pos, kept_ptr=kept,
         num_kept_ptr=num_kept, H=lists[1], block_rows=block_rows, block_columns=block_columns, P=P, S_kv=S_kv,
         **strides("", "bhmn", block_mask), CAUSAL=causal, TILE=COMPACT_TILE,

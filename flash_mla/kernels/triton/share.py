@@ -21,6 +21,9 @@ MOST_PIECES = 16
 """Of an item."""
 TILE_B = tl.constexpr(128)
 """Requests that one step of a prefix sum takes."""
+VARYING = ("B", "Nblk", "capacity", "stride_tb")
+"""Arguments that change while a server runs. Triton would compile a kernel anew, 5 to 10 s, for each that becomes a
+multiple of 16 or ceases to be one; no access to memory is wider for it."""
 
 
 @triton.jit

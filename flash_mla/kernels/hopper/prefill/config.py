@@ -178,6 +178,12 @@ class Config:
         return BLOCK if self.paged else self.tile_n
 
     @property
+    def q_held(self) -> bool:
+        """Whether a consumer holds its rows of Q in registers, D / 4 more: Q K^T then reads a third less shared memory,
+        half where blocks are listed."""
+        return self.D == 128 and not self.fp8
+
+    @property
     def turns(self) -> bool:
         """Whether the warpgroups take turns to issue products: where three of them are bound by exp2 (5 % at D 64)."""
         return self.consumers == 3

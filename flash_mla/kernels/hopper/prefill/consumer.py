@@ -27,9 +27,9 @@ from flash_mla.kernels.hopper.staging import store_rows
 class Consumer:
     """A consumer warpgroup: 64 rows of the tile.
 
-    Registers of a thread: O [64, Dv] / 128 threads, S [64, TILE_N] / 128, P half of that, the scale of the tile's
-    scores (base 2), and for each of its two rows the running max (base 2), its share of the running sum, the factor of
-    the last move of the max, and the last key that the row may see.
+    Registers of a thread: O [64, Dv] / 128 threads, S [64, TILE_N] / 128, P half of that, Q [64, D] / 256 where it is
+    held, the scale of the tile's scores (base 2), and for each of its two rows the running max (base 2), its share of
+    the running sum, the factor of the last move of the max, and the last key that the row may see.
     """
 
     config: Config
@@ -39,6 +39,7 @@ class Consumer:
     qk: cute.TiledMma
     pv: cute.TiledMma
     rQ: cute.Tensor
+    load: cute.TiledCopy | None
     rK: cute.Tensor
     rV: cute.Tensor
     store: cute.TiledCopy
@@ -56,7 +57,8 @@ class Consumer:
         dtype, step, atoms = DTYPES[config.dtype], config.step, (config.consumers, 1, 1)
         K, MN = OperandMajorMode.K, OperandMajorMode.MN
         registers = warpgroup.OperandSource.RMEM
-        qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, atoms, (TILE_M, config.tile_n))
+        q_source = registers if config.q_held else warpgroup.OperandSource.SMEM
+        qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, atoms, (TILE_M, config.tile_n), q_source)
         # NOTE: a wgmma of 256 columns does not fit the 128 registers of a thread at entry where blocks are listed
         columns = min(config.Dv, 128) if config.sparse else config.Dv
         major = K if config.fp8 else MN
@@ -66,6 +68,13 @@ class Consumer:
         sV = shared.sV
         sVt = shared.sVt if config.fp8 else cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
         store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), DTYPES[config.out])
+        load, rQ = None, None
+        if config.q_held:
+            load = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4), dtype)
+            load = cute.make_tiled_copy_A(load, qk).get_slice(tid)
+            rQ = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, config.D // step)), dtype)
+        else:
+            rQ = qk.make_fragment_A(qk_slice.partition_A(shared.sQ))
         role, warps = "consumers", 4 * config.consumers
         for channel in (shared.tasks, shared.k, shared.values, *([shared.q] if config.staged else [])):
             channel.read_by(role, warps)
@@ -77,7 +86,8 @@ class Consumer:
             tid=tid,
             qk=qk,
             pv=pv,
-            rQ=qk.make_fragment_A(qk_slice.partition_A(shared.sQ)),
+            rQ=rQ,
+            load=load,
             rK=qk.make_fragment_B(qk_slice.partition_B(shared.sK)),
             rV=pv.make_fragment_B(pv_slice.partition_B(sVt)),
             store=cute.make_tiled_copy_C(store, pv).get_slice(tid),
@@ -88,6 +98,13 @@ class Consumer:
             rows=Rows.over(tid),
             top=cute.make_rmem_tensor(2, Float32),
         )
+
+    @cute.jit
+    def hold_q(self, q_stage) -> None:
+        """Load this warpgroup's rows of Q, which have come, where it holds them; no product is on its way."""
+        if const_expr(self.config.q_held):
+            rows = self.load.partition_S(self.shared.sQ[None, None, q_stage])
+            cute.copy(self.load, rows, self.load.retile(self.rQ))
 
     @cute.jit
     def begin(self, tensors: Tensors, scalars: Scalars, tile: Task) -> None:
@@ -122,7 +139,8 @@ class Consumer:
         atom.set(warpgroup.Field.ACCUMULATE, False)
         warpgroup.fence()
         for k in cutlass.range_constexpr(self.config.D // self.config.step):
-            cute.gemm(atom, self.S, self.rQ[None, None, k, q_stage], self.rK[None, None, k, stage], self.S)
+            rows = self.rQ[None, None, k] if const_expr(self.config.q_held) else self.rQ[None, None, k, q_stage]
+            cute.gemm(atom, self.S, rows, self.rK[None, None, k, stage], self.S)
             atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
 

@@ -5,12 +5,14 @@ counter in global memory (`schedule.py`).
 
 Bound. A block of N keys costs a tile of M rows 2 * M * N * (D + Dv) FLOP, at 4096 a cycle and SM: 2048 cycles for
 128 x 128 x (128 + 128), in which the softmax takes 1024 of exp2 (16 a cycle) and about 870 of a scheduler's 2048 issue
-slots, TMA writes 64 KB, and wgmma reads 96 bytes a cycle for Q K^T, 64 for P V, of the 128 that shared memory gives.
-So the tensor cores bound it, if the softmax of one warpgroup runs under the products of the others. With D 64 exp2
-takes as long as they do. 64 KB in 2048 cycles from each SM are 7 TB/s of L2 reads at 1.75 GHz.
+slots, TMA writes 64 KB, and wgmma reads 64 bytes a cycle for P V and, with Q in registers, for Q K^T (else 96), of the
+128 that shared memory gives. So the tensor cores bound it, if the softmax of one warpgroup runs under the products of
+the others. With D 64 exp2 takes as long as they do. 64 KB in 2048 cycles from each SM are 7 TB/s of L2 reads at 1.75
+GHz.
 
 Roles (entry registers: 65536 / threads, rounded down to 8):
     consumer warpgroups, 1 to 3   64 rows each: S = Q K^T, softmax, O += P V, lse     `consumer.py`
+                                  (D 128 in 16 bits: Q is read to registers once a tile)
     warp 0 of the last warpgroup  takes tiles; TMA of Q, K, V                         `producer.py`
     warp 1 of the last warpgroup  TMA of out, where two Q stages fit, not in FP8      `store`, below
     its warps 2 and 3             in FP8: V transposed                                `transposer.py`

@@ -138,6 +138,7 @@ def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Sca
         consumer.O.fill(0.0)
         consumer.begin(tensors, scalars, tile)
         shared.q.wait(0, 0)
+        consumer.hold_q(0)
         word = first_block(consumer, tensors, Hq, tile, count, 0)
     while blocks != 0:
         # all blocks of the tile but the last
@@ -172,6 +173,7 @@ def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Sca
         else:
             if blocks != 0:
                 shared.q.wait(done % q_stages, done // q_stages)
+                consumer.hold_q(done % q_stages)
                 consumer.begin(tensors, scalars, following)
                 word = next_block(consumer, tensors, Hq, following, count, done % q_stages, Int32(0), True, True)
             else:

@@ -87,7 +87,7 @@ class Config:
     """What is compiled: everything else is an argument of the kernel.
 
     rows: a name of ROWS; caches: 1, or 2 (a token's keys lie in both); tile_heads: query heads of a CTA, 64 as the M of
-    the products or fewer as their N; cluster: CTAs of 64 heads that share a token's keys; halves: 64 heads as the N,
+    the products or fewer as their N; cluster: CTAs of 64 heads of a token side by side; halves: 64 heads as the N,
     over raw rows, one CTA, each consumer with half of O's columns.
     """
 
@@ -145,17 +145,22 @@ class Config:
 
     @property
     def copied(self) -> bool:
-        """Whether rows are copied as they are to where wgmma reads them; in a cluster a CTA must hand them on."""
-        return self.layout.codes == 0 and self.cluster == 1
+        """Whether rows are copied as they are to where wgmma reads them, all of them by each CTA of a cluster."""
+        return self.layout.codes == 0
+
+    @property
+    def sharing(self) -> int:
+        """CTAs that fill and free each stage together."""
+        return 1 if self.copied else self.cluster
 
     @property
     def exchanges_rope(self) -> bool:
         """Whether the CTAs of a cluster copy rows of the rope chunk to each other."""
-        return self.cluster > 1 and self.chunks == K_CHUNKS
+        return self.sharing > 1 and self.chunks == K_CHUNKS
 
     @property
     def producer_warps(self) -> int:
-        """Warps that fill the rows of a block; in a cluster each CTA fills half of the block."""
+        """Warps that fill the rows of a block; CTAs that share rows fill half of the block each."""
         # NOTE: 8 leave 128 registers on entry, too few for O of 32 heads, or of 64 in two halves
         return 8 if self.few and not self.raw and not self.copied else 4
 
@@ -167,7 +172,7 @@ class Config:
     @property
     def thread_rows(self) -> int:
         """Rows of a block that a thread fills a part of; a warp fills 8 at a time."""
-        return BLOCK // (8 * self.producer_warps * self.cluster)
+        return BLOCK // (8 * self.producer_warps * self.sharing)
 
     @property
     def warps(self) -> int:
@@ -202,7 +207,7 @@ class Config:
     @property
     def vectors_in_batch(self) -> int:
         """16-byte loads of a thread in a batch. Two batches are in registers: one in flight, one converted."""
-        return 6 if self.cluster == 2 else 4
+        return 6 if self.sharing == 2 else 4
 
     def vectors(self, chunks: list[int]) -> int:
         """16-byte loads of a thread for 16 columns of each of these chunks, of all its rows."""

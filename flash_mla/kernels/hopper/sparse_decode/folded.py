@@ -22,11 +22,8 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float16, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
-from flash_mla.kernels.hopper.barriers import sync
-from flash_mla.kernels.hopper.e4m3 import powers
-from flash_mla.kernels.hopper.gqa_decode.config import CONSUMERS, Bar
-from flash_mla.kernels.hopper.lanes import quad_max, warp_max
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, ROW_BYTES, TILE_M, WARP
+from flash_mla.kernels.hopper.lanes import quad_max
+from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARP
 from flash_mla.kernels.hopper.sparse_decode.config import CONSUMER_WARPS, DV, RAW_GROUP
 from flash_mla.kernels.hopper.sparse_decode.folded_words import (
     larger_bf16,
@@ -45,7 +42,7 @@ from flash_mla.kernels.hopper.sparse_decode.raw_consumer import (
     two_fp16,
 )
 from flash_mla.kernels.hopper.sparse_decode.ring import read_vector, read_word
-from flash_mla.kernels.hopper.sparse_decode.rows import fp32_of, store_vector
+from flash_mla.kernels.hopper.sparse_decode.rows import fp32_of
 from flash_mla.kernels.hopper.transpose import matrix_load, transpose_load
 
 CHUNKS = DV // CHUNK
@@ -118,41 +115,6 @@ class Consumer(RawRows):
         """Where the scales of a block's keys lie from `key` on, those of the first columns."""
         place = key % 8 // 2 * 16 + key // 8 * 2 + key % 2
         return self.shared.sScale.iterator.toint() + 2 * (buffer * GROUPS * BLOCK + place)
-
-    # queries
-
-    @cute.jit
-    def convert_queries(self) -> None:
-        """The heads of Q that are this warp's: in FP16, times a power of two, in the order of the columns of K.
-
-        A lane has 16 columns of a row, which K has in one step, and writes them where they were.
-        """
-        shared, lane, heads, chunks = self.shared, self.tid % WARP, self.config.tile_heads, self.config.chunks
-        for i in cutlass.range(heads // CONSUMER_WARPS, unroll=1):
-            head = CONSUMER_WARPS * i + 4 * self.side + self.tid // WARP
-            # NOTE: 16 bytes c of row i lie at place c ^ i % 8 of its 128 bytes
-            row = shared.sQ.iterator.toint() + head * ROW_BYTES
-            near, far = (((2 * (lane % 4) + place) ^ (head % 8)) * 16 for place in range(2))
-            peak, rows = Float32(0.0), []
-            for first in cutlass.range_constexpr(0, chunks, 8):
-                # NOTE: lanes past the last chunk read it again
-                at = row + cutlass.min(first + lane // 4, chunks - 1) * (heads * ROW_BYTES)
-                pairs = [two_bf16(word) for word in (*read_vector(at + near, 0), *read_vector(at + far, 0))]
-                rows.append((first, at, pairs))
-                for pair in pairs:
-                    for number in pair:
-                        peak = cute.arch.fmax(peak, cute.arch.fmax(number, -number))
-            factor, unit = powers(warp_max(peak))
-            for first, at, pairs in rows:
-                words = [two_fp16(low * factor, high * factor) for low, high in pairs]
-                codes = const_expr(first < CHUNKS)
-                store_vector(at + near, 0, words[0::2] if codes else words[:4])
-                store_vector(at + far, 0, words[1::2] if codes else words[4:])
-            sUnit = shared.sUnit
-            if lane == 0:
-                sUnit[head] = unit
-        cute.arch.fence_view_async_shared()
-        sync(Bar.MERGE, CONSUMERS)
 
     # scores
 

@@ -152,7 +152,7 @@ class Segments(result.Segments):
             pairs = part.last - part.first
             consumer.start()
             consumer.shared.q.wait(0, done.segments)
-            consumer.convert_queries()
+            consumer.convert_queries(consumer.config.chunks)
             for pair in cutlass.range(pairs, unroll=1):
                 even = 2 * (done.items + pair)
                 own, parity = even + consumer.side, pair % 2

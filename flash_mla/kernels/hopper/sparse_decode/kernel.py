@@ -23,15 +23,15 @@ Roles (producers behind the two consumer warpgroups):
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
     K   producer warps -> warpgroups 0, 1   4 stages = left, right half of the even, the odd block
-            many: one a warp (in a cluster also the peer's bytes) / 4 warps a CTA, as in MLA decode
+            many: one a warp (in a cluster also the peer's bytes) / 4 warps of each CTA that fills the stage
             few: one a warp / the 4 warps that take the block
-            BF16 rows, but in a cluster: each lane besides, when its copies have landed
+            BF16 rows: each lane besides, when its copies have landed; each CTA of a cluster fills its own stages
             raw: 4 stages = two pairs of whole blocks; one a warp and its rows' bytes / the 4 warps that take the block
             halves: 3 stages = whole blocks; the same / all 8 warps
         The mask of live keys travels with the left half of its block.
     Q   producer warp 0 -> warpgroups 0, 1   1 stage   1 + bytes / 8 warps
-    rope, in a cluster over 576 columns     2 stages = even, odd block   none / 4 warps a CTA, when scores are there:
-        its chunk has landed in both CTAs, and P may be written over it
+    rope, in a cluster over FP8 rows of 576 columns   2 stages = even, odd block   none / 4 warps a CTA, when scores
+        are there: its chunk has landed in both CTAs, and P may be written over it
 
 Steady state of a producer warp beside few: `ring.py`, `raw.py`; over BF16 rows: `copies.py`. Else, beside many, a batch
 (up to 4 or 6 loads of 16 bytes a thread): start the loads of the next batch | wait for the stage | convert the batch,

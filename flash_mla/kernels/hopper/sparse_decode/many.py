@@ -51,7 +51,7 @@ class Shared(shared.Shared):
     def over(config: Config, storage) -> Shared:
         rows, buffers = row_layout(BFloat16, BLOCK, config.D), row_layout(BFloat16, BLOCK, 2 * K_CHUNKS * CHUNK)
         k_barriers, q_barriers = storage.k_barriers.data_ptr(), storage.q_barriers.data_ptr()
-        readers, landed = CONSUMER_WARPS // 2 * config.cluster, None
+        readers, landed = CONSUMER_WARPS // 2 * config.sharing, None
         if config.exchanges_rope:
             barriers = storage.landed_barriers.data_ptr()
             landed = Channel.over("rope", barriers, 2, readers=readers, writers=0, cluster=config.cluster)
@@ -65,7 +65,7 @@ class Shared(shared.Shared):
             sSum=storage.sSum.get_tensor(cute.make_layout((TILE_M, 2))),
             sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(config.warps))),
             staged=storage.staged.data_ptr(),
-            k=Channel.over("K", k_barriers, STAGES, readers=readers, writers=config.k_writers, cluster=config.cluster),
+            k=Channel.over("K", k_barriers, STAGES, readers=readers, writers=config.k_writers, cluster=config.sharing),
             q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
             sLive=storage.sLive.get_tensor(cute.make_layout(2 * BLOCK // 8)),
             landed=landed,

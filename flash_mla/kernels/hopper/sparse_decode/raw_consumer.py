@@ -8,7 +8,7 @@ from typing import Self
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Float16, Float32, Int32
+from cutlass import BFloat16, Float16, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
 from flash_mla.kernels.hopper import split
@@ -45,6 +45,40 @@ class RawRows(gqa.Consumer):
     def block(self, stage):
         """Its first byte."""
         return self.shared.raw + stage * (BLOCK * self.config.layout.row_bytes)
+
+    @cute.jit
+    def convert_queries(self, chunks: cutlass.Constexpr) -> None:
+        """The heads of Q that are this warp's: these many chunks of them in FP16, times a power of two, those that meet
+        codes in the order of the columns of K.
+
+        A lane has 16 columns of a row, which K has in one step, and writes them where they were.
+        """
+        shared, lane, heads = self.shared, self.tid % WARP, self.config.tile_heads
+        for i in cutlass.range(heads // CONSUMER_WARPS, unroll=1):
+            head = CONSUMER_WARPS * i + 4 * self.side + self.tid // WARP
+            # NOTE: 16 bytes c of row i lie at place c ^ i % 8 of its 128 bytes
+            row = shared.sQ.iterator.toint() + head * ROW_BYTES
+            near, far = (((2 * (lane % 4) + place) ^ (head % 8)) * 16 for place in range(2))
+            peak, rows = Float32(0.0), []
+            for first in cutlass.range_constexpr(0, chunks, 8):
+                # NOTE: lanes past the last chunk read it again
+                at = row + cutlass.min(first + lane // 4, chunks - 1) * (heads * ROW_BYTES)
+                pairs = [two_bf16(word) for word in (*read_vector(at + near, 0), *read_vector(at + far, 0))]
+                rows.append((first, at, pairs))
+                for pair in pairs:
+                    for number in pair:
+                        peak = cute.arch.fmax(peak, cute.arch.fmax(number, -number))
+            factor, unit = powers(warp_max(peak))
+            for first, at, pairs in rows:
+                words = [two_fp16(low * factor, high * factor) for low, high in pairs]
+                codes = const_expr(first < self.config.layout.codes)
+                store_vector(at + near, 0, words[0::2] if codes else words[:4])
+                store_vector(at + far, 0, words[1::2] if codes else words[4:])
+            sUnit = shared.sUnit
+            if lane == 0:
+                sUnit[head] = unit
+        cute.arch.fence_view_async_shared()
+        sync(Bar.MERGE, CONSUMERS)
 
     @cute.jit
     def hide_absent(self, stage) -> None:
@@ -127,34 +161,6 @@ class Consumer(RawRows):
         """Begin a segment."""
         gqa.Consumer.start(self)
         self.unit[0] = Float32(LEAST)
-
-    @cute.jit
-    def convert_queries(self) -> None:
-        """The heads of Q that are this warp's: in FP16, times a power of two, in the order of the columns of K.
-
-        A lane has 16 columns of a row, which K has in one step, and writes them where they were.
-        """
-        shared, lane, heads = self.shared, self.tid % WARP, self.config.tile_heads
-        for i in cutlass.range_constexpr(heads // CONSUMER_WARPS):
-            head = CONSUMER_WARPS * i + 4 * self.side + self.tid // WARP
-            # NOTE: 16 bytes c of row i lie at place c ^ i % 8 of its 128 bytes
-            row = shared.sQ.iterator.toint() + lane // 4 * (heads * ROW_BYTES) + head * ROW_BYTES
-            near = row + ((2 * (lane % 4)) ^ (head % 8)) * 16
-            far = row + ((2 * (lane % 4) + 1) ^ (head % 8)) * 16
-            pairs = [numbers for word in (*read_vector(near, 0), *read_vector(far, 0)) for numbers in [two_bf16(word)]]
-            peak = Float32(0.0)
-            for pair in pairs:
-                for number in pair:
-                    peak = cute.arch.fmax(peak, cute.arch.fmax(number, -number))
-            factor, unit = powers(warp_max(peak))
-            words = [two_fp16(low * factor, high * factor) for low, high in pairs]
-            store_vector(near, 0, words[0::2])
-            store_vector(far, 0, words[1::2])
-            sUnit = shared.sUnit
-            if lane == 0:
-                sUnit[head] = unit
-        cute.arch.fence_view_async_shared()
-        sync(Bar.MERGE, CONSUMERS)
 
     @cute.jit
     def finish(self) -> None:
@@ -314,7 +320,7 @@ class Segments(result.Segments):
             pairs = part.last - part.first
             consumer.start()
             consumer.shared.q.wait(0, done.segments)
-            consumer.convert_queries()
+            consumer.convert_queries(consumer.config.layout.codes)
             for pair in cutlass.range(pairs, unroll=1):
                 number = done.items + pair
                 stage, buffer = 2 * (number % 2) + consumer.side, 2 * consumer.side + number % 2
