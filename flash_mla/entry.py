@@ -21,15 +21,25 @@ P_ = ParamSpec("P_")
 R_ = TypeVar("R_")
 
 ELSEWHERE = {
-    "scale": "Pass softmax_scale",
-    "sm_scale": "Pass softmax_scale",
-    "causal": "Leave it out: decode is causal, and a mask says otherwise",
-    "window_size": "Pass mask (attn_mask in prefill), True where a key is in the window",
-    "softcap": "Leave it out: there is no kernel with a soft cap",
+    "alibi_slopes": "Pass a floating mask (attn_mask in prefill)",
+    "attn_bias": "Pass a floating mask (attn_mask in prefill)",
     "cache_seqlens": "Pass seq_lens",
+    "causal": "Leave it out: decode is causal, and a mask says otherwise",
+    "cu_seqlens_q": "Call flash_mla.deepseek.flash_attn_varlen_func, which takes sequences laid end to end",
+    "dropout_p": "Leave it out: there is no kernel with dropout",
+    "enable_gqa": "Leave it out: each KV head serves Hq / Hk query heads",
+    "is_causal": "Pass causal in prefill; decode is causal",
+    "k_scale": "Pass k_descale",
     "page_table": "Pass block_table",
+    "s_aux": "Pass attn_sink",
+    "scale": "Pass softmax_scale",
+    "sinks": "Pass attn_sink",
+    "sm_scale": "Pass softmax_scale",
+    "softcap": "Leave it out: there is no kernel with a soft cap",
+    "v_scale": "Pass v_descale",
+    "window_size": "Pass mask (attn_mask in prefill), True where a key is in the window",
 }
-"""Names of FlashAttention's that a call of the reference's functions may carry, and what to do instead."""
+"""Arguments of FlashAttention's, FlashInfer's and torch's functions that a call may carry, and what to do instead."""
 
 
 def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]], Callable[P_, R_]]:
@@ -40,8 +50,8 @@ def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]
 
     Args:
         module: where users import it from.
-        reference: the function is one of the reference's: a call in DeepSeek's order, or with FlashAttention's names,
-            gets a ShapeError that says what to do.
+        reference: the function is one of the reference's: a call in DeepSeek's order, or with DeepSeek's names, gets a
+            ShapeError that says where to go.
     """
 
     def decorate(function: Callable[P_, R_]) -> Callable[P_, R_]:
@@ -69,8 +79,8 @@ def entry(module: str, *, reference: bool = False) -> Callable[[Callable[P_, R_]
                 if isinstance(error, FlashMLAError):
                     raise
                 check_backend(kwargs.get("backend"))
-                if reference and isinstance(error, TypeError):
-                    refuse_other_interfaces(function, args, kwargs)
+                if isinstance(error, TypeError):
+                    refuse_other_interfaces(function, args, kwargs, reference)
                 check_kinds(function, args, kwargs)
                 refuse_transforms(name, error)
                 check_memory(*(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
@@ -105,16 +115,19 @@ def refuse_transforms(name: str, error: Exception) -> None:
     ) from error
 
 
-def refuse_other_interfaces(function: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
-    """A ShapeError for a call with DeepSeek's or FlashAttention's arguments."""
-    contract.refuse_deepseek_order(*args)
+def refuse_other_interfaces(
+    function: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, Any], reference: bool
+) -> None:
+    """A ShapeError for a call with arguments of another library's; with DeepSeek's, of the reference's functions."""
     unknown = kwargs.keys() - inspect.signature(function).parameters
-    if not (args or kwargs) or contract.DEEPSEEK_NAMES & unknown:
-        contract.deepseek_order([*args, *kwargs.values()])
+    if reference:
+        contract.refuse_deepseek_order(*args)
+        if not (args or kwargs) or contract.DEEPSEEK_NAMES & unknown:
+            contract.deepseek_order([*args, *kwargs.values()])
     for name in sorted(unknown & ELSEWHERE.keys()):
         raise ShapeError(
             f"{name} = {kwargs[name]!r}"[:200],
             f"the arguments of {function.__name__}: {', '.join(inspect.signature(function).parameters)}",
-            f"`{name}` is an argument of FlashAttention's functions",
+            f"`{name}` is an argument of another library's functions",
             ELSEWHERE[name],
         ) from None

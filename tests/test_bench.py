@@ -209,6 +209,7 @@ def test_markdown_is_a_table_a_group() -> None:
     machine = {"name": "box", "torch": "2", "date": "now", "gbps": 10.0, "tflops": 0.2, "how": "made up"}
     records = [measure(case, "cpu", CEILINGS, budget_s=0.0) for case in (GQA, CAUSAL)]
     lines = report.markdown(machine, records, "flash-mla bench").splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["# flash_mla on box", "## Decode, GQA", "## Prefill"]
     rows = [line for line in lines if line.startswith("| decode/gqa") or line.startswith("| prefill/causal")]
     heads = [line for line in lines if line.startswith("| case")]
     assert len(rows) == len(heads) == 2
@@ -324,6 +325,22 @@ def test_plots_say_what_ran(tmp_path: Path) -> None:
     assert "absent" not in text
     assert "<!-- 100 -->" in text, "ticks are plain numbers"
     assert "10^" not in text
+
+
+def test_a_plot_of_many_runs_counts_their_commits(tmp_path: Path) -> None:
+    records = [
+        {
+            "case": f"decode/{i}",
+            "group": "odd",
+            "dtype": "BF16",
+            "ms": 2.0,
+            "flops": 1e8,
+            "bytes": 1e7,
+            "commit": str(i),
+        }
+        for i in range(9)
+    ]
+    assert "<!-- BF16; torch 2.99; 9 commits; 2026-11-27" in drawn(records, tmp_path)[1]
 
 
 def test_plots_of_what_was_not_compared(tmp_path: Path) -> None:

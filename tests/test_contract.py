@@ -20,6 +20,7 @@ from flash_mla import (
     MaskShapeError,
     SequenceLengthError,
     ShapeError,
+    deepseek,
     flash_mla_prefill,
     flash_mla_with_kvcache,
     get_mla_metadata,
@@ -531,12 +532,25 @@ def test_a_wrong_keyword_is_a_type_error():
         ("causal", True, "decode is causal"),
         ("window_size", (128, 0), "mask"),
         ("softcap", 30.0, "no kernel with a soft cap"),
+        ("sinks", torch.zeros(4), "attn_sink"),
     ],
 )
-def test_flash_attentions_keywords_are_explained(name, value, fix):
+def test_other_libraries_keywords_are_explained(name, value, fix):
     with pytest.raises(ShapeError, match=fix) as caught:
         flash_mla_with_kvcache(**decode(), **{name: value})
     assert_legible(caught.value)
+
+
+def test_no_function_calls_its_own_argument_another_librarys():
+    """cache_seqlens is none of the reference's arguments, and one of the drop-in's; a call over pages is told too."""
+    x = decode()
+    pool = x["k_cache"][0].permute(1, 2, 0, 3)
+    with pytest.raises(ShapeError, match="Pass seq_lens"):
+        flash_mla.decode_over_pages(x["q"], pool, pool, x["block_table"], cache_seqlens=x["seq_lens"])
+    with pytest.raises(ShapeError, match="Pass causal"):
+        flash_mla.flash_mla_prefill(*torch.ones(3, 1, 1, 4, 8), is_causal=True)
+    with pytest.raises(TypeError, match="head_dim_v"):
+        deepseek.flash_mla_with_kvcache(x["q"], pool, x["block_table"], cache_seqlens=x["seq_lens"])
 
 
 # --- Legal, and easily refused by mistake -----------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """README and docs say what is so: their examples run, their commands and links exist, their tables are the code's.
 
 A Python block runs, with the page's earlier blocks before it, and prints what the text block behind it says. One that
-needs a GPU or an engine stands behind `<!-- syntax only: WHY -->` and is compiled (or run, where the GPU is). A line of
-a shell block is parsed, and what it names must exist.
+needs a GPU or an engine stands behind `<!-- syntax only: WHY -->` and is compiled (or run, where the GPU is). A command
+of a shell block or of the prose is parsed, and what it names must exist.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ PAGES = sorted(page for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.m
 FENCE = re.compile(
     r"^(?:<!-- syntax only: (?P<why>.+) -->\n+)?```(?P<language>.*)\n(?P<body>(?:.*\n)*?)```$", re.MULTILINE
 )
+INLINE = re.compile(r"`((?:flash-mla|make|pip|pytest|python) [^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
@@ -96,19 +97,24 @@ def test_every_block_is_of_a_kind_that_is_tested(page: Path) -> None:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each simple command of a page's shell blocks, without variables set before it."""
-    for block in blocks(page):
-        if block.language == "bash":
-            subprocess.run(["bash", "-n"], input=block.body, text=True, check=True)
-            for line in re.split(r"\n|&&|\|\|", block.body.replace("\\\n", " ")):
-                words = shlex.split(line, comments=True)
-                while words and re.fullmatch(r"\w+=.*", words[0]):
-                    words = words[1:]
-                if words:
-                    yield words
+    """The words of each simple command of a page's shell blocks and in its prose, without variables set before it."""
+    shell = [block.body for block in blocks(page) if block.language == "bash"]
+    for text in shell:
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    for line in re.split(r"\n|&&|\|\|", "\n".join([*shell, *INLINE.findall(prose(page))]).replace("\\\n", " ")):
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"\w+=.*", words[0]):
+            words = words[1:]
+        if words:
+            yield words
 
 
-@pages_with("bash")
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pages_with("")
 def test_commands_name_what_exists(page: Path) -> None:
     """Make targets, subcommands with their options, extras, scripts and modules."""
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -146,8 +152,7 @@ def check_cli(words: list[str]) -> None:
 
 def anchors(page: Path) -> set[str]:
     """The ids that headings get, as GitHub and Python-Markdown make them alike for plain headings."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 

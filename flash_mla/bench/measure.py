@@ -51,8 +51,7 @@ def measure(
     """The case's record, ready for JSON: medians in ms, rates, shares of the ceilings, errors, peers.
 
     A result that misses the error budget gets no time, nor does a case that the backend refuses: the record then has
-    `error` instead. A peer's does likewise,
-    within the record's `peers`.
+    `error` instead. A peer's does likewise, within the record's `peers`.
 
     Args:
         with_peers: time the peers too, in the same rounds.

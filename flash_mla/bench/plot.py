@@ -62,13 +62,20 @@ def ratios(record: Record) -> dict[str, float]:
     return {name: peer["ratio"] for name, peer in record.get("peers", {}).items() if "ratio" in peer}
 
 
+MOST_COMMITS = 4
+"""That a picture names; of more it gives the number."""
+
+
 def provenance(machine: Record, records: Sequence[Record]) -> str:
     """What ran, in a line: dtypes, torch, commits and dates of the records, or of the machine where they have none."""
 
-    def all_of(key: str) -> str:
-        return ", ".join(dict.fromkeys(str(r.get(key) or machine.get(key) or "unknown") for r in records))
+    def all_of(key: str) -> list[str]:
+        return [*dict.fromkeys(str(r.get(key) or machine.get(key) or "unknown") for r in records)]
 
-    return f"{all_of('dtype')}; torch {all_of('torch')}; commit {all_of('commit')}; {all_of('date')}"
+    dtypes, torches, dates = (", ".join(all_of(key)) for key in ("dtype", "torch", "date"))
+    commits = all_of("commit")
+    which = f"commit {', '.join(commits)}" if len(commits) <= MOST_COMMITS else f"{len(commits)} commits"
+    return f"{dtypes}; torch {torches}; {which}; {dates}"
 
 
 def title(axes: Any, machine: Record, records: Sequence[Record], what: str) -> None:

@@ -120,12 +120,13 @@ def ceilings_line(machine: Record) -> str:
 
 def markdown(machine: Record, records: Sequence[Record], command: str) -> str:
     """All tables as a Markdown page with the command that made them."""
-    parts = [f"`{command}`, {machine['date']}", ceilings_line(machine) + ".", BYTES_NOTE]
+    title, ran = f"# flash_mla on {machine['name']}", f"`{command}`, {machine['date']}"
+    parts = [title, ran, ceilings_line(machine) + ".", BYTES_NOTE]
     for group, members in groups(records).items():
         table = columns(machine, members)
         head = [c.header.replace("\n", " ") for c in table]
         rows = [head, ["---", "---", *["---:"] * (len(table) - 2)], *zip(*(c.cells for c in table), strict=True)]
-        parts.append(f"### {group[0].upper()}{group[1:]}")
+        parts.append(f"## {group[0].upper()}{group[1:]}")
         parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
         parts.extend(f"- {note}" for note in notes(members))
     return "\n\n".join(parts) + "\n"

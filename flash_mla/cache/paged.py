@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from threading import Lock
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -48,12 +48,13 @@ class PagedKVCache:
         num_kv_heads: Hk.
         head_dim: D of K.
         max_seq_len: tokens that one request may hold; rounded up to blocks.
-        v_head_dim: Dv; D if omitted.
-        latent: keep no V: `v_cache` is `k_cache[..., :Dv]`.
-        pool_blocks: blocks of one pool that all requests share; omitted, each request owns `max_seq_len` tokens.
-        dtype: BF16, FP16, FP32, or float8_e4m3fn, whose rows are quantised on append.
-        device: where the caches and tables live.
+        v_head_dim: Dv. Default: D.
+        latent: keep no V: `v_cache` is `k_cache[..., :Dv]`. Default False.
+        pool_blocks: blocks of one pool that all requests share. Default: each request owns `max_seq_len` tokens.
+        dtype: BF16 (default), FP16, FP32, or float8_e4m3fn, whose rows are quantised on append.
+        device: where the caches and tables live. Default: torch's.
         k_descale, v_descale: FP8 only: a float or [Hk], the factors that rows are stored with (a latent's V has K's).
+            Default 1.
 
     Attributes:
         k_cache: [B, Hk, Nblk, 64, D], batch stride 0 for a pool; slots that hold no token are uninitialised.
@@ -228,6 +229,30 @@ class PagedKVCache:
         """
         rows = batch_indices(requests, len(self._ledger.lengths))
         self._extend(rows, self._counts(num_tokens, len(rows)))
+
+    @overload
+    def decode(
+        self, q: Tensor, mask: Tensor | None = ..., *, softmax_scale: float | None = ...,
+        q_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+        return_lse: Literal[False] = False, out: Tensor | None = ..., tail_mask: Tensor | None = ...,
+        batch_invariant: bool = ..., backend: str | None = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def decode(
+        self, q: Tensor, mask: Tensor | None = ..., *, softmax_scale: float | None = ...,
+        q_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+        return_lse: Literal[True], out: Tensor | None = ..., tail_mask: Tensor | None = ...,
+        batch_invariant: bool = ..., backend: str | None = ...,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def decode(
+        self, q: Tensor, mask: Tensor | None = ..., *, softmax_scale: float | None = ...,
+        q_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+        return_lse: bool, out: Tensor | None = ..., tail_mask: Tensor | None = ...,
+        batch_invariant: bool = ..., backend: str | None = ...,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def decode(
         self,

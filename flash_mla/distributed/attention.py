@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -191,6 +191,30 @@ class ShardedAttention:
 
         return self.context.agree(prepare) if check_values else prepare()[0]
 
+    @overload
+    def decode(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, step: DecodeStep, *,
+        softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
+        k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+        return_lse: Literal[False] = False, scatter_heads: bool = ..., backend: str | None = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def decode(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, step: DecodeStep, *,
+        softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
+        k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+        return_lse: Literal[True], scatter_heads: bool = ..., backend: str | None = ...,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def decode(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, step: DecodeStep, *,
+        softmax_scale: float | None = ..., q_descale: float | Tensor | None = ...,
+        k_descale: float | Tensor | None = ..., v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+        return_lse: bool, scatter_heads: bool = ..., backend: str | None = ...,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
     def decode(
         self,
         q: Tensor,
@@ -325,6 +349,30 @@ class ShardedAttention:
         raw = x.contiguous().view(torch.uint8)  # NOTE: FP8 has no pad
         full = [pad(part, (0, 0, 0, C - part.shape[2])) for part in raw.split(lengths, 2)]
         return torch.cat(full, 2).view(x.dtype)
+
+    @overload
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
+        seq_lens: Tensor | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+        v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+        return_lse: Literal[False] = False, backend: str | None = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
+        seq_lens: Tensor | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+        v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+        return_lse: Literal[True], backend: str | None = ...,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
+        seq_lens: Tensor | None = ..., q_descale: float | Tensor | None = ..., k_descale: float | Tensor | None = ...,
+        v_descale: float | Tensor | None = ..., attn_sink: Tensor | None = ...,
+        return_lse: bool, backend: str | None = ...,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def prefill(
         self,

@@ -107,26 +107,15 @@ class SparseDecodeCase:
         """The tensors; the reference takes rows in float64."""
         source = Source(self.seed, self.device)
         shape = (self.B, self.S_q)
-        pools = [
-            sparse_pool(
-                *shape, self.topk, 7, self.page, self.D, self.format, self.dtype, self.lengths, source, self.apart
+
+        def pool(topk: int, pages: int, page: int) -> tuple[Tensor, Tensor, Tensor | None]:
+            return sparse_pool(
+                *shape, topk, pages, page, self.D, self.format, self.dtype, self.lengths, source, self.apart
             )
-        ]
+
+        pools = [pool(self.topk, 7, self.page)]
         if self.extra_topk is not None:
-            pools.append(
-                sparse_pool(
-                    *shape,
-                    self.extra_topk,
-                    5,
-                    self.extra_page,
-                    self.D,
-                    self.format,
-                    self.dtype,
-                    self.lengths,
-                    source,
-                    self.apart,
-                )
-            )
+            pools.append(pool(self.extra_topk, 5, self.extra_page))
         (k_cache, indices, length), (extra, extra_indices, extra_length) = (*pools, (None, None, None))[:2]
         q = source.normal((*shape, self.Hq, self.D), self.dtype)
         sink = make_sink(self.Hq, source) if self.sink else None

@@ -69,14 +69,24 @@ def test_mla_decode(dtype: str, D: int, cluster: int, tmp_path: Path) -> None:
     assert sass.count(r"WARPGROUP\.DEPBAR") < 16
 
 
-@pytest.mark.parametrize("cluster", gates([2], [1]))
-def test_mla_decode_of_short_tables(cluster: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cluster", "tile_m"), gates([(8, 32)], [(1, 32), (8, 64)]))
+def test_mla_decode_of_a_pair_a_cta(cluster: int, tile_m: int, tmp_path: Path) -> None:
     from flash_mla.kernels.hopper.mla_decode.kernel import build
 
-    sass = compiled(build, MlaConfig("bf16", 576, cluster, short=True), tmp_path)
+    sass = compiled(build, MlaConfig("bf16", 576, cluster, team=1, tile_m=tile_m), tmp_path)
     assert sass.spills == (0, 0, 0)
     # Q K^T of each warpgroup; P V: 4 steps, two blocks each, and a lone even block
     assert sass.count("HGMMA") == 2 * 576 // 16 + 5 * 4
+    assert sass.count(r"WARPGROUP\.DEPBAR") < 16
+
+
+@pytest.mark.parametrize(("cluster", "each"), gates([], [(8, 2), (4, 4)]))
+def test_mla_decode_of_teams(cluster: int, each: int, tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.mla_decode.kernel import build
+
+    sass = compiled(build, MlaConfig("bf16", 576, cluster, team=each), tmp_path)
+    assert sass.spills == (0, 0, 0)
+    assert sass.count("HGMMA") == 3 * 576 // 16 + 3 * 2 * 4
     assert sass.count(r"WARPGROUP\.DEPBAR") < 16
 
 

@@ -99,21 +99,29 @@ def test_config_of_an_fp8_latent(changes: dict, config: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "cluster", "short"),
+    ("changes", "cluster", "team", "tile_m"),
     [
-        ({"table_blocks": 2}, 2, True),
-        ({"table_blocks": 3}, 2, False),
-        ({"table_blocks": 1, "Hq": 64}, 2, True),
-        ({"table_blocks": 1, "Hq": 16}, 1, True),
-        ({"table_blocks": 1, "B": 16}, 2, True),
-        ({"table_blocks": 1, "B": 17}, 2, False),
-        ({"table_blocks": 1, "batch_invariant": True}, 2, False),
+        ({"table_blocks": 2, "B": 1}, 1, 1, 32),
+        ({"table_blocks": 1, "B": 30}, 1, 1, 32),
+        ({"table_blocks": 1, "B": 31}, 1, 1, 64),
+        ({"table_blocks": 1, "B": 61}, 2, 0, 64),
+        ({"table_blocks": 1, "batch_invariant": True}, 2, 0, 64),
+        ({"table_blocks": 2049}, 2, 0, 64),
+        ({"table_blocks": 3, "B": 1}, 2, 1, 32),
+        ({"table_blocks": 16, "B": 1}, 8, 1, 32),
+        ({"table_blocks": 64, "B": 1}, 8, 2, 32),
+        ({"table_blocks": 16, "B": 4}, 4, 2, 32),
+        ({"table_blocks": 128, "B": 1}, 8, 2, 64),
+        ({"table_blocks": 64, "B": 1, "Hq": 16}, 8, 1, 32),
+        ({"table_blocks": 256, "B": 1, "Hq": 16}, 8, 2, 32),
+        ({"table_blocks": 512, "B": 1, "Hq": 16}, 8, 4, 32),
+        ({"table_blocks": 16, "B": 8}, 4, 2, 64),
     ],
 )
-def test_short_calls_of_few_rows_have_a_kernel_of_their_own(changes: dict, cluster: int, short: bool) -> None:
+def test_short_tables_of_few_rows_are_computed_by_teams(changes: dict, cluster: int, team: int, tile_m: int) -> None:
     config = mla_decode.config(latent(kv_dtype=torch.bfloat16, **BF16_QUERIES, **changes))
-    assert (config.cluster, config.short) == (cluster, short)
-    assert config.rows == (32 if short else 64) * cluster
+    assert (config.cluster, config.team, config.tile_m) == (cluster, team, tile_m)
+    assert config.rows == tile_m * (1 if team else cluster)
 
 
 TOKENS_FIRST_OUT = {"out_strides": (2 * 128 * 512, 512, 128 * 512, 1)}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flash_mla.backends.hopper import scratch as module
-from flash_mla.backends.hopper.scratch import MOST, scratch
+from flash_mla.backends.hopper.scratch import COUNTERS, MOST, scratch
+from flash_mla.kernels.hopper.split import TEAM_CTAS
 
 DEVICE = torch.device("cpu", 0)
 
@@ -20,6 +21,7 @@ def stream(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: now["raw"], raising=False)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: now["capturing"], raising=False)
     monkeypatch.setattr(module, "KEPT", module.Kept())
+    monkeypatch.setattr(module, "SPARE", {})
     return now
 
 
@@ -71,3 +73,26 @@ def test_views(stream):
     assert view.is_contiguous()
     assert view.data_ptr() == kept.workspace.data_ptr() + 4 * 70
     assert kept.view((2, 3, 4), 70) is view
+
+
+def test_counters_are_of_one_stream_or_graph(stream):
+    """Each set is zeros and nobody else's, and stays where it is."""
+    assert COUNTERS >= TEAM_CTAS
+    kept = scratch(DEVICE, 100)
+    sets = [kept]
+    assert kept.counters == scratch(DEVICE, 90).counters
+    stream["capturing"] = True
+    sets += [scratch(DEVICE, 100) for _ in range(2)]
+    assert all(x.counters for x in sets)
+    stream["capturing"], stream["raw"] = False, 2
+    sets.append(scratch(DEVICE, 100))
+    assert len({x.counters for x in sets}) == 4
+    assert all(x._set.shape == (COUNTERS,) and not x._set.any() for x in sets)
+
+
+def test_a_graph_without_spare_counters_sets_its_own(stream):
+    stream["capturing"] = True
+    captured = scratch(DEVICE, 100)
+    assert captured.counters
+    assert not captured._set.any()
+    assert not module.SPARE[DEVICE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,32 +56,34 @@ def marked(test):
 
 @marked
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_queries_compile(config: Config, tmp_path: Path) -> None:
-    from flash_mla.kernels.hopper.sparse_backward.queries_kernel import build
+def test_weights_compile(config: Config, tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.sparse_backward.weights_kernel import build
 
-    assert config.queries_bytes() <= SMEM_BYTES
+    assert config.weights_bytes() <= SMEM_BYTES
     sass = compiled(build, config, tmp_path)
     assert (sass.resources, sass.spills) == ([(168, 0)], (0, 0, 0))
-    # the products of both sides; dq of 64 keys: two halves, and the rope part
-    assert sass.count("HGMMA") == (config.D + config.Dv) // 16 + 4 * (2 + config.rope)
+    # Q K^T and dout V^T, whose first operands are loaded once
+    assert sass.count("HGMMA") == sass.count("LDSM") == (config.D + config.Dv) // 16
     # NOTE: serialised wgmma shows as one wait an instruction
-    assert sass.count(r"WARPGROUP\.DEPBAR") == 4
-    # a gathered row of a chunk, 16 bytes a thread; what is swapped, too
+    assert sass.count(r"WARPGROUP\.DEPBAR") == 2
+    # a gathered row, 16 bytes a thread; P, handed over
     assert sass.count(r"LDGSTS\.E\.BYPASS\.LTC128B\.128") == 4 * config.chunks
-    assert sass.count(r"STS\.128") == 2 * 4
+    assert sass.count(r"STS\.128") == 4
 
 
 @marked
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_keys_compile(config: Config, tmp_path: Path) -> None:
-    from flash_mla.kernels.hopper.sparse_backward.keys_kernel import build
+def test_gradients_compile(config: Config, tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.sparse_backward.gradients_kernel import build
 
-    assert config.keys_bytes() <= SMEM_BYTES
+    config = replace(config, sink=False)
+    assert config.gradients_bytes() <= SMEM_BYTES
     sass = compiled(build, config, tmp_path)
     assert (sass.resources, sass.spills) == ([(168, 0)], (0, 0, 0))
-    # dS q and P dout of both parts, and the rope part
-    assert sass.count("HGMMA") == config.heads // 16 * (4 + config.rope)
-    assert sass.count(r"WARPGROUP\.DEPBAR") == 4
-    # rows of dkv, 16 bytes a thread; 8 where they are FP32
-    pieces = 2 * 16 + 4 * config.rope
-    assert sass.count(r"STG\.E\.64" if config.wide else r"STG\.E\.128") == (4 * pieces if config.wide else pieces)
+    # of the last part and the others: dS K of the tile before and of its own; dS q and P dout of all heads
+    assert sass.count("HGMMA") == 2 * (2 * 4 + 2 * config.heads // 16)
+    assert sass.count(r"WARPGROUP\.DEPBAR") == 2 * 4
+    # 8 columns a store, of two rows: of dq, and of partial rows, two stores where they are FP32
+    columns = config.D - 2 * 192 + 192
+    assert sass.count(r"STG\.E\.128") == (2 + config.wide) * 2 * columns // 32
+    assert sass.count(r"STG\b") == sass.count(r"STG\.E\.128")

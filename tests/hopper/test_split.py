@@ -193,3 +193,30 @@ def test_pieces_follow_from_the_length_alone(lengths: list[int], groups: int, cl
         assert all(part.whole == (len(parts) == 1) for part in parts)
         assert len(parts) <= max(1, slots)
     assert len(found) == sum(max(1, split.pieces_of(pairs, piece)) for _, _, pairs in line(lengths, groups))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 600), st.integers(0, 600), st.sampled_from(split.TEAMS), st.sampled_from([1, 2, 4]))
+def test_teams_take_every_pair_once(pairs: int, more: int, members: int, each: int) -> None:
+    """more: pairs that the table has room for beside."""
+    teams, taken, busy = split.teams(2 * (pairs + more), members * each), [], 0
+    for team in range(teams):
+        portions = [split.portion(pairs, team, teams, m, members, each) for m in range(members)]
+        for m, (first, last, active, needed) in enumerate(portions):
+            assert last - first <= each
+            assert (first < last) == (m < active)
+            assert (active > 0) == (team < needed)
+            taken += range(first, last)
+            busy += first < last
+    assert taken == list(range(pairs))
+    # all CTAs, or a pair each
+    assert busy == pairs or busy > teams * members // 2
+
+
+@pytest.mark.parametrize("each", [1, 2, 4])
+@pytest.mark.parametrize(("items", "table_blocks"), [(1, 1), (1, 16), (15, 16), (16, 16), (3, 65), (120, 2), (121, 1)])
+def test_teams_are_as_many_as_fit(items: int, table_blocks: int, each: int) -> None:
+    members = split.members_of_team(items, table_blocks, each)
+    ctas = {n: items * split.teams(table_blocks, n * each) * n for n in split.TEAMS}
+    enough = next((n for n in split.TEAMS if split.teams(table_blocks, n * each) == 1), 8)
+    assert members == (enough if ctas[enough] <= split.TEAM_CTAS else None)

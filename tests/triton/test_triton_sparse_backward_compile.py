@@ -62,7 +62,7 @@ def build(case: str, kernel: str, target: Target) -> Built:
         arguments = phase.keys_arguments(problem, config, args, chunk, partial, part)
         return compile_for(sparse_backward.sparse_keys_kernel, arguments, options, target)
     order, starts, dkv = meta(64, dtype=torch.int64), meta(64, dtype=torch.int32), meta(64, 64, dtype=torch.float32)
-    arguments = phase.sum_arguments(problem, config, partial, order, starts, dkv)
+    arguments = phase.sum_arguments(problem, config, partial, order, starts, 0, dkv)
     return compile_for(sparse_backward.sum_kernel, arguments, {"num_warps": 1}, target)
 
 

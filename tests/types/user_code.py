@@ -81,5 +81,7 @@ def own_cache(model: Any) -> int:
     except FlashMLAError as error:
         assert_type(error.args, tuple[Any, ...])
     assert_type(cache.block_table, Tensor)
+    assert_type(cache.decode(model.q, softmax_scale=0.1), Tensor)
+    assert_type(cache.decode(model.q, return_lse=True), Both)
     assert_type(flash_mla.__version__, str)
     return sum(cache.lengths)

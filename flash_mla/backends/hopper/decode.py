@@ -32,16 +32,32 @@ def bytes_of(mask: Tensor) -> Tensor:
     return mask.view(torch.uint8) if mask.shape[-1] else mask.new_zeros(1, dtype=torch.uint8).expand(*mask.shape[:3], 1)
 
 
-def items(config: Any, problem: DecodeProblem) -> int:
-    """Items of a call: the groups of query rows that a cluster takes, of every request."""
-    return problem.B * problem.Hk * -(-problem.ratio * problem.S_q // config.rows)
+def items(problem: DecodeProblem, rows: int) -> int:
+    """Items of a call: the groups of query rows, so many as a cluster takes, of every request."""
+    return problem.B * problem.Hk * -(-problem.ratio * problem.S_q // rows)
+
+
+def members_of_team(problem: DecodeProblem, rows: int, each: int) -> int | None:
+    """CTAs of a team, with so many query rows and pairs of blocks each, where teams can compute the call; else None."""
+    return None if problem.batch_invariant else split.members_of_team(items(problem, rows), problem.table_blocks, each)
 
 
 def piece_slots(config: Any, problem: DecodeProblem) -> int:
     """Partial results of a call whose requests are cut into pieces; 0 where they are not."""
     if not config.piece:
         return 0
-    return items(config, problem) * split.piece_slots(problem.table_blocks, config.piece)
+    return items(problem, config.rows) * split.piece_slots(problem.table_blocks, config.piece)
+
+
+def grid(config: Any, problem: DecodeProblem) -> tuple[int, bool]:
+    """Clusters of a launch, and whether it needs combine."""
+    groups = items(problem, config.rows)
+    if config.team:
+        return groups * split.teams(problem.table_blocks, config.cluster * config.team), False
+    # NOTE: CTAs without work cost a short call up to a microsecond
+    clusters = multiprocessors(problem.device) // config.cluster
+    clusters = split.useful_clusters(clusters, groups, problem.table_blocks)
+    return clusters, split.may_split(problem.table_blocks)
 
 
 def factor(problem: DecodeProblem, descale: Tensor | None) -> Tensor:
@@ -66,9 +82,7 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
     """The launch of a kernel of a config, which fills args.out and args.lse: by address. An int64 table or lengths are
     converted first."""
     device = problem.device
-    # NOTE: CTAs without work cost a short call up to a microsecond
-    clusters = multiprocessors(device) // config.cluster
-    clusters = split.useful_clusters(clusters, items(config, problem), problem.table_blocks)
+    clusters, splits = grid(config, problem)
     # an lse that the call does not want lies behind the workspace
     lse_start = config.workspace_words(clusters, piece_slots(config, problem))
     lse_shape = (problem.B, problem.Hq, problem.S_q)
@@ -88,10 +102,10 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
         int(problem.tail),
         # a cache that all requests share has one request, whatever its batch stride says
         *(problem.B if strides[0] else 1 for strides in (problem.k_strides, problem.v_strides)),
-        int(split.may_split(problem.table_blocks)),
+        int(splits),
         clusters,
     )
-    descale = config.descale
+    descale, team = config.descale, config.team
 
     def launch(args: DecodeArgs) -> None:
         q, k, v, table, seq_lens, mask, q_descale, k_descale, v_descale, sink, scale, out, lse, _, empty_lse = args
@@ -114,6 +128,7 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
             k_descale,
             v_descale,
             workspace,
+            kept.counters if team else 0,
             None if mask is None else bytes_of(mask),
             scale * LOG2_E,
             empty_lse,

@@ -42,10 +42,12 @@ def refuse(problem: DecodeProblem) -> str | None:
 
 
 def config(problem: DecodeProblem) -> Config:
-    """The kernel variant: the smallest tile that holds a KV head's rows, or several of the largest."""
+    """The kernel variant: the smallest tile that holds a KV head's rows, or several of the largest; teams where the
+    table is short and rows are few."""
     rows, two_terms = problem.ratio * problem.S_q, problem.kv_dtype != problem.dtype
     tiles = TILES_N[:-1] if two_terms or problem.Dv > WIDE_DV else TILES_N
     tile_n = next((n for n in tiles if n >= rows), tiles[-1])
+    members = decode.members_of_team(problem, tile_n, 1)
     return Config(
         dtype=DTYPES[problem.kv_dtype],
         D=problem.D,
@@ -56,6 +58,8 @@ def config(problem: DecodeProblem) -> Config:
         piece=PIECE if problem.batch_invariant else 0,
         masked=problem.mask != "none",
         token_major=is_token_major(problem),
+        team=0 if members is None else 1,
+        cluster=members or 1,
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import HALVES
 from flash_mla.backends.hopper.strides import is_token_major, refuse_query, refuse_rows
-from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.limits import TILE_M
-from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, PIECES, SHORT_CTAS, SHORT_TILE, WIDTHS, Config
+from flash_mla.kernels.hopper.mla_decode.config import MAX_S_Q, PIECES, TEAM_SHAPES, WIDTHS, Config
 from flash_mla.problem import DecodeArgs, DecodeProblem
 
 BY_ADDRESS = True
@@ -33,15 +33,20 @@ def refuse(problem: DecodeProblem) -> str | None:
 
 
 def config(problem: DecodeProblem) -> Config:
-    """The kernel variant: two CTAs share K when there are two row tiles to share it."""
+    """The kernel variant: teams where the table is short and rows are few, two CTAs that share K where there are two
+    row tiles to share it."""
     rows = problem.Hq * problem.S_q
+    kind = partial(
+        Config, HALVES[problem.dtype], problem.D, masked=problem.mask != "none", token_major=is_token_major(problem)
+    )
     # NOTE: a batch-invariant call has one kernel, however long the table is
-    short = not (problem.batch_invariant or split.may_split(problem.table_blocks))
-    short = short and problem.B * -(-rows // SHORT_TILE) <= SHORT_CTAS
-    cluster = 2 if -(-rows // (SHORT_TILE if short else TILE_M)) % 2 == 0 else 1
-    piece = PIECES[2 if cluster == 2 else rows >= TILE_M] if problem.batch_invariant else 0
-    masked = problem.mask != "none"
-    return Config(HALVES[problem.dtype], problem.D, cluster, piece, masked, is_token_major(problem), short)
+    if problem.batch_invariant:
+        cluster = 2 if -(-rows // TILE_M) % 2 == 0 else 1
+        return kind(cluster, piece=PIECES[2 if cluster == 2 else rows >= TILE_M])
+    for each, tile_m in TEAM_SHAPES:
+        if (members := decode.members_of_team(problem, tile_m, each)) is not None:
+            return kind(members, team=each, tile_m=tile_m)
+    return kind(2 if -(-rows // TILE_M) % 2 == 0 else 1)
 
 
 def bind(problem: DecodeProblem, config: Config) -> Callable[[DecodeArgs], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,13 +13,19 @@ from torch import Tensor
 MOST = 2**24
 """Words that are kept, 64 MB: the workspace of any call but a batch-invariant one of many requests."""
 MOST_VIEWS = 256
+COUNTERS = 128
+"""Of a set: one a CTA."""
+SETS = 4096
+"""That are made at once, 2 MB."""
+SPARE: dict[torch.device, list[Tensor]] = {}
+"""Sets of counters of each device that nobody has yet."""
 
 
 class Scratch:
     """FP32 words of a device; `workspace` are all of them."""
 
     def __init__(self, words: int, device: torch.device) -> None:
-        self.words = words
+        self.words, self.device = words, device
         self.workspace = torch.empty(words, dtype=torch.float32, device=device)
         self._views: dict[tuple[tuple[int, ...], int], Tensor] = {}
 
@@ -30,6 +37,24 @@ class Scratch:
                 self._views.clear()
             self._views[key] = self.workspace.narrow(0, start, math.prod(shape)).view(shape)
         return self._views[key]
+
+    @cached_property
+    def counters(self) -> int:
+        """Where its set of counters begins: COUNTERS int32, 0, and 0 again behind every launch."""
+        self._set = take_counters(self.device)
+        return self._set.data_ptr()
+
+
+def take_counters(device: torch.device) -> Tensor:
+    """A set of counters that nobody else has, nor ever will: nobody tells when a graph is gone."""
+    spare = SPARE.setdefault(device, [])
+    if not spare:
+        # NOTE: zeros of the graph's own cost each replay a launch, but nothing else is safe where none are left
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        # the copy has arrived when it returns: a launch on any stream may read it
+        spare += torch.zeros((SETS, COUNTERS), dtype=torch.int32, device="cpu").to(device).unbind(0)
+    return spare.pop()
 
 
 class Kept(threading.local):

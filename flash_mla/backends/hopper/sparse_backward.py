@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.backward import readable, refuse_kind
-from flash_mla.backends.hopper.device import HALVES, LOG2_E, device_of, int32
+from flash_mla.backends.hopper.device import HALVES, LOG2_E, device_of, int32, multiprocessors
 from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.sparse_backward.config import HEADS, WIDTHS, Config
 from flash_mla.kernels.hopper.sparse_prefill.config import MAX_ROWS
@@ -51,22 +51,22 @@ def launch(problem: SparseBackwardProblem, config: Choice, args: SparseBackwardA
     """Fill the gradients. Allocates workspace of a chunk of the tokens; what is not laid out as TMA needs is copied."""
     from flash_mla.backends.triton import sparse_backward as others
     from flash_mla.kernels.hopper import store
-    from flash_mla.kernels.hopper.sparse_backward import keys_kernel, queries_kernel
+    from flash_mla.kernels.hopper.sparse_backward import gradients_kernel, weights_kernel
 
     kernels, without_sink = config.kernels, replace(config.kernels, sink=False)
-    queries = store.load("sparse_backward_queries", kernels, queries_kernel.build)
-    keys = store.load("sparse_backward_keys", without_sink, keys_kernel.build)
+    weigh = store.load("sparse_backward_weights", kernels, weights_kernel.build)
+    differentiate = store.load("sparse_backward_gradients", without_sink, gradients_kernel.build)
     q, d_out, kv = (readable(x) for x in (args.q, args.d_out, args.keys.cache))
     indices, lengths = int32(args.keys.indices), args.keys.lengths
     lengths = None if lengths is None else int32(lengths)
-    has_lengths, topk = int(lengths is not None), indices.shape[2]
-    items = 2 * -(-topk // BLOCK)
+    has_lengths = int(lengths is not None)
+    items = 2 * -(-indices.shape[2] // BLOCK)
     step = others.chunk_tokens(problem, config.others, 2 * items * kernels.item)
 
     def products(prepared: others.Prepared, partial: Tensor, part: slice) -> None:
         counts = indices[0, 0, :1] if lengths is None else lengths[part]
         shift = prepared.shift[:, part]
-        queries(
+        weigh(
             q[part],
             d_out[part],
             kv,
@@ -75,14 +75,15 @@ def launch(problem: SparseBackwardProblem, config: Choice, args: SparseBackwardA
             prepared.lse2[:, part],
             shift,
             shift if prepared.left is None else prepared.left[:, part],
-            args.dq[part],
             weights,
             args.softmax_scale * LOG2_E,
             args.softmax_scale,
             has_lengths,
+            min((part.stop - part.start) * kernels.head_tiles, multiprocessors(problem.device)),
         )
-        keys(q[part], d_out[part], counts, weights, partial, topk, has_lengths)
+        differentiate(q[part], d_out[part], kv, indices[part], counts, weights, args.dq[part], partial, has_lengths)
 
     with device_of(problem.device):
         weights = torch.empty((step * items, kernels.item // 2), dtype=torch.int32, device=problem.device)
-        others.in_chunks(problem, config.others, args, step, products)
+        target = args.dkv.unflatten(-1, (-1, *gradients_kernel.ORDER)).transpose(-3, -2)
+        others.in_chunks(problem, config.others, args, step, products, target)

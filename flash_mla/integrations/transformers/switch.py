@@ -63,17 +63,10 @@ def paged_cache(
     indexers: list[Any] = [x.indexer for x in model.modules() if isinstance(getattr(x, "indexer", None), nn.Module)]
     check_layers(model, config, indexers)
     latents: list[Any] = [module for module in model.modules() if hasattr(module, "expand_kv")]
+    for module in latents:
+        check_projection(module)
     index_dim = indexers[0].head_dim if indexers else 0
-    if latents:
-        for module in latents:
-            check_projection(module)
-        layers = 1 + max(module.layer_idx for module in latents)
-        heads, v_dim = 1, latents[0].kv_lora_rank
-        dim = v_dim + latents[0].qk_rope_head_dim + index_dim
-    else:
-        # GPT-2, NeoX and OPT have one KV head a query head, and no name for their number
-        layers, heads = config.num_hidden_layers, getattr(config, "num_key_value_heads", config.num_attention_heads)
-        dim = v_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers, heads, dim, v_dim = rows_of(config, latents, index_dim)
     stored = model.dtype if dtype is None else dtype
     if indexers and (stored == FP8 or cuda_graph):
         raise DTypeError(
@@ -108,6 +101,18 @@ def paged_cache(
         model.register_forward_pre_hook(note_ids, with_kwargs=True)
     model.set_attn_implementation(ATTENTION)
     return cache
+
+
+def rows_of(config: Any, latents: list[Any], index_dim: int) -> tuple[int, int, int, int]:
+    """(layers, KV heads of one, D, Dv) of a model's cache; `latents` are its MLA layers' attention modules."""
+    if latents:
+        latent = latents[0].kv_lora_rank
+        width = latent + latents[0].qk_rope_head_dim + index_dim
+        return 1 + max(module.layer_idx for module in latents), 1, width, latent
+    # GPT-2, NeoX and OPT have one KV head a query head, and no name for their number
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, dim, dim
 
 
 def wrap(module: Any, method: str, wrapper: Callable[..., Any]) -> None:

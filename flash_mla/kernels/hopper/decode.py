@@ -10,7 +10,7 @@ A kernel is an object with `config`, `kernel`, the device function, and
 with `Tensors` between them. A config says what is the kernel's: `latent`, whether K is all there is, of one KV head, V
 its first columns; `descale`, whether there are descales; `rows`, query rows of a cluster; `token_major`, their order;
 `piece`, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); `masked`, whether there is a
-bool mask.
+bool mask; `team`, pairs of blocks of a CTA at most, where a cluster merges an item (0: none does).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Tensors(NamedTuple):
     """Global memory, all but q, k and v.
 
     table [B, table_blocks] and seq_lens [B] int32; sink [Hq] FP32; descales [B, Hk] FP32, or None; out
-    [B, Hq * S_q, Dv]; lse [B, Hq * S_q] FP32, natural log; mask: None where keys are causal.
+    [B, Hq * S_q, Dv]; lse [B, Hq * S_q] FP32, natural log; counters: of teams; mask: None where keys are causal.
     """
 
     table: cute.Tensor
@@ -46,6 +46,7 @@ class Tensors(NamedTuple):
     out: cute.Tensor
     lse: cute.Tensor
     partials: Partials
+    counters: cute.Tensor
     mask: Mask | None
 
 
@@ -76,6 +77,7 @@ class Decode:
         k_descale: cute.Tensor,
         v_descale: cute.Tensor,
         workspace: cute.Tensor,  # [config.workspace_words(clusters, ...)] FP32
+        counters: Int64,  # of [CTAs] int32, 0, and 0 again behind the call; anything if not config.team
         seen: cute.Tensor,  # [B, Hq, S_q, columns] uint8; None if not config.masked
         scale_log2: Float32,
         empty_lse: Float32,  # lse of a row without keys
@@ -125,6 +127,7 @@ class Decode:
             partials=Partials.over(
                 workspace, clusters, config.rows, config.Dv, piece_slots(table, groups, config.piece)
             ),
+            counters=tensor_at(counters, Int32, (clusters * config.cluster,), (1,), 4),
             mask=Mask(seen, tail) if const_expr(config.masked) else None,
         )
         loads = self.kernel.loads(
@@ -173,6 +176,7 @@ def arguments(config: Any) -> tuple:
         factor(),
         factor(),
         symbolic.tensor(Float32, (None,), align=16),
+        *symbolic.numbers(Int64),
         symbolic.tensor(Uint8, (B, None, None, None), strided=True) if config.masked else None,
         *symbolic.numbers(Float32, Float32, *[Int32] * 5, *[Int64] * 11, *[Int32] * 5),
     )

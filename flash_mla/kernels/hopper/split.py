@@ -40,6 +40,10 @@ NOTE = 4
 """Words of a cluster's note of its split item."""
 MOST_PIECES = 16
 """Of an item."""
+TEAMS = (1, 2, 4, 8)
+"""CTAs that a team may have: a cluster of more than eight is not portable."""
+TEAM_CTAS = 120
+"""Of a call in teams, at most: an H200 has room for 15 clusters of eight at once, for SMs of one part of the chip."""
 
 
 def scan_words(warps: int) -> int:
@@ -190,3 +194,52 @@ def piece(num_pairs: Any, offset: Any, size: Any, least: Callable[..., Any] = mi
     """The piece of `size` pairs that begins at step `offset` of an item; slot: its number among the item's."""
     last = least(offset + size, num_pairs)
     return Segment(offset, last, num_pairs, most(last - offset, 1), num_pairs <= size, offset // size)
+
+
+# --- Teams ------------------------------------------------------------------------------------------------------------
+
+
+def teams(table_blocks: Any, reach: int, most: Callable[..., Any] = max) -> Any:
+    """Teams of so many pairs each that an item may need."""
+    return most((table_blocks + (2 * reach - 1)) // (2 * reach), 1)
+
+
+def members_of_team(items: int, table_blocks: int, each: int) -> int | None:
+    """CTAs of a team, each with so many of the pairs that the table has room for; None: there would be too many."""
+    members = next((n for n in TEAMS if 2 * n * each >= table_blocks), TEAMS[-1])
+    return members if items * teams(table_blocks, members * each) * members <= TEAM_CTAS else None
+
+
+class Portion(NamedTuple):
+    """The pairs `[first, last)` of an item that one CTA takes; CTAs of its team that take some, and teams that do."""
+
+    first: Any
+    last: Any
+    active: Any
+    needed: Any
+
+
+def portion(
+    num_pairs: Any,
+    team: Any,
+    teams: Any,
+    member: Any,
+    members: int,
+    each: int,
+    least: Callable[..., Any] = min,
+    most: Callable[..., Any] = max,
+) -> Portion:
+    """What CTA `member` of team `team` takes of an item that has `teams` teams; the first teams and CTAs take some.
+
+    As few pairs a CTA as can be, at most `each`: where an item is shorter than its row of the table, all are used.
+    """
+    own = 1
+    if each > 1:
+        own = most((num_pairs + (teams * members - 1)) // (teams * members), 1)
+    begin = team * members * own
+    here = most(least(num_pairs - begin, members * own), 0)
+    first, last = begin + least(member * own, here), begin + least(member * own + own, here)
+    active, needed = here, (num_pairs + (members - 1)) // members
+    if each > 1:
+        active, needed = (here + own - 1) // own, (num_pairs + (members * own - 1)) // (members * own)
+    return Portion(first, last, active, needed)

@@ -17,7 +17,12 @@ def length_of(table: cute.Tensor, seq_lens: cute.Tensor, request):
 @cute.jit
 def block_of(table: cute.Tensor, request, logical, blocks):
     """The physical block behind a logical one that the row holds, kept inside the cache's `blocks`."""
-    return cutlass.max(0, cutlass.min(table[request, logical], blocks - 1))
+    return kept_inside(table[request, logical], blocks)
+
+
+def kept_inside(block, blocks):
+    """A block id, kept inside the cache's `blocks`."""
+    return cutlass.max(0, cutlass.min(block, blocks - 1))
 
 
 @cute.jit

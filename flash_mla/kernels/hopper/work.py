@@ -63,25 +63,6 @@ def choose(total, heaviest, items, most_items, clusters, start, split_cost, most
 
 
 @cute.jit
-def find_short_work(seq_lens: cute.Tensor, groups, cluster_id, clusters) -> Work:
-    """This cluster's range where an item is a pair of blocks at most: each weighs one step, whatever the lengths are.
-
-    A barrier of the CTA lies inside, as in `find_work`.
-    """
-    items, chunk = seq_lens.shape[0] * groups, Int32(1)
-    # NOTE: a division is 100 cycles
-    if items > clusters:
-        chunk = (items + clusters - 1) // clusters
-    here = cluster_id * chunk
-    steps = cutlass.max(0, cutlass.min(chunk, items - here))
-    request, group = here if steps > 0 else 0, Int32(0)
-    if groups > 1:
-        request, group = request // groups, request % groups
-    cute.arch.sync_threads()
-    return Work(request, group, Int32(0), steps, chunk, Int32(1), Int32(0))
-
-
-@cute.jit
 def find_work(
     table: cute.Tensor,  # [B, table_blocks] int32
     seq_lens: cute.Tensor,  # [B] int32

@@ -39,6 +39,8 @@ Q_VECTOR = 8
 QUERY_WARPS = 2
 """Warps that make two rows of every query, beside the two of the producer's warpgroup that have other things to do."""
 MAX_STAGES = 12
+TEAM_STAGES = 4
+"""Of which a pair of blocks takes two; all together hold a CTA's result behind it."""
 MAX_Q_STAGES = 4
 
 
@@ -56,7 +58,8 @@ class Config:
     dtype of k and v; D, Dv; tile_n, the query rows of a CTA; descale: whether q, k and v have factors; q, the dtype of
     the queries: that of k and v, or 16 bits over FP8 (out: the same, BF16 for FP8); piece: the pairs of blocks that a
     batch-invariant call cuts requests at (0: it is none); masked: there is a bool mask;
-    token_major, the order of rows, where there is one KV head.
+    token_major, the order of rows, where there is one KV head; team: pairs of blocks that a CTA has at most, where a
+    cluster of `cluster` CTAs merges an item (0: there are no teams).
     """
 
     dtype: Literal["bf16", "fp16", "fp8"]
@@ -68,9 +71,10 @@ class Config:
     piece: int = 0
     masked: bool = False
     token_major: bool = False
+    team: int = 0
+    cluster: int = 1
 
-    latent = False
-    cluster, threads = 1, THREADS
+    latent, threads = False, THREADS
 
     @property
     def out(self) -> Literal["bf16", "fp16"]:
@@ -124,7 +128,7 @@ class Config:
     @property
     def q_stages(self) -> int:
         """Tiles of Q in flight: more where they are small, for short requests."""
-        return min(MAX_Q_STAGES, 64 // self.tile_n)
+        return 1 if self.team else min(MAX_Q_STAGES, 64 // self.tile_n)
 
     @property
     def wide(self) -> bool:
@@ -146,8 +150,9 @@ class Config:
 
     @property
     def stages(self) -> int:
-        """Blocks of K and V in flight: what fits."""
-        return min(MAX_STAGES, (SMEM_BYTES - ALIGNMENT - self.fixed_bytes) // self.stage_bytes)
+        """Blocks of K and V in flight: what fits; of a team few, whose barriers are soon set, but an even number."""
+        fit = (SMEM_BYTES - ALIGNMENT - self.fixed_bytes) // self.stage_bytes
+        return min(TEAM_STAGES, fit // 2 * 2) if self.team else min(MAX_STAGES, fit)
 
     @property
     def rows(self) -> int:

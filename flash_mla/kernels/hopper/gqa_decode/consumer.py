@@ -172,6 +172,19 @@ class Consumer:
     @cute.jit
     def weigh(self, buffer) -> None:
         """P of a block to shared memory and to the sums: against the max so far, made anew if that is too low."""
+        if const_expr(self.config.team == 1):
+            # NOTE: there is no max so far, nor another block
+            self.raise_max()
+            self.exponentials()
+            self.publish(buffer)
+            sync(self.bar, WARPGROUP)
+        else:
+            self.weigh_lazily(buffer)
+        self.row_sum.store(self.row_sum.load() + self.block_sum.load())
+
+    @cute.jit
+    def weigh_lazily(self, buffer) -> None:
+        """The same while the max so far may do."""
         largest = self.exponentials()
         self.publish(buffer)
         if any_of(self.bar, WARPGROUP, largest > LAZY) != 0:
@@ -179,7 +192,6 @@ class Consumer:
             self.exponentials()
             self.publish(buffer)
             sync(self.bar, WARPGROUP)
-        self.row_sum.store(self.row_sum.load() + self.block_sum.load())
 
     @cute.jit
     def publish(self, buffer) -> None:

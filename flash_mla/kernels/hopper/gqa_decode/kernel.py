@@ -32,6 +32,9 @@ separates them. So row r of 16 rows of O^T is column 2 r, or 2 (r - 8) + 1, undo
 16-bit queries over FP8 are two e4m3 rows each (`queries.py`), made by warps 10 and 11 and added up in the scores: K q^T
 has 2 tile_n columns then, and is read once as ever.
 
+Where tables are short and rows few, the CTAs of a cluster are a team (`kernels/hopper/team.py`): each takes a pair of
+blocks of one tile, one a warpgroup, and they merge what they have in place.
+
 Supports BF16, FP16, FP8 (e4m3), BF16 and FP16 queries over FP8; D and Dv up to 256; any Hq / Hk and S_q; any strides
 that TMA takes (multiples of 16 bytes), a shared pool too; ragged lengths, 0 included; causal among the S_q tokens;
 descales and sinks. Unused slots may hold NaN: the scores past the end are masked and the V rows zeroed. Block ids are
@@ -48,17 +51,20 @@ from cutlass import Float32, Int32, Int64, const_expr
 from flash_mla.kernels.hopper import decode
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
+from flash_mla.kernels.hopper.combine import Target
 from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.gqa_decode.config import (
     CONSUMER_REGISTERS,
     CONSUMER_WARPS,
+    CONSUMERS,
     MAX_Q_STAGES,
     MAX_STAGES,
     PRODUCER_REGISTERS,
     QUERY_WARPS,
     THREADS,
     WARPS,
+    Bar,
     Config,
 )
 from flash_mla.kernels.hopper.gqa_decode.consumer import Consumer
@@ -67,11 +73,12 @@ from flash_mla.kernels.hopper.gqa_decode.queries import Consumer as TwoTermConsu
 from flash_mla.kernels.hopper.gqa_decode.queries import Queries
 from flash_mla.kernels.hopper.gqa_decode.result import Segments
 from flash_mla.kernels.hopper.gqa_decode.shared import Scalars, Shared
-from flash_mla.kernels.hopper.launch import Kernel
+from flash_mla.kernels.hopper.launch import Kernel, place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.partials import note_split
 from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.team import find_share, merge, results_at, stand_by
 from flash_mla.kernels.hopper.walk import Done, walk
 from flash_mla.kernels.hopper.work import find_work
 
@@ -123,15 +130,29 @@ class GqaDecode(Kernel[Config]):
         if warp_id == 0:
             open_channels(shared.channels, tuple(load.atom for load in (load_q, load_k, load_v) if load is not None))
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
-        piece = config.piece
-        work = find_work(table, seq_lens, groups, cta, ctas, WARPS, shared.sScan, piece=piece)
-        cute.arch.griddepcontrol_launch_dependents()
+        loads = load_q, load_k, load_v
+        if const_expr(config.team):
+            rank, cluster_id, _ = place_of_cta(config.cluster)
+            share = find_share(table, seq_lens, groups, cluster_id, rank, config.cluster, config.team)
+            cute.arch.griddepcontrol_launch_dependents()
+            self.run_team(shared, q, loads, tensors, scalars, share, rank, cluster_id, warp_id)
+        else:
+            work = find_work(table, seq_lens, groups, cta, ctas, WARPS, shared.sScan, piece=config.piece)
+            cute.arch.griddepcontrol_launch_dependents()
+            self.run(shared, q, loads, tensors, scalars, work, cta, warp_id)
+        for channel in shared.channels:
+            channel.check()
 
+    @cute.jit
+    def run(self, shared, q, loads, tensors, scalars, work, cta, warp_id) -> None:
+        """The roles of a CTA that takes what its range holds."""
+        config, table, seq_lens, groups = self.config, tensors.table, tensors.seq_lens, scalars.groups
+        piece = config.piece
         if warp_id >= CONSUMER_WARPS:
             if const_expr(config.wide):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMER_WARPS:
-                producer = Producer.over(shared, table, scalars, load_q, load_k, load_v)
+                producer = Producer.over(shared, table, scalars, *loads)
                 walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing(), piece)
             elif warp_id == CONSUMER_WARPS + 1:
                 if const_expr(piece == 0):
@@ -142,11 +163,53 @@ class GqaDecode(Kernel[Config]):
         else:
             if const_expr(config.wide):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            tidx, _, _ = cute.arch.thread_idx()
             kind = Consumer if const_expr(config.q_terms == 1) else TwoTermConsumer
             segments = Segments(kind.over(shared, warp_id // 4, tidx % WARPGROUP), tensors, scalars, cta)
             walk(work, table, seq_lens, groups, segments.compute, Done.nothing(), piece)
-        for channel in shared.channels:
-            channel.check()
+
+    @cute.jit
+    def run_team(self, shared, q, loads, tensors, scalars, share, member, cluster_id, warp_id) -> None:
+        """The roles of a CTA that takes a pair of its team's item."""
+        config, nothing = self.config, Done.nothing()
+        if warp_id >= CONSUMER_WARPS:
+            if const_expr(config.wide):
+                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp_id == CONSUMER_WARPS:
+                producer = Producer.over(shared, tensors.table, scalars, *loads)
+                if const_expr(config.team == 1):
+                    producer.load_pair(share)
+                else:
+                    producer.load_segment(share.place, share.length, share.part, nothing)
+            elif const_expr(config.q_terms == 2):  # noqa: SIM102
+                if warp_id >= WARPS - QUERY_WARPS:
+                    queries = Queries.over(shared, scalars, q, warp_id - (WARPS - QUERY_WARPS))
+                    queries.load_segment(share.place, share.length, share.part, nothing)
+            if const_expr(config.cluster > 1):
+                stand_by(share)
+        else:
+            if const_expr(config.wide):
+                cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            tidx, _, _ = cute.arch.thread_idx()
+            kind = Consumer if const_expr(config.q_terms == 1) else TwoTermConsumer
+            consumer = kind.over(shared, warp_id // 4, tidx % WARPGROUP)
+            if const_expr(config.cluster == 1):
+                if share.busy:
+                    segments = Segments(consumer, tensors, scalars, Int32(0))
+                    segments.compute(share.place, share.length, share.part._replace(whole=True), nothing)
+            else:
+                results = results_at(shared.free_words, config.tile_n, config.Dv, tensors.partials.split_of)
+                if share.busy:
+                    segments = Segments(consumer, tensors._replace(partials=results), scalars, Int32(0))
+                    segments.compute(share.place, share.length, share.part, nothing)
+                target = Target(
+                    tensors.out, tensors.lse, tensors.sink, scalars.has_sink, scalars.packing, scalars.heads,
+                    scalars.empty_lse, config.tile_n,
+                )  # fmt: skip
+                merge(
+                    results, tensors.partials, tensors.counters, target, share, cluster_id, member, config.cluster,
+                    tidx, CONSUMERS, Bar.MERGE,
+                )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- Launch

@@ -14,7 +14,8 @@ from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.gqa_decode.config import CHUNK_BYTES, Config
 from flash_mla.kernels.hopper.gqa_decode.shared import Item, Scalars, Shared
 from flash_mla.kernels.hopper.limits import BLOCK, ROW_BYTES
-from flash_mla.kernels.hopper.table import block_of, prefetch_line
+from flash_mla.kernels.hopper.table import block_of, kept_inside, prefetch_line
+from flash_mla.kernels.hopper.team import Share
 from flash_mla.kernels.hopper.walk import Done, Place, block_range
 
 
@@ -81,6 +82,22 @@ class Producer:
                 self.load_page(shared.v, self.tma[2], self.gV, self.sV, config.v_chunks, page, turn)
             done = done.plus(last - first)
         return done
+
+    @cute.jit
+    def load_pair(self, share: Share) -> None:
+        """Q, and the one or two blocks of a CTA in a team."""
+        shared, config = self.shared, self.config
+        if share.part.last > share.part.first:
+            item = Item.at(share.place, self.scalars)
+            first, last = block_range(share.part, share.length)
+            request = cutlass.min(item.request, self.requests - 1)
+            for i in cutlass.range_constexpr(2):
+                if first + i < last:
+                    page = (item.head, kept_inside(share.ids[i], self.blocks), request)
+                    self.load_page(shared.k, self.tma[1], self.gK, self.sK, config.k_chunks, page, Int32(i))
+                    if const_expr(i == 0 and config.q_terms == 1):
+                        self.load_q(item, Int32(0))
+                    self.load_page(shared.v, self.tma[2], self.gV, self.sV, config.v_chunks, page, Int32(i))
 
     @cute.jit
     def load_q(self, item: Item, count) -> None:

@@ -15,6 +15,7 @@ from flash_mla.kernels.hopper.gqa_decode.config import CONSUMER_WARPS, QUERY_WAR
 from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.packing import Packing
 from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.team import result_words
 from flash_mla.kernels.hopper.walk import Place
 
 
@@ -102,6 +103,13 @@ class Shared:
             k=Channel.over("K", k, stages, readers=CONSUMER_WARPS // 2),
             v=Channel.over("V", v, stages, readers=CONSUMER_WARPS // 2),
         )
+
+    @property
+    def free_words(self) -> cute.Pointer:
+        """The stages of K, and of V behind them, as FP32 words, for when nobody reads them any more."""
+        config = self.config
+        assert config.stages * config.stage_bytes >= 4 * result_words(config.tile_n, config.Dv)
+        return cute.recast_ptr(self.sK.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=Float32)
 
     @property
     def channels(self) -> tuple[Channel, ...]:

@@ -30,11 +30,12 @@ assert CONSUMERS * CONSUMER_REGISTERS + (THREADS - CONSUMERS) * PRODUCER_REGISTE
 
 START = 2
 """Steps of 128 tokens that beginning an item costs, 3.4 us each."""
-SHORT_TILE = TILE_M // 2
-"""Query rows of a CTA in a short call: the tensor cores are half empty, but an SM has half of Q to load and half of the
-output to store, which is what such a call waits for."""
-SHORT_CTAS = 64
-"""Of such a call, at most."""
+HALF_TILE = TILE_M // 2
+"""Query rows of a CTA in a short call, if all of them fit: the tensor cores are half empty, but an SM has half of Q to
+load and half of the output to store, which is what such a call waits for."""
+TEAM_SHAPES = ((1, HALF_TILE), (2, HALF_TILE), (1, TILE_M), (2, TILE_M), (4, HALF_TILE))
+"""(pairs of blocks, query rows) of a CTA of a team; the first that fits is taken. One request of 4096 tokens and 128
+heads took 19.1 us with (2, 32), 19.4 with (1, 64), and 20.4 without teams."""
 MOST_PARTS = 64
 """CTAs that compute parts of one item, if fewer would cost little: the others are there for combine by then."""
 PIECES = (16, 32, 64)
@@ -57,10 +58,10 @@ class Bar(IntEnum):
 class Config:
     """What is compiled: everything else is an argument of the kernel.
 
-    dtype of q, k and out; D, the width of K's rows (576, or 512 without a rope part); cluster, the CTAs that share K;
-    piece, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); masked, whether there is a
-    bool mask; token_major, the order of rows; short, whether no row of the table has more than a pair of blocks, and
-    rows are few.
+    dtype of q, k and out; D, the width of K's rows (576, or 512 without a rope part); cluster, the CTAs of one, which
+    share K or are a team; piece, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none);
+    masked, whether there is a bool mask; token_major, the order of rows; team, the pairs of blocks that a CTA of a team
+    has at most (0: there are no teams); tile_m, query rows of a CTA.
     """
 
     dtype: Literal["bf16", "fp16"]
@@ -69,7 +70,8 @@ class Config:
     piece: int = 0
     masked: bool = False
     token_major: bool = False
-    short: bool = False
+    team: int = 0
+    tile_m: int = TILE_M
 
     Dv = DV
     latent, descale = True, False
@@ -81,14 +83,19 @@ class Config:
         return self.D // CHUNK
 
     @property
-    def tile_m(self) -> int:
-        """Query rows of a CTA."""
-        return SHORT_TILE if self.short else TILE_M
+    def short(self) -> bool:
+        """Whether a CTA has a pair of blocks at most."""
+        return self.team == 1
+
+    @property
+    def sharers(self) -> int:
+        """CTAs of a cluster that share K."""
+        return 1 if self.team else self.cluster
 
     @property
     def rows(self) -> int:
         """Query rows of a cluster."""
-        return self.tile_m * self.cluster
+        return self.tile_m * self.sharers
 
     def stage_chunks(self, stage: int) -> int:
         """Chunks that travel through a stage: four of V, and the rope chunk with stages 1 and 2."""

@@ -30,8 +30,9 @@ Steady state, a pair of blocks:
     warpgroup 0   softmax S0 | P0 -> smem | P0 V0 left  | wait P1 | P1 V1 left | S0 of the next pair
     warpgroup 1   S1         | wait P0    | P0 V0 right, softmax S1 under it | P1 -> smem | P1 V1 right
     (cluster 1: P0 V0 right goes before S1)
-Where the table has room for one pair (`Config.short`) nothing is split, the work is known without the lengths, and time
-is latency: warp 9 asks for Q, an odd block past the end is left alone, and the output goes first (`short.py`).
+Where tables are short and rows are few, the CTAs of a cluster are a team instead (`kernels/hopper/team.py`): each takes
+a few pairs of one row tile, and they merge what they have in place. Time is latency there: warp 9 asks for Q, and a CTA
+of one pair leaves an odd block past the end alone (`team.py`).
 The running max is shared by the two and moves only when a block exceeds it by 2^8 (`LAZY`): P0 is then final when it is
 written, and rescaling O is rare. Exact after normalisation.
 
@@ -50,6 +51,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 from flash_mla.kernels.hopper import decode
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
+from flash_mla.kernels.hopper.combine import Target
 from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.launch import Kernel, place_of_cta
@@ -59,24 +61,28 @@ from flash_mla.kernels.hopper.mla_decode.config import (
     CHUNK_ELEMENTS,
     CONSUMER_REGISTERS,
     CONSUMER_WARPS,
+    CONSUMERS,
+    DV,
     K_CHUNKS,
     MOST_PARTS,
     PRODUCER_REGISTERS,
     STAGES,
     START,
     WARPS,
+    Bar,
     Config,
 )
 from flash_mla.kernels.hopper.mla_decode.consumer import Consumer
 from flash_mla.kernels.hopper.mla_decode.producer import Producer
 from flash_mla.kernels.hopper.mla_decode.result import Segments
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars, Shared
-from flash_mla.kernels.hopper.mla_decode.short import ShortSegments
+from flash_mla.kernels.hopper.mla_decode.team import TeamSegments
 from flash_mla.kernels.hopper.partials import note_split
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.table import prefetch_table
+from flash_mla.kernels.hopper.team import find_share, merge, results_at, stand_by
 from flash_mla.kernels.hopper.walk import Done, walk
-from flash_mla.kernels.hopper.work import find_short_work, find_work
+from flash_mla.kernels.hopper.work import find_work
 
 # ---------------------------------------------------------------------------------------------------------- Kernel
 
@@ -89,7 +95,7 @@ class MlaDecode(Kernel[Config]):
         k = k[None, None, 0, None, None]
         return (
             load_of(q[None, None, 0, None], self.config.tile_m, CHUNK),
-            load_of(k, BLOCK, CHUNK, self.config.cluster > 1),
+            load_of(k, BLOCK, CHUNK, self.config.sharers > 1),
             k,
         )
 
@@ -119,49 +125,98 @@ class MlaDecode(Kernel[Config]):
         # barriers, and the work of this cluster
         if warp_id == 0:
             open_channels(shared.channels, (load_q.atom, load_k.atom))
-        if const_expr(config.cluster > 1):
+        if const_expr(config.sharers > 1):
             cute.arch.cluster_arrive_relaxed()
         if warp_id == CONSUMER_WARPS + 1:
             prefetch_table(tensors.table, cluster_id, clusters)
         table, seq_lens, groups = tensors.table, tensors.seq_lens, scalars.groups
         piece = config.piece
-        if const_expr(config.short):
-            work = find_short_work(seq_lens, groups, cluster_id, clusters)
+        if const_expr(config.team):
+            share = find_share(table, seq_lens, groups, cluster_id, rank, config.cluster, config.team)
         else:
             most_parts = MOST_PARTS // config.cluster
             work = find_work(
                 table, seq_lens, groups, cluster_id, clusters, WARPS, shared.sScan, START, piece=piece,
                 most_parts=most_parts,
             )  # fmt: skip
-        if const_expr(config.cluster > 1):
+        if const_expr(config.sharers > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(config.team):
+            self.run_team(shared, load_q, load_k, pages, tensors, scalars, share, rank, cluster_id, warp_id)
+        else:
+            self.run(shared, load_q, load_k, pages, tensors, scalars, work, rank, cluster_id, warp_id)
+        for channel in shared.channels:
+            channel.check()
 
+    @cute.jit
+    def run(self, shared, load_q, load_k, pages, tensors, scalars, work, rank, cluster_id, warp_id) -> None:
+        """The roles of a CTA that takes what its cluster's range holds."""
+        config, table, seq_lens, groups = self.config, tensors.table, tensors.seq_lens, scalars.groups
+        piece = config.piece
         if warp_id >= CONSUMER_WARPS:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMER_WARPS:
                 producer = Producer.over(shared, table, rank, *load_q, *load_k, pages)
                 done = walk(work, table, seq_lens, groups, producer.load_segment, Done.nothing(), piece)
                 producer.outlive_peers(done)
-            elif warp_id == CONSUMER_WARPS + 1:
-                if const_expr(config.short):
-                    producer = Producer.over(shared, table, rank, *load_q, *load_k, pages)
-                    walk(work, table, seq_lens, groups, producer.load_query, Done.nothing())
-                elif rank == 0 and const_expr(piece == 0):
+            elif warp_id == CONSUMER_WARPS + 1:  # noqa: SIM102
+                if rank == 0 and const_expr(piece == 0):
                     note_split(tensors.partials, work, table, seq_lens, groups, cluster_id)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             tidx, _, _ = cute.arch.thread_idx()
-            segments = ShortSegments if const_expr(config.short) else Segments
             if warp_id < CONSUMER_WARPS // 2:
-                left = segments(Consumer.over(shared, 0, tidx, scalars.scale_log2), tensors, scalars, rank, cluster_id)
+                left = Segments(Consumer.over(shared, 0, tidx, scalars.scale_log2), tensors, scalars, rank, cluster_id)
                 walk(work, table, seq_lens, groups, left.compute, Done.nothing(), piece)
             else:
                 tid = tidx - WARPGROUP
-                right = segments(Consumer.over(shared, 1, tid, scalars.scale_log2), tensors, scalars, rank, cluster_id)
+                right = Segments(Consumer.over(shared, 1, tid, scalars.scale_log2), tensors, scalars, rank, cluster_id)
                 walk(work, table, seq_lens, groups, right.compute, Done.nothing(), piece)
-        for channel in shared.channels:
-            channel.check()
+
+    @cute.jit
+    def run_team(self, shared, load_q, load_k, pages, tensors, scalars, share, member, cluster_id, warp_id) -> None:
+        """The roles of a CTA that takes a pair of its team's item."""
+        config, table, zero, nothing = self.config, tensors.table, Int32(0), Done.nothing()
+        if warp_id >= CONSUMER_WARPS:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp_id == CONSUMER_WARPS:
+                producer = Producer.over(shared, table, zero, *load_q, *load_k, pages)
+                if const_expr(config.short):
+                    producer.load_pair(share)
+                else:
+                    producer.load_segment(share.place, share.length, share.part, nothing)
+            elif warp_id == CONSUMER_WARPS + 1:
+                # NOTE: before the length is there
+                producer = Producer.over(shared, table, zero, *load_q, *load_k, pages)
+                producer.load_q(share.place.group, share.place.request, zero)
+                if share.part.last == share.part.first:
+                    # a CTA must outlive what it asked for
+                    shared.q.wait(0, zero)
+            if const_expr(config.cluster > 1):
+                stand_by(share)
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            tidx, _, _ = cute.arch.thread_idx()
+            results = results_at(shared.free_words, TILE_M, DV, tensors.partials.split_of)
+            own = tensors._replace(partials=results)
+            if share.busy:
+                if warp_id < CONSUMER_WARPS // 2:
+                    left = TeamSegments(Consumer.over(shared, 0, tidx, scalars.scale_log2), own, scalars, zero, zero)
+                    left.compute(share.place, share.length, share.part, nothing)
+                else:
+                    tid = tidx - WARPGROUP
+                    right = TeamSegments(Consumer.over(shared, 1, tid, scalars.scale_log2), own, scalars, zero, zero)
+                    right.compute(share.place, share.length, share.part, nothing)
+            if const_expr(config.cluster > 1):
+                target = Target(
+                    tensors.out, tensors.lse, tensors.sink, scalars.has_sink, scalars.packing, Int32(1),
+                    scalars.empty_lse, config.tile_m,
+                )  # fmt: skip
+                merge(
+                    results, tensors.partials, tensors.counters, target, share, cluster_id, member, config.cluster,
+                    tidx, CONSUMERS, Bar.SUMS,
+                )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- Launch

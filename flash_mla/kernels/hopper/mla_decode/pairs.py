@@ -159,9 +159,10 @@ def consume_right(consumer: Consumer, keys, first, last, count, short: cutlass.C
     """Warpgroup 1: scores of the odd blocks, right half of the output.
 
     The P V of the even block hides the softmax of the odd one where the tensor cores bound (clusters). Where memory
-    does, it goes first and frees the even block one load earlier. short: there is one pair, with which O begins.
+    does, it goes first and frees the even block one load earlier. short: there is one pair, with which O begins, and
+    nothing to free.
     """
-    k, early = consumer.shared.k, const_expr(consumer.early)
+    k, early = consumer.shared.k, const_expr(consumer.early and not short)
     for pair in cutlass.range(first, last, unroll=1):
         turn = count + pair - first
         if const_expr(early):

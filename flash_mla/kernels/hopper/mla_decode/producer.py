@@ -13,7 +13,8 @@ from flash_mla.kernels.hopper.boxes import tma_boxes
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK
 from flash_mla.kernels.hopper.mla_decode.config import CHUNK_ELEMENTS, K_CHUNKS, P_CHUNK, STAGES, Config
 from flash_mla.kernels.hopper.mla_decode.shared import Shared
-from flash_mla.kernels.hopper.table import block_of
+from flash_mla.kernels.hopper.table import block_of, kept_inside
+from flash_mla.kernels.hopper.team import Share
 from flash_mla.kernels.hopper.walk import Done, Place
 
 EVICT_FIRST = 0x12F0000000000000
@@ -59,33 +60,39 @@ class Producer:
             pool_request = cutlass.min(request, self.pages.shape[3] - 1)
             even = block_of(table, request, 2 * first, blocks)
             odd = block_of(table, request, cutlass.min(2 * first + 1, last_block), blocks)
-            if const_expr(not self.config.short):
-                self.load_q(place.group * self.config.cluster + self.rank, request, done.segments)
+            if const_expr(not self.config.team):
+                self.load_q(place.group * self.config.sharers + self.rank, request, done.segments)
             for pair in cutlass.range(first, last, unroll=1):
                 # read the next ids while this pair is loaded
                 next_even = block_of(table, request, cutlass.min(2 * pair + 2, last_block), blocks)
                 next_odd = block_of(table, request, cutlass.min(2 * pair + 3, last_block), blocks)
                 turn = done.items + pair - first
                 self.prefetch(next_even, next_odd, pool_request)
-                self.load_half(0, even, pool_request, turn)
-                self.load_half(1, even, pool_request, turn)
-                if const_expr(self.config.short) and 2 * first == last_block:
-                    self.leave_half(2, turn)
-                    self.leave_half(3, turn)
-                else:
-                    self.load_half(2, odd, pool_request, turn)
-                    self.load_half(3, odd, pool_request, turn)
+                self.load_halves(even, odd, pool_request, turn, False)
                 even, odd = next_even, next_odd
             done = done.plus(last - first)
         return done
 
     @cute.jit
-    def load_query(self, place: Place, length, part: split.Segment, done: Done) -> Done:
-        """Q of a segment, by a warp of its own: K is not held back."""
-        if part.last > part.first:
-            self.load_q(place.group * self.config.cluster + self.rank, place.request, done.segments)
-            done = done.plus(0)
-        return done
+    def load_pair(self, share: Share) -> None:
+        """The blocks of a CTA in a team."""
+        if share.part.last > share.part.first:
+            pool_request = cutlass.min(share.place.request, self.pages.shape[3] - 1)
+            even, odd = (kept_inside(block, self.pages.shape[2]) for block in share.ids)
+            lone = share.length - split.PAIR * share.part.first <= BLOCK
+            self.load_halves(even, odd, pool_request, Int32(0), lone)
+
+    @cute.jit
+    def load_halves(self, even, odd, pool_request, turn, lone) -> None:
+        """A pair of blocks, of which there may be the first alone."""
+        self.load_half(0, even, pool_request, turn)
+        self.load_half(1, even, pool_request, turn)
+        if lone:
+            self.leave_half(2, turn)
+            self.leave_half(3, turn)
+        else:
+            self.load_half(2, odd, pool_request, turn)
+            self.load_half(3, odd, pool_request, turn)
 
     @cute.jit
     def leave_half(self, stage: cutlass.Constexpr, count) -> None:
@@ -121,13 +128,13 @@ class Producer:
         with cute.arch.elect_one():
             k.expect(stage, config.stage_chunks(stage) * 2 * CHUNK_ELEMENTS)
         first = 4 * (stage % 2)
-        if const_expr(config.cluster == 1):
+        if const_expr(config.sharers == 1):
             for i in cutlass.range_constexpr(4):
                 self.load_chunk(stage, first + i, block, request)
             if const_expr(config.stage_chunks(stage) == 5):
                 self.load_chunk(stage, P_CHUNK, block, request)
         else:
-            for i in cutlass.range_constexpr(0, 4, config.cluster):
+            for i in cutlass.range_constexpr(0, 4, config.sharers):
                 self.load_chunk(stage, first + i + self.rank, block, request)
             if const_expr(config.stage_chunks(stage) == 5):  # noqa: SIM102
                 if self.rank == buffer:
@@ -138,18 +145,18 @@ class Producer:
         buffer = stage // 2
         gK, sK = self.gK[None, chunk, block, request], self.sK[None, buffer * K_CHUNKS + chunk]
         bar = self.shared.k.bar(stage)
-        if const_expr(self.config.cluster == 1):
+        if const_expr(self.config.sharers == 1):
             # NOTE: without the hint: 4.27 against 4.18 TB/s at 16 heads, S 32768
             cute.copy(self.tma_k, gK, sK, tma_bar_ptr=bar)
         else:
-            everyone, hint = cutlass.Int16((1 << self.config.cluster) - 1), Int64(EVICT_FIRST)
+            everyone, hint = cutlass.Int16((1 << self.config.sharers) - 1), Int64(EVICT_FIRST)
             cute.copy(self.tma_k, gK, sK, tma_bar_ptr=bar, mcast_mask=everyone, cache_policy=hint)
 
     @cute.jit
     def prefetch(self, even, odd, request) -> None:
         """Ask L2 for a pair of blocks, each in one piece; in a cluster each CTA asks for one."""
         # NOTE: the TMA boxes of a block are 128-byte pieces of its rows; whole blocks keep DRAM pages open
-        if const_expr(self.config.cluster > 1):  # noqa: SIM102
+        if const_expr(self.config.sharers > 1):  # noqa: SIM102
             if self.pages.stride[0] == self.config.D:
                 self.prefetch_block(even if self.rank == 0 else odd, request)
 

@@ -36,16 +36,10 @@ class Segments:
     @cute.jit
     def compute(self, place: Place, length, part: split.Segment, done: Done) -> Done:
         """Compute a segment and write its result; of an empty request, zeros."""
-        consumer, packing = self.consumer, self.scalars.packing
-        row0 = (place.group * consumer.config.cluster + self.rank) * TILE_M
+        consumer = self.consumer
+        row0 = (place.group * consumer.config.sharers + self.rank) * TILE_M
         if part.last > part.first:
-            consumer.start(row0, length, packing)
-            consumer.shared.q.wait(0, done.segments)
-            keys = self.keys(place.request, row0, length)
-            if const_expr(consumer.side == 0):
-                consume_left(consumer, keys, part.first, part.last, done.items)
-            else:
-                consume_right(consumer, keys, part.first, part.last, done.items)
+            self.attend_pairs(place.request, row0, length, part, done)
             done = done.plus(part.last - part.first)
             table, groups, piece = self.tensors.table, self.scalars.groups, consumer.config.piece
             slot = slot_of(place, part, self.cluster_id, groups, table, piece)
@@ -54,6 +48,22 @@ class Segments:
             if part.whole:
                 self.write_nothing(place.request, row0)
         return done
+
+    @cute.jit
+    def attend_pairs(self, request, row0, length, part: split.Segment, done: Done) -> None:
+        """O, maxima and sums of the pairs of a segment."""
+        consumer = self.consumer
+        consumer.start(row0, length, self.scalars.packing)
+        consumer.shared.q.wait(0, done.segments)
+        keys = self.keys(request, row0, length)
+        if const_expr(consumer.side == 0):
+            consume_left(consumer, keys, part.first, part.last, done.items)
+        else:
+            consume_right(consumer, keys, part.first, part.last, done.items)
+
+    def end(self, _row0):
+        """Where the rows end that a tile from row `row0` on may write."""
+        return self.tensors.out.shape[1]
 
     def keys(self, request, row0, length) -> Causal:
         """The keys that the rows from `row0` of a request on may see."""
@@ -78,7 +88,7 @@ class Segments:
         consumer, tensors, partials = self.consumer, self.tensors, self.tensors.partials
         packing = self.scalars.packing
         rows_of, side, sSum = consumer.rows, consumer.side, consumer.shared.sSum
-        global_lse, lse_partial, rows = tensors.lse, partials.lse, tensors.out.shape[1]
+        global_lse, lse_partial, rows = tensors.lse, partials.lse, self.end(row0)
         first_lane, empty_lse = consumer.tid % 4 == 0, self.scalars.empty_lse
         self.add_sums()
         scales = cute.make_rmem_tensor(2, Float32)

@@ -91,10 +91,15 @@ class Shared(Buffers):
             sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(WARPS))),
             staged=storage.staged.data_ptr(),
             k=Channel.over(
-                "K", k_barriers, STAGES, readers=CONSUMER_WARPS // 2 * config.cluster, cluster=config.cluster
+                "K", k_barriers, STAGES, readers=CONSUMER_WARPS // 2 * config.sharers, cluster=config.sharers
             ),
             q=Channel.over("Q", q_barriers, 1, readers=CONSUMER_WARPS),
         )
+
+    @property
+    def free_words(self) -> cute.Pointer:
+        """The K buffers as FP32 words, for when nobody reads them any more."""
+        return cute.recast_ptr(self.chunks(0, 0), swizzle_=cute.make_swizzle(0, 4, 3), dtype=Float32)
 
     @property
     def channels(self) -> tuple[Channel, ...]:

@@ -67,7 +67,7 @@ class Config:
     token_major: bool = False
 
     Dv = DV
-    latent = True
+    latent, team = True, False
     piece, masked = 0, False
     threads = THREADS
 

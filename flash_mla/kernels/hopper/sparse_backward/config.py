@@ -11,34 +11,40 @@ from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARP, 
 WIDTHS = ((576, 512), (512, 512))
 """(D, Dv)."""
 HEADS = (TILE_M, 2 * TILE_M)
-"""Of a token, up to a whole tile: the keys' kernel holds their Q and dout, of half of the columns."""
+"""Of a token, up to a whole tile: the gradients' kernel holds their Q and dout, of a third of the columns."""
 PIECE = BLOCK * TILE_M
 """Elements of P or dS of 64 keys and 64 heads, which lie together in the workspace (`item_of`)."""
 
-# the queries' kernel
-
-HALF = 256
-"""Columns of dq that a consumer warpgroup has, the second one also those of the rope part; of dkv likewise a CTA."""
 CONSUMERS = 2 * WARPGROUP
 CONSUMER_WARPS, PRODUCER_WARPS = 8, 4
 THREADS = WARP * (CONSUMER_WARPS + PRODUCER_WARPS)
 REGISTERS = (232, 40)
 """Of a consumer's and of a producer's thread."""
+
+# the weights' kernel
+
 EXCHANGED = TILE_M * BLOCK
-"""Elements that a consumer warpgroup hands to the other one a step."""
+"""Elements of P that one consumer warpgroup hands to the other one a step."""
+ROW_STAGES = 3
+"""64 rows of Q, dout or K in shared memory."""
 
-# the keys' kernel
+# the gradients' kernel
 
-KEYS_STAGES = 4
-"""P or dS of 64 keys and all heads, so often in shared memory."""
+THIRD = 192
+"""Columns of dq and dkv that a CTA of a token has."""
+PARTS = 3
+"""Such CTAs."""
+STAGES = 2
+"""A third of 64 rows of K, and dS and P of them and all heads, so often in shared memory."""
 
 
 class Bar(IntEnum):
-    """Named barriers of the consumers: both have written; the second has read what the first wrote, and the reverse."""
+    """Named barriers of the weights' consumers: the first may issue its product, the second may; P is written, read."""
 
-    WRITTEN = 1
-    LEFT_READ = 2
-    RIGHT_READ = 3
+    SCORES = 1
+    SLOPES = 2
+    WRITTEN = 3
+    READ = 4
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,6 @@ class Config:
         return self.head_tiles * PIECE
 
     @property
-    def columns(self) -> int:
-        """Columns of q of a CTA of the keys' kernel."""
-        return self.D - HALF
-
-    @property
     def wide(self) -> bool:
         """Whether partial rows of dkv are FP32: rounded to FP16 each, they would miss its budget."""
         return self.dtype == "fp16"
@@ -83,16 +84,14 @@ class Config:
         """Whether there are columns beside V's."""
         return self.D > self.Dv
 
-    def queries_bytes(self) -> int:
-        """Shared memory of a CTA of the queries' kernel: Q, dout, K; what the consumers swap, in which they stage dq;
-        seen keys; barriers."""
-        rows = 2 * (TILE_M * (self.D + self.Dv) + BLOCK * self.D)
-        return smem_bytes(rows, 2 * 2 * EXCHANGED, 2 * PRODUCER_WARPS, barrier_bytes(self.chunks, 1))
+    def weights_bytes(self) -> int:
+        """Shared memory of a CTA of the weights' kernel: stages of Q, dout or K; P that is handed over; seen keys;
+        barriers."""
+        rows = 2 * ROW_STAGES * BLOCK * self.D
+        seen = 2 * PRODUCER_WARPS * ROW_STAGES
+        return smem_bytes(rows, 2 * EXCHANGED, seen, barrier_bytes(ROW_STAGES))
 
-    def keys_bytes(self) -> int:
-        """Shared memory of a CTA of the keys' kernel: Q, dout, stages of P or dS; staged dkv; barriers."""
-        rows = 2 * self.heads * (self.columns + HALF)
-        return smem_bytes(rows, 2 * KEYS_STAGES * self.item, 2 * CONSUMER_WARPS * STAGED, barrier_bytes(1, KEYS_STAGES))
-
-
-assert CONSUMER_WARPS * STAGED <= 2 * EXCHANGED
+    def gradients_bytes(self) -> int:
+        """Shared memory of a CTA of the gradients' kernel: Q, dout; stages of K, dS and P; staged dq; barriers."""
+        heads, stage = 2 * self.heads * 2 * THIRD, 2 * (BLOCK * THIRD + 2 * self.item)
+        return smem_bytes(heads, STAGES * stage, 2 * CONSUMER_WARPS * STAGED, barrier_bytes(1, STAGES, STAGES, STAGES))

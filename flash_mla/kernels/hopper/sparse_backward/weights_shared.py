@@ -1,4 +1,4 @@
-"""What the roles of a sparse backward CTA share: the global tensors, and views of shared memory."""
+"""What the roles of a CTA of the sparse backward's weights share: the global tensors, and views of shared memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cutlass import Float32, Int32, Int64
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M, WARP
+from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARP, WARPGROUP
 from flash_mla.kernels.hopper.sparse_backward.config import (
     CONSUMER_WARPS,
-    EXCHANGED,
     PRODUCER_WARPS,
+    ROW_STAGES,
     Config,
 )
 
@@ -25,8 +25,8 @@ class Tensors(NamedTuple):
     """Global memory that TMA does not touch.
 
     kv: its first row; indices [tokens, topk] and lengths [tokens] int32; lse2, shift and left [Hq, tokens] FP32, as
-    `prepare_kernel` of the Triton backward writes them; dq [tokens, Hq, D]; weights [items, item / 2] int32, two
-    elements each: dS and P (`item_of`).
+    `prepare_kernel` of the Triton backward writes them; weights [items, item / 2] int32, two elements each: dS and P
+    (`item_of`).
     """
 
     kv: cute.Pointer
@@ -35,7 +35,6 @@ class Tensors(NamedTuple):
     lse2: cute.Tensor
     shift: cute.Tensor
     left: cute.Tensor
-    dq: cute.Tensor
     weights: cute.Tensor
 
 
@@ -63,7 +62,7 @@ def item_of(token, topk, key_tile, kind: cutlass.Constexpr):
     """The number of an item of the workspace: dS (0) or P (1) of 64 keys and all heads of a token.
 
     It consists of pieces of 64 heads, and they of 8 x 8 blocks, a head's 8 keys side by side, those of the keys first.
-    A warp's registers of the queries' kernel are then whole blocks, stored 128 bytes at a time, and the item is an
+    A warp's registers of the weights' kernel are then whole blocks, stored 128 bytes at a time, and the item is an
     operand of wgmma as it lies.
     """
     return (token * ((topk + (BLOCK - 1)) // BLOCK) + key_tile) * 2 + kind
@@ -83,64 +82,45 @@ def tile_of(tensors: Tensors, scalars: Scalars, head_tiles: cutlass.Constexpr, i
 class Shared:
     """Views of a CTA's shared memory.
 
-    sQ [64, D]; sO [64, Dv]: dout; sK [64, D]; exchange: EXCHANGED elements of each consumer; sSeen [producer warp] 16
-    bits: which of its keys name a row. Channels: keys, a stage a chunk; queries, once.
+    ring [64, D, stages]: Q, then dout of a tile, then K of its steps; exchange: P that side 0 hands over; sSeen [stage,
+    producer warp] 16 bits: which of its keys name a row. Channel: what comes by the ring (`item` counts it).
     """
 
     config: Config
-    sQ: cute.Tensor
-    sO: cute.Tensor
-    k: cute.Pointer
-    k_address: Int32
+    ring: cute.Pointer
+    address: Int32
     exchange: cute.Pointer
     sSeen: cute.Tensor
-    keys: Channel
-    queries: Channel
+    rows: Channel
 
     @staticmethod
     def over(config: Config, storage) -> Shared:
-        dtype = DTYPES[config.dtype]
-
-        def tile(memory, columns: int) -> cute.Tensor:
-            layout = row_layout(dtype, BLOCK, columns)
-            return memory.get_tensor(layout.outer, swizzle=layout.inner)
-
-        exchange = storage.exchange.data_ptr()
+        layout = row_layout(DTYPES[config.dtype], BLOCK, config.D)
         return Shared(
             config=config,
-            sQ=tile(storage.sQ, config.D),
-            sO=tile(storage.sO, config.Dv),
-            k=tile(storage.sK, config.D).iterator,
-            k_address=storage.sK.data_ptr().toint(),
-            exchange=exchange,
-            sSeen=storage.sSeen.get_tensor(cute.make_layout(PRODUCER_WARPS)),
-            keys=Channel.over(
-                "K",
-                storage.k_barriers.data_ptr(),
-                config.chunks,
+            ring=storage.ring.get_tensor(layout.outer, swizzle=layout.inner).iterator,
+            address=storage.ring.data_ptr().toint(),
+            exchange=storage.exchange.data_ptr(),
+            sSeen=storage.sSeen.get_tensor(cute.make_layout(ROW_STAGES * PRODUCER_WARPS)),
+            rows=Channel.over(
+                "Q, dout, K",
+                storage.barriers.data_ptr(),
+                ROW_STAGES,
                 readers=CONSUMER_WARPS,
                 writers=PRODUCER_WARPS * (WARP + 1),
             ),
-            queries=Channel.over("Q, dout", storage.q_barriers.data_ptr(), 1, readers=0),
         )
 
-    @property
-    def channels(self) -> tuple[Channel, ...]:
-        return self.keys, self.queries
-
     def sK(self, columns: int) -> cute.Tensor:
-        """[64, columns] of K."""
-        return cute.make_tensor(self.k, row_layout(DTYPES[self.config.dtype], BLOCK, columns).outer)
+        """[64, columns, stages] of K."""
+        rows = row_layout(DTYPES[self.config.dtype], BLOCK, self.config.D * ROW_STAGES).outer
+        shape = (BLOCK, columns, ROW_STAGES)
+        view = cute.make_layout(shape, stride=(1, BLOCK, BLOCK * self.config.D))
+        return cute.make_tensor(self.ring, cute.composition(rows, view))
 
-    def sKt(self, first: int, columns: int) -> cute.Tensor:
-        """[columns, 64] of K, transposed; first: the chunk."""
-        layout = row_layout(DTYPES[self.config.dtype], BLOCK, columns).outer
-        turned = cute.composition(layout, cute.make_layout((columns, BLOCK), stride=(BLOCK, 1)))
-        return cute.make_tensor(self.k + first * BLOCK * CHUNK, turned)
-
-    def exchanged(self, side: int, tid, i: int) -> cute.Tensor:
-        """Elements 8 i to 8 i + 7 that a thread of consumer `side` hands over."""
-        place = self.exchange + side * EXCHANGED + (8 * 128 * i + 8 * tid)
+    def exchanged(self, tid, i: int) -> cute.Tensor:
+        """Elements 8 i to 8 i + 7 that a thread hands over."""
+        place = self.exchange + (8 * WARPGROUP * i + 8 * tid)
         return cute.make_tensor(place.align(16), cute.make_layout(8))
 
 
