@@ -172,7 +172,7 @@ def test_a_remembered_call_runs_on_the_stream_of_the_call(step):
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_what_comes_after_an_early_combine_reads_all_of_out(batch_invariant):
-    """Triton lets combine start beside decode. With nothing to combine it is over first: what comes next must wait."""
+    """Triton lets combine start beside decode. With nothing to combine, what comes next must wait too."""
     case = DecodeCase("early", (60,), Hq=16, Hk=1, D=576, Dv=512, alias=True, spare=40, device="cuda")
     x = case.call().arguments
     metadata = get_mla_metadata(x["q"].shape, x["k_cache"].shape, x["block_table"], x["seq_lens"])

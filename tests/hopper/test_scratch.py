@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from weakref import ref
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ def stream(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: now["capturing"], raising=False)
     monkeypatch.setattr(module, "KEPT", module.Kept())
     monkeypatch.setattr(module, "SPARE", {})
+    monkeypatch.setattr(module, "MADE", [])
     return now
 
 
@@ -88,6 +90,20 @@ def test_counters_are_of_one_stream_or_graph(stream):
     sets.append(scratch(DEVICE, 100))
     assert len({x.counters for x in sets}) == 4
     assert all(x._set.shape == (COUNTERS,) and not x._set.any() for x in sets)
+
+
+def test_counters_of_a_graph_outlive_what_python_holds(stream, monkeypatch):
+    """With the last set given away, graphs alone know where theirs are."""
+    monkeypatch.setattr(module, "SETS", 2)
+    assert scratch(DEVICE, 100).counters
+    stream["capturing"] = True
+    captured = scratch(DEVICE, 100)
+    begin, sets = captured.counters, ref(captured._set._base)
+    del captured
+    stream["capturing"] = False
+    assert scratch(DEVICE, 200).counters  # of another two, in place of the stream's first
+    assert sets() is not None
+    assert sets().data_ptr() <= begin < sets().data_ptr() + sets().nbytes
 
 
 def test_a_graph_without_spare_counters_sets_its_own(stream):

@@ -30,7 +30,7 @@ from flash_mla.backends.triton import append as append_phase  # noqa: E402
 from flash_mla.backends.triton import decode as decode_phase  # noqa: E402
 from flash_mla.backends.triton import prefill as prefill_phase  # noqa: E402
 from flash_mla.backends.triton.device import stored  # noqa: E402
-from flash_mla.kernels.triton import append, combine, decode, decode_latent, prefill, rows, share, tiles  # noqa: E402
+from flash_mla.kernels.triton import append, combine, decode, decode_latent, prefill, rows, share, sparse, tiles  # noqa: E402
 from flash_mla.kernels.triton.target import Target  # noqa: E402
 from flash_mla.problem import (  # noqa: E402
     FP8,
@@ -415,16 +415,25 @@ def test_the_early_combine_compiles() -> None:
     assert ptx.index("griddepcontrol.wait") < ptx.index("ret;")
 
 
+DECODE_KERNELS = decode.decode_kernel, decode_latent.decode_latent_kernel, combine.combine_kernel
+
+
 @pytest.mark.skipif(not PINNED, reason="asks Triton 3.6 what it specialises")
-@pytest.mark.parametrize("kernel", [decode.decode_kernel, decode_latent.decode_latent_kernel, combine.combine_kernel])
-def test_a_kernel_serves_every_batch_and_table(kernel: Any) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "varying"),
+    [
+        *((kernel, share.VARYING) for kernel in DECODE_KERNELS),
+        (sparse.sparse_kernel, ("tokens", "pages", "pages2")),
+        (sparse.merge_kernel, ("rows", "splits")),
+    ],
+)
+def test_a_kernel_serves_every_batch_and_table(kernel: Any, varying: tuple[str, ...]) -> None:
     """What changes while a server runs is no part of what a kernel is compiled for, but for a batch of one."""
-    specialise = create_function_from_signature(
-        kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
-    )
+    hopper = make_backend(GPUTarget("cuda", 90, 32))
+    specialise = create_function_from_signature(kernel.signature, kernel.params, hopper)
 
     def key(n: int) -> list[Any]:
-        return specialise(*(n if name in share.VARYING else 48 for name in kernel.arg_names))[1]
+        return specialise(*(n if name in varying else 48 for name in kernel.arg_names))[1]
 
     assert key(16) == key(17) == key(2**20)
     assert key(1) != key(16)

@@ -83,3 +83,18 @@ def test_sparse_backward_compiles(target: str, case: str, kernel: str) -> None:
     assert not built.spills_over(SPILLS.get((target, case, kernel), MAX_STACK))
     if on.backend == "cuda":
         assert unwritten_registers(cuobjdump(built.kernel, "-sass")) == []
+
+
+@pytest.mark.parametrize(("rows", "step"), [(900, 16), (4080, 16), (30_000, 16), (20, 64)])
+def test_slots_by_row(rows: int, step: int) -> None:
+    """Of 50 tokens: sorted in 16 bits and in 32, in four chunks and in one."""
+    named = torch.randint(0, rows + 1, (50, 9), generator=torch.Generator().manual_seed(rows), dtype=torch.int32)
+    named[:, 0] = rows
+    named[3::7, 1:3] = 5
+    order, starts = phase.by_row(named, rows // 16 * 16 + 16, step)
+    for chunk, first in enumerate(range(0, len(named), step)):
+        here = named[first : first + step].flatten()
+        listed = order[starts[chunk, 0] : starts[chunk, rows]]
+        wanted = here.sort(stable=True).indices[: int((here < rows).sum())]
+        assert torch.equal(listed - first * named.shape[1], wanted)
+        assert torch.equal(starts[chunk, : rows + 1].diff(), here[here < rows].bincount(minlength=rows).int())

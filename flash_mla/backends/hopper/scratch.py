@@ -19,6 +19,8 @@ SETS = 4096
 """That are made at once, 2 MB."""
 SPARE: dict[torch.device, list[Tensor]] = {}
 """Sets of counters of each device that nobody has yet."""
+MADE: list[Tensor] = []
+"""All sets ever made: graphs hold addresses of theirs, no tensor."""
 
 
 class Scratch:
@@ -53,7 +55,8 @@ def take_counters(device: torch.device) -> Tensor:
         if torch._C._cuda_isCurrentStreamCapturing():
             return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
         # the copy has arrived when it returns: a launch on any stream may read it
-        spare += torch.zeros((SETS, COUNTERS), dtype=torch.int32, device="cpu").to(device).unbind(0)
+        MADE.append(torch.zeros((SETS, COUNTERS), dtype=torch.int32, device="cpu").to(device))
+        spare += MADE[-1].unbind(0)
     return spare.pop()
 
 

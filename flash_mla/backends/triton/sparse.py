@@ -114,7 +114,7 @@ def arguments(
         GROUP=0 if fmt is None else fmt.tile or 0,
         E8M0=fmt is not None and fmt.scale_dtype != torch.float32,
         NATIVE=config.native,
-        SPLITS=config.splits,
+        SPLIT=config.splits > 1,
         TILE_M=config.tile_m,
         TILE_N=config.tile_n,
         D_MAIN=config.d_main,
@@ -149,8 +149,8 @@ def launch_config(problem: SparseProblem, config: sparse.Config, args: SparseArg
             lse_ptr=args.lse,
             rows=rows,
             Hq=problem.Hq,
+            splits=config.splits,
             DV=problem.Dv,
             DV_TILE=power_of_2(problem.Dv),
-            SPLITS=config.splits,
             num_warps=4,
         )

@@ -23,6 +23,11 @@ class Work(NamedTuple):
     floor: Int32
     start: Int32
 
+    @staticmethod
+    def nothing() -> Work:
+        """No steps, before they are found."""
+        return Work(*(Int32(0) for _ in Work._fields))
+
 
 @cute.jit
 def warp_sum(value):
@@ -60,6 +65,25 @@ def choose(total, heaviest, items, most_items, clusters, start, split_cost, most
         if longer <= chunk + split.PATIENCE:
             chunk = longer
     return split.Shares(chunk, total, floor, start)
+
+
+@cute.jit
+def find_equal_work(seq_lens: cute.Tensor, groups, cluster_id, clusters, weight) -> Work:
+    """This cluster's range where all items weigh so many steps, and none is split.
+
+    A barrier of the CTA lies inside, as in `find_work`.
+    """
+    items, chunk = seq_lens.shape[0] * groups, Int32(1)
+    # NOTE: a division is 100 cycles
+    if items > clusters:
+        chunk = (items + clusters - 1) // clusters
+    here = cluster_id * chunk
+    steps = cutlass.max(0, cutlass.min(chunk, items - here))
+    request, group = here if steps > 0 else 0, Int32(0)
+    if groups > 1:
+        request, group = request // groups, request % groups
+    cute.arch.sync_threads()
+    return Work(request, group, Int32(0), weight * steps, weight * chunk, weight, Int32(0))
 
 
 @cute.jit

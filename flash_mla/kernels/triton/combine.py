@@ -79,8 +79,8 @@ def combine_kernel(
     place = tl.program_id(0) // TILES  # an item, or a boundary
     places = tl.num_programs(0) // TILES
     if PDL:
-        # NOTE: one program waits in any case: where no item is cut, all would end before decode, and the kernel that
-        # comes next would start beside it
+        # NOTE: one program waits in any case, as PTX asks: where no item is cut, all would end before decode, and what
+        # comes next might start beside it
         is_first = tl.program_id(0) == 0
         if is_first:
             tl.extra.cuda.gdc_wait()

@@ -219,7 +219,7 @@ def attend_keys(
 # --- Kernels ---
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("tokens", "pages", "pages2"))
 def sparse_kernel(
     q_ptr,  # [B, S_q, Hq, D]
     index_ptr,
@@ -236,7 +236,7 @@ def sparse_kernel(
     out_ptr,  # [B, S_q, Hq, DV] contiguous
     lse_ptr,  # [B, S_q, Hq] contiguous
     max_ptr,  # [B, S_q, Hq] contiguous
-    partial_ptr,  # with SPLITS > 1: out [SPLITS, B, S_q, Hq, DV], then base-2 lse [SPLITS, B, S_q, Hq]
+    partial_ptr,  # with SPLIT: out [splits, B, S_q, Hq, DV], then base-2 lse [splits, B, S_q, Hq]
     softmax_scale,
     tokens,
     Hq,
@@ -258,7 +258,7 @@ def sparse_kernel(
     GROUP: tl.constexpr,
     E8M0: tl.constexpr,
     NATIVE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # a token's keys among the programs of grid dim 1
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     D_MAIN: tl.constexpr,
@@ -270,6 +270,7 @@ def sparse_kernel(
     head_tiles = (Hq + TILE_M - 1) // TILE_M
     token = tl.program_id(0) // head_tiles
     split = tl.program_id(1)
+    splits = tl.num_programs(1)
     b = (token // S_Q).to(tl.int64)
     i = token % S_Q
     heads = tl.program_id(0) % head_tiles * TILE_M + tl.arange(0, TILE_M)
@@ -300,7 +301,7 @@ def sparse_kernel(
         if length_ptr2 is not None:
             count2 = tl.maximum(tl.minimum(tl.load(length_ptr2 + b), topk2), 0).to(tl.int32)
         total += (count2 + TILE_N - 1) // TILE_N
-    each = (total + SPLITS - 1) // SPLITS
+    each = (total + splits - 1) // splits
     first = split * each
     last = tl.minimum(first + each, total)
 
@@ -325,10 +326,10 @@ def sparse_kernel(
     out, lse2 = normalise(acc, row_max, row_sum)
     row = tl.cast(token, tl.int64) * Hq + heads
     live = head_live[:, None] & (offs_d < DV)[None, :]
-    if SPLITS > 1:
+    if SPLIT:
         row += tl.cast(tokens, tl.int64) * split * Hq
         tl.store(partial_ptr + row[:, None] * DV + offs_d[None, :], out, mask=live)
-        tl.store(partial_ptr + tl.cast(tokens, tl.int64) * (SPLITS * Hq * DV) + row, lse2, mask=head_live)
+        tl.store(partial_ptr + tl.cast(tokens, tl.int64) * (splits * Hq * DV) + row, lse2, mask=head_live)
     else:
         if sink_ptr is not None:
             out *= sink_factor(lse2, tl.load(sink_ptr + heads, mask=head_live, other=0.0))[:, None]
@@ -338,7 +339,7 @@ def sparse_kernel(
             tl.store(max_ptr + row, row_max * LN2, mask=head_live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("rows", "splits"))
 def merge_kernel(
     partial_ptr,
     sink_ptr,
@@ -346,23 +347,23 @@ def merge_kernel(
     lse_ptr,
     rows,  # B * S_q * Hq
     Hq,
+    splits,  # up to 32
     DV: tl.constexpr,
     DV_TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """One row (token, head): the splits' partials, merged in their order (merge.py is the spec)."""
     row = tl.program_id(0).to(tl.int64)
     rows64 = tl.cast(rows, tl.int64)
-    splits = tl.arange(0, 32)  # the most that config makes
-    lses = partial_ptr + SPLITS * rows64 * DV
-    lse2 = tl.load(lses + splits * rows64 + row, mask=splits < SPLITS, other=float("-inf"))
+    every = tl.arange(0, 32)
+    lses = partial_ptr + splits * rows64 * DV
+    lse2 = tl.load(lses + every * rows64 + row, mask=every < splits, other=float("-inf"))
     row_max = tl.max(lse2, 0)
     shift = tl.where(row_max == float("-inf"), 0.0, row_max)
     row_sum = tl.sum(tl.exp2(lse2 - shift), 0)
     total = tl.where(row_sum == 0.0, float("-inf"), shift + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum)))
     cols = tl.arange(0, DV_TILE)
     out = tl.zeros([DV_TILE], tl.float32)
-    for split in range(SPLITS):
+    for split in tl.range(0, splits):
         part_lse = tl.load(lses + split * rows64 + row)
         part = tl.load(partial_ptr + (split * rows64 + row) * DV + cols, mask=cols < DV, other=0.0)
         out += part * tl.exp2(part_lse - shift)

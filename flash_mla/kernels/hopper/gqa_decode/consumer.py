@@ -172,19 +172,6 @@ class Consumer:
     @cute.jit
     def weigh(self, buffer) -> None:
         """P of a block to shared memory and to the sums: against the max so far, made anew if that is too low."""
-        if const_expr(self.config.team == 1):
-            # NOTE: there is no max so far, nor another block
-            self.raise_max()
-            self.exponentials()
-            self.publish(buffer)
-            sync(self.bar, WARPGROUP)
-        else:
-            self.weigh_lazily(buffer)
-        self.row_sum.store(self.row_sum.load() + self.block_sum.load())
-
-    @cute.jit
-    def weigh_lazily(self, buffer) -> None:
-        """The same while the max so far may do."""
         largest = self.exponentials()
         self.publish(buffer)
         if any_of(self.bar, WARPGROUP, largest > LAZY) != 0:
@@ -192,6 +179,16 @@ class Consumer:
             self.exponentials()
             self.publish(buffer)
             sync(self.bar, WARPGROUP)
+        self.row_sum.store(self.row_sum.load() + self.block_sum.load())
+
+    @cute.jit
+    def weigh_once(self, buffer) -> None:
+        """The same of the only block: there is no max so far."""
+        self.raise_max()
+        self.exponentials()
+        self.publish(buffer)
+        sync(self.bar, WARPGROUP)
+        self.row_sum.store(self.block_sum.load())
 
     @cute.jit
     def publish(self, buffer) -> None:
@@ -298,7 +295,10 @@ def consume(
         elif key0 + BLOCK > length - scalars.packing.S_q + 1:
             consumer.mask(key0, length, item.tile * config.tile_n, scalars.packing)
 
-        consumer.weigh(buffer)
+        if const_expr(config.team):
+            consumer.weigh_once(buffer)
+        else:
+            consumer.weigh(buffer)
 
         # output
         if const_expr(config.stages % 2 == 1):

@@ -54,15 +54,54 @@ class Segments:
     def write_result(self, item: Item, v_scale, whole, slot) -> None:
         """Merge the warpgroups, normalise, and write: to out and lse if the segment is a whole item, else to its slot.
 
-        Each warpgroup gives every second O^T tile to the other and finishes the rest.
+        Each warpgroup gives every second O^T tile to the other and finishes the rest, as many pairs of tiles at a time
+        as the exchange holds.
         """
-        consumer, tensors, scalars = self.consumer, self.tensors, self.scalars
-        config, shared, side, tid = consumer.config, consumer.shared, consumer.side, consumer.tid
-        tiles, N = config.tiles_m, config.tile_n
-        sSum, sMax, exchange = shared.sSum, shared.sMax, shared.exchange
-        global_lse, lse_partial = tensors.lse, tensors.partials.lse
-        lane, warp_id, empty_lse = tid % 32, tid // 32, scalars.empty_lse
-        # row maxima and sums of all warps
+        consumer, tensors, shared = self.consumer, self.tensors, self.consumer.shared
+        side, tid, tiles, N = consumer.side, consumer.tid, consumer.config.tiles_m, consumer.config.tile_n
+        exchange, factor = shared.exchange, consumer.factor
+        self.merge_rows(item, v_scale, whole, slot)
+        inverse = cute.make_rmem_tensor(N // 4, Float32)
+        for c in cutlass.range_constexpr(N // 4):
+            factor[c], inverse[c] = shared.sMax[consumer.row(c), side], shared.sSum[consumer.row(c), 0]
+        pairs, depth = (tiles + 1) // 2, cute.size(exchange, mode=[3])
+        kept = cute.make_rmem_tensor((N // 2, depth), Float32)
+        for first in cutlass.range_constexpr(0, pairs, depth):
+            if first > 0:
+                sync(Bar.MERGE, CONSUMERS)
+            count = min(depth, pairs - first)
+            for j in cutlass.range_constexpr(count):
+                pair = first + j
+                for i in cutlass.range_constexpr(N // 2):
+                    c = 2 * (i // 4) + i % 2
+                    left, right = consumer.O[pair * N + i], Float32(0.0)
+                    if const_expr(2 * pair + 1 < tiles):
+                        right = consumer.O[pair * N + N // 2 + i]
+                    kept[i, j] = (left if side == 0 else right) * factor[c]
+                    exchange[tid, i, side, j] = (right if side == 0 else left) * factor[c]
+            sync(Bar.MERGE, CONSUMERS)
+            for j in cutlass.range_constexpr(count):
+                for i in cutlass.range_constexpr(N // 2):
+                    kept[i, j] = (kept[i, j] + exchange[tid, i, 1 - side, j]) * inverse[2 * (i // 4) + i % 2]
+            some = [2 * (first + j) + side for j in range(count)]
+            if whole:
+                self.store_tiles(tensors.out, item.request, item.head * self.scalars.rows, item, some, kept)
+            else:
+                self.store_tiles(tensors.partials.out, slot, -item.tile * N, item, some, kept)
+        # NOTE: the exchange is P's memory: the next segment may write P only when both warpgroups have read it
+        sync(Bar.MERGE, CONSUMERS)
+
+    @cute.jit
+    def merge_rows(self, item: Item, v_scale, whole, slot) -> None:
+        """lse of each row; what either warpgroup's O is to be multiplied by to sMax, and their sum to sSum[row, 0].
+
+        NOTE: one thread a row. Code that runs once is fetched from memory: a copy of this for each of a thread's rows
+        was a third of what a segment's end takes.
+        """
+        consumer, tensors, scalars, N = self.consumer, self.tensors, self.scalars, self.consumer.config.tile_n
+        shared, side, tid = consumer.shared, consumer.side, consumer.tid
+        sSum, sMax, lane, warp_id = shared.sSum, shared.sMax, tid % 32, tid // 32
+        global_lse, lse_partial, empty_lse = tensors.lse, tensors.partials.lse, scalars.empty_lse
         for c in cutlass.range_constexpr(N // 4):
             total = consumer.row_sum[c]
             for offset in (4, 8, 16):
@@ -72,77 +111,58 @@ class Segments:
                 if warp_id == 0:
                     sMax[consumer.row(c), side] = consumer.row_max[c]
         sync(Bar.MERGE, CONSUMERS)
-        inverse = cute.make_rmem_tensor(N // 4, Float32)
-        for c in cutlass.range_constexpr(N // 4):
-            row, head_row = consumer.row(c), item.tile * N + consumer.row(c)
-            max0, max1 = sMax[row, 0], sMax[row, 1]
+        if side == 0 and tid < N:
+            head_row = item.tile * N + tid
+            max0, max1 = sMax[tid, 0], sMax[tid, 1]
             row_max = cute.arch.fmax(max0, max1)
-            sum0, sum1 = sSum[row, 0], sSum[row, 4]
+            sum0, sum1 = sSum[tid, 0], sSum[tid, 4]
             for w in cutlass.range_constexpr(1, 4):
-                sum0, sum1 = sum0 + sSum[row, w], sum1 + sSum[row, 4 + w]
-            total = sum0 * cute.math.exp2(max0 - row_max, fastmath=True)
-            total = total + sum1 * cute.math.exp2(max1 - row_max, fastmath=True)
-            consumer.factor[c] = cute.math.exp2(consumer.row_max[c] - row_max, fastmath=True)
+                sum0, sum1 = sum0 + sSum[tid, w], sum1 + sSum[tid, 4 + w]
+            factor0 = cute.math.exp2(max0 - row_max, fastmath=True)
+            factor1 = cute.math.exp2(max1 - row_max, fastmath=True)
+            total = sum0 * factor0 + sum1 * factor1
             lse = row_max + cute.math.log2(total, fastmath=True) if total > 0.0 else -Float32.inf
             denominator = total
             if head_row < scalars.rows:
                 out_row = item.head * scalars.rows + head_row
-                if side == 0 and warp_id == 0 and lane < 4:
-                    if whole:
-                        place = scalars.packing.lse_of(out_row)
-                        global_lse[item.request, place] = lse * math.log(2.0) if total > 0.0 else empty_lse
-                    else:
-                        lse_partial[slot, row] = lse
+                if whole:
+                    place = scalars.packing.lse_of(out_row)
+                    global_lse[item.request, place] = lse * math.log(2.0) if total > 0.0 else empty_lse
+                else:
+                    lse_partial[slot, tid] = lse
                 if whole and scalars.has_sink != 0:
                     sink = tensors.sink[scalars.packing.head_of(out_row)] * math.log2(math.e)
                     denominator = denominator + cute.math.exp2(sink - row_max, fastmath=True)
-            inverse[c] = v_scale * cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
-
-        # trade O^T tiles in pairs
-        kept = cute.make_rmem_tensor(N // 2, Float32)
-        for pair in cutlass.range_constexpr((tiles + 1) // 2):
-            if const_expr(pair > 0):
-                sync(Bar.MERGE, CONSUMERS)
-            for i in cutlass.range_constexpr(N // 2):
-                c = 2 * (i // 4) + i % 2
-                left, right = consumer.O[pair * N + i], Float32(0.0)
-                if const_expr(2 * pair + 1 < tiles):
-                    right = consumer.O[pair * N + N // 2 + i]
-                kept[i] = (left if side == 0 else right) * consumer.factor[c]
-                exchange[tid, i, side] = (right if side == 0 else left) * consumer.factor[c]
-            sync(Bar.MERGE, CONSUMERS)
-            tile = 2 * pair + side
-            if tile < tiles:
-                for i in cutlass.range_constexpr(N // 2):
-                    kept[i] = (kept[i] + exchange[tid, i, 1 - side]) * inverse[2 * (i // 4) + i % 2]
-                if whole:
-                    self.store_tile(tensors.out, item.request, item.head * scalars.rows, item, tile, kept)
-                else:
-                    self.store_tile(tensors.partials.out, slot, -item.tile * N, item, tile, kept)
-        # NOTE: the exchange is P's memory: the next segment may write P only when both warpgroups have read it
+            sMax[tid, 0], sMax[tid, 1] = factor0, factor1
+            sSum[tid, 0] = v_scale * cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
         sync(Bar.MERGE, CONSUMERS)
 
     @cute.jit
-    def store_tile(self, target: cute.Tensor, index, row0, item: Item, tile, kept: cute.Tensor) -> None:
-        """One O^T tile to target[index, row0 + row of the KV head, column]."""
+    def store_tiles(self, target: cute.Tensor, index, row0, item: Item, tiles: list, kept: cute.Tensor) -> None:
+        """O^T tiles, kept[:, j] the j-th, to target[index, row0 + row of the KV head, column]."""
         consumer, config = self.consumer, self.consumer.config
         lane, warp_id = consumer.tid % 32, consumer.tid // 32
-        group = tile * TILE_M + warp_id * 16
+        # known here where pairs of tiles fill the columns
+        full = config.Dv % (2 * TILE_M) == 0
         two = cute.make_rmem_tensor(2, target.element_type)
         for c in cutlass.range_constexpr(config.tile_n // 4):
             head_row = item.tile * config.tile_n + consumer.row(c)
             i = 4 * (c // 2) + c % 2
             if head_row < self.scalars.rows:
-                if const_expr(config.fp8):
-                    if group + lane // 4 * 2 < config.Dv:
-                        two[0], two[1] = kept[i].to(target.element_type), kept[i + 2].to(target.element_type)
-                        row = target[index, row0 + head_row, None]
-                        cute.autovec_copy(two, cute.local_tile(row, (2,), (group // 2 + lane // 4,)))
-                else:
-                    for half in cutlass.range_constexpr(2):
-                        column = group + lane // 4 + 8 * half
-                        if column < config.Dv:
-                            target[index, row0 + head_row, column] = kept[i + 2 * half].to(target.element_type)
+                row = target[index, row0 + head_row, None]
+                for j in cutlass.range_constexpr(len(tiles)):
+                    group = tiles[j] * TILE_M + warp_id * 16
+                    if const_expr(config.fp8):
+                        inside = True if const_expr(full) else group + lane // 4 * 2 < config.Dv
+                        if inside:
+                            two[0], two[1] = (kept[i + 2 * half, j].to(target.element_type) for half in range(2))
+                            cute.autovec_copy(two, cute.local_tile(row, (2,), (group // 2 + lane // 4,)))
+                    else:
+                        for half in cutlass.range_constexpr(2):
+                            column = group + lane // 4 + 8 * half
+                            inside = True if const_expr(full) else column < config.Dv
+                            if inside:
+                                row[column] = kept[i + 2 * half, j].to(target.element_type)
 
     @cute.jit
     def write_nothing(self, item: Item) -> None:

@@ -55,7 +55,8 @@ class Shared:
 
     sQ [q_rows, D, q stage], with sUnit [tile_n, q stage], what the scores of two-term queries are to be multiplied by;
     sK [64, D, stage], sV [64, Dv, stage], sP [tile_n, 64, buffer] with buffer = 2 * warpgroup
-    + parity; sSum [tile_n, warp], sMax [tile_n, warpgroup]; exchange: sP's memory, where O is merged.
+    + parity; sSum [tile_n, warp], sMax [tile_n, warpgroup]; exchange: sP's memory, where O is merged,
+    so many pairs of tiles at a time.
     """
 
     config: Config
@@ -89,7 +90,7 @@ class Shared:
             sP=view(storage.sP, config.tile_n, BLOCK, 4, DTYPES[config.product]),
             exchange=cute.make_tensor(
                 cute.recast_ptr(storage.sP.data_ptr(), dtype=Float32),
-                cute.make_layout((128, width, 2), stride=(1, 128, 128 * width)),
+                cute.make_layout((128, width, 2, 1), stride=(1, 128, 128 * width, 0)),
             ),
             sSum=storage.sSum.get_tensor(cute.make_layout((config.tile_n, CONSUMER_WARPS))),
             sMax=storage.sMax.get_tensor(cute.make_layout((config.tile_n, 2))),

@@ -204,14 +204,14 @@ class Segments(result.Segments):
                     denominator = denominator + cute.math.exp2(sink - row_max, fastmath=True)
             scale = consumer.unit[0] * cute.arch.rcp_approx(denominator)
             inverse[c] = scale if total > 0.0 else Float32(0.0)
-        kept = cute.make_rmem_tensor(N // 2, Float32)
+        kept = cute.make_rmem_tensor((N // 2, 1), Float32)
         for t in cutlass.range_constexpr(OWN_TILES):
             for i in cutlass.range_constexpr(N // 2):
-                kept[i] = consumer.O[t * N // 2 + i] * inverse[2 * (i // 4) + i % 2]
-            tile = OWN_TILES * consumer.side + t
+                kept[i, 0] = consumer.O[t * N // 2 + i] * inverse[2 * (i // 4) + i % 2]
+            tiles = [OWN_TILES * consumer.side + t]
             if whole:
-                self.store_tile(self.tensors.out, item.request, item.head * scalars.rows, item, tile, kept)
+                self.store_tiles(self.tensors.out, item.request, item.head * scalars.rows, item, tiles, kept)
             else:
-                self.store_tile(self.tensors.partials.out, slot, -item.tile * N, item, tile, kept)
+                self.store_tiles(self.tensors.partials.out, slot, -item.tile * N, item, tiles, kept)
         # NOTE: the next segment writes the max and the sums
         sync(Bar.MERGE, CONSUMERS)

@@ -40,8 +40,8 @@ from flash_mla.kernels.hopper.walk import Done, walk
 class Shared(shared.Shared):
     """Views of a CTA's shared memory. sQ [heads, D] BF16 as it arrives; sQ16: the same bytes as FP16, once they are.
 
-    sP [heads, 64, buffer], GROUPS buffers for each that is in use; raw: the first byte of the blocks; sLive: a bit for
-    each key of each; sPeak: the largest scale of each consumer warp.
+    sP [heads, 64, buffer], GROUPS buffers for each that is in use, so that all of O fits into the exchange; raw: the
+    first byte of the blocks; sLive: a bit for each key of each; sPeak: the largest scale of each consumer warp.
     """
 
     sQ16: cute.Tensor
@@ -87,7 +87,7 @@ class Shared(shared.Shared):
             sP=view(storage.sP, Float16, BLOCK, config.p_buffers),
             exchange=cute.make_tensor(
                 cute.recast_ptr(storage.sP.data_ptr(), dtype=Float32),
-                cute.make_layout((128, heads // 2, 2), stride=(1, 128, 128 * heads // 2)),
+                cute.make_layout((128, heads // 2, 2, scales), stride=(1, 128, 128 * heads // 2, 128 * heads)),
             ),
             sSum=storage.sSum.get_tensor(cute.make_layout((heads, CONSUMER_WARPS))),
             sMax=storage.sMax.get_tensor(cute.make_layout((heads, 2))),

@@ -228,6 +228,7 @@ class Consumer(RawRows):
             warpgroup.commit_group()
         self.read_scales(stage)
         warpgroup.wait_group(0)
+        self.load_values(self.values_at(stage), 0)
         for c in cutlass.range_constexpr(self.config.tile_n // 4):
             unit = self.shared.sUnit[self.row(c)]
             for half in cutlass.range_constexpr(2):
@@ -288,16 +289,21 @@ class Consumer(RawRows):
                     words[0, i % 2, m, 2 * half + i // 2, group % 2] = even
                     words[1, i % 2, m, 2 * half + i // 2, group % 2] = odd
 
+    def values_at(self, stage):
+        """Where the lane reads 16 bytes of a row of V."""
+        return self.block(stage) + self.tid % WARP * self.config.layout.row_bytes + self.tid // WARP * 16
+
     @cute.jit
     def add_values(self, stage, buffer) -> None:
         """O^T += V^T P^T of a block."""
-        base = self.block(stage) + self.tid % WARP * self.config.layout.row_bytes + self.tid // WARP * 16
+        base = self.values_at(stage)
         atom = cute.make_mma_atom(self.pv.op)
         atom.set(warpgroup.Field.ACCUMULATE, True)
         for g in cutlass.range_constexpr(GROUPS):
             if g >= 2:
                 warpgroup.wait_group(1)
-            self.load_values(base, g)
+            if g >= 1:
+                self.load_values(base, g)
             warpgroup.fence()
             tiles = part_of(self.O, self.tiles, g)
             for k in cutlass.range_constexpr(4):

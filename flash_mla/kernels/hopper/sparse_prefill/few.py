@@ -84,7 +84,7 @@ class Shared:
             sP=view(storage.sP, heads, BLOCK, 4, heads * BLOCK),
             exchange=cute.make_tensor(
                 cute.recast_ptr(storage.sP.data_ptr(), dtype=Float32),
-                cute.make_layout((128, heads // 2, 2), stride=(1, 128, 128 * heads // 2)),
+                cute.make_layout((128, heads // 2, 2, 1), stride=(1, 128, 128 * heads // 2, 0)),
             ),
             sSum=storage.sSum.get_tensor(warps),
             sMax=storage.sMax.get_tensor(cute.make_layout((heads, 2))),
