@@ -47,8 +47,8 @@ class Config:
 
 
 def config(*, B: int, S_q: int, H: int, D: int, width: int, target: Target) -> Config:
-    """128 columns of the product: two queries of 64 heads. Chunks of few queries are the longest of a few lengths whose
-    programs fill the GPU, 3 an SM of 128 columns and 6 of 64.
+    """128 columns of the product: two queries of 64 heads. Chunks of few queries are the longest of four lengths whose
+    programs fill half of the GPU, which has room for 3 an SM of 128 columns and 6 of 64.
     """
     head_tile = max(power_of_2(H), 16)
     tile_q = max(1, min(128 // head_tile, power_of_2(S_q)))
@@ -61,7 +61,7 @@ def config(*, B: int, S_q: int, H: int, D: int, width: int, target: Target) -> C
     elif S_q > 8:
         chunk, stages = 4096, 3
     else:
-        tiles, programs = -(-S_q // tile_q) * B, resident * target.multiprocessors
+        tiles, programs = -(-S_q // tile_q) * B, resident * target.multiprocessors // 2
         chunk = next((n for n in (longest, 1024, 512) if tiles * -(-width // n) >= programs), 256)
     widen = "" if native else widening(1, target)
     return Config(64, tile_q, head_tile, max(power_of_2(D), 32), chunk, widen, 4, stages)
