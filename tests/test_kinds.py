@@ -47,8 +47,8 @@ BF16 = torch.bfloat16
 MODULES = (flash_mla, deepseek, indexer, merge, mla, quant, distributed)
 RESULTS = {"Explanation", "MLAMetadata", "DecodeStep", "FlashMLASchedMeta", "Parts"}
 """Classes that only our functions make."""
-INSIDE = {"decode_e4m3", "finite_abs", "gather_rows", "mark_scaled", "needs_descale"}
-"""Of `quant`: what the backends share."""
+INSIDE = {"check_divisor", "decode_e4m3", "finite_abs", "gather_rows", "mark_scaled", "needs_descale"}
+"""Of `quant`: what the library shares."""
 
 
 def names_of(module: ModuleType) -> Iterator[str]:

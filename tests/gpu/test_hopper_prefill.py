@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flash_mla.backends import hopper
+from flash_mla.backends.hopper import prefill
 from flash_mla.problem import FP8
 from flash_mla.testing import MhaCase, PrefillCase, run
 
@@ -29,6 +30,14 @@ CASES |= {
     # more tiles than CTAs, of more heads than a section has
     "many-heads": replace(LONG, B=2, Hq=64, Hk=64, P=700),
     "many-heads-full": replace(LONG, B=2, Hq=64, Hk=64, P=700, causal=False),
+    # pairs of tiles that share their keys, of few tiles, too: the last row tile is not full, nor is the last block
+    "pairs": replace(LONG, B=3, Hq=40, P=1500, causal=False, sink=True),
+    "pairs-causal": replace(LONG, B=3, Hq=40, P=2500, sink=True),
+    "pairs-causal-192": replace(LONG, B=2, Hq=40, P=2200, D=192, Dv=128),
+    "pairs-ragged": replace(RAGGED, P=2200, Hq=40, lengths=(2200, 1, 0, 130)),
+    "pairs-ragged-full": replace(RAGGED, Hq=40, P=500, D=192, Dv=128, lengths=(500, 1, 0, 130), causal=False),
+    "pairs-192": replace(LONG, B=2, Hq=40, P=1500, D=192, Dv=128, causal=False),
+    "pairs-few": replace(LONG, B=1, Hq=2, P=200, causal=False, dtype=torch.float16),
     "many-groups": replace(LONG, B=3, Hq=128, Hk=16, P=450),
     "many-requests": replace(LONG, B=40, Hq=4, Hk=1, P=200, lengths=tuple(5 * i for i in range(40))),
     "one-tile": replace(LONG, B=1, Hq=1, Hk=1, P=1),
@@ -52,6 +61,8 @@ CASES |= {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prefill(name: str) -> None:
+def test_prefill(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name.startswith("pairs"):
+        monkeypatch.setattr(prefill, "LEAST_TILES", {128: (2, 2), 192: (2, 2)})
     result = run(CASES[name])
     assert result.passed, str(result)

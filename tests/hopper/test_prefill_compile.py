@@ -14,21 +14,23 @@ pytestmark = NEEDS
 
 VARIANTS = gates(
     [
-        *((*width, False, False) for width in WIDTHS),
-        (128, 128, True, False),
-        (128, 128, False, True),
-        (256, 256, False, True),
+        *((*width, False, False, 1) for width in WIDTHS),
+        (128, 128, False, False, 2),
+        (128, 128, True, False, 1),
+        (128, 128, False, True, 1),
+        (256, 256, False, True, 1),
     ],
     [
-        (64, 64, True, False),
-        (64, 64, False, True),
-        (192, 128, True, False),
-        (192, 128, False, True),
-        (256, 256, True, False),
+        (64, 64, True, False, 1),
+        (64, 64, False, True, 1),
+        (192, 128, False, False, 2),
+        (192, 128, True, False, 1),
+        (192, 128, False, True, 1),
+        (256, 256, True, False, 1),
     ],
 )
-"""(D, Dv, paged, sparse) in BF16. FP16 differs in the type of an instruction; pages and a list together in the producer
-alone, and each is compiled."""
+"""(D, Dv, paged, sparse, cluster) in BF16. FP16 differs in the type of an instruction; pages and a list together in the
+producer alone, and each is compiled."""
 FP8_VARIANTS = gates(
     [(64, 64, False), (128, 128, False), (256, 256, False)],
     [(192, 128, False), (64, 64, True), (128, 128, True), (192, 128, True), (256, 256, True)],
@@ -36,11 +38,11 @@ FP8_VARIANTS = gates(
 """(D, Dv, paged) in FP8."""
 
 
-@pytest.mark.parametrize(("D", "Dv", "paged", "sparse"), VARIANTS)
-def test_prefill(D: int, Dv: int, paged: bool, sparse: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("D", "Dv", "paged", "sparse", "cluster"), VARIANTS)
+def test_prefill(D: int, Dv: int, paged: bool, sparse: bool, cluster: int, tmp_path: Path) -> None:
     from flash_mla.kernels.hopper.prefill.kernel import build
 
-    config = Config("bf16", D, Dv, paged, sparse)
+    config = Config("bf16", D, Dv, paged, sparse, cluster)
     assert config.smem_bytes() <= SMEM_BYTES
     sass = compiled(build, config, tmp_path)
     ((registers, _),) = sass.resources
@@ -55,6 +57,8 @@ def test_prefill(D: int, Dv: int, paged: bool, sparse: bool, tmp_path: Path) -> 
     assert sass.count("HGMMA") == steps * (scores + values)
     # Q held in registers: loaded before the first block and at the step across tiles
     assert sass.count(r"LDSM\.16\.M88\.4") == (2 * config.D // 16 if config.q_held else 0)
+    # K and V to both CTAs of a cluster, Q to one
+    assert (sass.count(r"UTMALDG\.\dD\.MULTICAST") > 0) == (cluster > 1)
     # NOTE: serialised wgmma shows as one arrive and one wait an instruction
     assert sass.count(r"WARPGROUP\.ARRIVE") <= 8
     assert sass.count(r"WARPGROUP\.DEPBAR") <= 8

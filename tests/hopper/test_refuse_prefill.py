@@ -95,6 +95,33 @@ def test_config_of_fp8(changes: dict, dtype: str) -> None:
     assert prefill.config(PROBLEM._replace(dtype=FP8, **changes)).dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("changes", "cluster"),
+    [
+        ({"P": 1024}, 2),
+        ({"P": 4096, "D": 192, "dtype": torch.float16, "sink": True}, 2),
+        ({"P": 8192, "causal": True}, 2),
+        ({"P": 8192, "seq_lens": True}, 2),
+        ({"P": 4096, "D": 192, "causal": True}, 2),
+        ({"P": 8192 + 1, "causal": True}, 2),
+        # few tiles, or one without a partner
+        ({"P": 512}, 1),
+        ({"P": 4096, "causal": True}, 1),
+        ({"P": 4096, "seq_lens": True}, 1),
+        ({"P": 2048, "D": 192}, 1),
+        ({"P": 1025}, 1),
+        # what no pair shares
+        ({"P": 8192, "block_mask": True}, 1),
+        ({"P": 8192, "dtype": FP8}, 1),
+        ({"P": 8192, "D": 256, "Dv": 256}, 1),
+        ({"P": 8192, **PAGES}, 1),
+    ],
+)
+def test_pairs_of_tiles_share_keys(changes: dict, cluster: int) -> None:
+    """Where that pays, and few have no partner."""
+    assert prefill.config(PROBLEM._replace(**{"causal": False, **changes})).cluster == cluster
+
+
 def test_readable_widens() -> None:
     x, fp8 = torch.arange(32.0).view(1, 1, 2, 16), Config("fp8", 64, 64, False, False)
     bf16 = replace(fp8, dtype="bf16")

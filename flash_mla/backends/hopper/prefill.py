@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,12 @@ from flash_mla.backends.hopper.strides import refuse_rows
 from flash_mla.kernels.hopper.prefill import schedule
 from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
 from flash_mla.problem import BLOCK, FP8, PrefillArgs, PrefillProblem
+
+LEAST_TILES = {128: (8, 64), 192: (32, 32)}
+"""Row tiles of a head from which on pairs of them share what they load, by D: of tiles that are all alike, and of
+others, where a pair takes as long as its upper tile (measured: docs/design/prefill.md)."""
+MANY_TILES = 32
+"""Row tiles of a head from which on one without a partner costs less than sharing saves."""
 
 
 def refuse(problem: PrefillProblem) -> str | None:
@@ -54,7 +61,19 @@ def config(problem: PrefillProblem) -> Config:
     # NOTE: e4m3 products take 0.75 to 0.86 of BF16's time, and cost accuracy: docs/design/prefill.md
     sparse = is_sparse(problem)
     dtype = "bf16" if problem.dtype == FP8 and sparse else DTYPES[problem.dtype]
-    return Config(dtype=dtype, D=problem.D, Dv=problem.Dv, paged=problem.paged, sparse=sparse)
+    kernel = Config(dtype=dtype, D=problem.D, Dv=problem.Dv, paged=problem.paged, sparse=sparse)
+    return dataclasses.replace(kernel, cluster=2) if shares_keys(problem, kernel) else kernel
+
+
+def shares_keys(problem: PrefillProblem, config: Config) -> bool:
+    """Whether pairs of row tiles share what they load: where that pays, and few have no partner."""
+    if config.paged or config.sparse or config.fp8 or config.D not in LEAST_TILES:
+        return False
+    row_tiles = -(-problem.P // config.tile_m)
+    least_alike, least = LEAST_TILES[config.D]
+    alike = not problem.causal and not problem.seq_lens
+    paired = row_tiles % 2 == 0 or row_tiles > MANY_TILES
+    return paired and row_tiles >= (least_alike if alike else least)
 
 
 def narrow(x: Tensor) -> Tensor:
@@ -123,10 +142,11 @@ def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], Non
     kernel = store.load("prefill", config, build)
     device = problem.device
     B, Hq, P = problem.B, problem.Hq, problem.P
-    tiles = -(-P // config.tile_m) * B * Hq
-    ctas = min(tiles, config.ctas_sm * multiprocessors(device))
+    row_tiles = -(-P // config.rows)
+    tiles = row_tiles * B * Hq
+    clusters = min(tiles, config.ctas_sm * multiprocessors(device) // config.cluster)
     kv_bytes = config.itemsize * problem.S_kv * (problem.D + problem.Dv)
-    order = schedule.order(kv_bytes, problem.ratio, B * Hq, -(-P // config.tile_m), problem.causal, ctas)
+    order = schedule.order(kv_bytes, problem.ratio, B * Hq, row_tiles, problem.causal, clusters)
     flags = (problem.causal, problem.seq_lens, problem.start_pos, problem.sink, problem.descale)
     scalars = (*order, *map(int, flags))
     # NOTE: what the kernel does not read may be any tensor of the right kind
@@ -162,11 +182,11 @@ def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], Non
             value_scale,
             lse,
             # nobody takes a second tile where each CTA has one: the counter is not read then
-            torch.zeros(1, dtype=torch.int32, device=device) if tiles > ctas else nothing,
+            torch.zeros(1, dtype=torch.int32, device=device) if tiles > clusters else nothing,
             blocks,
             bits,
         )
         numbers: tuple[Any, ...] = (args.softmax_scale * LOG2_E, Hq, problem.Hk, keys, *scalars)
-        kernel(q, k, v, args.out, Tensors(*tensors), Scalars(*numbers), ctas)
+        kernel(q, k, v, args.out, Tensors(*tensors), Scalars(*numbers), clusters * config.cluster)
 
     return on_device(device, launch)

@@ -28,11 +28,12 @@ def launch_persistent(kernel: Any, config: Any, clusters: Any, stream: Any) -> N
     )
 
 
-def launch_ctas(kernel: Any, ctas: Any, threads: int, smem: int, stream: Any, an_sm: int = 1) -> None:
-    """Launch a kernel, called with its arguments, on `ctas` CTAs, `an_sm` of them on an SM, without a cluster."""
+def launch_ctas(kernel: Any, ctas: Any, threads: int, smem: int, stream: Any, an_sm: int = 1, cluster: int = 1) -> None:
+    """Launch a kernel, called with its arguments, on `ctas` CTAs in clusters of `cluster`, `an_sm` CTAs on an SM."""
     kernel.launch(
         grid=(ctas, 1, 1),
         block=(threads, 1, 1),
+        cluster=(cluster, 1, 1) if cluster > 1 else None,
         smem=smem,
         min_blocks_per_mp=an_sm,
         # NOTE: without it the DSL asks a driver for the default, and compiling wants a GPU

@@ -8,8 +8,11 @@ from typing import Literal, NamedTuple
 
 from flash_mla.kernels.hopper.limits import BLOCK, ROW_BYTES, STAGED, TILE_M, WARPGROUP, barrier_bytes, smem_bytes
 
-TASK, TASK_STAGES = 8, 2
+TASK, TASK_STAGES = 9, 2
 """Words of a tile's description; descriptions in flight."""
+NUMBER_STAGES = 4
+"""Numbers of tiles in flight from the first CTA of a cluster to the other. It is three ahead at most, since each waits
+for the other's share of a block two blocks later; so no place is taken before it was read."""
 
 REGISTERS = {1: (216, 40), 2: (240, 24), 3: (160, 32)}
 """A consumer's and the last warpgroup's, by consumer warpgroups."""
@@ -72,7 +75,8 @@ class Config:
     """What is compiled: everything else is an argument of the kernel.
 
     dtype of q, k, v and out (of FP8: BF16); D and Dv, their widths; paged: k and v are cache pages behind a table;
-    sparse: a map says which 64 x 64 blocks count (not in FP8).
+    sparse: a map says which 64 x 64 blocks count (not in FP8). cluster: CTAs that compute neighbouring row tiles of a
+    head against the same K and V, which each loads a share of for all (not with pages, a map or FP8).
     """
 
     dtype: Literal["bf16", "fp16", "fp8"]
@@ -80,6 +84,7 @@ class Config:
     Dv: int
     paged: bool
     sparse: bool
+    cluster: int = 1
 
     @property
     def fp8(self) -> bool:
@@ -120,6 +125,11 @@ class Config:
         return self.sizes.m
 
     @property
+    def rows(self) -> int:
+        """Query rows of a cluster."""
+        return self.tile_m * self.cluster
+
+    @property
     def tile_n(self) -> int:
         """Keys of a block: whole pages."""
         return self.sizes.n
@@ -142,6 +152,11 @@ class Config:
     def turned_stages(self) -> int:
         """Blocks of transposed V in flight."""
         return self.stages if self.fp8 else 0
+
+    @property
+    def number_stages(self) -> int:
+        """Numbers of tiles in flight between the CTAs of a cluster."""
+        return NUMBER_STAGES if self.cluster > 1 else 0
 
     @property
     def transposers(self) -> int:
@@ -172,10 +187,12 @@ class Config:
         """Of a thread: a consumer's, the last warpgroup's."""
         return (REGISTERS_FP8 if self.fp8 else REGISTERS)[self.consumers]
 
-    @property
-    def box_rows(self) -> int:
-        """Keys that one TMA box brings."""
-        return BLOCK if self.paged else self.tile_n
+    def box_rows(self, columns: int) -> int:
+        """Keys that one TMA box of rows of so many columns brings: in a cluster a share of a block's, unless the CTAs
+        share out its chunks evenly."""
+        if self.paged:
+            return BLOCK
+        return self.tile_n if columns // self.chunk(columns) % self.cluster == 0 else self.tile_n // self.cluster
 
     @property
     def q_held(self) -> bool:
@@ -185,8 +202,14 @@ class Config:
 
     @property
     def turns(self) -> bool:
-        """Whether the warpgroups take turns to issue products: where three of them are bound by exp2 (5 % at D 64)."""
-        return self.consumers == 3
+        """Whether the warpgroups take turns to issue products: where three of them are bound by exp2 (5 % at D 64), and
+        at 192/128 (2 %)."""
+        return self.consumers == 3 or (self.D == 192 and not self.fp8 and not self.sparse)
+
+    @property
+    def early(self) -> int:
+        """Products of P V that are still to be issued when the turn is passed on, so that the next follow at once."""
+        return 2 if self.consumers == 2 else 0
 
     @property
     def ctas_sm(self) -> int:
@@ -204,8 +227,14 @@ class Config:
         k = self.itemsize * self.stages * self.tile_n * self.D
         v = self.itemsize * (self.v_stages + self.turned_stages) * self.tile_n * self.Dv
         zeros, staged = ZEROS * self.fp8, 2 * self.staged_elements
-        descriptions = 4 * (TASK_STAGES * TASK + self.stages)
+        descriptions = 4 * (TASK_STAGES * TASK + self.stages + self.number_stages)
         barriers = barrier_bytes(
-            TASK_STAGES, self.q_stages, self.stages, self.v_stages, self.turned_stages, self.q_stages
+            self.number_stages,
+            TASK_STAGES,
+            self.q_stages,
+            self.stages,
+            self.v_stages,
+            self.turned_stages,
+            self.q_stages,
         )
         return smem_bytes(q, k, v, zeros, staged, descriptions, barriers)

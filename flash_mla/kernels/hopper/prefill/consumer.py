@@ -145,13 +145,18 @@ class Consumer:
         warpgroup.commit_group()
 
     @cute.jit
-    def values(self, stage) -> None:
-        """Issue O += P V of a block, as one group."""
+    def values(self, stage, passes: cutlass.Constexpr = False) -> None:
+        """Issue O += P V of a block, as one group. passes: the turn is passed on."""
         atom = cute.make_mma_atom(self.pv.op)
         atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.fence()
-        for k in cutlass.range_constexpr(self.config.tile_n // self.config.step):
+        steps = self.config.tile_n // self.config.step
+        for k in cutlass.range_constexpr(steps):
+            if const_expr(passes and k == steps - self.config.early):
+                self.pass_turn()
             cute.gemm(atom, self.O, self.P[None, None, k], self.rV[None, None, k, stage], self.O)
+        if const_expr(passes and self.config.early == 0):
+            self.pass_turn()
         warpgroup.commit_group()
 
     @cute.jit

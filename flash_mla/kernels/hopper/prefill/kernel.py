@@ -1,7 +1,8 @@
 """Prefill on Hopper: out = softmax(scale * Q K^T) V for P query tokens a request, dense or over cache pages.
 
 Grid: one CTA an SM, persistent. A tile is TILE_M query rows of one head; tiles are handed out heaviest first by a
-counter in global memory (`schedule.py`).
+counter in global memory (`schedule.py`). Clusters of two take two neighbouring tiles of a head: each CTA loads half of
+every block of K and V for both (TMA multicast), which halves what they read of L2.
 
 Bound. A block of N keys costs a tile of M rows 2 * M * N * (D + Dv) FLOP, at 4096 a cycle and SM: 2048 cycles for
 128 x 128 x (128 + 128), in which the softmax takes 1024 of exp2 (16 a cycle) and about 870 of a scheduler's 2048 issue
@@ -18,6 +19,7 @@ Roles (entry registers: 65536 / threads, rounded down to 8):
     its warps 2 and 3             in FP8: V transposed                                `transposer.py`
 
 Channels, producer -> consumer (full arrivals / empty arrivals):
+    numbers, of a cluster: producer of the first CTA -> of the other   4 stages   1 + 4 bytes / none
     tasks  producer -> all        2 stages   1 / consumer warps and the storing or the two transposing ones
     Q      producer -> consumers  q_stages   1 + bytes / 1, by the storing warp: out lies in place of the dead Q;
                                              one stage, and FP8: consumer warps
@@ -27,8 +29,8 @@ Channels, producer -> consumer (full arrivals / empty arrivals):
     out    consumers -> storing warp         consumer warps; refilling Q empties it
 
 Steady state of a consumer warpgroup, block n of a tile:
-    (D 64: wait for its turn) | issue S' = Q K[n+1]^T | issue O += P V[n] | (pass the turn on) | softmax of S' under
-    P V[n] and under the products of the other warpgroups
+    (D 64, 192: wait for its turn) | issue S' = Q K[n+1]^T | issue O += P V[n] | (pass the turn on) | softmax of S'
+    under P V[n] and under the products of the other warpgroups
 With two Q stages this runs on across tiles: beside P V of a tile's last block goes Q K^T of the next tile's first, and
 out is written under the products of the others. With one (192/128 and 256/256, whose Q is too large), the next tile's Q
 is on its way under the last P V, and out is written under the scores that it gives; in FP8 too, from two stages. The
@@ -110,15 +112,17 @@ class Prefill(Kernel[Config]):
             order = [3, 4, 2, 1, 0] if paged else [2, 3, 1, 0]
             return cute.make_tensor(x.iterator, cute.select(x.layout, mode=order))
 
+        shares = config.cluster > 1
         tmas = Tmas(
             q=load_of(rows_first(q, False), config.tile_m, config.chunk(config.D)),
-            k=load_of(rows_first(k, config.paged), config.box_rows, config.chunk(config.D)),
-            v=load_of(rows_first(v, config.paged), config.box_rows, config.chunk(config.Dv)),
+            k=load_of(rows_first(k, config.paged), config.box_rows(config.D), config.chunk(config.D), shares),
+            v=load_of(rows_first(v, config.paged), config.box_rows(config.Dv), config.chunk(config.Dv), shares),
             out=store_of(rows_first(out, False), config.tile_m, CHUNK),
         )
         # NOTE: 2 also bounds the registers at entry to what REGISTERS[1] adds up to, where one CTA fits
         an_sm = 2 if config.sparse else 1
-        launch_ctas(self.kernel(tmas, out, tensors, scalars), ctas, config.threads, config.smem_bytes(), stream, an_sm)
+        kernel, smem = self.kernel(tmas, out, tensors, scalars), config.smem_bytes()
+        launch_ctas(kernel, ctas, config.threads, smem, stream, an_sm, config.cluster)
 
     @cute.kernel
     def kernel(self, tmas: Tmas, out: cute.Tensor, tensors: Tensors, scalars: Scalars):
@@ -134,7 +138,9 @@ class Prefill(Kernel[Config]):
             staged: cute.struct.Align[cute.struct.MemRange[DTYPES[config.out], config.staged_elements], 128]
             zeros: cute.struct.Align[cute.struct.MemRange[Int32, ZEROS // 4 * config.fp8], 16]
             sTask: cute.struct.MemRange[Int32, TASK_STAGES * TASK]
+            sNumbers: cute.struct.MemRange[Int32, config.number_stages]
             sKeys: cute.struct.MemRange[Int32, config.stages]
+            number_barriers: cute.struct.MemRange[Int64, Channel.words(config.number_stages)]
             task_barriers: cute.struct.MemRange[Int64, Channel.words(TASK_STAGES)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]
             k_barriers: cute.struct.MemRange[Int64, Channel.words(config.stages)]
@@ -147,7 +153,11 @@ class Prefill(Kernel[Config]):
 
         if warp_id == 0:
             open_channels(shared.channels, tuple(tma.atom for tma in tmas))
-        cute.arch.sync_threads()
+        if const_expr(config.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
         registers, few_registers = config.registers
         producer_warp = 4 * config.consumers
@@ -179,7 +189,7 @@ class Prefill(Kernel[Config]):
         for channel in (shared.tasks, shared.q):
             channel.read_by("storing warp", 1)
         done = Int32(0)
-        row0, head, request, _kv_head, _length, _start, blocks, _whole = receive(shared, done)
+        row0, head, request, _kv_head, _length, _start, blocks, *_ = receive(shared, done)
         while blocks != 0:
             stage = done % config.q_stages
             shared.out.wait(stage, done // config.q_stages)
@@ -190,7 +200,7 @@ class Prefill(Kernel[Config]):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             shared.q.release(stage)
             done = done + 1
-            row0, head, request, _kv_head, _length, _start, blocks, _whole = receive(shared, done)
+            row0, head, request, _kv_head, _length, _start, blocks, *_ = receive(shared, done)
 
 
 # ---------------------------------------------------------------------------------------------------------- Launch

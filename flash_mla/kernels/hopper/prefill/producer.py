@@ -10,9 +10,10 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from flash_mla.kernels.hopper.boxes import tma_boxes
+from flash_mla.kernels.hopper.launch import place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.prefill import schedule
-from flash_mla.kernels.hopper.prefill.config import BITS, NOWHERE, ROW_LIMITS, TASK_STAGES, Config
+from flash_mla.kernels.hopper.prefill.config import BITS, NOWHERE, NUMBER_STAGES, ROW_LIMITS, TASK_STAGES, Config
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Task, Tensors
 from flash_mla.kernels.hopper.table import block_of
 
@@ -32,6 +33,16 @@ def pick(condition, a, b):
     return a if condition else b
 
 
+@cute.jit
+def send_to_peer(place, value, bar, peer) -> None:
+    """Store 4 bytes in the same place of another CTA of the cluster, whose barrier counts them."""
+    cute.arch.inline_ptx(
+        "{ .reg .b32 d, m; mapa.shared::cluster.u32 d, {$r0}, {$r3}; mapa.shared::cluster.u32 m, {$r2}, {$r3}; "
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [d], {$r1}, [m]; }",
+        read_only_args=[place, value, bar, peer],
+    )
+
+
 @dataclass(frozen=True)
 class Producer:
     """The warp that takes tiles and fills Q, K and V by TMA.
@@ -42,6 +53,7 @@ class Producer:
 
     config: Config
     shared: Shared
+    rank: Int32
     tma_q: cute.CopyAtom
     tma_k: cute.CopyAtom
     tma_v: cute.CopyAtom
@@ -64,13 +76,14 @@ class Producer:
 
         free = (None, None, None, None)
         key = (0, *free) if config.paged else free
-        m, n, box = config.tile_m, config.tile_n, config.box_rows
+        m, n = config.tile_m, config.tile_n
         sQ, gQ = boxes(tma_q, shared.sQ, m, m, config.D, config.q_stages, tQ, free)
-        sK, gK = boxes(tma_k, shared.sK, n, box, config.D, config.stages, tK, key)
-        sV, gV = boxes(tma_v, shared.sV, n, box, config.Dv, config.v_stages, tV, key)
-        for channel in (shared.tasks, shared.q, shared.k, shared.v):
+        sK, gK = boxes(tma_k, shared.sK, n, config.box_rows(config.D), config.D, config.stages, tK, key)
+        sV, gV = boxes(tma_v, shared.sV, n, config.box_rows(config.Dv), config.Dv, config.v_stages, tV, key)
+        for channel in (shared.numbers, shared.tasks, shared.q, shared.k, shared.v):
             channel.written_by("producer")
-        return Producer(config, shared, tma_q, tma_k, tma_v, sQ, gQ, sK, gK, sV, gV)
+        rank, _, _ = place_of_cta(config.cluster)
+        return Producer(config, shared, rank, tma_q, tma_k, tma_v, sQ, gQ, sK, gK, sV, gV)
 
     @cute.jit
     def load_q(self, row_tile, head, request, count) -> None:
@@ -104,14 +117,31 @@ class Producer:
             if const_expr(config.sparse and not values):
                 sKeys[stage] = word
             channel.expect(stage, config.itemsize * config.tile_n * columns)
-        bar = channel.bar(stage)
-        for chunk in cutlass.range_constexpr(columns // config.chunk(columns)):
-            if const_expr(config.paged):
-                for i in cutlass.range_constexpr(config.tile_n // BLOCK):
-                    target = sX[None, (i, chunk, stage)]
-                    cute.copy(tma, gX[None, chunk, pages[i], head, request], target, tma_bar_ptr=bar)
-            else:
-                cute.copy(tma, gX[None, block, chunk, head, request], sX[None, (0, chunk, stage)], tma_bar_ptr=bar)
+        bar, chunks = channel.bar(stage), columns // config.chunk(columns)
+        if const_expr(config.cluster > 1):
+            self.load_share(tma, gX[None, None, None, head, request], sX[None, (None, None, stage)], block, chunks, bar)
+        else:
+            for chunk in cutlass.range_constexpr(chunks):
+                if const_expr(config.paged):
+                    for i in cutlass.range_constexpr(config.tile_n // BLOCK):
+                        target = sX[None, (i, chunk, stage)]
+                        cute.copy(tma, gX[None, chunk, pages[i], head, request], target, tma_bar_ptr=bar)
+                else:
+                    cute.copy(tma, gX[None, block, chunk, head, request], sX[None, (0, chunk, stage)], tma_bar_ptr=bar)
+
+    @cute.jit
+    def load_share(self, tma, gX: cute.Tensor, sX: cute.Tensor, block, chunks: cutlass.Constexpr, bar) -> None:
+        """This CTA's share of a block, to every CTA of the cluster: of its chunks, or of the rows of each."""
+        cluster, rank = self.config.cluster, self.rank
+        everyone = cutlass.Int16((1 << cluster) - 1)
+        if const_expr(chunks % cluster == 0):
+            for i in cutlass.range_constexpr(0, chunks, cluster):
+                source, target = gX[None, block, i + rank], sX[None, 0, i + rank]
+                cute.copy(tma, source, target, tma_bar_ptr=bar, mcast_mask=everyone)
+        else:
+            for chunk in cutlass.range_constexpr(chunks):
+                source, target = gX[None, cluster * block + rank, chunk], sX[None, rank, chunk]
+                cute.copy(tma, source, target, tma_bar_ptr=bar, mcast_mask=everyone)
 
     @cute.jit
     def find_pages(self, source: Source, block, pages: cute.Tensor) -> None:
@@ -192,21 +222,25 @@ class Producer:
         """Take tiles, describe them to the others, and load them."""
         config, sTask, tasks = self.config, self.shared.sTask, self.shared.tasks
         P, heads = cute.size(tQ, mode=[0]), cute.size(tQ, mode=[2]) * cute.size(tQ, mode=[3])
-        row_tiles = (P + config.tile_m - 1) // config.tile_m
+        row_tiles = (P + config.rows - 1) // config.rows
         tiles = row_tiles * heads
-        index, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
+        _, index, clusters = place_of_cta(config.cluster)
         count, done = Int32(0), Int32(0)
         order = schedule.Order(scalars.section, scalars.late, scalars.tail)
         while index < tiles:
             row_tile, head = schedule.tile(index, row_tiles, heads, order, cutlass.min, pick)
+            # NOTE: the upper of two causal tiles has a block more; the CTAs take it in turn
+            last_tile = row_tile * config.cluster + config.cluster - 1
+            row_tile = row_tile * config.cluster + (self.rank + done) % config.cluster
             request = head // scalars.Hq
             q_head, row0 = head - request * scalars.Hq, row_tile * config.tile_m
             start, length = self.span(tensors, scalars, request, P)
             total, whole = self.blocks(scalars, row0, length, start)
+            blocks, more = total, Int32(0)
+            if const_expr(config.cluster > 1):
+                more = self.blocks(scalars, last_tile * config.tile_m, length, start).total - total
             kv_head = q_head // (scalars.Hq // scalars.Hk)
             source = Source(tensors.table, request, kv_head, length)
-            blocks = total
             block_map = tensors.block_map
             map_request = cutlass.min(request, block_map.shape[0] - 1)
             map_row = block_map[map_request, cutlass.min(q_head, block_map.shape[1] - 1), row_tile, None]
@@ -216,24 +250,29 @@ class Producer:
             stage = done % TASK_STAGES
             tasks.acquire(stage, done // TASK_STAGES)
             with cute.arch.elect_one():
-                for i, word in enumerate(Task(row0, head, request, kv_head, length, start, blocks, whole)):
+                for i, word in enumerate(Task(row0, head, request, kv_head, length, start, blocks, whole, more)):
                     sTask[i, stage] = word
                 tasks.arrive(stage)
             if const_expr(config.sparse):
                 self.load_q(row_tile, q_head, request, done)
                 self.load_listed(source, map_row, total, whole * config.tile_n, count)
             else:
-                self.load_all(source, blocks, count, row_tile, q_head, done)
+                self.load_all(source, blocks + more, count, row_tile, q_head, done)
             # NOTE: not before the tile's loads: a CTA that has a heavy tile would take another too early
             following = tiles
-            if tiles > ctas:
-                following = self.take(tensors.counter) + ctas
-            count, done, index = count + blocks, done + 1, following
+            if tiles > clusters:
+                following = self.take_next(tensors.counter, scalars, index, clusters, done)
+            count, done, index = count + blocks + more, done + 1, following
         stage = done % TASK_STAGES
         tasks.acquire(stage, done // TASK_STAGES)
         with cute.arch.elect_one():
             sTask[Task._fields.index("blocks"), stage] = Int32(0)
             tasks.arrive(stage)
+        if const_expr(config.cluster > 1):
+            # a CTA must outlive its peer's arrivals on its barriers; for the bytes that it gets its consumers wait
+            for i in cutlass.range_constexpr(config.stages):
+                for channel in (self.shared.k, self.shared.v):
+                    channel.acquire((count + i) % config.stages, (count + i) // config.stages)
 
     @cute.jit
     def span(self, tensors: Tensors, scalars: Scalars, request, P):
@@ -254,6 +293,35 @@ class Producer:
         if cute.arch.lane_idx() == 0:
             number = cute.arch.atomic_add(counter.iterator, Int32(1))
         return cute.arch.shuffle_sync(number, offset=0)
+
+    @cute.jit
+    def take_next(self, counter: cute.Tensor, scalars: Scalars, index, clusters, done):
+        """The number of the tile after number `index`."""
+        number = index + clusters
+        # NOTE: tiles that are all alike may come in turn: 616 TFLOP/s at S 1024, 584 by the counter; 739 and 728 at S
+        # 4096. At 192/128 the counter is the faster: 768 and 774
+        in_turn = (self.config.D == 128) & (scalars.causal == 0) & (scalars.has_lens == 0)
+        if const_expr(self.config.cluster == 1):
+            number = self.take(counter) + clusters
+        elif not in_turn:
+            number = self.take_together(counter, clusters, done)
+        return number
+
+    @cute.jit
+    def take_together(self, counter: cute.Tensor, clusters, done):
+        """The next tile of the cluster: its first CTA takes it, and tells the other."""
+        numbers, slot = self.shared.numbers, done % NUMBER_STAGES
+        number = Int32(0)
+        if self.rank == 0:
+            number = self.take(counter) + clusters
+            with cute.arch.elect_one():
+                send_to_peer(self.shared.sNumbers + slot, number, numbers.bar(slot), Int32(1))
+        else:
+            with cute.arch.elect_one():
+                numbers.expect(slot, 4)
+            numbers.wait(slot, done // NUMBER_STAGES)
+            number = cute.make_tensor(self.shared.sNumbers, cute.make_layout(NUMBER_STAGES))[slot]
+        return number
 
     @cute.jit
     def blocks(self, scalars: Scalars, row0, length, start) -> schedule.Blocks:

@@ -71,7 +71,9 @@ class Shared:
     zeros: cute.Pointer
     staged: cute.Pointer
     sTask: cute.Tensor
+    sNumbers: cute.Pointer
     sKeys: cute.Tensor
+    numbers: Channel
     tasks: Channel
     q: Channel
     k: Channel
@@ -81,7 +83,8 @@ class Shared:
 
     @staticmethod
     def over(config: Config, storage) -> Shared:
-        dtype, warps = DTYPES[config.dtype], 4 * config.consumers
+        dtype, warps, cluster = DTYPES[config.dtype], 4 * config.consumers, config.cluster
+        readers = warps * cluster
 
         def rows(memory, count: int, columns: int, stages: int) -> cute.Tensor:
             layout = row_layout(dtype, count, columns, stages, config.row_bytes(columns))
@@ -105,11 +108,13 @@ class Shared:
             zeros=storage.zeros.data_ptr(),
             staged=storage.staged.data_ptr(),
             sTask=storage.sTask.get_tensor(cute.make_layout((TASK, TASK_STAGES))),
+            sNumbers=storage.sNumbers.data_ptr(),
             sKeys=storage.sKeys.get_tensor(cute.make_layout(config.stages)),
+            numbers=channel("numbers", storage.number_barriers, config.number_stages, readers=0),
             tasks=channel("tasks", storage.task_barriers, TASK_STAGES, readers=warps + config.helpers),
             q=channel("Q", storage.q_barriers, config.q_stages, readers=warps if config.staged else 1),
-            k=channel("K", storage.k_barriers, config.stages, readers=warps),
-            v=channel("V", storage.v_barriers, config.v_stages, readers=config.transposers or warps),
+            k=channel("K", storage.k_barriers, config.stages, readers=readers, cluster=cluster),
+            v=channel("V", storage.v_barriers, config.v_stages, readers=config.transposers or readers, cluster=cluster),
             turned=channel(
                 "V transposed", storage.turned_barriers, config.turned_stages, writers=TRANSPOSERS, readers=warps
             ),
@@ -119,7 +124,7 @@ class Shared:
 
     @property
     def channels(self) -> tuple[Channel, ...]:
-        all_configs = (self.tasks, self.q, self.k, self.v, self.turned)
+        all_configs = (self.numbers, self.tasks, self.q, self.k, self.v, self.turned)
         return all_configs if self.config.staged else (*all_configs, self.out)
 
     @property
@@ -133,7 +138,7 @@ class Task(NamedTuple):
     position of its first query.
 
     blocks: key blocks to compute; 0 marks the end, there is no tile then. whole: how many of them, at the beginning,
-    need no mask (where all blocks count).
+    need no mask (where all blocks count). more: blocks behind them that come for the other tile of the cluster.
     """
 
     row0: Int32
@@ -144,6 +149,7 @@ class Task(NamedTuple):
     start: Int32
     blocks: Int32
     whole: Int32
+    more: Int32
 
 
 @cute.jit

@@ -7,7 +7,9 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
+from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.limits import BLOCK
+from flash_mla.kernels.hopper.prefill.config import Config
 from flash_mla.kernels.hopper.prefill.consumer import Consumer
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Task, Tensors, receive
 
@@ -23,21 +25,21 @@ def next_block(
     word,
     masked: cutlass.Constexpr,
     crossing: cutlass.Constexpr,
+    skipped=0,
 ) -> Int32:
     """P V of block number `count` beside the scores and softmax of the next, a block of `tile`.
 
     word: the next block's first key; where blocks are listed, the list says it, with its flags. Returned. crossing: the
-    block is the first of the next tile, whose factor is none of this tile's O.
+    block is the first of the next tile, whose factor is none of this tile's O. skipped: blocks between the two.
     """
-    k, v, following, stages = consumer.shared.k, consumer.shared.values, count + 1, consumer.config.stages
+    k, v, following, stages = consumer.shared.k, consumer.shared.values, count + 1 + skipped, consumer.config.stages
     k.wait(following % stages, following // stages)
     if const_expr(consumer.config.sparse):
         word = consumer.shared.sKeys[following % stages]
     consumer.take_turn()
     consumer.scores(q_stage, following % stages)
     v.wait(count % stages, count // stages)
-    consumer.values(count % stages)
-    consumer.pass_turn()
+    consumer.values(count % stages, True)
     warpgroup.wait_group(1)
     k.release(following % stages)
     if const_expr(consumer.config.sparse):
@@ -80,10 +82,19 @@ def last_block(consumer: Consumer, count) -> None:
     v, stages = consumer.shared.values, consumer.config.stages
     v.wait(count % stages, count // stages)
     consumer.take_turn()
-    consumer.values(count % stages)
-    consumer.pass_turn()
+    consumer.values(count % stages, True)
     warpgroup.wait_group(0)
     v.release(count % stages)
+
+
+@cute.jit
+def leave(channel: Channel, config: Config, count, more) -> None:
+    """Give back the blocks behind number `count` that are another tile's."""
+    if const_expr(config.cluster > 1):
+        for i in cutlass.range(more, unroll=1):
+            block = count + 1 + i
+            channel.wait(block % config.stages, block // config.stages)
+            channel.release(block % config.stages)
 
 
 @cute.jit
@@ -97,13 +108,16 @@ def cross(
     k, v, stages, word = consumer.shared.k, consumer.shared.values, consumer.config.stages, Int32(0)
     row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
     v.wait(count % stages, count // stages)
+    consumer.take_turn()
     consumer.values(count % stages)
     q_stages = consumer.config.q_stages
     consumer.shared.q.wait(done % q_stages, done // q_stages)
-    k.wait((count + 1) % stages, (count + 1) // stages)
+    first = count + 1 + tile.more
+    k.wait(first % stages, first // stages)
     if const_expr(consumer.config.sparse):
-        word = consumer.shared.sKeys[(count + 1) % stages]
-    consumer.scores(done % q_stages, (count + 1) % stages)
+        word = consumer.shared.sKeys[first % stages]
+    consumer.scores(done % q_stages, first % stages)
+    consumer.pass_turn()
     warpgroup.wait_group(1)
     v.release(count % stages)
     for r in cutlass.range_constexpr(2):
@@ -112,7 +126,7 @@ def cross(
     consumer.O.fill(0.0)
     consumer.begin(tensors, scalars, following)
     warpgroup.wait_group(0)
-    k.release((count + 1) % stages)
+    k.release(first % stages)
     if const_expr(consumer.config.sparse):
         consumer.mask_listed(tensors, scalars.Hq, following, word)
     else:
@@ -132,9 +146,9 @@ def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Sca
             consumer.pass_turn()
     row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
     count, done, word = Int32(0), Int32(0), Int32(0)
-    row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
+    row0, head, request, kv_head, length, start, blocks, whole, more = receive(shared, done)
     if blocks != 0:
-        tile = Task(row0, head, request, kv_head, length, start, blocks, whole)
+        tile = Task(row0, head, request, kv_head, length, start, blocks, whole, more)
         consumer.O.fill(0.0)
         consumer.begin(tensors, scalars, tile)
         shared.q.wait(0, 0)
@@ -142,7 +156,7 @@ def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Sca
         word = first_block(consumer, tensors, Hq, tile, count, 0)
     while blocks != 0:
         # all blocks of the tile but the last
-        tile = Task(row0, head, request, kv_head, length, start, blocks, whole)
+        tile = Task(row0, head, request, kv_head, length, start, blocks, whole, more)
         q_stage, end = done % q_stages, blocks - 1
         if const_expr(config.sparse):
             for n in cutlass.range(end, unroll=1):
@@ -159,10 +173,11 @@ def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Sca
             shared.q.release(q_stage)  # all scores of the tile are made
 
         # the last, beside the first of the next tile where that tile's Q is there
-        row0, head, request, kv_head, length, start, blocks, whole = receive(shared, done)
-        following = Task(row0, head, request, kv_head, length, start, blocks, whole)
+        row0, head, request, kv_head, length, start, blocks, whole, more = receive(shared, done)
+        following = Task(row0, head, request, kv_head, length, start, blocks, whole, more)
         for r in cutlass.range_constexpr(2):
             row_max[r], row_sum[r] = consumer.rows.max[r], consumer.rows.sum[r]
+        leave(shared.k, config, count, tile.more)
         consumer.clear_values(tile.length - word // BLOCK * BLOCK, count)
         if const_expr(config.staged):
             if blocks != 0:
@@ -175,9 +190,11 @@ def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Sca
                 shared.q.wait(done % q_stages, done // q_stages)
                 consumer.hold_q(done % q_stages)
                 consumer.begin(tensors, scalars, following)
-                word = next_block(consumer, tensors, Hq, following, count, done % q_stages, Int32(0), True, True)
+                first, skipped = Int32(0), tile.more
+                word = next_block(consumer, tensors, Hq, following, count, done % q_stages, first, True, True, skipped)
             else:
                 last_block(consumer, count)
             consumer.write(out, tensors, scalars, tile, q_stage, row_max, row_sum)
             consumer.O.fill(0.0)
-        count = count + 1
+        leave(shared.values, config, count, tile.more)
+        count = count + 1 + tile.more

@@ -50,7 +50,7 @@ class Transposer:
         if cute.arch.lane_idx() < ZEROS // 4:
             zeros[cute.arch.lane_idx()] = Int32(0)
         count, done = Int32(0), Int32(0)
-        _row0, _head, _request, _kv_head, length, _start, blocks, _whole = receive(self.shared, done)
+        _row0, _head, _request, _kv_head, length, _start, blocks, *_ = receive(self.shared, done)
         while blocks != 0:
             for n in cutlass.range(blocks, unroll=1):
                 source, target = (count + n) % config.v_stages, (count + n) % config.stages
@@ -61,7 +61,7 @@ class Transposer:
                 turned.arrive_warp(target)
                 v.release(source)
             count, done = count + blocks, done + 1
-            _row0, _head, _request, _kv_head, length, _start, blocks, _whole = receive(self.shared, done)
+            _row0, _head, _request, _kv_head, length, _start, blocks, *_ = receive(self.shared, done)
 
     @cute.jit
     def transpose(self, source, target, valid) -> None:
