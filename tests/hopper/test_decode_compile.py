@@ -145,6 +145,23 @@ def test_gqa_decode(q: str, dtype: str, D: int, Dv: int, tile_n: int, tmp_path: 
     assert sass.count(r"WARPGROUP\.DEPBAR") == 2
 
 
+@pytest.mark.parametrize(
+    ("q", "dtype", "D", "tile_n", "cluster"),
+    gates(
+        [("bf16", "bf16", 128, 8, 8)],
+        [("bf16", "bf16", 128, 8, 1), ("fp8", "fp8", 128, 64, 8), ("bf16", "fp8", 64, 32, 2)],
+    ),
+)
+def test_gqa_decode_of_teams(q: str, dtype: str, D: int, tile_n: int, cluster: int, tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.gqa_decode.kernel import build
+
+    config = GqaConfig(dtype, D, D, tile_n, dtype == "fp8", q, team=True, cluster=cluster)  # type: ignore[arg-type]
+    sass = compiled(build, config, tmp_path)
+    assert sass.spills == (0, 0, 0)
+    assert sass.count("[HQ]GMMA") == config.k_steps + 4 * config.tiles_m
+    assert sass.count(r"WARPGROUP\.DEPBAR") < 4
+
+
 @pytest.mark.parametrize("kernel", gates(["mla"], ["fp8", "gqa"]))
 def test_rows_token_by_token(kernel: str, tmp_path: Path) -> None:
     """What the other order of rows adds, a mask too: no spill, no product more."""

@@ -53,7 +53,7 @@ def grid(config: Any, problem: DecodeProblem) -> tuple[int, bool]:
     """Clusters of a launch, and whether it needs combine."""
     groups = items(problem, config.rows)
     if config.team:
-        return groups * split.teams(problem.table_blocks, config.cluster * config.team), False
+        return groups * split.teams(problem.table_blocks, config.reach), False
     # NOTE: CTAs without work cost a short call up to a microsecond
     clusters = multiprocessors(problem.device) // config.cluster
     clusters = split.useful_clusters(clusters, groups, problem.table_blocks)
@@ -83,10 +83,8 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
     converted first."""
     device = problem.device
     clusters, splits = grid(config, problem)
-    # an lse that the call does not want lies behind the workspace
-    lse_start = config.workspace_words(clusters, piece_slots(config, problem))
-    lse_shape = (problem.B, problem.Hq, problem.S_q)
-    words = lse_start + math.prod(lse_shape)
+    lse_offset = 4 * config.workspace_words(clusters, piece_slots(config, problem))
+    words = lse_offset // 4 + math.prod((problem.B, problem.Hq, problem.S_q))
     q_request, q_head, _, _ = problem.q_strides
     scalars = (
         int(problem.sink),
@@ -110,9 +108,6 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
     def launch(args: DecodeArgs) -> None:
         q, k, v, table, seq_lens, mask, q_descale, k_descale, v_descale, sink, scale, out, lse, _, empty_lse = args
         kept = scratch(device, words)
-        workspace = kept.workspace
-        if lse is None:
-            lse = kept.view(lse_shape, lse_start)
         if descale:
             q_descale, k_descale, v_descale = (factor(problem, x) for x in (q_descale, k_descale, v_descale))
         kernel(
@@ -120,14 +115,15 @@ def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Ca
             k.data_ptr(),
             v.data_ptr(),
             out.data_ptr(),
-            lse.data_ptr(),
+            # an lse that the call does not want lies behind the workspace
+            kept.start + lse_offset if lse is None else lse.data_ptr(),
             int32(table),
             int32(seq_lens),
-            workspace if sink is None else sink,
+            0 if sink is None else sink.data_ptr(),
             q_descale,
             k_descale,
             v_descale,
-            workspace,
+            kept.start,
             kept.counters if team else 0,
             None if mask is None else bytes_of(mask),
             scale * LOG2_E,

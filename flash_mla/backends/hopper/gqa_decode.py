@@ -58,7 +58,7 @@ def config(problem: DecodeProblem) -> Config:
         piece=PIECE if problem.batch_invariant else 0,
         masked=problem.mask != "none",
         token_major=is_token_major(problem),
-        team=0 if members is None else 1,
+        team=members is not None,
         cluster=members or 1,
     )
 

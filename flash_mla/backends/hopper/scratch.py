@@ -24,11 +24,12 @@ MADE: list[Tensor] = []
 
 
 class Scratch:
-    """FP32 words of a device; `workspace` are all of them."""
+    """FP32 words of a device; `workspace` are all of them, which begin at address `start`."""
 
     def __init__(self, words: int, device: torch.device) -> None:
         self.words, self.device = words, device
         self.workspace = torch.empty(words, dtype=torch.float32, device=device)
+        self.start = self.workspace.data_ptr()
         self._views: dict[tuple[tuple[int, ...], int], Tensor] = {}
 
     def view(self, shape: tuple[int, ...], start: int = 0) -> Tensor:

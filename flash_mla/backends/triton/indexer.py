@@ -17,7 +17,9 @@ def refuse(problem: IndexProblem) -> str | None:
 
 def config(problem: IndexProblem, on: Target | None = None) -> indexer.Config:
     """The kernel's tiles, on the problem's device or on the target given."""
-    return indexer.config(S_q=problem.S_q, H=problem.H, D=problem.D, target=on or target(problem.device))
+    return indexer.config(
+        B=problem.B, S_q=problem.S_q, H=problem.H, D=problem.D, width=problem.width, target=on or target(problem.device)
+    )
 
 
 def kernel(problem: IndexProblem) -> Any:

@@ -10,7 +10,7 @@ A kernel is an object with `config`, `kernel`, the device function, and
 with `Tensors` between them. A config says what is the kernel's: `latent`, whether K is all there is, of one KV head, V
 its first columns; `descale`, whether there are descales; `rows`, query rows of a cluster; `token_major`, their order;
 `piece`, the pairs of blocks that a batch-invariant call cuts requests at (0: it is none); `masked`, whether there is a
-bool mask; `team`, pairs of blocks of a CTA at most, where a cluster merges an item (0: none does).
+bool mask; `team`, whether a cluster merges an item of up to `reach` pairs of blocks.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ class Decode:
         lse: Int64,  # of [B, Hq, S_q] FP32, contiguous
         table: cute.Tensor,  # [B, table_blocks] int32
         seq_lens: cute.Tensor,  # [B] int32
-        sink: cute.Tensor,  # [Hq] FP32; anything if not has_sink
+        sink: Int64,  # of [Hq] FP32; anything if not has_sink
         q_descale: cute.Tensor,  # [B, Hk] FP32; None if not config.descale
         k_descale: cute.Tensor,
         v_descale: cute.Tensor,
-        workspace: cute.Tensor,  # [config.workspace_words(clusters, ...)] FP32
+        workspace: Int64,  # of [config.workspace_words(clusters, ...)] FP32
         counters: Int64,  # of [CTAs] int32, 0, and 0 again behind the call; anything if not config.team
         seen: cute.Tensor,  # [B, Hq, S_q, columns] uint8; None if not config.masked
         scale_log2: Float32,
@@ -118,14 +118,18 @@ class Decode:
         tensors = Tensors(
             table=table,
             seq_lens=seq_lens,
-            sink=sink,
+            sink=tensor_at(sink, Float32, (Hk * ratio,), (1,), 4),
             q_descale=q_descale,
             k_descale=k_descale,
             v_descale=v_descale,
             out=tensor_at(out, self.out, (B, heads * rows, config.Dv), (outs, config.Dv, 1)),
             lse=tensor_at(lse, Float32, (B, heads * rows), (heads * rows, 1), 4),
             partials=Partials.over(
-                workspace, clusters, config.rows, config.Dv, piece_slots(table, groups, config.piece)
+                pointer_to(workspace, Float32),
+                clusters,
+                config.rows,
+                config.Dv,
+                piece_slots(table, groups, config.piece),
             ),
             counters=tensor_at(counters, Int32, (clusters * config.cluster,), (1,), 4),
             mask=Mask(seen, tail) if const_expr(config.masked) else None,
@@ -150,8 +154,12 @@ def evenly(dtype, *strides) -> tuple:
 
 def tensor_at(address, dtype, shape, strides, align: int = TMA_BYTES) -> cute.Tensor:
     """The tensor that begins there in global memory."""
-    pointer = cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
-    return cute.make_tensor(pointer, cute.make_layout(shape, stride=strides))
+    return cute.make_tensor(pointer_to(address, dtype, align), cute.make_layout(shape, stride=strides))
+
+
+def pointer_to(address, dtype, align: int = TMA_BYTES) -> cute.Pointer:
+    """The pointer to an address in global memory."""
+    return cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
 
 
 def pages(address, dtype, sizes, head, steps) -> cute.Tensor:
@@ -171,12 +179,11 @@ def arguments(config: Any) -> tuple:
         *symbolic.numbers(Int64, Int64, Int64, Int64, Int64),
         symbolic.tensor(Int32, (B, None)),
         symbolic.tensor(Int32, (B,)),
-        symbolic.tensor(Float32, (None,)),
-        factor(),
-        factor(),
-        factor(),
-        symbolic.tensor(Float32, (None,), align=16),
         *symbolic.numbers(Int64),
+        factor(),
+        factor(),
+        factor(),
+        *symbolic.numbers(Int64, Int64),
         symbolic.tensor(Uint8, (B, None, None, None), strided=True) if config.masked else None,
         *symbolic.numbers(Float32, Float32, *[Int32] * 5, *[Int64] * 11, *[Int32] * 5),
     )

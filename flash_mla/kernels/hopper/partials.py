@@ -30,12 +30,12 @@ class Partials(NamedTuple):
     split_of: cute.Tensor
 
     @staticmethod
-    def over(workspace: cute.Tensor, clusters, rows: int, columns: int, piece_slots=None) -> Partials:
-        """piece_slots: partial results of a call in pieces; None: it has none."""
+    def over(workspace: cute.Pointer, clusters, rows: int, columns: int, piece_slots=None) -> Partials:
+        """workspace: its first word; piece_slots: partial results of a call in pieces; None: it has none."""
         # NOTE: pieces grow with the batch: their offsets do not fit 32 bits
         slots, row = (SLOTS * clusters, columns) if piece_slots is None else (piece_slots, Int64(columns))
         values = slots * rows * row
-        out, lse, notes = workspace.iterator, workspace.iterator + values, workspace.iterator + (values + slots * rows)
+        out, lse, notes = workspace, workspace + values, workspace + (values + slots * rows)
         return Partials(
             cute.make_tensor(out, cute.make_layout((slots, rows, columns), stride=(rows * row, columns, 1))),
             cute.make_tensor(lse, cute.make_layout((slots, rows), stride=(rows, 1))),

@@ -59,7 +59,7 @@ def find_share(
     cluster_id,
     member,
     members: cutlass.Constexpr,
-    each: cutlass.Constexpr,  # pairs of a CTA, at most
+    each: cutlass.Constexpr = 1,  # pairs of a CTA, at most
 ) -> Share:
     """This CTA's share: items lie one after another, each with as many teams as the table has room for.
 
@@ -96,13 +96,12 @@ def meet() -> None:
     cute.arch.cluster_wait()
 
 
-def results_at(base: cute.Pointer, rows: int, columns: int, notes: cute.Tensor) -> Partials:
-    """A CTA's own partial result, at an FP32 pointer to shared memory: one slot, its lse behind it."""
+def results_at(partials: Partials, base: cute.Pointer, rows: int, columns: int) -> Partials:
+    """In place of the workspace's, a CTA's own partial result at an FP32 pointer to shared memory: one slot."""
     pitch = columns + PADDING
-    return Partials(
-        cute.make_tensor(base, cute.make_layout((1, rows, columns), stride=(0, pitch, 1))),
-        cute.make_tensor(base + rows * pitch, cute.make_layout((1, rows), stride=(0, 1))),
-        notes,
+    return partials._replace(
+        out=cute.make_tensor(base, cute.make_layout((1, rows, columns), stride=(0, pitch, 1))),
+        lse=cute.make_tensor(base + rows * pitch, cute.make_layout((1, rows), stride=(0, 1))),
     )
 
 

@@ -46,13 +46,25 @@ class Config:
     stages: int
 
 
-def config(*, S_q: int, H: int, D: int, target: Target) -> Config:
-    """128 columns of the product: two queries of 64 heads."""
+def config(*, B: int, S_q: int, H: int, D: int, width: int, target: Target) -> Config:
+    """128 columns of the product: two queries of 64 heads. Chunks of few queries are the longest of four lengths whose
+    programs fill half of the GPU, which has room for 3 an SM of 128 columns and 6 of 64.
+    """
     head_tile = max(power_of_2(H), 16)
     tile_q = max(1, min(128 // head_tile, power_of_2(S_q)))
     native = target.backend == "cuda" and target.arch >= 89
-    chunk = 128 if target.backend == "interpreter" else 4096 if S_q > 8 else 1024
-    return Config(64, tile_q, head_tile, max(power_of_2(D), 32), chunk, "" if native else widening(1, target), 4, 3)
+    # NOTE: H200, 64 requests of 32768 keys: one query 82 us in chunks of 1408 (1024: 84, 1856: 89), two 98 in chunks of
+    # 1856 and 4 stages (1024 and 3: 103)
+    longest, resident, stages = (1856, 3, 4) if tile_q * head_tile > 64 else (1408, 6, 3)
+    if target.backend == "interpreter":
+        chunk = 128
+    elif S_q > 8:
+        chunk, stages = 4096, 3
+    else:
+        tiles, programs = -(-S_q // tile_q) * B, resident * target.multiprocessors // 2
+        chunk = next((n for n in (longest, 1024, 512) if tiles * -(-width // n) >= programs), 256)
+    widen = "" if native else widening(1, target)
+    return Config(64, tile_q, head_tile, max(power_of_2(D), 32), chunk, widen, 4, stages)
 
 
 # --- Scores ---

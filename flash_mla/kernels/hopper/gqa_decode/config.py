@@ -58,8 +58,8 @@ class Config:
     dtype of k and v; D, Dv; tile_n, the query rows of a CTA; descale: whether q, k and v have factors; q, the dtype of
     the queries: that of k and v, or 16 bits over FP8 (out: the same, BF16 for FP8); piece: the pairs of blocks that a
     batch-invariant call cuts requests at (0: it is none); masked: there is a bool mask;
-    token_major, the order of rows, where there is one KV head; team: pairs of blocks that a CTA has at most, where a
-    cluster of `cluster` CTAs merges an item (0: there are no teams).
+    token_major, the order of rows, where there is one KV head; team: whether a CTA has a pair of blocks at most, and a
+    cluster of `cluster` CTAs merges an item.
     """
 
     dtype: Literal["bf16", "fp16", "fp8"]
@@ -71,10 +71,15 @@ class Config:
     piece: int = 0
     masked: bool = False
     token_major: bool = False
-    team: int = 0
+    team: bool = False
     cluster: int = 1
 
     latent, threads = False, THREADS
+
+    @property
+    def reach(self) -> int:
+        """Pairs of blocks that a team has at most."""
+        return self.cluster
 
     @property
     def out(self) -> Literal["bf16", "fp16"]:

@@ -133,7 +133,7 @@ class GqaDecode(Kernel[Config]):
         loads = load_q, load_k, load_v
         if const_expr(config.team):
             rank, cluster_id, _ = place_of_cta(config.cluster)
-            share = find_share(table, seq_lens, groups, cluster_id, rank, config.cluster, config.team)
+            share = find_share(table, seq_lens, groups, cluster_id, rank, config.cluster)
             cute.arch.griddepcontrol_launch_dependents()
             self.run_team(shared, q, loads, tensors, scalars, share, rank, cluster_id, warp_id)
         else:
@@ -176,11 +176,7 @@ class GqaDecode(Kernel[Config]):
             if const_expr(config.wide):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_id == CONSUMER_WARPS:
-                producer = Producer.over(shared, tensors.table, scalars, *loads)
-                if const_expr(config.team == 1):
-                    producer.load_pair(share)
-                else:
-                    producer.load_segment(share.place, share.length, share.part, nothing)
+                Producer.over(shared, tensors.table, scalars, *loads).load_pair(share)
             elif const_expr(config.q_terms == 2):  # noqa: SIM102
                 if warp_id >= WARPS - QUERY_WARPS:
                     queries = Queries.over(shared, scalars, q, warp_id - (WARPS - QUERY_WARPS))
@@ -198,7 +194,7 @@ class GqaDecode(Kernel[Config]):
                     segments = Segments(consumer, tensors, scalars, Int32(0))
                     segments.compute(share.place, share.length, share.part._replace(whole=True), nothing)
             else:
-                results = results_at(shared.free_words, config.tile_n, config.Dv, tensors.partials.split_of)
+                results = results_at(tensors.partials, shared.free_words, config.tile_n, config.Dv)
                 if share.busy:
                     segments = Segments(consumer, tensors._replace(partials=results), scalars, Int32(0))
                     segments.compute(share.place, share.length, share.part, nothing)

@@ -96,7 +96,7 @@ class Segments:
         """lse of each row; what either warpgroup's O is to be multiplied by to sMax, and their sum to sSum[row, 0].
 
         NOTE: one thread a row. Code that runs once is fetched from memory: a copy of this for each of a thread's rows
-        was a third of what a segment's end takes.
+        was a third of the instructions of a segment's end.
         """
         consumer, tensors, scalars, N = self.consumer, self.tensors, self.scalars, self.consumer.config.tile_n
         shared, side, tid = consumer.shared, consumer.side, consumer.tid

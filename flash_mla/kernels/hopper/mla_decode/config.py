@@ -88,6 +88,11 @@ class Config:
         return self.team == 1
 
     @property
+    def reach(self) -> int:
+        """Pairs of blocks that a team has at most."""
+        return self.cluster * self.team
+
+    @property
     def sharers(self) -> int:
         """CTAs of a cluster that share K."""
         return 1 if self.team else self.cluster

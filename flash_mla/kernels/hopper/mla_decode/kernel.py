@@ -198,7 +198,7 @@ class MlaDecode(Kernel[Config]):
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             tidx, _, _ = cute.arch.thread_idx()
-            results = results_at(shared.free_words, TILE_M, DV, tensors.partials.split_of)
+            results = results_at(tensors.partials, shared.free_words, TILE_M, DV)
             own = tensors._replace(partials=results)
             if share.busy:
                 if warp_id < CONSUMER_WARPS // 2:

@@ -160,7 +160,7 @@ class SparseDecode(Kernel[Config]):
                 out.iterator, cute.make_layout((tokens, Hq, DV), stride=(cute.assume(Int64(Hq) * DV, divby=DV), DV, 1))
             ),
             lse=cute.make_tensor(lse.iterator, cute.make_layout((tokens, Hq), stride=(Hq, 1))),
-            partials=Partials.over(workspace, clusters, config.tile_rows, DV),
+            partials=Partials.over(workspace.iterator, clusters, config.tile_rows, DV),
         )
         groups = (Hq + (config.tile_rows - 1)) // config.tile_rows
         packing = Packing(Int32(1))
