@@ -11,6 +11,7 @@ import torch
 import flash_mla
 from flash_mla.backends import hopper
 from flash_mla.problem import FP8
+from flash_mla.testing import CASES as CHECKED
 from flash_mla.testing import DecodeCase, run
 
 pytestmark = [
@@ -71,6 +72,14 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_mla_decode_fp8(name: str, q_dtype: torch.dtype) -> None:
     result = run(replace(CASES[name], dtype=q_dtype))
+    assert result.passed, str(result)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_the_drop_in_gives_inf_to_a_query_without_keys(heads: int) -> None:
+    """The case's reference and DeepSeek's convention: lse +inf; our own calls above have -inf there."""
+    case = next(case for case in CHECKED if case.name == "deepseek/dense-fp8-full")
+    result = run(replace(case, Hq=heads, lengths=LENGTHS, device="cuda", backend="hopper"))
     assert result.passed, str(result)
 
 

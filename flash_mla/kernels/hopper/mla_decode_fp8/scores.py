@@ -230,7 +230,8 @@ class Scores(Role):
             if self.tid % 4 == 0 and tile_row < self.config.tile_n:
                 if whole:
                     if row < global_lse.shape[1]:
-                        global_lse[request, packing.lse_of(row)] = lse * math.log(2.0)
+                        natural = lse * math.log(2.0) if total > 0.0 else self.scalars.empty_lse
+                        global_lse[request, packing.lse_of(row)] = natural
                         if self.scalars.has_sink != 0:
                             sunk = sink[packing.head_of(row)] * math.log2(math.e)
                             sunk = cute.math.exp2(sunk - rows.max[r], fastmath=True)
@@ -242,7 +243,7 @@ class Scores(Role):
 
     @cute.jit
     def write_nothing(self, request, row0) -> None:
-        """An empty request: out 0, lse -inf."""
+        """An empty request: out 0, lse as the call wants it."""
         out, lse, tid = self.tensors.out, self.tensors.lse, self.tid
         zeros = cute.make_rmem_tensor(8, out.element_type)
         zeros.fill(0.0)
@@ -251,4 +252,4 @@ class Scores(Role):
             if row < out.shape[1]:
                 cute.autovec_copy(zeros, cute.local_tile(out[request, row, None], (8,), (tid % 64,)))
                 if tid % 64 == 0:
-                    lse[request, self.scalars.packing.lse_of(row)] = -Float32.inf
+                    lse[request, self.scalars.packing.lse_of(row)] = self.scalars.empty_lse
