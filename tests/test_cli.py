@@ -115,7 +115,8 @@ def test_check_survives_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "invoke", crash)
     result = run("check", "--filter", "decode/head-dim-16")
     assert result.exit_code == 1
-    assert "RuntimeError: illegal access" in result.output
+    assert "RuntimeError: illegal access" in result.stderr
+    assert "FAILED" in result.stdout
 
 
 def test_bench_then_plot(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ HEADERS = (
 
 
 def run(device: str, backend: str | None, filters: Sequence[str]) -> None:
-    """Print a row a case; exit 1 where one fails, or none ran."""
+    """Print a row a case, what fails on stderr as it comes; exit 1 where one fails, or none ran."""
     cases = [c for c in testing.CASES if not filters or any(f in c.name for f in filters)]
     if not cases:
         raise typer.BadParameter(f"no case matches {list(filters)}", param_hint="--filter")
@@ -36,23 +36,24 @@ def run(device: str, backend: str | None, filters: Sequence[str]) -> None:
             for name in names:
                 bar.update(task, description=f"{name} {spec.name}")
                 results.append(run_case(replace(spec, device=device, backend=name)))
+                if results[-1].failures:
+                    # at once, for a run that does not reach its end
+                    bar.console.print(Text(str(results[-1]), style="red"))
                 bar.advance(task)
 
     table = grid("Check", *HEADERS, left=4)
     table.add_column("result", vertical="bottom")
     refusals = Counter((r.case.backend, r.refused) for r in results if r.refused is not None)
-    failed = [r for r in results if r.failures]
+    failed = sum(bool(r.failures) for r in results)
     for result in results:
         if result.refused is None:
             table.add_row(*row(result))
     out.print(table)
     for (refuser, reason), count in refusals.items():
         out.print(Text(f"- {refuser} refused {count}: {reason}", style="yellow"))
-    for result in failed:
-        out.print(Text(str(result), style="red"))
     passed = sum(r.passed for r in results)
     seconds = sum(r.seconds for r in results)
-    out.print(f"{passed} passed, {len(failed)} failed, {refusals.total()} refused, in {seconds:.0f} s")
+    out.print(f"{passed} passed, {failed} failed, {refusals.total()} refused, in {seconds:.0f} s")
     if failed or not passed:
         raise typer.Exit(1)
 
