@@ -39,14 +39,14 @@ def config(problem: DecodeProblem) -> Config:
     kind = partial(
         Config, HALVES[problem.dtype], problem.D, masked=problem.mask != "none", token_major=is_token_major(problem)
     )
+    cluster = 2 if -(-rows // TILE_M) % 2 == 0 else 1
     # NOTE: a batch-invariant call has one kernel, however long the table is
     if problem.batch_invariant:
-        cluster = 2 if -(-rows // TILE_M) % 2 == 0 else 1
         return kind(cluster, piece=PIECES[2 if cluster == 2 else rows >= TILE_M])
     for each, tile_m in TEAM_SHAPES:
         if (members := decode.members_of_team(problem, tile_m, each)) is not None:
             return kind(members, team=each, tile_m=tile_m)
-    return kind(2 if -(-rows // TILE_M) % 2 == 0 else 1)
+    return kind(cluster)
 
 
 def bind(problem: DecodeProblem, config: Config) -> Callable[[DecodeArgs], None]:

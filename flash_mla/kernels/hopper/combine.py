@@ -216,24 +216,50 @@ def four_columns(row: cute.Tensor, part) -> cute.Tensor:
     return cute.local_tile(row, (4,), (cutlass.min(32 * part + cute.arch.lane_idx(), row.shape[0] // 4 - 1),))
 
 
+class RowTile(NamedTuple):
+    """Where the rows of an item lie: from row `tile_row` of a KV head's `rows` on, whose first is row `head_row0` of
+    the request."""
+
+    head_row0: Int32
+    tile_row: Int32
+    rows: Int32
+
+    @staticmethod
+    def of(target: Target, group) -> RowTile:
+        rows = target.lse.shape[1] // target.heads
+        # the groups of a request are the row tiles of its first KV head, of its second, ...
+        tiles = (rows + target.cluster_rows - 1) // target.cluster_rows
+        return RowTile(group // tiles * rows, group % tiles * target.cluster_rows, rows)
+
+
+@cute.jit
+def write_lse(target: Target, request, row, largest, total) -> None:
+    """The lse of a row whose weights relative to 2^largest add up to `total`."""
+    target.lse[request, target.packing.lse_of(row)] = (
+        (largest + cute.math.log2(total, fastmath=True)) * math.log(2.0) if total > 0.0 else target.empty_lse
+    )
+
+
+@cute.jit
+def scale_of(target: Target, row, largest, total):
+    """What the row's sum is multiplied by, its sink counted."""
+    denominator = total
+    if target.has_sink != 0:
+        sink_log2 = target.sink[target.packing.head_of(row)] * math.log2(math.e)
+        denominator = denominator + cute.math.exp2(sink_log2 - largest, fastmath=True)
+    return cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
+
+
 @cute.jit
 def write_row(target: Target, request, group, part_row, part, largest, total, result: cute.Tensor) -> None:
     """Normalise a row, or parts of it, and write it; the warp with its first part writes its lse."""
-    out, lse, rows = target.out, target.lse, target.lse.shape[1] // target.heads
-    # the groups of a request are the row tiles of its first KV head, of its second, ...
-    tiles = (rows + target.cluster_rows - 1) // target.cluster_rows
-    head_row = group % tiles * target.cluster_rows + part_row
-    row = group // tiles * rows + head_row
-    if head_row < rows:
+    out, tile = target.out, RowTile.of(target, group)
+    head_row = tile.tile_row + part_row
+    row = tile.head_row0 + head_row
+    if head_row < tile.rows:
         if part == 0 and cute.arch.lane_idx() == 0:
-            lse[request, target.packing.lse_of(row)] = (
-                (largest + cute.math.log2(total, fastmath=True)) * math.log(2.0) if total > 0.0 else target.empty_lse
-            )
-        denominator = total
-        if target.has_sink != 0:
-            sink_log2 = target.sink[target.packing.head_of(row)] * math.log2(math.e)
-            denominator = denominator + cute.math.exp2(sink_log2 - largest, fastmath=True)
-        scale = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
+            write_lse(target, request, row, largest, total)
+        scale = scale_of(target, row, largest, total)
         rounded = cute.make_rmem_tensor(4, out.element_type)
         for p in cutlass.range_constexpr(result.shape[1]):
             for e in cutlass.range_constexpr(4):

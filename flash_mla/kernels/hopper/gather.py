@@ -31,6 +31,24 @@ NO_ROW = -1
 """An index that names no row."""
 
 
+@cute.jit
+def count_keys(indices: cute.Tensor, lengths: cute.Tensor, has_lengths, token):
+    """How many of a token's indices [tokens, topk] count: `lengths` [tokens] says, or all do."""
+    keys = Int32(indices.shape[1])
+    if has_lengths != 0:
+        keys = cutlass.max(0, cutlass.min(lengths[token], keys))
+    return keys
+
+
+@cute.jit
+def row_named(indices: cute.Tensor, token, key, keys, num_rows):
+    """The row that index number `key` of a token's first `keys` names; negative, as NO_ROW is, for none."""
+    row = Int32(NO_ROW)
+    if key < keys:
+        row = indices[token, key]
+    return row if row < num_rows else Int32(NO_ROW)
+
+
 def place(warp, lane, i):
     """Byte of a chunk at which the piece of a lane lies in pass i: swizzled."""
     row, piece = ROWS * warp + PASS * i + lane // 8, lane % 8

@@ -10,16 +10,16 @@ Where a call has teams for all that its table has room for, what a CTA computes 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
-from flash_mla.kernels.hopper import split
+from flash_mla.kernels.hopper import combine, split
 from flash_mla.kernels.hopper.barriers import any_of, sync
 from flash_mla.kernels.hopper.combine import Target
+from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.partials import Partials
 from flash_mla.kernels.hopper.softmax import LOW
 from flash_mla.kernels.hopper.table import length_of
@@ -118,11 +118,8 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(target: Target, group) -> Rows:
-        # the groups of a request are the row tiles of its first KV head, of its second, ...
-        rows = target.lse.shape[1] // target.heads
-        tiles = (rows + target.cluster_rows - 1) // target.cluster_rows
-        tile_row = group % tiles * target.cluster_rows
-        return Rows(group // tiles * rows + tile_row, cutlass.min(target.cluster_rows, rows - tile_row))
+        head_row0, tile_row, rows = combine.RowTile.of(target, group)
+        return Rows(head_row0 + tile_row, cutlass.min(target.cluster_rows, rows - tile_row))
 
 
 @cute.jit
@@ -136,9 +133,10 @@ def stand_by(share: Share) -> None:
 @cute.jit
 def merge(
     results: Partials,  # of each CTA, at the same place of its shared memory
-    partials: Partials,  # in the workspace: a team's in slot cluster_id
-    counters: cute.Tensor,  # [at least CTAs] int32, 0
-    target: Target,
+    tensors: Tensors,  # partials: a team's in slot cluster_id; counters [at least CTAs] int32, 0
+    scalars,  # of the kernel: has_sink, packing and empty_lse are read
+    heads,  # KV heads
+    rows: cutlass.Constexpr,  # of a CTA
     share: Share,
     cluster_id,
     member,
@@ -149,10 +147,13 @@ def merge(
 ) -> None:
     """Add this CTA's share of the team's results and write it, by so many threads; the others of the CTA stand by."""
     if share.active > 0:
+        target = Target(
+            tensors.out, tensors.lse, tensors.sink, scalars.has_sink, scalars.packing, heads, scalars.empty_lse, rows
+        )
         meet()
         merge_members(
-            results, partials, counters, target, share, cluster_id, member, members, tid, threads, bar
-        )  # fmt: skip
+            results, tensors.partials, tensors.counters, target, share, cluster_id, member, members, tid, threads, bar
+        )
         # NOTE: a CTA's shared memory must outlive its readers
         meet()
 
@@ -197,7 +198,8 @@ def merge_members(
                 result[e] = result[e] * scale
             cute.autovec_copy(result, cute.local_tile(partials.out[cluster_id, row, None], (VECTOR,), (vector,)))
             if vector == 0:
-                partials.lse[cluster_id, row] = log2_of(largest, total)
+                lse2 = largest + cute.math.log2(total, fastmath=True) if total > 0.0 else -Float32.inf
+                partials.lse[cluster_id, row] = lse2
         unit = unit + members * threads
     if share.teams > 1:
         last = Int32(0)
@@ -253,24 +255,13 @@ def add(result: cute.Tensor, largest, total, values: cute.Tensor, lse: cute.Tens
 @cute.jit
 def write(target: Target, request, row, vector, result: cute.Tensor, largest, total) -> None:
     """Normalise four columns of a row and write them; lse with the first."""
-    denominator = total
-    if target.has_sink != 0:
-        sink_log2 = target.sink[target.packing.head_of(row)] * math.log2(math.e)
-        denominator = denominator + cute.math.exp2(sink_log2 - largest, fastmath=True)
-    scale = cute.arch.rcp_approx(denominator) if total > 0.0 else Float32(0.0)
+    scale = combine.scale_of(target, row, largest, total)
     rounded = cute.make_rmem_tensor(VECTOR, target.out.element_type)
     for e in cutlass.range_constexpr(VECTOR):
         rounded[e] = (result[e] * scale).to(rounded.element_type)
     cute.autovec_copy(rounded, cute.local_tile(target.out[request, row, None], (VECTOR,), (vector,)))
     if vector == 0:
-        natural = log2_of(largest, total) * math.log(2.0) if total > 0.0 else target.empty_lse
-        target.lse[request, target.packing.lse_of(row)] = natural
-
-
-@cute.jit
-def log2_of(largest, total):
-    """lse, base 2, of a sum of weight `total` relative to 2^largest."""
-    return largest + cute.math.log2(total, fastmath=True) if total > 0.0 else -Float32.inf
+        combine.write_lse(target, request, row, largest, total)
 
 
 @cute.jit

@@ -51,7 +51,6 @@ from cutlass import Float32, Int32, Int64, const_expr
 from flash_mla.kernels.hopper import decode
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
-from flash_mla.kernels.hopper.combine import Target
 from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.gqa_decode.config import (
@@ -198,12 +197,8 @@ class GqaDecode(Kernel[Config]):
                 if share.busy:
                     segments = Segments(consumer, tensors._replace(partials=results), scalars, Int32(0))
                     segments.compute(share.place, share.length, share.part, nothing)
-                target = Target(
-                    tensors.out, tensors.lse, tensors.sink, scalars.has_sink, scalars.packing, scalars.heads,
-                    scalars.empty_lse, config.tile_n,
-                )  # fmt: skip
                 merge(
-                    results, tensors.partials, tensors.counters, target, share, cluster_id, member, config.cluster,
+                    results, tensors, scalars, scalars.heads, config.tile_n, share, cluster_id, member, config.cluster,
                     tidx, CONSUMERS, Bar.MERGE,
                 )  # fmt: skip
 

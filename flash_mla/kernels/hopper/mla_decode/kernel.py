@@ -51,7 +51,6 @@ from cutlass import Float32, Int32, Int64, const_expr
 from flash_mla.kernels.hopper import decode
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
-from flash_mla.kernels.hopper.combine import Target
 from flash_mla.kernels.hopper.decode import Tensors
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.launch import Kernel, place_of_cta
@@ -209,12 +208,8 @@ class MlaDecode(Kernel[Config]):
                     right = TeamSegments(Consumer.over(shared, 1, tid, scalars.scale_log2), own, scalars, zero, zero)
                     right.compute(share.place, share.length, share.part, nothing)
             if const_expr(config.cluster > 1):
-                target = Target(
-                    tensors.out, tensors.lse, tensors.sink, scalars.has_sink, scalars.packing, Int32(1),
-                    scalars.empty_lse, config.tile_m,
-                )  # fmt: skip
                 merge(
-                    results, tensors.partials, tensors.counters, target, share, cluster_id, member, config.cluster,
+                    results, tensors, scalars, Int32(1), config.tile_m, share, cluster_id, member, config.cluster,
                     tidx, CONSUMERS, Bar.SUMS,
                 )  # fmt: skip
 

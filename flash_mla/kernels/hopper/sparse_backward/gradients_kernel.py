@@ -38,7 +38,7 @@ from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.boxes import Tma, row_layout, tma_boxes
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
-from flash_mla.kernels.hopper.gather import NO_ROW, ROWS, Gather
+from flash_mla.kernels.hopper.gather import ROWS, Gather, count_keys, row_named
 from flash_mla.kernels.hopper.lanes import row_of
 from flash_mla.kernels.hopper.launch import Kernel, launch_ctas
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARP, WARPGROUP
@@ -163,9 +163,8 @@ class SparseGradients(Kernel[Config]):
         cute.arch.sync_threads()
 
         index, _, _ = cute.arch.block_idx()
-        token, keys = index // PARTS, Int32(tensors.indices.shape[1])
-        if has_lengths != 0:
-            keys = cutlass.max(0, cutlass.min(lengths[token], keys))
+        token = index // PARTS
+        keys = count_keys(tensors.indices, lengths, has_lengths, token)
         work = Work(token, index % PARTS, keys, (keys + (BLOCK - 1)) // BLOCK)
         if warp_id >= CONSUMER_WARPS:
             cute.arch.setmaxregister_decrease(REGISTERS[1])
@@ -201,12 +200,9 @@ class SparseGradients(Kernel[Config]):
 
     @cute.jit
     def id_at(self, tensors: Tensors, work: Work, tile, warp):
-        """This lane's id in a tile of keys, NO_ROW where it names no row."""
-        row = Int32(NO_ROW)
+        """This lane's id in a tile of keys, negative where it names no row."""
         key = BLOCK * tile + ROWS * warp + cute.arch.lane_idx() % ROWS
-        if key < work.keys:
-            row = tensors.indices[work.token, key]
-        return row if row < tensors.kv.shape[1] else Int32(NO_ROW)
+        return row_named(tensors.indices, work.token, key, work.keys, tensors.kv.shape[1])
 
     @cute.jit
     def load(self, shared: Shared, tensors: Tensors, work: Work, last: cutlass.Constexpr, warp) -> None:

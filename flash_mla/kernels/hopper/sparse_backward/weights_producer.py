@@ -9,7 +9,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Uint16
 
 from flash_mla.kernels.hopper.boxes import Tma, tma_boxes
-from flash_mla.kernels.hopper.gather import NO_ROW, ROWS, Gather
+from flash_mla.kernels.hopper.gather import ROWS, Gather, row_named
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, TILE_M
 from flash_mla.kernels.hopper.sparse_backward.config import PRODUCER_WARPS, ROW_STAGES
 from flash_mla.kernels.hopper.sparse_backward.weights_shared import Scalars, Shared, Tensors, Tile
@@ -54,12 +54,9 @@ class Producer:
 
     @cute.jit
     def id_at(self, tile: Tile, step):
-        """This lane's id in a step, NO_ROW where it names no row."""
-        row, lane = Int32(NO_ROW), cute.arch.lane_idx()
-        key = BLOCK * step + ROWS * self.warp + lane % ROWS
-        if key < tile.keys:
-            row = self.tensors.indices[tile.token, key]
-        return row if row < self.scalars.num_rows else Int32(NO_ROW)
+        """This lane's id in a step, negative where it names no row."""
+        key = BLOCK * step + ROWS * self.warp + cute.arch.lane_idx() % ROWS
+        return row_named(self.tensors.indices, tile.token, key, tile.keys, self.scalars.num_rows)
 
     @cute.jit
     def load_keys(self, row, item) -> None:

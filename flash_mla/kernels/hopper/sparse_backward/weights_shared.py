@@ -12,6 +12,7 @@ from cutlass import Float32, Int32, Int64
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.dtypes import DTYPES
+from flash_mla.kernels.hopper.gather import count_keys
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M, WARP, WARPGROUP
 from flash_mla.kernels.hopper.sparse_backward.config import (
     CONSUMER_WARPS,
@@ -72,9 +73,7 @@ def item_of(token, topk, key_tile, kind: cutlass.Constexpr):
 def tile_of(tensors: Tensors, scalars: Scalars, head_tiles: cutlass.Constexpr, index) -> Tile:
     """The tile of CTA `index`: all head tiles of a token, then those of the next."""
     token = index // head_tiles
-    keys = Int32(tensors.indices.shape[1])
-    if scalars.has_lengths != 0:
-        keys = cutlass.max(0, cutlass.min(tensors.lengths[token], keys))
+    keys = count_keys(tensors.indices, tensors.lengths, scalars.has_lengths, token)
     return Tile(token, index - token * head_tiles, keys, (keys + (BLOCK - 1)) // BLOCK)
 
 

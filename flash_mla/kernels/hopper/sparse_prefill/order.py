@@ -19,6 +19,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from flash_mla.kernels.hopper import symbolic
+from flash_mla.kernels.hopper.gather import count_keys
 from flash_mla.kernels.hopper.sparse_prefill.config import BINS, ORDER_WARPS
 from flash_mla.kernels.hopper.work import warp_scan, warp_sum
 
@@ -51,9 +52,7 @@ def order_kernel(
     sCount = cute.make_tensor(memory, cute.make_layout((ORDER_WARPS, BINS), stride=(BINS, 1)))
     sIds = cute.make_tensor(memory + ORDER_WARPS * BINS, cute.make_layout(ids.shape[1]))
 
-    keys = ids.shape[1]
-    if has_lengths != 0:
-        keys = cutlass.max(0, cutlass.min(lengths[token], keys))
+    keys = count_keys(ids, lengths, has_lengths, token)
     backwards = Int32(BINS - 1) if (token // wave) % 2 == 1 else Int32(0)
     rounds = (keys + (32 * ORDER_WARPS - 1)) // (32 * ORDER_WARPS)
     first = warp * rounds * 32 + lane

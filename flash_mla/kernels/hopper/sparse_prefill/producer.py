@@ -9,7 +9,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Uint16, const_expr
 
 from flash_mla.kernels.hopper.boxes import tma_boxes
-from flash_mla.kernels.hopper.gather import NO_ROW, ROWS, Gather
+from flash_mla.kernels.hopper.gather import ROWS, Gather, row_named
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARP
 from flash_mla.kernels.hopper.mla_decode.config import K_CHUNKS
 from flash_mla.kernels.hopper.sparse_prefill.config import CHUNK_BYTES, PAIR, PRODUCER_WARPS, Config
@@ -49,12 +49,9 @@ class Producer:
 
     @cute.jit
     def id_at(self, tile: Tile, pair):
-        """This thread's id in a pair of a tile, NO_ROW where it names no row."""
-        row = Int32(NO_ROW)
+        """This thread's id in a pair of a tile, negative where it names no row."""
         key = PAIR * pair + self.key
-        if key < tile.keys:
-            row = self.tensors.indices[tile.token, key]
-        return row if row < self.scalars.num_rows else Int32(NO_ROW)
+        return row_named(self.tensors.indices, tile.token, key, tile.keys, self.scalars.num_rows)
 
     @cute.jit
     def load_q(self, tile: Tile, count) -> None:
