@@ -30,16 +30,15 @@ class Scratch:
         self.words, self.device = words, device
         self.workspace = torch.empty(words, dtype=torch.float32, device=device)
         self.start = self.workspace.data_ptr()
-        self._views: dict[tuple[tuple[int, ...], int], Tensor] = {}
+        self._views: dict[tuple[int, ...], Tensor] = {}
 
-    def view(self, shape: tuple[int, ...], start: int = 0) -> Tensor:
-        """The words from `start` on, as a contiguous tensor."""
-        key = shape, start
-        if key not in self._views:
+    def view(self, shape: tuple[int, ...]) -> Tensor:
+        """The first words, as a contiguous tensor."""
+        if shape not in self._views:
             if len(self._views) >= MOST_VIEWS:
                 self._views.clear()
-            self._views[key] = self.workspace.narrow(0, start, math.prod(shape)).view(shape)
-        return self._views[key]
+            self._views[shape] = self.workspace[: math.prod(shape)].view(shape)
+        return self._views[shape]
 
     @cached_property
     def counters(self) -> int:

@@ -19,7 +19,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from flash_mla.kernels.hopper import symbolic
-from flash_mla.kernels.hopper.gather import count_keys
+from flash_mla.kernels.hopper.gather import count_keys, row_named
 from flash_mla.kernels.hopper.sparse_prefill.config import BINS, ORDER_WARPS
 from flash_mla.kernels.hopper.work import warp_scan, warp_sum
 
@@ -92,10 +92,8 @@ def order_kernel(
 @cute.jit
 def id_at(ids: cute.Tensor, token, key, keys, num_rows, shift, backwards):
     """(bin, whether it names a row, the row) of a key."""
-    row = Int32(-1)
-    if key < keys:
-        row = ids[token, key]
-    seen = row >= 0 and row < num_rows
+    row = row_named(ids, token, key, keys, num_rows)
+    seen = row >= 0
     bin = (row >> shift) ^ backwards if seen else Int32(0)
     return bin, seen, row
 
