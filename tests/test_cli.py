@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -17,7 +18,7 @@ import flash_mla
 from flash_mla import cli, testing
 from flash_mla.backends import ORDER
 from flash_mla.bench.cases import Case
-from flash_mla.cli import app, machine, timings
+from flash_mla.cli import app, checks, machine, timings
 from flash_mla.cli.machine import PROBLEMS, sample_decode
 from flash_mla.testing import judge
 
@@ -117,6 +118,42 @@ def test_check_survives_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1
     assert "RuntimeError: illegal access" in result.stderr
     assert "FAILED" in result.stdout
+
+
+def test_check_in_processes_gives_the_same_rows() -> None:
+    options = ("check", "--filter", "decode/head-dim", "--filter", "decode/q-tokens", "--backend", "cpu")
+    alone, beside = run(*options), run(*options, "--processes", "2")
+    assert alone.exit_code == beside.exit_code == 0, beside.output
+    *rows, last = alone.stdout.splitlines()
+    assert beside.stdout.splitlines()[:-1] == rows
+    assert beside.stdout.splitlines()[-1].split(" in ")[0] == last.split(" in ")[0]
+
+
+def die(case: testing.Case) -> None:
+    os._exit(7)
+
+
+def test_check_tells_that_a_process_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "run_case", die)
+    result = run("check", "--filter", "decode/head-dim-16", "--backend", "cpu", "--processes", "2")
+    assert result.exit_code == 1
+    assert "a process died: 0 of" in result.stdout
+
+
+def test_check_keeps_what_ran_when_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def interrupted(case: testing.Case) -> testing.Result:
+        if ran:
+            raise KeyboardInterrupt
+        ran.append(case.name)
+        return testing.run(case)
+
+    monkeypatch.setattr(checks, "run_case", interrupted)
+    result = run("check", "--filter", "decode/head-dim", "--backend", "cpu")
+    assert result.exit_code == 130
+    assert ran[0] in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("interrupted: 1 of")
 
 
 def test_bench_then_plot(tmp_path: Path) -> None:

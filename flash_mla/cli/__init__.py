@@ -101,15 +101,23 @@ def demo(
 
 
 @app.command()
-def check(device: Device = "cpu", backend: Backend = None, filter: Filter = None) -> None:
+def check(
+    device: Device = "cpu",
+    backend: Backend = None,
+    filter: Filter = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Cases side by side: on a GPU most time goes to compiling.")
+    ] = 1,
+) -> None:
     """Run every function, dtype and edge case against float64, on each backend of this device.
 
-    Exit code 1 where a case fails, or where no backend ran any.
+    Exit code 1 where a case fails, or where no backend ran any. Ctrl-C ends it with what ran until then, and exit
+    code 130.
     """
     kind = need_device(device)
     from flash_mla.cli.checks import run
 
-    run(kind, backend, filter or ())
+    run(kind, backend, filter or (), processes)
 
 
 @app.command()

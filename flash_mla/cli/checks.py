@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing import get_context
 
 import torch
 import typer
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from rich.text import Text
 
 from flash_mla import backends, testing
 from flash_mla.backends import ORDER
 from flash_mla.cli.machine import PROBLEMS
-from flash_mla.cli.terminal import console, grid, progress
+from flash_mla.cli.terminal import INTERRUPTED, console, grid, progress
 
 HEADERS = (
     *("function", "case", "dtype", "backend"),
@@ -22,24 +27,31 @@ HEADERS = (
 )
 
 
-def run(device: str, backend: str | None, filters: Sequence[str]) -> None:
-    """Print a row a case, what fails on stderr as it comes; exit 1 where one fails, or none ran."""
+def run(device: str, backend: str | None, filters: Sequence[str], processes: int) -> None:
+    """Print a row a case, what fails on stderr as it comes; exit 1 where one fails, none ran or a process died."""
     cases = [c for c in testing.CASES if not filters or any(f in c.name for f in filters)]
     if not cases:
         raise typer.BadParameter(f"no case matches {list(filters)}", param_hint="--filter")
     out = console()
     names = usable(out, device) if backend is None else [backend]
-    results: list[testing.Result] = []
-    with progress() as bar:
-        task = bar.add_task("", total=len(cases) * len(names))
-        for spec in cases:
-            for name in names:
-                bar.update(task, description=f"{name} {spec.name}")
-                results.append(run_case(replace(spec, device=device, backend=name)))
-                if results[-1].failures:
+    calls = [replace(spec, device=device, backend=name) for spec in cases for name in names]
+    found: dict[testing.Case, testing.Result] = {}
+    ended = None
+    try:
+        with progress() as bar:
+            task = bar.add_task("", total=len(calls))
+            each = in_turn(calls, bar, task) if processes == 1 else side_by_side(calls, processes)
+            for result in each:
+                found[result.case] = result
+                bar.update(task, description=f"{result.case.backend} {result.case.name}", advance=1)
+                if result.failures:
                     # at once, for a run that does not reach its end
-                    bar.console.print(Text(str(results[-1]), style="red"))
-                bar.advance(task)
+                    bar.console.print(Text(str(result), style="red"))
+    except KeyboardInterrupt:
+        ended = "interrupted"
+    except BrokenProcessPool:
+        ended = "a process died"
+    results = [found[call] for call in calls if call in found]
 
     table = grid("Check", *HEADERS, left=4)
     table.add_column("result", vertical="bottom")
@@ -53,9 +65,40 @@ def run(device: str, backend: str | None, filters: Sequence[str]) -> None:
         out.print(Text(f"- {refuser} refused {count}: {reason}", style="yellow"))
     passed = sum(r.passed for r in results)
     seconds = sum(r.seconds for r in results)
-    out.print(f"{passed} passed, {failed} failed, {refusals.total()} refused, in {seconds:.0f} s")
+    told = f"{passed} passed, {failed} failed, {refusals.total()} refused, in {seconds:.0f} s"
+    if ended is not None:
+        out.print(Text(f"{ended}: {len(results)} of {len(calls)} ran: {told}", style="bold yellow"))
+        raise typer.Exit(INTERRUPTED if ended == "interrupted" else 1)
+    out.print(told)
     if failed or not passed:
         raise typer.Exit(1)
+
+
+def in_turn(calls: Sequence[testing.Case], bar: Progress, task: TaskID) -> Iterator[testing.Result]:
+    """The results of `calls`, one after the other; the bar names the one that runs."""
+    for call in calls:
+        bar.update(task, description=f"{call.backend} {call.name}")
+        yield run_case(call)
+
+
+def side_by_side(calls: Sequence[testing.Case], processes: int) -> Iterator[testing.Result]:
+    """The results of `calls` as they come from so many processes, which share this one's device and its cores."""
+    threads = max(1, torch.get_num_threads() // processes)
+    card = torch.cuda.current_device() if calls[0].device == "cuda" else None
+    with ProcessPoolExecutor(processes, get_context("spawn"), prepare, (threads, card)) as pool:
+        try:
+            for future in as_completed([pool.submit(run_case, call) for call in calls]):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def prepare(threads: int, card: int | None) -> None:
+    """Begin a process of `side_by_side`: Ctrl-C, which reaches it too, ends it at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(threads)
+    if card is not None:
+        torch.cuda.set_device(card)
 
 
 def run_case(case: testing.Case) -> testing.Result:

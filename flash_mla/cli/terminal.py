@@ -12,6 +12,8 @@ from rich.table import Table
 
 WIDTH = 160
 """Columns where the output is no terminal and COLUMNS is not set: rich would take 80 and cut the tables."""
+INTERRUPTED = 130
+"""The exit code of a run that Ctrl-C ended, as shells give it."""
 
 
 def console(stderr: bool = False) -> Console:

@@ -16,11 +16,8 @@ from rich.text import Text
 from flash_mla.bench import report
 from flash_mla.bench.measure import measure, select
 from flash_mla.bench.timing import commit, device_name, measure_ceilings
-from flash_mla.cli.terminal import console, grid, progress
+from flash_mla.cli.terminal import INTERRUPTED, console, grid, progress
 from flash_mla.version import __version__
-
-INTERRUPTED = 130
-"""The exit code of a run that Ctrl-C ended, as shells give it."""
 
 
 def run(
