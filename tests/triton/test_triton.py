@@ -558,8 +558,11 @@ def test_refuses_with_a_reason() -> None:
     assert "tensors are on" in str(
         backends.choose("triton", problem._replace(D=16, Dv=16, device=torch.device("meta")))
     )
-    far = (*problem.k_strides[:3], 2**26, 1)
-    assert "elements apart" in str(backends.choose("triton", problem._replace(D=16, Dv=16, k_strides=far)))
+    problem = problem._replace(D=16, Dv=16)
+    for page, stride in ((64, 2**25), (256, 2**23)):
+        for far, beyond in ((stride, False), (stride + 8, True)):
+            spread = problem._replace(page=page, k_strides=(*problem.k_strides[:3], far, 1))
+            assert ("elements apart" in str(backends.choose("triton", spread))) == beyond
 
 
 def test_a_refused_config_gives_way_to_a_smaller_one(

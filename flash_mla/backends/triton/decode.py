@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_mla.backends.triton.device import MAX_ROW_STRIDE, launch_fitting, refuse_columns, stored, target
+from flash_mla.backends.triton.device import launch_fitting, refuse_columns, stored, target
 from flash_mla.kernels.triton import combine, decode, decode_latent
 from flash_mla.kernels.triton.launcher import Launcher
 from flash_mla.kernels.triton.target import Target
@@ -37,8 +37,6 @@ def refuse(problem: DecodeProblem) -> str | None:
         least = least_columns(problem.kv_dtype.itemsize, target(problem.device))
         if head_tiles(problem.D, least)[0] != problem.Dv:
             return f"a latent of {problem.Dv} beside {problem.D - problem.Dv} columns: the kernel's tiles cut elsewhere"
-        if problem.rope_strides[3] > MAX_ROW_STRIDE:
-            return f"the rope's rows are {problem.rope_strides[3]} elements apart; at most {MAX_ROW_STRIDE}"
     return refuse_columns(problem)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_mla.problem import FP8, DecodeProblem, PrefillProblem, Problem
+from flash_mla.problem import BLOCK, FP8, DecodeProblem, PrefillProblem, Problem
 
 try:
     import triton
@@ -30,8 +30,8 @@ else:
 logger = logging.getLogger("flash_mla")
 
 MAX_D = 576
-MAX_ROW_STRIDE = 2**25
-"""64 rows of it stay inside the 32-bit offsets that a kernel uses within one block."""
+MAX_REACH = 2**31
+"""Elements that the rows of a block, or of a page larger than one, take: a kernel's offsets within are of 32 bits."""
 
 
 def interpreted() -> bool:
@@ -99,9 +99,16 @@ def refuse_columns(problem: DecodeProblem | PrefillProblem) -> str | None:
     for name, columns in (("D", problem.D), ("Dv", problem.Dv)):
         if columns > MAX_D or columns % 8:
             return f"{name} must be a multiple of 8, at most {MAX_D}; it is {columns}"
-    for name, strides in (("K", problem.k_strides), ("V", problem.v_strides)):
-        if strides[-2] > MAX_ROW_STRIDE:
-            return f"{name}'s rows are {strides[-2]} elements apart; at most {MAX_ROW_STRIDE} fit the kernels' offsets"
+    parts, rows = {"K": problem.k_strides, "V": problem.v_strides}, BLOCK
+    if isinstance(problem, DecodeProblem):
+        rows = max(rows, problem.page)
+        if problem.rope_strides is not None:
+            parts["the rope"] = problem.rope_strides
+    for name, strides in parts.items():
+        if strides[-2] * rows > MAX_REACH:
+            return (
+                f"{name}'s rows are {strides[-2]} elements apart; at most {MAX_REACH // rows} fit the kernels' offsets"
+            )
     return None
 
 

@@ -147,7 +147,7 @@ def combine_kernel(
     lse2 = tl.where(empty, float("-inf"), row_max + tl.log2(tl.where(empty, 1.0, row_sum)))
     head = kv_head * RATIO + row % RATIO
     b64 = b.to(tl.int64)
-    out_row = out_ptr + (b64 * stride_ob + head.to(tl.int64) * stride_oh + (row // RATIO) * stride_os)
+    out_row = out_ptr + (b64 * stride_ob + head.to(tl.int64) * stride_oh + (row // RATIO).to(tl.int64) * stride_os)
     if sink_ptr is not None:
         out *= sink_factor(lse2, tl.load(sink_ptr + head))
     tl.store(out_row + columns, out.to(out_ptr.dtype.element_ty), mask=columns < DV)

@@ -268,7 +268,7 @@ def decode_kernel(
         q_low = (q_at % 16 >= 8)[:, None]
         q_at = m_tile * TILE_M + (twice(q_at) if E4M3 else q_at)
         q_head = kv_head * RATIO + q_at % RATIO
-        q_rows = b64 * stride_qb + q_head.to(tl.int64) * stride_qh + q_at // RATIO * stride_qs
+        q_rows = b64 * stride_qb + q_head.to(tl.int64) * stride_qh + (q_at // RATIO).to(tl.int64) * stride_qs
         q_tile = q_ptr + q_rows[:, None]
         q_live = (q_at < S_Q * RATIO)[:, None]
         q = widen(tl.load(q_tile + offs_d[None, :], mask=q_live & (offs_d < D)[None, :], other=0.0), WIDEN_Q)

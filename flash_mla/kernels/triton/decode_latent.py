@@ -169,7 +169,7 @@ def decode_latent_kernel(
         head = kv_head * RATIO + rows % RATIO
 
         # load q
-        q_rows = b64 * stride_qb + head.to(tl.int64) * stride_qh + query * stride_qs
+        q_rows = b64 * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qs
         q_tile = q_ptr + q_rows[:, None]
         live = row_live[:, None]
         q0 = tl.load(q_tile + columns[None, :], mask=live, other=0.0).to(tl.float32)

@@ -121,10 +121,11 @@ def ragged_kernel(
     query, head = first_query + rows // HEAD_TILE, rows % HEAD_TILE
     offs_d = tl.arange(0, D_TILE)
     row_live = (query < S_q) & (head < H)
-    q_rows = q_ptr + query.to(tl.int64) * stride_qs + head * stride_qh
+    q_rows = q_ptr + query.to(tl.int64) * stride_qs + head.to(tl.int64) * stride_qh
     q = tl.load(q_rows[:, None] + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0)
     q = widen(q, WIDEN)
-    weights = tl.load(weight_ptr + query.to(tl.int64) * stride_ws + head * stride_wh, mask=row_live, other=0.0)
+    weight_rows = weight_ptr + query.to(tl.int64) * stride_ws + head.to(tl.int64) * stride_wh
+    weights = tl.load(weight_rows, mask=row_live, other=0.0)
 
     out_rows = out_ptr + queries.to(tl.int64) * stride_os
     offs_n = tl.arange(0, TILE_N)
@@ -204,10 +205,10 @@ def paged_kernel(
     query, head = first_query + rows // HEAD_TILE, rows % HEAD_TILE
     offs_d = tl.arange(0, D_TILE)
     row_live = (query < S_q) & (head < H)
-    q_rows = q_ptr + b * stride_qb + query * stride_qs + head * stride_qh
+    q_rows = q_ptr + b * stride_qb + query.to(tl.int64) * stride_qs + head.to(tl.int64) * stride_qh
     q = tl.load(q_rows[:, None] + offs_d[None, :], mask=row_live[:, None] & (offs_d < D)[None, :], other=0.0)
     q = widen(q, WIDEN)
-    weight_rows = weight_ptr + b * stride_wb + query * stride_ws + head * stride_wh
+    weight_rows = weight_ptr + b * stride_wb + query.to(tl.int64) * stride_ws + head.to(tl.int64) * stride_wh
     weights = tl.load(weight_rows, mask=row_live, other=0.0)
 
     table_row = table_ptr + b * stride_tb

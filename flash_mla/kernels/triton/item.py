@@ -45,7 +45,7 @@ def store_item(
         written = row_live & (cut == 0)
     if sink_ptr is not None:
         out *= sink_factor(lse2, tl.load(sink_ptr + head, mask=row_live, other=0.0))[:, None]
-    out_row = out_ptr + (b * stride_ob + head.to(tl.int64) * stride_oh + query * stride_os)  # [TILE_M]
+    out_row = out_ptr + (b * stride_ob + head.to(tl.int64) * stride_oh + query.to(tl.int64) * stride_os)  # [TILE_M]
     tl.store(out_row[:, None] + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=written[:, None] & inside)
     if lse_ptr is not None and FIRST == 0:
         tl.store(lse_ptr + (b * heads + head) * S_Q + query, lse2 * LN2, mask=written)

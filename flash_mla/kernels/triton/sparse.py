@@ -272,13 +272,13 @@ def sparse_kernel(
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     b = (token // S_Q).to(tl.int64)
-    i = token % S_Q
+    i = (token % S_Q).to(tl.int64)
     heads = tl.program_id(0) % head_tiles * TILE_M + tl.arange(0, TILE_M)
     head_live = heads < Hq
     offs_d = tl.arange(0, D_MAIN)
 
     # load q
-    q_rows = q_ptr + b * stride_qb + i * stride_qs + heads * stride_qh
+    q_rows = q_ptr + b * stride_qb + i * stride_qs + heads.to(tl.int64) * stride_qh
     q = tl.load(q_rows[:, None] + offs_d[None, :], mask=head_live[:, None] & (offs_d < D)[None, :], other=0.0)
     q_rest = q
     if D_REST > 0:
