@@ -120,6 +120,20 @@ def test_check_survives_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "FAILED" in result.stdout
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_check_ends_with_a_cuda_error(monkeypatch: pytest.MonkeyPatch, processes: str) -> None:
+    """Nothing runs in that process any more: hundreds of failures would hide the one that counts."""
+    monkeypatch.setattr(checks, "run_case", lose_the_gpu)
+    result = run("check", "--filter", "decode/head-dim", "--backend", "cpu", "--processes", processes)
+    assert result.exit_code == 1
+    assert "a CUDA error: 1 of" in result.stdout
+    assert "an illegal memory access" in result.stderr
+
+
+def lose_the_gpu(case: testing.Case) -> testing.Result:
+    return testing.Result(case, None, ("AcceleratorError: CUDA error: an illegal memory access was encountered",))
+
+
 def test_check_in_processes_gives_the_same_rows() -> None:
     options = ("check", "--filter", "decode/head-dim", "--filter", "decode/q-tokens", "--backend", "cpu")
     alone, beside = run(*options), run(*options, "--processes", "2")

@@ -47,6 +47,9 @@ def run(device: str, backend: str | None, filters: Sequence[str], processes: int
                 if result.failures:
                     # at once, for a run that does not reach its end
                     bar.console.print(Text(str(result), style="red"))
+                if any("CUDA error" in failure for failure in result.failures):
+                    ended = "a CUDA error"  # what its process runs after it fails too, whatever it is
+                    break
     except KeyboardInterrupt:
         ended = "interrupted"
     except BrokenProcessPool:
