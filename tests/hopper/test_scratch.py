@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from threading import get_ident
 from weakref import ref
 
 import pytest
@@ -24,6 +26,8 @@ def stream(monkeypatch):
     monkeypatch.setattr(module, "KEPT", module.Kept())
     monkeypatch.setattr(module, "SPARE", {})
     monkeypatch.setattr(module, "MADE", [])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     return now
 
 
@@ -66,6 +70,21 @@ def test_what_is_large_is_not_kept(stream, monkeypatch):
     assert scratch(DEVICE, 1001) is not scratch(DEVICE, 1001)
     assert scratch(DEVICE, 1000) is scratch(DEVICE, 1000)
     assert MOST >= 2 * 132 * 64 * (512 + 1) + 4 * 132, "of an MLA decode on 132 SMs"
+
+
+def test_what_is_kept_is_not_of_the_callers_pool(stream, monkeypatch):
+    """A pool takes the allocations of a thread: torch.compile's warm-up refuses what outlives its call there."""
+    made = []
+    empty, zeros = torch.empty, torch.zeros
+    monkeypatch.setattr(torch, "empty", lambda *x, **y: made.append(get_ident()) or empty(*x, **y))
+    monkeypatch.setattr(torch, "zeros", lambda *x, **y: made.append(get_ident()) or zeros(*x, **y))
+    assert scratch(DEVICE, 100).counters
+    module.unread.__wrapped__(DEVICE, torch.int32)
+    assert len(made) == 3
+    assert get_ident() not in made
+    stream["capturing"] = True
+    scratch(DEVICE, 100)
+    assert made[3:] == [get_ident()], "a graph's own is of its pool"
 
 
 def test_views(stream):

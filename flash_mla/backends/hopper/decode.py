@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import LOG2_E, int32, multiprocessors, on_device
-from flash_mla.backends.hopper.scratch import scratch
+from flash_mla.backends.hopper.scratch import outlasting, scratch
 from flash_mla.backends.hopper.strides import query_row_stride
 from flash_mla.kernels.hopper import split
 from flash_mla.problem import DecodeArgs, DecodeProblem
@@ -75,7 +75,7 @@ def factor(problem: DecodeProblem, descale: Tensor | None) -> Tensor:
 @functools.cache
 def kept_one(device: torch.device) -> Tensor:
     """A factor of 1, [1, 1]. The copy has arrived when this returns: a launch on any stream may read it."""
-    return torch.ones((1, 1), dtype=torch.float32, device="cpu").to(device)
+    return outlasting(lambda: torch.ones((1, 1), dtype=torch.float32, device="cpu").to(device))
 
 
 def bind(kernel: Callable[..., None], config: Any, problem: DecodeProblem) -> Callable[[DecodeArgs], None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import DTYPES, LOG2_E, int32, multiprocessors, on_device
-from flash_mla.backends.hopper.scratch import scratch
+from flash_mla.backends.hopper.scratch import scratch, unread
 from flash_mla.backends.hopper.strides import refuse_rows
 from flash_mla.kernels.hopper.prefill import schedule
 from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
@@ -157,8 +157,7 @@ def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], Non
     order = schedule.order(kv_bytes, problem.ratio, B * Hq, row_tiles, problem.causal, clusters)
     flags = (problem.causal, problem.seq_lens, problem.start_pos, problem.sink, problem.descale)
     scalars = (*order, *map(int, flags))
-    # NOTE: what the kernel does not read may be any tensor of the right kind
-    nothing, no_number = (torch.empty(1, dtype=x, device=device) for x in (torch.int32, torch.float32))
+    nothing, no_number = (unread(device, dtype) for dtype in (torch.int32, torch.float32))
     no_bits, no_factor = nothing.view(1, 1, 1, 1), no_number.view(1, 1).expand(B, problem.Hk)
     no_blocks, no_table = no_bits.view(torch.uint8), nothing.view(1, 1)
     # NOTE: the kernel counts its heads on q, so that a broadcast q must have them all

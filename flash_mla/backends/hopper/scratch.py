@@ -3,12 +3,17 @@ results alone."""
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
-from functools import cached_property
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 MOST = 2**24
 """Words that are kept, 64 MB: the workspace of any call but a batch-invariant one of many requests."""
@@ -21,6 +26,28 @@ SPARE: dict[torch.device, list[Tensor]] = {}
 """Sets of counters of each device that nobody has yet."""
 MADE: list[Tensor] = []
 """All sets ever made: graphs hold addresses of theirs, no tensor."""
+
+
+def outlasting(make: Callable[[], T]) -> T:
+    """What `make` allocates on the current stream, for longer than a call.
+
+    By a thread of its own: this one's memory may come from the pool of a graph in the making, in which torch.compile
+    warms up and then suffers nothing that the results do not hold, or from a MemPool.
+    """
+    stream = torch.cuda.current_stream()
+
+    def made() -> T:
+        with torch.cuda.stream(stream):
+            return make()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(made).result()
+
+
+@functools.cache
+def unread(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[1], for an argument that a kernel does not read."""
+    return outlasting(lambda: torch.empty(1, dtype=dtype, device=device))
 
 
 class Scratch:
@@ -40,7 +67,7 @@ class Scratch:
             self._views[shape] = self.workspace[: math.prod(shape)].view(shape)
         return self._views[shape]
 
-    @cached_property
+    @functools.cached_property
     def counters(self) -> int:
         """Where its set of counters begins: COUNTERS int32, 0, and 0 again behind every launch."""
         self._set = take_counters(self.device)
@@ -50,14 +77,19 @@ class Scratch:
 def take_counters(device: torch.device) -> Tensor:
     """A set of counters that nobody else has, nor ever will: nobody tells when a graph is gone."""
     spare = SPARE.setdefault(device, [])
-    if not spare:
-        # NOTE: zeros of the graph's own cost each replay a launch, but nothing else is safe where none are left
-        if torch._C._cuda_isCurrentStreamCapturing():
-            return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-        # the copy has arrived when it returns: a launch on any stream may read it
-        MADE.append(torch.zeros((SETS, COUNTERS), dtype=torch.int32, device="cpu").to(device))
-        spare += MADE[-1].unbind(0)
-    return spare.pop()
+    try:
+        return spare.pop()
+    except IndexError:  # not asked before: another thread may take the last
+        pass
+    # NOTE: zeros of the graph's own cost each replay a launch, but nothing else is safe where none are left
+    if torch._C._cuda_isCurrentStreamCapturing():
+        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    # the copy has arrived when it returns: a launch on any stream may read it
+    made = outlasting(lambda: torch.zeros((SETS, COUNTERS), dtype=torch.int32, device="cpu").to(device))
+    MADE.append(made)
+    first, *others = made.unbind(0)
+    spare += others
+    return first
 
 
 class Kept(threading.local):
@@ -86,5 +118,5 @@ def scratch(device: torch.device, words: int) -> Scratch:
     key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
     kept = KEPT.of_stream.get(key)
     if kept is None or kept.words < words:
-        kept = KEPT.of_stream[key] = Scratch(words, device)
+        kept = KEPT.of_stream[key] = outlasting(lambda: Scratch(words, device))
     return kept

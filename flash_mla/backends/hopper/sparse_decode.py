@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import LOG2_E, int32, multiprocessors, on_device
-from flash_mla.backends.hopper.scratch import scratch
+from flash_mla.backends.hopper.scratch import scratch, unread
 from flash_mla.kernels.hopper import split
 from flash_mla.kernels.hopper.mla_decode.config import START
 from flash_mla.kernels.hopper.sparse_decode.config import DV, ROWS, SPLIT_COST, TILES, Config
@@ -92,8 +92,7 @@ def bind(problem: SparseProblem, config: Config) -> Callable[[SparseArgs], None]
     tokens, blocks = problem.B * problem.S_q, sum(-(-keys.topk // BLOCK) for keys in problem.sets)
     items, pairs = tokens * -(-problem.Hq // config.tile_rows), -(-blocks // 2)
     may_split = int(has_lengths or split.splits_equal(pairs, items, clusters, START, SPLIT_COST))
-    # NOTE: what the kernel does not read may be any tensor of the right kind
-    nothing = torch.empty(1, dtype=torch.int32, device=device)
+    nothing = unread(device, torch.int32)
 
     def launch(args: SparseArgs) -> None:
         workspace = scratch(device, words).workspace

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_mla.backends.hopper.device import HALVES, LOG2_E, int32, multiprocessors, on_device
+from flash_mla.backends.hopper.scratch import unread
 from flash_mla.kernels.hopper.limits import TMA_BYTES
 from flash_mla.kernels.hopper.mla_decode.config import WIDTHS
 from flash_mla.kernels.hopper.sparse_prefill.config import MAX_ORDERED, MAX_ROWS, TILES, Config, bin_shift
@@ -89,8 +90,7 @@ def bind(problem: SparseProblem, config: Choice) -> Callable[[SparseArgs], None]
     head_tiles = -(-problem.Hq // config.kernel.tile_heads)
     ctas = min(problem.B * head_tiles, multiprocessors(problem.device))
     num_rows, wave = problem.sets[0].page, max(1, ctas // head_tiles)
-    # NOTE: what the kernel does not read may be any tensor of the right kind
-    no_lengths, no_sink = (torch.empty(1, dtype=x, device=problem.device) for x in (torch.int32, torch.float32))
+    no_lengths, no_sink = (unread(problem.device, dtype) for dtype in (torch.int32, torch.float32))
 
     def launch(args: SparseArgs) -> None:
         ((cache, indices, lengths),) = args.keys
