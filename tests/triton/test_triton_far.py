@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_mla import decode_over_pages, deepseek, indexer
+from flash_mla import FlashMLAError, decode_over_pages, deepseek, flash_mla_prefill, indexer
 from flash_mla.problem import FP8
-from flash_mla.testing import DecodeCase, SparseDecodeCase, SparsePrefillCase, same_bits
+from flash_mla.testing import DecodeCase, GradientCase, SparseDecodeCase, SparsePrefillCase, VarlenCase, same_bits
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
@@ -58,6 +58,38 @@ def test_decode_by_token(case, name):
         return decode_over_pages(**x, return_lse=True, check_values=False, backend="triton")
 
     assert_same(decode, call, name, 2)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "d_out"])
+def test_sequences_of_one_token(name):
+    """torch says of one row that the next is all heads away."""
+    case = VarlenCase("", (1, 3), (1, 5), Hq=6, Hk=3, D=32, Dv=32).call()
+    x = {name: case.arguments[name] for name in ("q", "k", "v", "cu_seqlens_qo", "cu_seqlens_kv", "causal")}
+    x["d_out"] = case.reference["d_out"]
+
+    def attend(q, k, v, d_out, **x):
+        q, k, v = (leaf.detach().requires_grad_() for leaf in (q, k, v))
+        sizes = {"max_seqlen_qo": 3, "max_seqlen_kv": 5}
+        out, _ = deepseek.flash_attn_varlen_func(q, k, v, **x, **sizes, backend="triton")
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), d_out)
+
+    assert_same(attend, x, name, 1)
+
+
+def test_rows_too_far_apart_are_refused():
+    """A tile of prefill has up to 128 rows, whose offsets are of 32 bits; a gradient is copied."""
+    x = GradientCase("", 3, 1, Hq=1, Hk=1, D=32, d_lse=False).call().arguments
+
+    def attend(d_out, **x):
+        leaves = [x[name].detach().requires_grad_() for name in ("q", "k", "v")]
+        out = flash_mla_prefill(**{**x, **dict(zip(("q", "k", "v"), leaves, strict=True))}, backend="triton")
+        return out.detach(), *torch.autograd.grad(out, leaves, d_out)
+
+    x["d_out"] = torch.randn_like(x["q"])
+    assert_same(attend, x, "d_out", 2)
+    for name in ("q", "k", "v"):
+        with pytest.raises(FlashMLAError, match="elements apart"):
+            attend(**{**x, name: far(x[name], 2)})
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_mla.backends.triton.device import launch_fitting, refuse_columns, target
+from flash_mla.backends.triton.device import launch_fitting, refuse_columns, refuse_far, target
 from flash_mla.kernels.triton import backward, prefill
 from flash_mla.kernels.triton.backward_keys import keys_kernel
 from flash_mla.kernels.triton.backward_queries import queries_kernel
 from flash_mla.kernels.triton.launcher import Launcher
-from flash_mla.kernels.triton.strides import strides
+from flash_mla.kernels.triton.strides import row_stride, strides
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import MASK_BYTES
 from flash_mla.problem import FP8, BackwardArgs, BackwardProblem, PrefillProblem
@@ -34,7 +34,7 @@ def refuse(problem: BackwardProblem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
     if problem.forward.dtype == FP8:
         return "FP8 has no backward"
-    return refuse_columns(problem.forward)
+    return refuse_columns(problem.forward) or refuse_far({"q": problem.forward.q_strides}, problem.forward.P)
 
 
 def config(problem: BackwardProblem, on: Target | None = None) -> backward.Config:
@@ -54,6 +54,8 @@ def launch(problem: BackwardProblem, config: backward.Config, args: BackwardArgs
 def launch_config(problem: BackwardProblem, config: backward.Config, args: BackwardArgs) -> None:
     """The kernels with these tiles."""
     forward = problem.forward
+    if refuse_far({"d_out": args.d_out.stride()}, forward.P) is not None:
+        args = args._replace(d_out=args.d_out.contiguous())
     prepared = prepare(problem, args)
     live = prepared.live.view(forward.B, forward.Hq, -1).amax(2)
     limits: dict[str, Any] = {
@@ -193,10 +195,10 @@ def shared_arguments(
         "RATIO": forward.ratio,
         "D": forward.D,
         "DV": forward.Dv,
-        "STRIDE_Q": args.q.stride(2),
-        "STRIDE_K": args.k.stride(2),
-        "STRIDE_V": args.v.stride(2),
-        "STRIDE_O": args.d_out.stride(2),
+        "STRIDE_Q": row_stride(args.q),
+        "STRIDE_K": row_stride(args.k),
+        "STRIDE_V": row_stride(args.v),
+        "STRIDE_O": row_stride(args.d_out),
         "CAUSAL": forward.causal,
         "MASK": forward.mask,
         "TILE_M": tiles.tile_m,

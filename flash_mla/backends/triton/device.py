@@ -31,7 +31,9 @@ logger = logging.getLogger("flash_mla")
 
 MAX_D = 576
 MAX_REACH = 2**31
-"""Elements that the rows of a block, or of a page larger than one, take: a kernel's offsets within are of 32 bits."""
+"""Elements that the rows of a tile, or of a page larger than one, take: a kernel's offsets within are of 32 bits."""
+TILE_ROWS = 128
+"""Of prefill and its backward, at most."""
 
 
 def interpreted() -> bool:
@@ -99,16 +101,19 @@ def refuse_columns(problem: DecodeProblem | PrefillProblem) -> str | None:
     for name, columns in (("D", problem.D), ("Dv", problem.Dv)):
         if columns > MAX_D or columns % 8:
             return f"{name} must be a multiple of 8, at most {MAX_D}; it is {columns}"
-    parts, rows = {"K": problem.k_strides, "V": problem.v_strides}, BLOCK
-    if isinstance(problem, DecodeProblem):
-        rows = max(rows, problem.page)
-        if problem.rope_strides is not None:
-            parts["the rope"] = problem.rope_strides
-    for name, strides in parts.items():
-        if strides[-2] * rows > MAX_REACH:
-            return (
-                f"{name}'s rows are {strides[-2]} elements apart; at most {MAX_REACH // rows} fit the kernels' offsets"
-            )
+    parts = {"K": problem.k_strides, "V": problem.v_strides}
+    if isinstance(problem, PrefillProblem):
+        return refuse_far(parts, problem.S_kv)
+    if problem.rope_strides is not None:
+        parts["the rope"] = problem.rope_strides
+    return refuse_far(parts, problem.page, max(BLOCK, problem.page))
+
+
+def refuse_far(parts: dict[str, tuple[int, ...]], count: int, rows: int = TILE_ROWS) -> str | None:
+    """Why the kernels' offsets do not hold `rows` rows of these strides, or None; of one row the stride is anything."""
+    for name, (*_, stride, _) in parts.items():
+        if count > 1 and stride * rows > MAX_REACH:
+            return f"{name}'s rows are {stride} elements apart; at most {MAX_REACH // rows} fit the kernels' offsets"
     return None
 
 

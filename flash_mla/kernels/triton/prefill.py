@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flash_mla.kernels.triton.attend import LN2, LOG2E, attend, normalise, sink_factor, widen
 from flash_mla.kernels.triton.share import BLOCK, block_id, slot
-from flash_mla.kernels.triton.strides import strides
+from flash_mla.kernels.triton.strides import row_stride, strides
 from flash_mla.kernels.triton.target import Target
 from flash_mla.kernels.triton.tiles import cut_columns, mask_kind, power_of_2, precision, smem_bytes, widening
 
@@ -381,7 +381,7 @@ def arguments(
         **strides("v", "bh", v), stride_kn=k.stride(2) if paged else 0, stride_vn=v.stride(2) if paged else 0,
         **strides("t", "b", block_table), **strides("m", "bhst", mask), stride_lb=lists[0], stride_lh=lists[1],
         **strides("qd", "bh", q_descale), **strides("kd", "bh", k_descale), **strides("vd", "bh", v_descale),
-        RATIO=Hq // k.shape[1], D=D, DV=v.shape[-1], STRIDE_KT=k.stride(-2), STRIDE_VT=v.stride(-2),
+        RATIO=Hq // k.shape[1], D=D, DV=v.shape[-1], STRIDE_KT=row_stride(k), STRIDE_VT=row_stride(v),
         FLIP=softmax_scale < 0, CAUSAL=causal, MASK=mask_kind(mask), TILE_M=config.tile_m, TILE_N=config.tile_n,
         D_MAIN=config.d_main, D_REST=config.d_rest, DV_TILE=config.dv_tile, REUSE=config.reuse, WIDEN=config.widen,
         PRECISION=config.precision,
