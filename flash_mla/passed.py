@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 class Like:
     """The tensors of a call, to compare those of others with: all that `facts` are, and what autograd and torch.func
-    make of them.
+    make of them. `inference`: it was made in inference mode, and holds for no call outside of it, nor the other way.
 
     NOTE: torch compares five tensors in 0.9 us, but for their alignment, where `facts` takes 4.5 to read them. The
     class that does so for compiled graphs is none of its documented ones; where it is missing, facts decide alone.
@@ -42,7 +42,7 @@ class Like:
         self._absent = picker([i for i, x in enumerate(tensors) if x is None])
         self._number, self._nothing = len(tensors), self._absent(tensors)
         given = self._given(tensors)
-        self._starts = starts(given)
+        self._starts, self.inference = starts(given), torch.is_inference_mode_enabled()
         sizes, strides = [[*x.shape] for x in given], [[*x.stride()] for x in given]
         self._check = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
@@ -93,9 +93,13 @@ class Passed(Generic[T]):
         last = self._last
         if last is not None and last.like is not None and last.rest == rest and last.like.holds(tensors):
             return last.result
-        found = self._entries.get(key_of(tensors, rest))
+        key = key_of(tensors, rest)
+        found = self._entries.get(key)
         if found is None:
             return None
+        # NOTE: calls that were first made outside of inference mode would be looked up for ever in it: 4 us each
+        if found.like is not None and found.like.inference != torch.is_inference_mode_enabled():
+            found = self._entries[key] = found._replace(like=Like(tensors))
         self._last = found
         return found.result
 

@@ -69,6 +69,16 @@ def test_one_tensor():
     assert found.get((x, x), "rest") is None
 
 
+def test_inference_mode_has_its_own_comparison():
+    """A call that was kept outside is looked up once inside, and compared from then on."""
+    found, call = Passed[int](), (torch.zeros(2), torch.zeros(3))
+    found.keep(call, "rest", 1)
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            assert found.get(call, "rest") == 1
+            assert found._last.like.holds(call)
+
+
 def test_what_is_not_remembered():
     found, x = Passed[int](), torch.zeros(2)
     assert found.keep((x, x), None, 1) == 1

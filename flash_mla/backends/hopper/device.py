@@ -103,6 +103,9 @@ def device_of(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def on_device(device: torch.device, launch: Callable[[Any], None]) -> Callable[[Any], None]:
     """The launch, made with this device as the current one."""
+    # NOTE: asking costs the host 0.15 us and a frame, and of one device the answer is known
+    if torch.cuda.device_count() == 1:
+        return launch
     index = device.index
 
     # NOTE: 0.3 us less than `torch.cuda.current_device`, which looks first whether torch has begun with CUDA

@@ -113,9 +113,11 @@ def scratch(device: torch.device, words: int) -> Scratch:
     calls.
     """
     # NOTE: 1 us where an allocation and a view take 4; torch's public functions for the two questions take 2
-    if words > MOST or torch._C._cuda_isCurrentStreamCapturing():
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    # NOTE: on the default stream, 0, nothing is ever captured
+    if words > MOST or (stream and torch._C._cuda_isCurrentStreamCapturing()):
         return Scratch(words, device)
-    key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    key = device.index, stream
     kept = KEPT.of_stream.get(key)
     if kept is None or kept.words < words:
         kept = KEPT.of_stream[key] = outlasting(lambda: Scratch(words, device))
