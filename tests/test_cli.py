@@ -36,7 +36,7 @@ def test_info_names_versions_devices_and_backends() -> None:
     result = run("info")
     assert result.exit_code == 0, result.output
     assert version("torch") in result.output
-    assert f"{torch.get_num_threads()} threads" in result.output
+    assert f"{torch.get_num_threads()} thread" in result.output
     for name in (*PROBLEMS, *ORDER):
         assert name in result.output
     assert result.output.count("serves") >= len(PROBLEMS)

@@ -60,7 +60,8 @@ def device_name(device: str) -> str:
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread" + "s" * (threads > 1)
 
 
 def commit() -> str | None:
@@ -169,8 +170,8 @@ def alternate(
 
 
 def _cpu_clock(function: Callable[[], Tensor]) -> Callable[[], float]:
-    """A function that runs `function` and gives its milliseconds by the wall clock; by the CPU's, to which a busy machine
-    adds little, where torch has one thread."""
+    """A function that runs `function` and gives its milliseconds: by the wall clock, or, where torch has one thread, by
+    the CPU's, to which a busy machine adds little."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     function()
 
