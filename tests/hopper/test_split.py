@@ -220,3 +220,16 @@ def test_teams_are_as_many_as_fit(items: int, table_blocks: int, each: int) -> N
     ctas = {n: items * split.teams(table_blocks, n * each) * n for n in split.TEAMS}
     enough = next((n for n in split.TEAMS if split.teams(table_blocks, n * each) == 1), 8)
     assert members == (enough if ctas[enough] <= split.TEAM_CTAS else None)
+
+
+@pytest.mark.parametrize(
+    ("items", "clusters"),
+    # 132 SMs: 4 and 8 items each; halves and quarters of items; too many items, and too few SMs left
+    [(512, 128), (1024, 128), (64, 128), (32, 128), (130, 130), (2048, 132), (800, 132), (100, 132), (1, 132)],
+)
+def test_ranges_end_where_items_do(items: int, clusters: int) -> None:
+    assert split.even_clusters(132, items) == clusters
+
+
+def test_a_small_grid_stays() -> None:
+    assert all(split.even_clusters(n, n) == n for n in range(1, 140))

@@ -42,6 +42,8 @@ MOST_PIECES = 16
 """Of an item."""
 TEAMS = (1, 2, 4, 8)
 """CTAs that a team may have: a cluster of more than eight is not portable."""
+FEW_ITEMS, SPARE = 8, 32
+"""A grid gives up one cluster in SPARE, so that ranges end where items do, where a cluster has FEW_ITEMS at most."""
 TEAM_CTAS = 120
 """Of a call in teams, at most: an H200 has room for 15 clusters of eight at once, for SMs of one part of the chip."""
 
@@ -106,6 +108,17 @@ def may_split(table_blocks: Any) -> Any:
 def useful_clusters(clusters: int, items: int, table_blocks: int) -> int:
     """Clusters of a grid: no more than there are steps to hand out, at most."""
     return min(clusters, items * max(1, pairs(table_blocks * (PAIR // 2))))
+
+
+def even_clusters(clusters: int, items: int) -> int:
+    """Clusters of a grid whose ranges end where items of equal length do, where it need not be much smaller for that.
+
+    128 in place of 132 CTAs read K and V of 64 requests 1 % faster, latents 1.5 %; with 16 items each
+    it was 0.5 % slower.
+    """
+    most_items = -(-items // clusters)
+    even = clusters // items * items if items < clusters else -(-items // most_items)
+    return even if most_items <= FEW_ITEMS and clusters - even <= clusters // SPARE else clusters
 
 
 def pays(split: Shares, whole: Shares, cost: Any = SPLIT_COST) -> Any:
