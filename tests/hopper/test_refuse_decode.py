@@ -251,8 +251,9 @@ def test_config_holds_the_rows_of_a_kv_head(changes: dict, tile_n: int) -> None:
     assert gqa_decode.config(problem(**changes)).tile_n == tile_n
 
 
-def test_the_factor_of_1_keeps_to_fp32_on_its_device():
+def test_the_factor_of_1_keeps_to_fp32_on_its_device(monkeypatch):
     """Made at some call, under whatever defaults stand there, and kept."""
+    monkeypatch.setattr(decode, "outlasting", lambda make: make())
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     with torch.device("meta"):
