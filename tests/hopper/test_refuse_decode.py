@@ -102,9 +102,9 @@ def test_config_of_an_fp8_latent(changes: dict, config: tuple) -> None:
     ("changes", "cluster", "team", "tile_m"),
     [
         ({"table_blocks": 2, "B": 1}, 1, 1, 32),
-        ({"table_blocks": 1, "B": 30}, 1, 1, 32),
-        ({"table_blocks": 1, "B": 31}, 1, 1, 64),
-        ({"table_blocks": 1, "B": 61}, 2, 0, 64),
+        ({"table_blocks": 1, "B": 33}, 1, 1, 32),
+        ({"table_blocks": 1, "B": 34}, 1, 1, 64),
+        ({"table_blocks": 1, "B": 67}, 2, 0, 64),
         ({"table_blocks": 1, "batch_invariant": True}, 2, 0, 64),
         ({"table_blocks": 2049}, 2, 0, 64),
         ({"table_blocks": 3, "B": 1}, 2, 1, 32),

@@ -18,7 +18,7 @@ T = TypeVar("T")
 MOST = 2**24
 """Words that are kept, 64 MB: the workspace of any call but a batch-invariant one of many requests."""
 MOST_VIEWS = 256
-COUNTERS = 128
+COUNTERS = 132
 """Of a set: one a CTA."""
 SETS = 4096
 """That are made at once, 2 MB."""

@@ -44,8 +44,9 @@ TEAMS = (1, 2, 4, 8)
 """CTAs that a team may have: a cluster of more than eight is not portable."""
 FEW_ITEMS, SPARE = 8, 32
 """A grid gives up one cluster in SPARE, so that ranges end where items do, where a cluster has FEW_ITEMS at most."""
-TEAM_CTAS = 120
-"""Of a call in teams, at most: an H200 has room for 15 clusters of eight at once, for SMs of one part of the chip."""
+CLUSTERS = (132, 66, 39, 30, 22, 17, 15, 15)
+"""Of one CTA, of two, .. of eight, one CTA an SM: for so many an H200 has room at once, on SMs of one part of the chip.
+A call in teams has no more."""
 
 
 def scan_words(warps: int) -> int:
@@ -220,7 +221,7 @@ def teams(table_blocks: Any, reach: int, most: Callable[..., Any] = max) -> Any:
 def members_of_team(items: int, table_blocks: int, each: int) -> int | None:
     """CTAs of a team, each with so many of the pairs that the table has room for; None: there would be too many."""
     members = next((n for n in TEAMS if 2 * n * each >= table_blocks), TEAMS[-1])
-    return members if items * teams(table_blocks, members * each) * members <= TEAM_CTAS else None
+    return members if items * teams(table_blocks, members * each) <= CLUSTERS[members - 1] else None
 
 
 class Portion(NamedTuple):

@@ -51,6 +51,28 @@ class Share(NamedTuple):
     first: Int32
 
 
+class Post(NamedTuple):
+    """Where a team stands: it is number `team` of the `teams` of an item."""
+
+    request: Int32
+    group: Int32
+    team: Int32
+    teams: Int32
+
+
+@cute.jit
+def find_post(cluster_id, groups, teams) -> Post:
+    """Items lie one after another, each with so many teams."""
+    item, team = cluster_id, Int32(0)
+    # NOTE: a division is 100 cycles
+    if teams > 1:
+        item, team = cluster_id // teams, cluster_id % teams
+    request, group = item, Int32(0)
+    if groups > 1:
+        request, group = item // groups, item % groups
+    return Post(request, group, team, teams)
+
+
 @cute.jit
 def find_share(
     table: cute.Tensor,  # [B, table_blocks] int32
@@ -61,38 +83,52 @@ def find_share(
     members: cutlass.Constexpr,
     each: cutlass.Constexpr = 1,  # pairs of a CTA, at most
 ) -> Share:
-    """This CTA's share: items lie one after another, each with as many teams as the table has room for.
+    """This CTA's share, where each item has as many teams as the table has room for.
 
     A barrier of the CTA lies inside, as in `find_work`.
     """
     width = table.shape[1]
-    teams = split.teams(width, members * each, cutlass.max)
-    item, team = cluster_id, Int32(0)
-    # NOTE: a division is 100 cycles
-    if teams > 1:
-        item, team = cluster_id // teams, cluster_id % teams
-    request, group = item, Int32(0)
-    if groups > 1:
-        request, group = item // groups, item % groups
+    post = find_post(cluster_id, groups, split.teams(width, members * each, cutlass.max))
     ids = Int32(0), Int32(0)
     if const_expr(each == 1):
         # NOTE: asked for beside the length, not behind it: a short call is a chain of latencies
-        pair = team * members + member
-        ids = tuple(table[request, cutlass.min(2 * pair + i, width - 1)] for i in range(2))
-    length = length_of(table, seq_lens, request)
+        pair = post.team * members + member
+        ids = tuple(table[post.request, cutlass.min(2 * pair + i, width - 1)] for i in range(2))
+    length = length_of(table, seq_lens, post.request)
+    return share_of(post, length, ids, cluster_id, member, members, each)
+
+
+@cute.jit
+def share_of(
+    post: Post,
+    length,
+    ids: tuple[Int32, Int32],
+    cluster_id,
+    member,
+    members: cutlass.Constexpr,
+    each: cutlass.Constexpr,  # 1, or more: as many as there are teams for
+) -> Share:
+    """This CTA's share of an item of so many keys. A barrier of the CTA lies inside."""
     pairs = split.pairs(length)
-    own = split.portion(pairs, team, teams, member, members, each, cutlass.min, cutlass.max)
+    own = split.portion(pairs, post.team, post.teams, member, members, each, cutlass.min, cutlass.max)
     part = split.Segment(own.first, own.last, pairs, own.last - own.first, False, 0)
-    busy = own.first < own.last or (pairs == 0 and team == 0 and member == 0)
+    busy = own.first < own.last or (pairs == 0 and post.team == 0 and member == 0)
     cute.arch.sync_threads()
-    place = Place(request, group, Int32(0), Int32(1))
-    return Share(place, length, part, ids, busy, own.active, own.needed, cluster_id - team)
+    place = Place(post.request, post.group, Int32(0), Int32(1))
+    return Share(place, length, part, ids, busy, own.active, own.needed, cluster_id - post.team)
 
 
 @cute.jit
 def meet() -> None:
     """Wait for all threads of the cluster; what they wrote before is then seen."""
     cute.arch.cluster_arrive()
+    cute.arch.cluster_wait()
+
+
+@cute.jit
+def leave() -> None:
+    """Wait for all threads of the cluster, not for what they wrote: a CTA's shared memory must outlive its readers."""
+    cute.arch.cluster_arrive_relaxed()
     cute.arch.cluster_wait()
 
 
@@ -127,7 +163,7 @@ def stand_by(share: Share) -> None:
     """What a warp without a result does where its CTA's are merged."""
     if share.active > 0:
         meet()
-        meet()
+        leave()
 
 
 @cute.jit
@@ -151,34 +187,37 @@ def merge(
             tensors.out, tensors.lse, tensors.sink, scalars.has_sink, scalars.packing, heads, scalars.empty_lse, rows
         )
         meet()
-        merge_members(
-            results, tensors.partials, tensors.counters, target, share, cluster_id, member, members, tid, threads, bar
-        )
-        # NOTE: a CTA's shared memory must outlive its readers
-        meet()
+        of_item, unit, step = Rows.of(target, share.place.group), member * threads + tid, members * threads
+        merge_members(results, tensors.partials, target, share, of_item, cluster_id, members, unit, step)
+        if share.teams > 1:
+            last = Int32(0)
+            cute.arch.fence_acq_rel_gpu()
+            sync(bar, threads)
+            if tid == 0:
+                last = arrive_last(tensors.counters.iterator + (share.first * members + member), share.teams)
+            if any_of(bar, threads, last) != 0:
+                cute.arch.fence_acq_rel_gpu()
+                merge_teams(tensors.partials, target, share, of_item, unit, step)
+        leave()
 
 
 @cute.jit
 def merge_members(
     results: Partials,
     partials: Partials,
-    counters: cute.Tensor,
     target: Target,
     share: Share,
-    cluster_id,
-    member,
+    rows: Rows,
+    slot,  # of the team
     members: cutlass.Constexpr,
-    tid,
-    threads: cutlass.Constexpr,
-    bar: cutlass.Constexpr,
+    unit,
+    step: cutlass.Constexpr,
 ) -> None:
-    """What `merge` does between both barriers of the cluster."""
-    rows = Rows.of(target, share.place.group)
+    """Add the results of a team's CTAs, units `unit`, `unit` + step, ..., and write them: a team's alone to out."""
     vectors = results.out.shape[2] // VECTOR
     values = cute.make_rmem_tensor(cute.make_layout((VECTOR, members)), Float32)
     lse = cute.make_rmem_tensor(members, Float32)
     result = cute.make_rmem_tensor(VECTOR, Float32)
-    unit = member * threads + tid
     while unit < rows.count * vectors:
         row, vector = unit // vectors, unit % vectors
         for p in cutlass.range_constexpr(members):
@@ -196,20 +235,11 @@ def merge_members(
             scale = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
             for e in cutlass.range_constexpr(VECTOR):
                 result[e] = result[e] * scale
-            cute.autovec_copy(result, cute.local_tile(partials.out[cluster_id, row, None], (VECTOR,), (vector,)))
+            cute.autovec_copy(result, cute.local_tile(partials.out[slot, row, None], (VECTOR,), (vector,)))
             if vector == 0:
                 lse2 = largest + cute.math.log2(total, fastmath=True) if total > 0.0 else -Float32.inf
-                partials.lse[cluster_id, row] = lse2
-        unit = unit + members * threads
-    if share.teams > 1:
-        last = Int32(0)
-        cute.arch.fence_acq_rel_gpu()
-        sync(bar, threads)
-        if tid == 0:
-            last = arrive_last(counters.iterator + (share.first * members + member), share.teams)
-        if any_of(bar, threads, last) != 0:
-            cute.arch.fence_acq_rel_gpu()
-            merge_teams(partials, target, share, rows, member * threads + tid, members * threads)
+                partials.lse[slot, row] = lse2
+        unit = unit + step
 
 
 @cute.jit
