@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from flash_mla import deepseek
 from flash_mla.backends import hopper
+from flash_mla.backends.hopper import sparse_decode
+from flash_mla.plan import plan
 from flash_mla.reference import format_rows
 from flash_mla.testing import run
 from flash_mla.testing.budget import check
@@ -35,6 +38,15 @@ CASES = {
     "tokens": replace(V32, B=70, S_q=3, topk=200, lengths=True),
     "tokens-heads-8": replace(FEW, Hq=8, B=100, S_q=3, topk=300, lengths=True),
     "queries-9": replace(FEW, S_q=9),
+    # teams: of one to eight CTAs, one or several of an item, one pair of blocks a CTA or more
+    "team-1": replace(FEW, B=30, topk=100, lengths=True, sink=True),
+    "team-2": replace(V32, B=4, topk=512, lengths=True, sink=True),
+    "team-5": replace(MODEL1, S_q=1, lengths=True, topk=128, extra_topk=512),
+    "team-8": replace(FEW, S_q=1, B=7, topk=2000, lengths=True, sink=True),
+    "teams": replace(FEW, S_q=1, topk=2048, sink=True),
+    "teams-heads-64": replace(V32, Hq=64, B=8, S_q=1, topk=2048, lengths=True),
+    "teams-8": replace(FEW, Hq=8, B=2, S_q=1, topk=16000, lengths=True),
+    "teams-bf16": replace(BF16, Hq=64, B=2, S_q=1, topk=1500, sink=True),
     # long enough for raw rows beside 64 heads
     "heads-64-long": replace(V32, Hq=64, B=43, lengths=True, sink=True),
     "heads-33-long-extra": replace(V32, Hq=33, B=32, topk=500, extra_topk=500, page=53),
@@ -73,9 +85,26 @@ def test_sparse_decode(name: str) -> None:
     assert result.passed, str(result)
 
 
-@pytest.mark.parametrize("heads", [128, 16])
-def test_replay_sees_new_lengths_and_indices(heads: int) -> None:
-    case = replace(V32, Hq=heads, B=40, lengths=True)
+@pytest.fixture
+def no_teams(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls are computed as larger ones are."""
+    monkeypatch.setattr(sparse_decode, "team", lambda _: None)
+    plan.cache_clear()
+    yield
+    plan.cache_clear()
+
+
+@pytest.mark.usefixtures("no_teams")
+@pytest.mark.parametrize("name", CASES)
+def test_without_teams(name: str) -> None:
+    result = run(CASES[name])
+    assert result.passed, str(result)
+
+
+@pytest.mark.parametrize(("heads", "B"), [(128, 40), (16, 70), (16, 5), (64, 3)])
+def test_replay_sees_new_lengths_and_indices(heads: int, B: int) -> None:
+    """The last two calls are computed by teams."""
+    case = replace(V32, Hq=heads, B=B, lengths=True)
     call, later = case.call(), replace(case, seed=1).call()
     moving = ("k_cache", "indices", "topk_length", "q")
     static = {name: call.arguments[name].clone() for name in moving}

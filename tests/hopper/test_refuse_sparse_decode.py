@@ -84,22 +84,46 @@ def test_refuses_with_a_reason(keys: dict, changes: dict, words: str) -> None:
     [(1, 8, 1), (8, 8, 1), (9, 16, 1), (16, 16, 1), (17, 64, 1), (33, 64, 1), (64, 64, 1), (65, 64, 2), (200, 64, 2)],
 )
 def test_config_holds_the_heads(heads: int, tile: int, cluster: int) -> None:
-    config = sparse_decode.config(problem(Hq=heads))
-    assert (config.tile_heads, config.cluster) == (tile, cluster)
+    config = sparse_decode.config(problem(Hq=heads, B=40))
+    assert (config.tile_heads, config.cluster, config.team) == (tile, cluster, False)
 
 
-@pytest.mark.parametrize(("B", "tile"), [(1, 16), (3, 16), (4, 64)])
-def test_config_spreads_a_small_call(B: int, tile: int) -> None:
-    """64 heads in tiles of 16, where a pair of blocks of each has an SM: 640 keys are 5 pairs."""
-    config = sparse_decode.config(problem({"topk": 640}, B=B, Hq=64))
-    assert (config.tile_heads, config.cluster) == (tile, 1)
+@pytest.mark.parametrize(
+    ("changes", "topk", "shape"),
+    [
+        # heads of a CTA, pairs of blocks of one at most, CTAs of a team, teams of an item
+        ({"B": 1, "S_q": 1, "Hq": 8}, 2048, (8, 1, 8, 2)),
+        ({"B": 1, "S_q": 1, "Hq": 64}, 2048, (16, 1, 8, 2)),
+        ({"B": 1, "S_q": 1}, 2048, (16, 2, 8, 1)),
+        ({"B": 8, "S_q": 1, "Hq": 16}, 2048, (16, 2, 8, 1)),
+        ({"B": 8, "S_q": 1, "Hq": 32}, 2048, (16, 3, 6, 1)),
+        ({"B": 8, "S_q": 1, "Hq": 64}, 2048, (16, 4, 2, 2)),
+        ({"B": 8, "S_q": 1}, 512, (16, 2, 2, 1)),
+        ({"B": 100, "S_q": 1, "Hq": 16}, 100, (16, 1, 1, 1)),
+        ({"B": 1, "S_q": 1, "Hq": 16}, 0, (16, 1, 1, 1)),
+        ({"B": 8, "S_q": 1}, 2048, (16, 8, 2, 1)),
+        ({"B": 9, "S_q": 1}, 2048, None),
+        # where producers convert or copy rows a CTA has fewer pairs
+        ({"B": 2, "Hq": 64, "format": "model1", "D": 512}, 640, (16, 1, 5, 1)),
+        ({"B": 2, "format": "model1", "D": 512}, 1152, None),
+        ({"B": 8, "S_q": 1, "format": None}, 2048, None),
+    ],
+)
+def test_short_calls_are_computed_by_teams(changes: dict, topk: int, shape: tuple | None) -> None:
+    call = problem({"topk": topk}, **changes)
+    team, config = sparse_decode.team(call), sparse_decode.config(call)
+    assert team == shape
+    assert config.team == (team is not None)
+    if team is not None:
+        assert (config.tile_heads, config.cluster, config.tile_rows) == (team.tile_heads, team.members, team.tile_heads)
+        assert team.each * team.members * team.teams >= -(-topk // 128)
 
 
 @pytest.mark.parametrize(
     ("changes", "halves"),
     [
         ({"B": 128, "S_q": 1, "Hq": 64}, True),
-        ({"B": 16, "Hq": 17}, True),
+        ({"B": 17, "Hq": 17}, True),
         # a CTA has less than four pairs of blocks; two CTAs; few heads; rows of other scales
         ({"B": 15, "Hq": 64}, False),
         ({"B": 128, "Hq": 65}, False),

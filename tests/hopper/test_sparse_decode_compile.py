@@ -22,6 +22,8 @@ CONFIGS = gates(
         Config("bf16_576", 1, 16),
         Config("bf16_576", 1, 64),
         Config("bf16_576", 1, 64, cluster=2),
+        Config("fp8_ds_mla", 1, 16, cluster=8, team=True),
+        Config("model1", 2, 16, cluster=5, team=True),
     ],
     [
         Config("fp8_ds_mla", 1, 16),
@@ -34,11 +36,17 @@ CONFIGS = gates(
         Config("model1", 2, 64, cluster=2),
         Config("flat", 1, 64, cluster=2),
         Config("bf16_512", 2, 16),
+        Config("fp8_ds_mla", 2, 16, cluster=2, team=True),
+        Config("fp8_ds_mla", 1, 8, cluster=8, team=True),
+        Config("fp8_ds_mla", 1, 16, team=True),
+        Config("v4.1", 1, 16, cluster=8, team=True),
+        Config("flat", 1, 16, cluster=4, team=True),
+        Config("bf16_576", 1, 16, cluster=8, team=True),
     ],
 )
 
 
-SPILLS = {Config("model1", 2, 64): (8, 1, 1), Config("fp8_ds_mla", 2, 64, halves=True): (16, 18, 9)}
+SPILLS = {Config("model1", 2, 64): (8, 1, 1), Config("fp8_ds_mla", 2, 64, halves=True): (16, 13, 5)}
 """Stack, stores and loads with two caches: words written once a segment and read once a pair."""
 
 

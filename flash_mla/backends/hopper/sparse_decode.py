@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +16,11 @@ from flash_mla.kernels.hopper.sparse_decode.config import DV, ROWS, SPLIT_COST, 
 from flash_mla.problem import ALIGNMENT, BLOCK, SparseArgs, SparseProblem
 from flash_mla.quant import FORMATS
 
-SPREAD = 128
-"""CTAs that work at once on any Hopper card but the smallest."""
-LONG = 4
-"""Pairs of blocks of a CTA from which on raw rows are faster beside 64 heads: 2 pairs take 38.3 us where converted rows
-take 36.4, 8 pairs 71.3 where they take 79.5."""
+LONG = 4 * 128
+"""Pairs of blocks of a call from which on raw rows are faster beside 64 heads: two a CTA take 38.3 us where converted
+rows take 36.4, eight 71.3 where they take 79.5."""
+PAIRS = {"raw": (2.0, 8), "copied": (2.0, 4), "converted": (3.5, 2)}
+"""What a pair of blocks takes a CTA of a team, us, 16 heads beside it; and pairs of one at most: by the rows' way."""
 WIDTHS = (576, 512)
 """D that the kernel is written for, with Dv 512."""
 
@@ -59,18 +60,51 @@ def rows_name(problem: SparseProblem) -> str:
     return f"bf16_{problem.D}" if problem.format is None else problem.format
 
 
-def config(problem: SparseProblem) -> Config:
-    """The kernel variant: the smallest tile of heads that holds them, and two CTAs of 64 that share a token's keys.
+class Team(NamedTuple):
+    """How teams compute a call: heads of a CTA, pairs of blocks that it has at most, CTAs of a team, and teams that a
+    token's tile of heads has."""
 
-    A call so small that its heads can be spread over the chip, 16 a CTA and a pair of blocks each, is. One tile of 64
-    heads reads rows as they are where a CTA has LONG pairs of blocks.
-    """
-    rows, blocks = rows_name(problem), sum(-(-keys.topk // BLOCK) for keys in problem.sets)
-    pairs = problem.B * problem.S_q * -(-blocks // 2)
-    tiles = TILES[:2] if pairs * -(-problem.Hq // TILES[1]) <= SPREAD else TILES
-    tile_heads = next((tile for tile in tiles if problem.Hq <= tile), tiles[-1])
-    cluster = 2 if tile_heads == TILES[-1] and problem.Hq > tile_heads else 1
-    halves = tile_heads == TILES[-1] and cluster == 1 and ROWS[rows].raw and pairs >= LONG * SPREAD
+    tile_heads: int
+    each: int
+    members: int
+    teams: int
+
+
+def token_blocks(problem: SparseProblem) -> int:
+    """Blocks of a token's keys, at most."""
+    return sum(-(-keys.topk // BLOCK) for keys in problem.sets)
+
+
+def team(problem: SparseProblem) -> Team | None:
+    """The teams that compute a call in the least time, of those that the chip has room for at once; None: there are
+    none."""
+    tile_heads = TILES[0] if problem.Hq <= TILES[0] else TILES[1]
+    items, pairs = problem.B * problem.S_q * -(-problem.Hq // tile_heads), -(-token_blocks(problem) // 2)
+    kind = Config(rows_name(problem), len(problem.sets), tile_heads)
+    pair_us, most_pairs = PAIRS["raw" if kind.raw else "copied" if kind.copied else "converted"]
+    found: list[tuple[float, Team]] = []
+    for members, clusters in enumerate(split.CLUSTERS, 1):
+        # NOTE: a lone CTA writes its result to out
+        most_teams = clusters // items if members > 1 else min(1, clusters // items)
+        for teams in range(1, most_teams + 1):
+            each = max(1, -(-pairs // (members * teams)))
+            # about 1 us to merge, 7 of a CTA's to add several teams
+            cost = each * pair_us + (members > 1) + (teams > 1) * 7 / members
+            if each <= most_pairs:
+                found.append((cost, Team(tile_heads, each, members, teams)))
+    return min(found, key=lambda one: (one[0], one[1].members * one[1].teams), default=(0.0, None))[1]
+
+
+def config(problem: SparseProblem) -> Config:
+    """The kernel variant: teams where keys and heads are few; else the smallest tile of heads that holds them, and two
+    CTAs of 64 that share a token's keys. One tile of 64 heads reads rows as they are in LONG calls."""
+    rows = rows_name(problem)
+    if (found := team(problem)) is not None:
+        return Config(rows, len(problem.sets), found.tile_heads, found.members, team=True)
+    tile_heads = next((tile for tile in TILES if problem.Hq <= tile), TILES[-1])
+    cluster = 2 if problem.Hq > TILES[-1] else 1
+    pairs = problem.B * problem.S_q * -(-token_blocks(problem) // 2)
+    halves = tile_heads == TILES[-1] and cluster == 1 and ROWS[rows].raw and pairs >= LONG
     return Config(rows, len(problem.sets), tile_heads, cluster, halves)
 
 
@@ -86,16 +120,20 @@ def bind(problem: SparseProblem, config: Config) -> Callable[[SparseArgs], None]
     kernel = store.load("sparse_decode", config, build)
     device = problem.device
     clusters = multiprocessors(device) // config.cluster
-    words = config.workspace_words(clusters)
     has_lengths = sum(keys.lengths << i for i, keys in enumerate(problem.sets))
     has_sink = int(problem.sink)
-    tokens, blocks = problem.B * problem.S_q, sum(-(-keys.topk // BLOCK) for keys in problem.sets)
-    items, pairs = tokens * -(-problem.Hq // config.tile_rows), -(-blocks // 2)
+    items, pairs = problem.B * problem.S_q * -(-problem.Hq // config.tile_rows), -(-token_blocks(problem) // 2)
     may_split = int(has_lengths or split.splits_equal(pairs, items, clusters, START, SPLIT_COST))
+    teams, each = 1, 1
+    if (found := team(problem)) is not None:
+        teams, each = found.teams, found.each
+        clusters, may_split = items * teams, 0
+    words = config.workspace_words(clusters)
     nothing = unread(device, torch.int32)
 
     def launch(args: SparseArgs) -> None:
-        workspace = scratch(device, words).workspace
+        kept = scratch(device, words)
+        workspace = kept.workspace
         caches: list[Tensor] = []
         for cache, indices, lengths in args.keys:
             caches += (cache, int32(indices), nothing if lengths is None else int32(lengths))
@@ -108,12 +146,15 @@ def bind(problem: SparseProblem, config: Config) -> Callable[[SparseArgs], None]
             args.out,
             args.lse,
             workspace,
+            kept.counters if config.team else 0,
             args.softmax_scale * LOG2_E,
             args.empty_lse,
             has_lengths,
             has_sink,
             may_split,
             clusters,
+            teams,
+            each,
         )
 
     return on_device(device, launch)

@@ -87,8 +87,9 @@ class Config:
     """What is compiled: everything else is an argument of the kernel.
 
     rows: a name of ROWS; caches: 1, or 2 (a token's keys lie in both); tile_heads: query heads of a CTA, 64 as the M of
-    the products or fewer as their N; cluster: CTAs of 64 heads of a token side by side; halves: 64 heads as the N,
-    over raw rows, one CTA, each consumer with half of O's columns.
+    the products or fewer as their N; cluster: CTAs of 64 heads of a token side by side, or of a team; halves: 64 heads
+    as the N, over raw rows, one CTA, each consumer with half of O's columns; team: whether a cluster merges what its
+    CTAs compute of one tile of heads (`kernels/hopper/team.py`).
     """
 
     rows: str
@@ -96,6 +97,7 @@ class Config:
     tile_heads: int
     cluster: int = 1
     halves: bool = False
+    team: bool = False
 
     @property
     def few(self) -> bool:
@@ -149,9 +151,14 @@ class Config:
         return self.layout.codes == 0
 
     @property
+    def sharers(self) -> int:
+        """CTAs of a cluster that share a token's keys."""
+        return 1 if self.team else self.cluster
+
+    @property
     def sharing(self) -> int:
         """CTAs that fill and free each stage together."""
-        return 1 if self.copied else self.cluster
+        return 1 if self.copied else self.sharers
 
     @property
     def exchanges_rope(self) -> bool:
@@ -259,7 +266,7 @@ class Config:
     @property
     def tile_rows(self) -> int:
         """Query heads of a cluster."""
-        return self.tile_heads * self.cluster
+        return self.tile_heads * self.sharers
 
     def stage_chunks(self, stage: int) -> list[int]:
         """Chunks that travel through a stage: four of V, and the rope chunk with stages 1 and 2."""

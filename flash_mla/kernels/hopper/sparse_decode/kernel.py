@@ -6,8 +6,9 @@ what a request is in dense decode: its keys are its indices, in blocks of 64, th
 Grid: one CTA an SM, persistent. A CTA takes a tile of a token's heads: all of up to 16 (`few.py`; `raw.py` over rows of
 one FP32 scale for 128 columns), or 64 (`many.py`; `halves.py` over such rows); two CTAs with 64 heads each of one token
 form a cluster. Every CTA finds its range of keys from the counts on the device (`split.py`); `combine.py` adds the
-pieces of tokens that were split. Nothing comes from the host: a captured graph stays right when indices and counts
-change.
+pieces of tokens that were split. In a short call a cluster is a team (`kernels/hopper/team.py`): each CTA takes some
+pairs of blocks of one token beside up to 16 heads, and they merge in place. Nothing comes from the host: a captured
+graph stays right when indices and counts change.
 
 Bound. 64 heads against a block are 8.9 MFLOP, 2176 cycles of an SM's tensor cores. Its 64 rows are 42 KB in
 fp8_ds_mla: 2300 cycles at an SM's share of 4.3 TB/s. To make them BF16 takes 16384 pairs of values through two
@@ -58,6 +59,10 @@ from flash_mla.kernels.hopper import split, symbolic
 from flash_mla.kernels.hopper.boxes import Tma, load_of
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.combine import combine
+from flash_mla.kernels.hopper.decode import tensor_at
+from flash_mla.kernels.hopper.gqa_decode import result
+from flash_mla.kernels.hopper.gqa_decode.config import CONSUMERS, Bar
+from flash_mla.kernels.hopper.gqa_decode.shared import Item
 from flash_mla.kernels.hopper.launch import Kernel, launch_persistent, place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
@@ -77,6 +82,7 @@ from flash_mla.kernels.hopper.sparse_decode.producer import Producer
 from flash_mla.kernels.hopper.sparse_decode.ring import RingProducer
 from flash_mla.kernels.hopper.sparse_decode.rows import Cache, Lengths
 from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.team import find_post, merge, results_at, share_of, stand_by
 from flash_mla.kernels.hopper.walk import Done, walk
 from flash_mla.kernels.hopper.work import Work, find_equal_work, find_work
 
@@ -84,13 +90,15 @@ from flash_mla.kernels.hopper.work import Work, find_equal_work, find_work
 class Results(NamedTuple):
     """Global memory that is written, and the sink.
 
-    sink [Hq] FP32; out [tokens, Hq, 512]; lse [tokens, Hq] FP32, natural log; partials: see `Partials`.
+    sink [Hq] FP32; out [tokens, Hq, 512]; lse [tokens, Hq] FP32, natural log; partials: see `Partials`; counters: of
+    teams.
     """
 
     sink: cute.Tensor
     out: cute.Tensor
     lse: cute.Tensor
     partials: Partials
+    counters: cute.Tensor
 
 
 class Tensors(NamedTuple):
@@ -102,11 +110,13 @@ class Tensors(NamedTuple):
     out: cute.Tensor
     lse: cute.Tensor
     partials: Partials
+    counters: cute.Tensor
 
 
 class Scalars(NamedTuple):
     """scale * log2(e); whether `sink` counts; groups of heads a token; heads; the order of rows, one a head; lse of a
-    row without keys.
+    row without keys; of a call in teams, the teams of a token's tile of heads, and the pairs of blocks that a CTA takes
+    at most.
     """
 
     scale_log2: Float32
@@ -115,6 +125,8 @@ class Scalars(NamedTuple):
     rows: Int32
     packing: Packing
     empty_lse: Float32
+    teams: Int32
+    each: Int32
 
 
 class SparseDecode(Kernel[Config]):
@@ -134,12 +146,15 @@ class SparseDecode(Kernel[Config]):
         out: cute.Tensor,  # [B, S_q, Hq, 512], contiguous
         lse: cute.Tensor,  # [B, Hq, S_q] FP32, its memory [B, S_q, Hq]
         workspace: cute.Tensor,  # [Partials.words(clusters, tile_rows, 512)] FP32
+        counters: Int64,  # of [CTAs] int32, 0, and 0 again behind the call; anything if not config.team
         scale_log2: Float32,
         empty_lse: Float32,  # lse of a row without keys
         has_lengths: Int32,
         has_sink: Int32,
         splits: Int32,  # whether a token may be split at all
         clusters: Int32,
+        teams: Int32,  # of a token's tile of heads; anything if not config.team
+        each: Int32,  # pairs of blocks of a CTA of a team, at most
         stream,
     ):
         config = self.config
@@ -161,10 +176,11 @@ class SparseDecode(Kernel[Config]):
             ),
             lse=cute.make_tensor(lse.iterator, cute.make_layout((tokens, Hq), stride=(Hq, 1))),
             partials=Partials.over(workspace.iterator, clusters, config.tile_rows, DV),
+            counters=tensor_at(counters, Int32, (clusters * config.cluster,), (1,), 4),
         )
         groups = (Hq + (config.tile_rows - 1)) // config.tile_rows
         packing = Packing(Int32(1))
-        scalars = Scalars(scale_log2, has_sink, groups, Hq, packing, empty_lse)
+        scalars = Scalars(scale_log2, has_sink, groups, Hq, packing, empty_lse, teams, each)
         load_q = load_of(gQ, config.tile_heads, CHUNK)
         launch_persistent(self.kernel(load_q, caches, tokens, S_q, results, scalars, splits), config, clusters, stream)
         if splits != 0:
@@ -193,17 +209,29 @@ class SparseDecode(Kernel[Config]):
             "q_barriers": array[Int64, Channel.words(1)],
         }
         storage = cute.struct(type("Storage", (), {"__annotations__": fields}))
-        shared = shared_of(config).over(config, allocate(storage, config))
+        memory = allocate(storage, config)
+        shared, words = shared_of(config).over(config, memory), cute.recast_ptr(memory.sK.data_ptr(), dtype=Float32)
         lengths = Lengths(caches, tokens, S_q)
         tensors = Tensors(lengths, lengths, *results)
         warp_id = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         rank, cluster_id, clusters = place_of_cta(config.cluster)
 
         # barriers, and the work of this cluster
-        if warp_id == CONSUMER_WARPS:
-            lengths.prefetch(scalars.groups, cluster_id, clusters, cute.arch.lane_idx())
+        if warp_id == CONSUMER_WARPS and const_expr(not config.team):
+            lengths.prefetch_first(scalars.groups, cluster_id, clusters)
         if warp_id == 0:
             open_channels(shared.channels, (load_q.atom,))
+        if const_expr(config.team):
+            self.run_team(shared, words, load_q, lengths, tensors, scalars, rank, cluster_id, warp_id)
+        else:
+            self.run(shared, load_q, lengths, tensors, scalars, splits, rank, cluster_id, clusters, warp_id)
+        for channel in shared.channels:
+            channel.check()
+
+    @cute.jit
+    def run(self, shared, load_q, lengths, tensors, scalars, splits, rank, cluster_id, clusters, warp_id) -> None:
+        """The roles of a CTA that takes what its cluster's range holds."""
+        config = self.config
         if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         find = partial(find_work, lengths, lengths, scalars.groups, cluster_id, clusters, config.warps, shared.sScan)
@@ -222,20 +250,16 @@ class SparseDecode(Kernel[Config]):
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp_id >= CONSUMER_WARPS:
-            if const_expr(config.registers[1] < config.entry_registers):
-                cute.arch.setmaxregister_decrease(config.registers[1])
+            lower_registers(config)
             warp = warp_id - CONSUMER_WARPS
             if warp == 0 and rank == 0:
-                note_split(results.partials, work, lengths, lengths, scalars.groups, cluster_id)
+                note_split(tensors.partials, work, lengths, lengths, scalars.groups, cluster_id)
             producer_of(config).over(shared, lengths, rank, warp, *load_q).run(scalars.groups, work)
         else:
-            if const_expr(config.registers[0] > config.entry_registers):
-                cute.arch.setmaxregister_increase(config.registers[0])
+            raise_registers(config)
             tidx, _, _ = cute.arch.thread_idx()
             if const_expr(config.few):
-                roles = halves if const_expr(config.halves) else raw_consumer if const_expr(config.raw) else few
-                consumer = roles.Consumer.over(shared, warp_id // 4, tidx % WARPGROUP)
-                segments = roles.Segments(consumer, tensors, scalars, cluster_id)
+                segments = few_segments(shared, tensors, scalars, cluster_id, warp_id, tidx)
                 walk(work, lengths, lengths, scalars.groups, segments.compute, Done.nothing())
             elif warp_id < CONSUMER_WARPS // 2:
                 consumer = ManyConsumer.over(shared, 0, tidx, scalars.scale_log2)
@@ -245,8 +269,57 @@ class SparseDecode(Kernel[Config]):
                 consumer = ManyConsumer.over(shared, 1, tidx - WARPGROUP, scalars.scale_log2)
                 right = many.Segments(consumer, tensors, scalars, rank, cluster_id)
                 walk(work, lengths, lengths, scalars.groups, right.compute, Done.nothing())
-        for channel in shared.channels:
-            channel.check()
+
+    @cute.jit
+    def run_team(self, shared, words, load_q, lengths, tensors, scalars, member, cluster_id, warp_id) -> None:
+        """The roles of a CTA that takes a few pairs of its team's token, beside few heads."""
+        config, members, nothing = self.config, self.config.cluster, Done.nothing()
+        post = find_post(cluster_id, scalars.groups, scalars.teams)
+        if warp_id == CONSUMER_WARPS:
+            lengths.prefetch(post.request, (post.team * members + member) * scalars.each * split.PAIR)
+        share = share_of(post, lengths[post.request], (Int32(0), Int32(0)), cluster_id, member, members, 2)
+        place, part = share.place, share.part
+        if warp_id >= CONSUMER_WARPS:
+            lower_registers(config)
+            producer = producer_of(config).over(shared, lengths, Int32(0), warp_id - CONSUMER_WARPS, *load_q)
+            producer.load_segment(place, share.length, part, nothing)
+            if const_expr(members > 1):
+                stand_by(share)
+        else:
+            raise_registers(config)
+            tidx, _, _ = cute.arch.thread_idx()
+            # NOTE: over the rows: behind a barrier of both warpgroups nobody reads them
+            results = results_at(tensors.partials, words, config.tile_heads, DV)
+            own = tensors._replace(partials=results) if const_expr(members > 1) else tensors
+            segments = few_segments(shared, own, scalars, Int32(0), warp_id, tidx)
+            if part.last > part.first:
+                segments.compute(place, share.length, part._replace(whole=members == 1), nothing)
+            elif share.busy:
+                segments.write_nothing(Item(place.request, Int32(0), place.group))
+            if const_expr(members > 1):
+                merge(
+                    results, tensors, scalars, Int32(1), config.tile_heads, share, cluster_id, member, members, tidx,
+                    CONSUMERS, Bar.MERGE,
+                )  # fmt: skip
+
+
+def lower_registers(config: Config) -> None:
+    """Of a producer's thread, to what its role has."""
+    if config.registers[1] < config.entry_registers:
+        cute.arch.setmaxregister_decrease(config.registers[1])
+
+
+def raise_registers(config: Config) -> None:
+    """Of a consumer's thread, to what its role has."""
+    if config.registers[0] > config.entry_registers:
+        cute.arch.setmaxregister_increase(config.registers[0])
+
+
+def few_segments(shared, tensors: Tensors, scalars: Scalars, cta, warp_id, tidx) -> result.Segments:
+    """What a consumer warpgroup does with its CTA's segments where heads are the N of the products."""
+    config = shared.config
+    roles = halves if config.halves else raw_consumer if config.raw else few
+    return roles.Segments(roles.Consumer.over(shared, warp_id // 4, tidx % WARPGROUP), tensors, scalars, cta)
 
 
 def shared_of(config: Config) -> type:
@@ -283,7 +356,7 @@ def arguments(config: Config) -> tuple:
         symbolic.tensor(BFloat16, (B, S_q, Hq, DV), align=16),
         symbolic.tensor(Float32, (B, Hq, S_q), strided=True),
         symbolic.tensor(Float32, (None,), align=16),
-        *symbolic.numbers(Float32, Float32, Int32, Int32, Int32, Int32),
+        *symbolic.numbers(Int64, Float32, Float32, *[Int32] * 6),
     )
 
 

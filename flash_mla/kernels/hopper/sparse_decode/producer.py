@@ -265,7 +265,7 @@ class Producer:
 
     def row_tile(self, place: Place):
         """Number of the CTA's tile of heads."""
-        return place.group * self.config.cluster + self.rank
+        return place.group * self.config.sharers + self.rank
 
     @cute.jit
     def load_q(self, keys: Keys, row_tile, count) -> None:

@@ -76,7 +76,7 @@ class Shared(shared.Shared):
             storage.k_barriers.data_ptr(),
             config.blocks,
             readers=CONSUMER_WARPS if config.halves else CONSUMER_WARPS // 2,
-            writers=config.producer_warps,
+            writers=config.k_writers,
         )
         return Shared(
             config=config,
@@ -118,7 +118,6 @@ class RawProducer(Copying):
     @classmethod
     def over(cls, shared, lengths, rank, warp, tma_q, tQ) -> Self:
         made = Producer.over(shared, lengths, rank, warp, tma_q, tQ)
-        shared.k.written_by("producer warps", shared.config.producer_warps)
         return cls(**vars(made))
 
     @cute.jit

@@ -109,16 +109,22 @@ class Lengths:
         return BLOCK * blocks
 
     @cute.jit
-    def prefetch(self, groups, cluster, clusters, lane) -> None:
-        """Ask L2 for the indices that a cluster starts with if all tokens have as many.
+    def prefetch_first(self, groups, cluster, clusters) -> None:
+        """Ask L2 for the indices that a cluster starts with if all tokens have as many."""
+        token = cluster // groups if self.tokens * groups <= clusters else cluster * self.tokens // clusters
+        if token < self.tokens:
+            self.prefetch(token, 0)
+
+    @cute.jit
+    def prefetch(self, token, first) -> None:
+        """Ask L2, a warp, for 1024 indices of a token, from number `first` on.
 
         A short call is a chain of DRAM latencies: counts, indices, rows; this takes the second out.
         """
-        token = cluster // groups if self.tokens * groups <= clusters else cluster * self.tokens // clusters
-        indices = self.caches[0].indices
-        if token < self.tokens and 32 * lane < indices.shape[2]:
+        indices, first = self.caches[0].indices, first + 32 * cute.arch.lane_idx()
+        if first < indices.shape[2]:
             row = indices[token // self.S_q, token % self.S_q, None]
-            prefetch_line((row.iterator + 32 * lane).toint())
+            prefetch_line((row.iterator + first).toint())
 
     @cute.jit
     def keys(self, token) -> Keys:
