@@ -64,6 +64,15 @@ CASES = {
     "one-block": replace(MLA, lengths=(64,)),
     "requests": replace(FEW, lengths=MANY, layout="pool", S_q=2),
     "requests-heads-128": replace(MLA, lengths=MANY[:150], layout="pool"),
+    # teams: of one to eight CTAs, one or several of an item, one pair of blocks a CTA or more
+    "team-1": replace(MLA, lengths=(128, 0, 65), sink=True),
+    "team-2": replace(MLA, lengths=(129, 0, 256), spare=0, sink=True),
+    "team-8": replace(MLA, lengths=(1024, 900), spare=0, layout="pool"),
+    "teams": replace(FEW, lengths=(4096, 3000, 1), S_q=2, sink=True),
+    "teams-heads-128": replace(MLA, lengths=(4000,), D=512),
+    "teams-heads-7": replace(FEW, Hq=7, lengths=(0, 1024, 130), spare=48),
+    "teams-of-2-pairs": replace(MLA, lengths=(8000,), sink=True),
+    "teams-of-4-pairs": replace(FEW, lengths=(16000, 100), index_dtype=torch.int64),
     "int64": replace(FEW, index_dtype=torch.int64),
 }
 

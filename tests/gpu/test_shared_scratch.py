@@ -15,6 +15,7 @@ from torch import Tensor
 from flash_mla import deepseek, flash_mla_with_kvcache, get_mla_metadata
 from flash_mla.backends import hopper
 from flash_mla.backends.hopper.scratch import KEPT
+from flash_mla.problem import FP8
 from flash_mla.testing import DecodeCase, SparseDecodeCase
 
 pytestmark = [
@@ -29,11 +30,14 @@ CASES = {
     "mla-128": DecodeCase("mla", LENGTHS, Hq=128, **MLA),
     "gqa": DecodeCase("gqa", LENGTHS, Hq=32, Hk=8, D=128),
     "sparse": SparseDecodeCase("sparse", Hq=64, topk=2048),
+    "sparse-many": SparseDecodeCase("sparse", Hq=128, topk=2048),
+    "sparse-teams": SparseDecodeCase("sparse", B=4, S_q=1, Hq=16, topk=2048),
+    "fp8": DecodeCase("fp8", LENGTHS, Hq=16, dtype=FP8, kv_dtype=FP8, **MLA),
 }
 
 
 class Call:
-    """A call that splits its requests, on fresh tensors of a device."""
+    """A call that splits its requests or has teams for them, on fresh tensors of a device."""
 
     def __init__(self, name: str, device: str = "cuda") -> None:
         case = replace(CASES[name], device=device)

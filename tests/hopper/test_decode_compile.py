@@ -127,6 +127,20 @@ def test_mla_decode_fp8(q: str, D: int, tile_n: int, cluster: int, tmp_path: Pat
     assert sass.count("LDSM") == 8
 
 
+@pytest.mark.parametrize(
+    ("q", "tile_n", "cluster", "each"),
+    gates([("fp8", 32, 8, 2), ("bf16", 16, 8, 1)], [("fp8", 16, 1, 1), ("fp8", 64, 8, 2), ("bf16", 64, 4, 2)]),
+)
+def test_mla_decode_fp8_of_teams(q: str, tile_n: int, cluster: int, each: int, tmp_path: Path) -> None:
+    from flash_mla.kernels.hopper.mla_decode_fp8.kernel import build
+
+    config = MlaFp8Config(q, 576, tile_n, cluster, descale=True, team=each)  # type: ignore[arg-type]
+    sass = compiled(build, config, tmp_path)
+    assert sass.spills == (0, 0, 0)
+    assert sass.count("QGMMA") == 2 * config.q_tiles * 576 // 32 + 4 * 2 * config.p_parts
+    assert sass.count(r"WARPGROUP\.DEPBAR") < 8
+
+
 @pytest.mark.parametrize(("q", "dtype", "D", "Dv", "tile_n"), GQA_CONFIGS)
 def test_gqa_decode(q: str, dtype: str, D: int, Dv: int, tile_n: int, tmp_path: Path) -> None:
     from flash_mla.kernels.hopper.gqa_decode.kernel import build

@@ -85,9 +85,9 @@ def test_an_fp8_latent_goes_to_its_own_kernel() -> None:
     [
         ({}, ("fp8", 576, 64, 2)),
         ({"Hq": 64}, ("fp8", 576, 64, 1)),
-        ({"Hq": 16}, ("fp8", 576, 16, 1)),
-        ({"Hq": 8, "S_q": 3, "q_strides": (24 * 576, 3 * 576, 576, 1)}, ("fp8", 576, 32, 1)),
-        ({"Hq": 1, **BF16_QUERIES}, ("bf16", 576, 16, 1)),
+        ({"Hq": 16, "B": 100}, ("fp8", 576, 16, 1)),
+        ({"Hq": 8, "B": 100, "S_q": 3, "q_strides": (24 * 576, 3 * 576, 576, 1)}, ("fp8", 576, 32, 1)),
+        ({"Hq": 1, "B": 100, **BF16_QUERIES}, ("bf16", 576, 16, 1)),
         ({"dtype": torch.float16, "out_dtype": torch.float16}, ("fp16", 576, 64, 2)),
         ({"D": 512}, ("fp8", 512, 64, 2)),
     ],
@@ -122,6 +122,23 @@ def test_short_tables_of_few_rows_are_computed_by_teams(changes: dict, cluster: 
     config = mla_decode.config(latent(kv_dtype=torch.bfloat16, **BF16_QUERIES, **changes))
     assert (config.cluster, config.team, config.tile_m) == (cluster, team, tile_m)
     assert config.rows == tile_m * (1 if team else cluster)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cluster", "team", "tile_n"),
+    [
+        ({"table_blocks": 2, "B": 1}, 1, 1, 32),
+        ({"table_blocks": 16, "B": 8, "Hq": 16}, 8, 1, 16),
+        ({"table_blocks": 64, "B": 1}, 8, 2, 32),
+        ({"table_blocks": 16, "B": 8}, 4, 2, 64),
+        ({"table_blocks": 64, "B": 8, "Hq": 16}, 8, 4, 16),
+        ({"table_blocks": 64, "B": 8}, 2, 0, 64),
+    ],
+)
+def test_short_tables_of_an_fp8_latent(changes: dict, cluster: int, team: int, tile_n: int) -> None:
+    config = mla_decode_fp8.config(latent(**changes))
+    assert (config.cluster, config.team, config.tile_n) == (cluster, team, tile_n)
+    assert config.rows == tile_n * (1 if team else cluster)
 
 
 TOKENS_FIRST_OUT = {"out_strides": (2 * 128 * 512, 512, 128 * 512, 1)}

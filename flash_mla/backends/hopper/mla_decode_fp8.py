@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from flash_mla.backends.hopper import decode
 from flash_mla.backends.hopper.device import HALVES
 from flash_mla.backends.hopper.strides import is_token_major, refuse_query, refuse_rows
 from flash_mla.kernels.hopper.mla_decode.config import WIDTHS
-from flash_mla.kernels.hopper.mla_decode_fp8.config import MAX_S_Q, TILES_N, Config
+from flash_mla.kernels.hopper.mla_decode_fp8.config import MAX_S_Q, TEAM_SHAPES, TILES_N, Config
 from flash_mla.problem import FP8, DecodeArgs, DecodeProblem
 
 QUERIES: dict[torch.dtype, Literal["fp8", "bf16", "fp16"]] = {FP8: "fp8", **HALVES}
@@ -44,11 +45,18 @@ def refuse(problem: DecodeProblem) -> str | None:
 
 
 def config(problem: DecodeProblem) -> Config:
-    """The kernel variant: the smallest tile that holds a request's rows; two CTAs share K when there are more."""
+    """The kernel variant: teams where the table is short and rows are few; else the smallest tile that holds the rows
+    of a request, and two CTAs that share K where there are more."""
     rows = problem.Hq * problem.S_q
     tile_n = next((n for n in TILES_N if n >= rows), TILES_N[-1])
-    cluster = 2 if -(-rows // tile_n) % 2 == 0 else 1
-    return Config(QUERIES[problem.dtype], problem.D, tile_n, cluster, problem.descale, is_token_major(problem))
+    kind = partial(
+        Config, QUERIES[problem.dtype], problem.D, descale=problem.descale, token_major=is_token_major(problem)
+    )
+    for each, most_rows in TEAM_SHAPES:
+        team_tile = min(tile_n, most_rows)
+        if (members := decode.members_of_team(problem, team_tile, each)) is not None:
+            return kind(team_tile, members, team=each)
+    return kind(tile_n, 2 if -(-rows // tile_n) % 2 == 0 else 1)
 
 
 def bind(problem: DecodeProblem, config: Config) -> Callable[[DecodeArgs], None]:

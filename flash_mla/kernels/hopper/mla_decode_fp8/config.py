@@ -32,6 +32,8 @@ WARPS, WARPS_A_GROUP = 16, WARPGROUP // WARP
 THREADS = WARP * WARPS
 SCORES_REGISTERS, VALUES_REGISTERS, PRODUCER_REGISTERS = 120, 184, 24
 """A thread of the scores warpgroup, the two values warpgroups and the producer's. At 152 and 168 the values spill."""
+TEAM_SCORES_REGISTERS, TEAM_PRODUCER_REGISTERS = 112, 32
+"""The same in a call of teams."""
 assert WARPGROUP * (SCORES_REGISTERS + 2 * VALUES_REGISTERS + PRODUCER_REGISTERS) <= REGISTERS
 
 MAX_S_Q = 8
@@ -41,13 +43,16 @@ P_STAGES = 2
 """Blocks of P between the scores and the values."""
 START = 2
 """Steps of 128 tokens that beginning an item costs."""
+TEAM_SHAPES = ((1, 32), (2, 32), (1, 64), (2, 64), (4, 32))
+"""(pairs of blocks, query rows at most) of a CTA of a team; the first that fits is taken."""
 
 
 class Bar(IntEnum):
-    """Named barriers: of each values warpgroup alone."""
+    """Named barriers: of each values warpgroup alone, of both."""
 
     LEFT = 1
     RIGHT = 2
+    MERGE = 3
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,9 @@ class Config:
     """What is compiled: everything else is an argument of the kernel.
 
     q, the dtype of the queries (out: the same, BF16 for FP8); D, the width of K's rows (576, or 512 without a rope
-    part); tile_n, the query rows of a CTA; cluster, the CTAs that share K; descale: whether q, k and v have factors;
-    token_major, the order of rows.
+    part); tile_n, the query rows of a CTA; cluster, the CTAs of one, which share K or are a team; descale: whether q, k
+    and v have factors; token_major, the order of rows; team, the pairs of blocks that a CTA of a team has at most (0:
+    there are no teams).
     """
 
     q: Literal["fp8", "bf16", "fp16"]
@@ -65,9 +71,10 @@ class Config:
     cluster: int
     descale: bool
     token_major: bool = False
+    team: int = 0
 
     Dv = DV
-    latent, team = True, False
+    latent = True
     piece, masked = 0, False
     threads = THREADS
 
@@ -82,9 +89,19 @@ class Config:
         return self.D - DV
 
     @property
+    def reach(self) -> int:
+        """Pairs of blocks that a team has at most."""
+        return self.cluster * self.team
+
+    @property
+    def sharers(self) -> int:
+        """CTAs of a cluster that share K."""
+        return 1 if self.team else self.cluster
+
+    @property
     def rows(self) -> int:
         """Query rows of a cluster."""
-        return self.tile_n * self.cluster
+        return self.tile_n * self.sharers
 
     @property
     def q_terms(self) -> int:

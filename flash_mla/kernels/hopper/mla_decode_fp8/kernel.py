@@ -4,7 +4,7 @@ Grid: one CTA an SM, persistent, in clusters of 1 or 2. The S_q * Hq query rows 
 and cut into tiles of `tile_n`: 16, 32 or 64. A CTA computes one row tile against a range of the request's
 keys; a cluster of two takes two tiles against the same keys, and each CTA loads half of a block's rows for both (TMA
 multicast). Every CTA finds its range from `seq_lens` on the device (`split.py`); `combine.py` adds the pieces of
-requests that were split.
+requests that were split. In a short call a cluster is a team, which merges in place (`kernels/hopper/team.py`).
 
 Bound. A block of 64 keys is 36.9 KB: 1000 ns of an SM's share of 4.8 TB/s, 1700 cycles. Its products are 8.9 MFLOP,
 1088 cycles of the FP8 tensor cores. Shared memory: TMA writes 37 KB, Q K^T reads 74 KB, ldmatrix 33 KB of V, V^T P^T
@@ -14,6 +14,7 @@ Roles (512 threads; entry 128 registers):
     warpgroup 0      120 registers   S = Q K^T [64, 64] of every block, softmax, P in e4m3                `scores.py`
     warpgroups 1, 2  184 registers   O^T[256 columns each, tile_n] += V^T P^T; 16-bit queries   `values.py`, `query.py`
     warp 12           24 registers   TMA of Q and K                                                     `producer.py`
+        (112, 184 and 32 registers in teams)
     warp 13           24 registers   asks L2 for the table; notes the split item for combine
 V^T is the A operand, from registers: a transposing ldmatrix of 16-bit pairs gives a thread two neighbouring columns of
 two neighbouring keys, and a byte permutation separates the columns. So V needs no transposed copy in shared memory,
@@ -76,9 +77,12 @@ from flash_mla.kernels.hopper.mla_decode_fp8.config import (
     ROPE,
     SCORES_REGISTERS,
     START,
+    TEAM_PRODUCER_REGISTERS,
+    TEAM_SCORES_REGISTERS,
     VALUES_REGISTERS,
     WARPS,
     WARPS_A_GROUP,
+    Bar,
     Config,
 )
 from flash_mla.kernels.hopper.mla_decode_fp8.producer import Loads, Producer
@@ -89,6 +93,8 @@ from flash_mla.kernels.hopper.mla_decode_fp8.values import Values
 from flash_mla.kernels.hopper.partials import note_split
 from flash_mla.kernels.hopper.split import scan_words
 from flash_mla.kernels.hopper.table import prefetch_table
+from flash_mla.kernels.hopper.team import find_share, merge, stand_by
+from flash_mla.kernels.hopper.walk import Done
 from flash_mla.kernels.hopper.work import find_work
 
 
@@ -97,9 +103,9 @@ class MlaDecodeFp8(Kernel[Config]):
 
     def loads(self, q: cute.Tensor, k: cute.Tensor, _v: None) -> tuple[Loads, cute.Tensor, cute.Tensor]:
         """TMA of Q and K; K itself, [64, D, Nblk, requests], and q [B, rows, D]."""
-        config, share = self.config, BLOCK // self.config.cluster
+        config, share = self.config, BLOCK // self.config.sharers
         q, k = q[None, None, 0, None], k[None, None, 0, None, None]
-        loads_q, several = config.q == "fp8", config.cluster > 1
+        loads_q, several = config.q == "fp8", config.sharers > 1
         loads = Loads(
             q=load_of(q, config.q_box, CHUNK) if loads_q else None,
             q_rope=load_of(q, config.q_box, ROPE) if loads_q and config.rope else None,
@@ -136,16 +142,28 @@ class MlaDecodeFp8(Kernel[Config]):
         # barriers, and the work of this cluster
         if warp_id == 0:
             open_channels(shared.channels, tuple(load.atom for load in loads if load is not None))
-        if const_expr(config.cluster > 1):
+        if const_expr(config.sharers > 1):
             cute.arch.cluster_arrive_relaxed()
         if warp_id == 3 * WARPS_A_GROUP + 1:
             prefetch_table(tensors.table, cluster_id, clusters)
-        table, seq_lens, sScan = tensors.table, tensors.seq_lens, shared.sScan
-        work = find_work(table, seq_lens, scalars.groups, cluster_id, clusters, WARPS, sScan, START)
-        if const_expr(config.cluster > 1):
+        table, seq_lens, groups, sScan = tensors.table, tensors.seq_lens, scalars.groups, shared.sScan
+        if const_expr(config.team):
+            share = find_share(table, seq_lens, groups, cluster_id, rank, config.cluster, config.team)
+        else:
+            work = find_work(table, seq_lens, groups, cluster_id, clusters, WARPS, sScan, START)
+        if const_expr(config.sharers > 1):
             cute.arch.cluster_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(config.team):
+            self.run_team(shared, loads, pages, q, tensors, scalars, share, rank, cluster_id, warp_id)
+        else:
+            self.run(shared, loads, pages, q, tensors, scalars, work, rank, cluster_id, warp_id)
+        for channel in shared.channels:
+            channel.check()
 
+    @cute.jit
+    def run(self, shared, loads, pages, q, tensors, scalars, work, rank, cluster_id, warp_id) -> None:
+        """The roles of a CTA that takes what its cluster's range holds."""
         tidx, _, _ = cute.arch.thread_idx()
         if warp_id >= 3 * WARPS_A_GROUP:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
@@ -153,6 +171,7 @@ class MlaDecodeFp8(Kernel[Config]):
                 Producer.over(shared, tensors, rank, loads, pages).run(scalars, work)
             elif warp_id == 3 * WARPS_A_GROUP + 1:  # noqa: SIM102
                 if rank == 0:
+                    table, seq_lens = tensors.table, tensors.seq_lens
                     note_split(tensors.partials, work, table, seq_lens, scalars.groups, cluster_id)
         elif warp_id < WARPS_A_GROUP:
             cute.arch.setmaxregister_decrease(SCORES_REGISTERS)
@@ -161,8 +180,45 @@ class MlaDecodeFp8(Kernel[Config]):
             cute.arch.setmaxregister_increase(VALUES_REGISTERS)
             side = warp_id // WARPS_A_GROUP - 1
             Values.over(Role(shared, tensors, scalars, rank, cluster_id, tidx % WARPGROUP), q, side).run(work)
-        for channel in shared.channels:
-            channel.check()
+
+    @cute.jit
+    def run_team(self, shared, loads, pages, q, tensors, scalars, share, member, cluster_id, warp_id) -> None:
+        """The roles of a CTA that takes a few pairs of its team's item."""
+        config, members, zero, nothing = self.config, self.config.cluster, Int32(0), Done.nothing()
+        tidx, _, _ = cute.arch.thread_idx()
+        place, length, part = share.place, share.length, share.part._replace(whole=members == 1)
+        results = shared.results(tensors.partials)
+        own = tensors._replace(partials=results) if const_expr(members > 1) else tensors
+        if warp_id >= 3 * WARPS_A_GROUP:
+            cute.arch.setmaxregister_decrease(TEAM_PRODUCER_REGISTERS)
+            if warp_id == 3 * WARPS_A_GROUP:
+                producer = Producer.over(shared, tensors, zero, loads, pages)
+                if const_expr(config.team == 1):
+                    producer.load_pair(share)
+                else:
+                    producer.load_segment(place, length, part, nothing)
+            if const_expr(members > 1):
+                stand_by(share)
+        elif warp_id < WARPS_A_GROUP:
+            cute.arch.setmaxregister_decrease(TEAM_SCORES_REGISTERS)
+            scores = Scores.over(Role(shared, own, scalars, zero, zero, tidx))
+            if part.last > part.first:
+                scores.segment(place, length, part, nothing)
+            elif share.busy:
+                scores.write_nothing(place.request, scores.row0(place))
+            if const_expr(members > 1):
+                stand_by(share)
+        else:
+            cute.arch.setmaxregister_increase(VALUES_REGISTERS)
+            side = warp_id // WARPS_A_GROUP - 1
+            Values.over(Role(shared, own, scalars, zero, zero, tidx % WARPGROUP), q, side).segment(
+                place, length, part, nothing
+            )
+            if const_expr(members > 1):
+                merge(
+                    results, tensors, scalars, Int32(1), config.tile_n, share, cluster_id, member, members,
+                    tidx - WARPGROUP, 2 * WARPGROUP, Bar.MERGE,
+                )  # fmt: skip
 
 
 def build(config: Config, options: str = ""):

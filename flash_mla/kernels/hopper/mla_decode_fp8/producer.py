@@ -16,7 +16,8 @@ from flash_mla.kernels.hopper.limits import BLOCK, TILE_M
 from flash_mla.kernels.hopper.mla_decode.shared import Scalars
 from flash_mla.kernels.hopper.mla_decode_fp8.config import CHUNK, CHUNKS, DV, ROPE, Config
 from flash_mla.kernels.hopper.mla_decode_fp8.shared import Shared
-from flash_mla.kernels.hopper.table import block_of
+from flash_mla.kernels.hopper.table import block_of, kept_inside
+from flash_mla.kernels.hopper.team import Share
 from flash_mla.kernels.hopper.walk import Done, Place, block_range, walk
 from flash_mla.kernels.hopper.work import Work
 
@@ -63,7 +64,7 @@ class Producer:
     @staticmethod
     def over(shared: Shared, tensors: Tensors, rank, loads: Loads, pages) -> Producer:
         config, loads_q = shared.config, shared.config.q == "fp8"
-        box, share, pieces = config.q_box, BLOCK // config.cluster, config.stages * config.cluster
+        box, share, pieces = config.q_box, BLOCK // config.sharers, config.stages * config.sharers
 
         def boxes(load: Tma | None, memory: cute.Tensor, count: int, stride: int, box, tiles: int) -> Boxes | None:
             if load is None:
@@ -91,7 +92,7 @@ class Producer:
         tensors, k = self.tensors, self.shared.k
         done = walk(work, tensors.table, tensors.seq_lens, scalars.groups, self.load_segment, Done.nothing())
         # a CTA must outlive its peer's arrivals on its barriers
-        if const_expr(self.config.cluster > 1):
+        if const_expr(self.config.sharers > 1):
             for i in cutlass.range_constexpr(self.config.stages):
                 number = done.items + i
                 k.acquire(number % self.config.stages, number // self.config.stages)
@@ -101,18 +102,31 @@ class Producer:
         """Q, and every block of a segment."""
         if part.last > part.first:
             first, last = block_range(part, length)
-            request, blocks = place.request, self.pages.shape[2]
-            pool_request = cutlass.min(request, self.pages.shape[3] - 1)
-            block = block_of(self.tensors.table, request, first, blocks)
-            if const_expr(self.config.q == "fp8"):
-                self.load_q(place.group * self.config.cluster + self.rank, request, done.segments)
-            for logical in cutlass.range(first, last, unroll=1):
-                # read the next id while this block is loaded
-                next_block = block_of(self.tensors.table, request, cutlass.min(logical + 1, last - 1), blocks)
-                self.load_block(block, pool_request, done.items + logical - first)
-                block = next_block
+            block = block_of(self.tensors.table, place.request, first, self.pages.shape[2])
+            self.load_blocks(place, first, last, block, done)
             done = done.plus(last - first)
         return done
+
+    @cute.jit
+    def load_pair(self, share: Share) -> None:
+        """Q, and the blocks of a CTA of a team that has a pair of them at most: the id of the first is at hand."""
+        part = share.part
+        if part.last > part.first:
+            block = kept_inside(share.ids[0], self.pages.shape[2])
+            self.load_blocks(share.place, *block_range(part, share.length), block, Done.nothing())
+
+    @cute.jit
+    def load_blocks(self, place: Place, first, last, block, done: Done) -> None:
+        """Q and blocks [first, last) of a request, the first of which is `block` of the cache."""
+        request, blocks = place.request, self.pages.shape[2]
+        pool_request = cutlass.min(request, self.pages.shape[3] - 1)
+        if const_expr(self.config.q == "fp8"):
+            self.load_q(place.group * self.config.sharers + self.rank, request, done.segments)
+        for logical in cutlass.range(first, last, unroll=1):
+            # read the next id while this block is loaded
+            next_block = block_of(self.tensors.table, request, cutlass.min(logical + 1, last - 1), blocks)
+            self.load_block(block, pool_request, done.items + logical - first)
+            block = next_block
 
     @cute.jit
     def load_q(self, row_tile, request, count) -> None:
@@ -143,16 +157,16 @@ class Producer:
         with cute.arch.elect_one():
             channel.expect(stage, BLOCK * config.D)
         for chunk in cutlass.range_constexpr(CHUNKS):
-            piece = (stage * CHUNKS + chunk) * config.cluster + self.rank
+            piece = (stage * CHUNKS + chunk) * config.sharers + self.rank
             self.copy(k.tma, k.gmem[None, self.rank, chunk, block, request], k.smem[None, piece], channel.bar(stage))
         if const_expr(config.rope > 0):
             source = rope.gmem[None, self.rank, DV // ROPE, block, request]
-            self.copy(rope.tma, source, rope.smem[None, stage * config.cluster + self.rank], channel.bar(stage))
+            self.copy(rope.tma, source, rope.smem[None, stage * config.sharers + self.rank], channel.bar(stage))
 
     @cute.jit
     def copy(self, tma, source, target, bar) -> None:
-        if const_expr(self.config.cluster == 1):
+        if const_expr(self.config.sharers == 1):
             cute.copy(tma, source, target, tma_bar_ptr=bar)
         else:
-            everyone, hint = cutlass.Int16((1 << self.config.cluster) - 1), Int64(EVICT_FIRST)
+            everyone, hint = cutlass.Int16((1 << self.config.sharers) - 1), Int64(EVICT_FIRST)
             cute.copy(tma, source, target, tma_bar_ptr=bar, mcast_mask=everyone, cache_policy=hint)

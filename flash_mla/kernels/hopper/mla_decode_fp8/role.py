@@ -32,7 +32,7 @@ class Role:
 
     def row0(self, place: Place):
         """The first row, of the request, of this CTA's tile."""
-        return (place.group * self.config.cluster + self.rank) * self.config.tile_n
+        return (place.group * self.config.sharers + self.rank) * self.config.tile_n
 
     @cute.jit
     def run(self, work: Work) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import Float8E4M3FN
+from cutlass import Float8E4M3FN, Float32
 
 from flash_mla.kernels.hopper.boxes import row_layout
 from flash_mla.kernels.hopper.channel import Channel
 from flash_mla.kernels.hopper.limits import BLOCK, TILE_M
 from flash_mla.kernels.hopper.mla_decode_fp8.config import DV, P_STAGES, ROPE, WARPS, WARPS_A_GROUP, Config
+from flash_mla.kernels.hopper.partials import Partials
 from flash_mla.kernels.hopper.split import scan_words
+from flash_mla.kernels.hopper.team import result_words, results_at
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,15 @@ class Shared:
     p: Channel
     scale: Channel
 
+    def results(self, partials: Partials) -> Partials:
+        """In place of the workspace's, a CTA's own partial result: over Q and K, when nobody reads them any more."""
+        config = self.config
+        assert (config.q_tiles * TILE_M + config.stages * BLOCK) * config.D >= 4 * result_words(config.tile_n, DV)
+        words = cute.recast_ptr(self.sQ.iterator, swizzle_=cute.make_swizzle(0, 4, 3), dtype=Float32)
+        # NOTE: the scores leave the lse while the values still read K
+        lse = cute.make_tensor(self.sUnit.iterator, cute.make_layout((1, config.tile_n), stride=(0, 1)))
+        return results_at(partials, words, config.tile_n, DV)._replace(lse=lse)
+
     @property
     def channels(self) -> tuple[Channel, ...]:
         return (self.k, self.q, self.p, self.scale)
@@ -68,7 +79,7 @@ class Shared:
             sUnit=storage.sUnit.get_tensor(cute.make_layout(TILE_M)),
             sScale=storage.sScale.get_tensor(cute.make_layout(TILE_M)),
             sScan=storage.sScan.get_tensor(cute.make_layout(scan_words(WARPS))),
-            k=Channel.over("K", barriers, config.stages, readers=values_warps * config.cluster, cluster=config.cluster),
+            k=Channel.over("K", barriers, config.stages, readers=values_warps * config.sharers, cluster=config.sharers),
             q=Channel.over(
                 "Q", barriers + at_q, 1, readers=WARPS_A_GROUP, writers=1 if config.q == "fp8" else values_warps
             ),

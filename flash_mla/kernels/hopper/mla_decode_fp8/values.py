@@ -185,6 +185,9 @@ class Values(Role):
             for e in cutlass.range_constexpr(2):
                 scales[2 * j + e] = shared.sScale[8 * j + 2 * (self.tid % 4) + e]
         shared.scale.release(0)
+        if const_expr(self.config.team):
+            # NOTE: a team's results lie where K lies: both warpgroups must have read it
+            sync(Bar.MERGE, 2 * WARPGROUP)
         if whole:
             self.store(tensors.out, place.request, row0, rows, scales)
         else:
