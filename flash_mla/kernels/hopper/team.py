@@ -188,7 +188,11 @@ def merge(
         )
         meet()
         of_item, unit, step = Rows.of(target, share.place.group), member * threads + tid, members * threads
-        merge_members(results, tensors.partials, target, share, of_item, cluster_id, members, unit, step)
+        # NOTE: where all read once more what the last has, in place of nothing, they wait for its memory: up to 7 us
+        if share.active == members:
+            merge_members(results, tensors.partials, target, share, of_item, cluster_id, members, unit, step, True)
+        else:
+            merge_members(results, tensors.partials, target, share, of_item, cluster_id, members, unit, step, False)
         if share.teams > 1:
             last = Int32(0)
             cute.arch.fence_acq_rel_gpu()
@@ -212,6 +216,7 @@ def merge_members(
     members: cutlass.Constexpr,
     unit,
     step: cutlass.Constexpr,
+    full: cutlass.Constexpr,  # whether each CTA has a result
 ) -> None:
     """Add the results of a team's CTAs, units `unit`, `unit` + step, ..., and write them: a team's alone to out."""
     vectors = results.out.shape[2] // VECTOR
@@ -221,14 +226,16 @@ def merge_members(
     while unit < rows.count * vectors:
         row, vector = unit // vectors, unit % vectors
         for p in cutlass.range_constexpr(members):
-            # NOTE: of a CTA without a pair there is nothing to read
-            peer = cutlass.min(p, share.active - 1)
-            lse[p] = load_peer(results.lse.iterator + row, peer, 1)
-            words = load_peer(results.out.iterator + (row * results.out.stride[1] + vector * VECTOR), peer, VECTOR)
+            live = None if const_expr(full) else p < share.active
+            lse[p] = load_peer(results.lse.iterator + row, p, 1, live)
+            place = results.out.iterator + (row * results.out.stride[1] + vector * VECTOR)
+            words = load_peer(place, p, VECTOR, live)
             for e in cutlass.range_constexpr(VECTOR):
                 values[e, p] = words[e]
+            if const_expr(not full):
+                lse[p] = lse[p] if live else -Float32.inf
         result.fill(0.0)
-        largest, total = add(result, Float32(LOW), Float32(0.0), values, lse, share.active)
+        largest, total = add(result, Float32(LOW), Float32(0.0), values, lse, members)
         if share.teams == 1:
             write(target, share.place.request, rows.first + row, vector, result, largest, total)
         else:
@@ -306,17 +313,21 @@ def arrive_last(counter: cute.Pointer, arrivals):
 
 
 @cute.jit
-def load_peer(place: cute.Pointer, peer, count: cutlass.Constexpr):
-    """So many FP32 words that lie at a place in the shared memory of another CTA of the cluster."""
+def load_peer(place: cute.Pointer, peer, count: cutlass.Constexpr, live):
+    """So many FP32 words at a place in the shared memory of another CTA of the cluster; zeros unless `live`."""
     address = cute.arch.inline_ptx(
         "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};",
         write_only_types=[Int32],
         read_only_args=[place.toint(), Int32(peer)],
     )
-    words = ", ".join(f"{{$w{i}}}" for i in range(count))
-    kind, words = (f".v{count}", f"{{{words}}}") if count > 1 else ("", words)
+    each = [f"{{$w{i}}}" for i in range(count)]
+    kind, words = (f".v{count}", f"{{{', '.join(each)}}}") if count > 1 else ("", each[0])
+    load = f"ld.shared::cluster{kind}.f32 {words}, [{{$r0}}];"
+    if const_expr(live is not None):
+        zeros = " ".join(f"mov.f32 {word}, 0f00000000;" for word in each)
+        load = f"{{ .reg .pred q; setp.ne.s32 q, {{$r1}}, 0; {zeros} @q {load} }}"
     return cute.arch.inline_ptx(
-        f"ld.shared::cluster{kind}.f32 {words}, [{{$r0}}];",
+        load,
         write_only_types=[Float32] * count,
-        read_only_args=[address],
+        read_only_args=[address] if const_expr(live is None) else [address, Int32(live)],
     )
