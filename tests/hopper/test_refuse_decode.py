@@ -60,7 +60,7 @@ def test_many_query_tokens_go_to_the_prefill_kernel() -> None:
     assert hopper.phase(many._replace(S_q=8)) is gqa_decode
     for taken in (many, many._replace(dtype=FP8, kv_dtype=FP8, descale=True), many._replace(sink=True)):
         assert long_decode.refuse(taken) is None
-    assert long_decode.config(many._replace(dtype=FP8, kv_dtype=FP8)) == PrefillConfig("fp8", 128, 128, True, False)
+    assert long_decode.config(many._replace(dtype=FP8, kv_dtype=FP8)) == PrefillConfig("fp8", 128, 128, True)
     for changes, words in (
         ({"kv_dtype": FP8}, "one dtype"),
         ({"mask": "bool"}, "a bool mask"),

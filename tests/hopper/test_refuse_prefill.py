@@ -125,7 +125,7 @@ def test_pairs_of_tiles_share_keys(changes: dict, cluster: int) -> None:
 
 
 def test_readable_widens() -> None:
-    x, fp8 = torch.arange(32.0).view(1, 1, 2, 16), Config("fp8", 64, 64, False, False)
+    x, fp8 = torch.arange(32.0).view(1, 1, 2, 16), Config("fp8", 64, 64, False)
     bf16 = replace(fp8, dtype="bf16")
     for dtype, config in ((torch.bfloat16, bf16), (FP8, fp8)):
         assert prefill.readable(x.to(dtype), config).dtype == dtype

@@ -101,7 +101,7 @@ def test_counters_are_of_one_stream_or_graph(stream):
     assert max(members * clusters for members, clusters in enumerate(CLUSTERS, 1)) <= COUNTERS
     kept = scratch(DEVICE, 100)
     sets = [kept]
-    assert kept.counters == scratch(DEVICE, 90).counters
+    assert kept.counters == scratch(DEVICE, 90).counters == kept.counter.data_ptr()
     stream["capturing"] = True
     sets += [scratch(DEVICE, 100) for _ in range(2)]
     assert all(x.counters for x in sets)

@@ -14,12 +14,14 @@ from flash_mla.backends.hopper.device import DTYPES, LOG2_E, int32, multiprocess
 from flash_mla.backends.hopper.scratch import scratch, unread
 from flash_mla.backends.hopper.strides import refuse_rows
 from flash_mla.kernels.hopper.prefill import schedule
-from flash_mla.kernels.hopper.prefill.config import WIDTHS, Config
+from flash_mla.kernels.hopper.prefill.config import MOST_TEAMS, WIDTHS, Config, Listed
 from flash_mla.problem import BLOCK, FP8, PrefillArgs, PrefillProblem
 
 LEAST_TILES = {128: (8, 128), 192: (32, 32)}
 """Row tiles of a head from which on pairs of them share what they load, by D: of tiles that are all alike, and of
 others, where a pair takes as long as its upper tile (measured: docs/design/prefill.md)."""
+FEW_TILES = 2 * 132
+"""Tiles over listed blocks, up to two an SM, of which each is a chain of waits: two teams make a shorter one."""
 MANY_TILES = 32
 """Row tiles of a head from which on one without a partner costs less than sharing saves."""
 
@@ -59,9 +61,12 @@ def is_sparse(problem: PrefillProblem) -> bool:
 def config(problem: PrefillProblem) -> Config:
     """The kernel variant. FP8 under a mask or a block layout is converted to BF16, which holds every e4m3."""
     # NOTE: e4m3 products take 0.75 to 0.86 of BF16's time, and cost accuracy: docs/design/prefill.md
-    sparse = is_sparse(problem)
-    dtype = "bf16" if problem.dtype == FP8 and sparse else DTYPES[problem.dtype]
-    kernel = Config(dtype=dtype, D=problem.D, Dv=problem.Dv, paged=problem.paged, sparse=sparse)
+    if is_sparse(problem):
+        dtype = "bf16" if problem.dtype == FP8 else DTYPES[problem.dtype]
+        few = -(-problem.P // BLOCK) * problem.B * problem.Hq <= FEW_TILES
+        teams = 2 if few else MOST_TEAMS[problem.D]
+        return Listed(dtype=dtype, D=problem.D, Dv=problem.Dv, paged=problem.paged, teams=teams)
+    kernel = Config(dtype=DTYPES[problem.dtype], D=problem.D, Dv=problem.Dv, paged=problem.paged)
     if not shares_keys(problem, kernel):
         return kernel
     # NOTE: at 192/128 the counter is the faster, too, where all tiles are alike: 774 TFLOP/s for 768
@@ -75,7 +80,7 @@ def alike(problem: PrefillProblem) -> bool:
 
 def shares_keys(problem: PrefillProblem, config: Config) -> bool:
     """Whether pairs of row tiles share what they load: where that pays, and few have no partner."""
-    if config.paged or config.sparse or config.fp8 or config.D not in LEAST_TILES:
+    if config.paged or config.fp8 or config.D not in LEAST_TILES:
         return False
     row_tiles = -(-problem.P // config.tile_m)
     least_alike, least = LEAST_TILES[config.D]
@@ -137,24 +142,28 @@ def list_blocks(problem: PrefillProblem, args: PrefillArgs) -> tuple[Tensor, Ten
 
 
 def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], None]:
-    """The launch, which fills args.out and args.lse. It allocates workspace: a counter; what `list_blocks` says;
-    an lse that the call does not want lies in `scratch`. An int64 table or lengths are converted first, on the device.
+    """The launch, which fills args.out and args.lse. It allocates workspace: a counter, in a dense call; what
+    `list_blocks` says. The counter of a sparse call, and an lse that the call does not want, lie in `scratch`. An int64
+    table or lengths are converted first, on the device.
 
     The kernel is loaded here, and compiled the first time ever on a machine.
     """
     from flash_mla.kernels.hopper import store
-    from flash_mla.kernels.hopper.prefill.kernel import build
+    from flash_mla.kernels.hopper.prefill import kernel as dense
+    from flash_mla.kernels.hopper.prefill import listed
     from flash_mla.kernels.hopper.prefill.shared import Scalars, Tensors
 
-    kernel = store.load("prefill", config, build)
+    sparse = isinstance(config, Listed)
+    kernel = store.load("prefill", config, listed.build if sparse else dense.build)
     device = problem.device
     B, Hq, P = problem.B, problem.Hq, problem.P
     row_tiles = -(-P // config.rows)
     tiles = row_tiles * B * Hq
-    clusters = min(tiles, config.ctas_sm * multiprocessors(device) // config.cluster)
-    counts = tiles > clusters and not config.in_turn
+    clusters = min(tiles, multiprocessors(device) // config.cluster)
+    at_once = clusters * (config.teams if isinstance(config, Listed) else 1)
+    counts = tiles > at_once and not config.in_turn
     kv_bytes = config.itemsize * problem.S_kv * (problem.D + problem.Dv)
-    order = schedule.order(kv_bytes, problem.ratio, B * Hq, row_tiles, problem.causal, clusters)
+    order = schedule.order(kv_bytes, problem.ratio, B * Hq, row_tiles, problem.causal, at_once)
     flags = (problem.causal, problem.seq_lens, problem.start_pos, problem.sink, problem.descale)
     scalars = (*order, *map(int, flags))
     nothing, no_number = (unread(device, dtype) for dtype in (torch.int32, torch.float32))
@@ -168,12 +177,15 @@ def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], Non
     def launch(args: PrefillArgs) -> None:
         q, k, v, table, seq_lens, start_pos, *_ = args
         keys = problem.S_kv if table is None else min(problem.S_kv, table.shape[1] * BLOCK)
-        blocks, bits = list_blocks(problem, args) if config.sparse else (no_blocks, no_bits)
+        blocks, bits = list_blocks(problem, args) if sparse else (no_blocks, no_bits)
         if not as_given:
             q = q.contiguous() if broadcast else q
             q, k, v = (readable(x, config) for x in (q, k, v))
         lse = args.lse
         lse = scratch(device, B * Hq * P).view((B * Hq, P)) if lse is None else lse.view(B * Hq, P)
+        counter = nothing  # not read where each CTA, or team, has one tile, or takes the others in turn
+        if counts:
+            counter = scratch(device, 1).counter if sparse else torch.zeros(1, dtype=torch.int32, device=device)
         score_scale = value_scale = no_factor
         if problem.descale:
             score_scale, value_scale = (
@@ -188,8 +200,7 @@ def bind(problem: PrefillProblem, config: Config) -> Callable[[PrefillArgs], Non
             score_scale,
             value_scale,
             lse,
-            # the counter is not read where each CTA has one tile, or takes the others in turn
-            torch.zeros(1, dtype=torch.int32, device=device) if counts else nothing,
+            counter,
             blocks,
             bits,
         )

@@ -73,6 +73,12 @@ class Scratch:
         self._set = take_counters(self.device)
         return self._set.data_ptr()
 
+    @functools.cached_property
+    def counter(self) -> Tensor:
+        """The first of them, [1]."""
+        assert self.counters
+        return self._set[:1]
+
 
 def take_counters(device: torch.device) -> Tensor:
     """A set of counters that nobody else has, nor ever will: nobody tells when a graph is gone."""

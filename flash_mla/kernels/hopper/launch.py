@@ -28,14 +28,14 @@ def launch_persistent(kernel: Any, config: Any, clusters: Any, stream: Any) -> N
     )
 
 
-def launch_ctas(kernel: Any, ctas: Any, threads: int, smem: int, stream: Any, an_sm: int = 1, cluster: int = 1) -> None:
-    """Launch a kernel, called with its arguments, on `ctas` CTAs in clusters of `cluster`, `an_sm` CTAs on an SM."""
+def launch_ctas(kernel: Any, ctas: Any, threads: int, smem: int, stream: Any, cluster: int = 1) -> None:
+    """Launch a kernel, called with its arguments, on `ctas` CTAs in clusters of `cluster`, one an SM."""
     kernel.launch(
         grid=(ctas, 1, 1),
         block=(threads, 1, 1),
         cluster=(cluster, 1, 1) if cluster > 1 else None,
         smem=smem,
-        min_blocks_per_mp=an_sm,
+        min_blocks_per_mp=1,
         # NOTE: without it the DSL asks a driver for the default, and compiling wants a GPU
         preferred_smem_carveout=100,
         stream=stream,

@@ -14,7 +14,7 @@ NUMBER_STAGES = 4
 """Numbers of tiles in flight from the first CTA of a cluster to the other. It is three ahead at most, since each waits
 for the other's share of a block two blocks later; so no place is taken before it was read."""
 
-REGISTERS = {1: (216, 40), 2: (240, 24), 3: (160, 32)}
+REGISTERS = {2: (240, 24), 3: (160, 32)}
 """A consumer's and the last warpgroup's, by consumer warpgroups."""
 REGISTERS_FP8 = {2: (216, 72), 3: (144, 80)}
 """The same where warps of the last warpgroup transpose V."""
@@ -57,34 +57,22 @@ TILES_FP8 = {
     (256, 256): Sizes(128, 64, 2, 3),
 }
 """By (D, Dv), where q, k and v are e4m3."""
-SPARSE_TILES = {
-    (64, 64): Sizes(64, 64, 2, 2),
-    (128, 128): Sizes(64, 64, 2, 2),
-    (192, 128): Sizes(64, 64, 1, 2),
-    (256, 256): Sizes(64, 64, 1, 2),
-}
-"""By (D, Dv), where blocks are listed: each tile has a list of its own, and two CTAs share an SM (one at 256/256)."""
-ROW_LIMITS, BITS = 1, 2
-"""Flags of a listed block, in the low bits of its first key: mask the keys past each row's last; apply mask bits."""
-NOWHERE = 1 << 30
-"""First key of the block that stands in for an empty list: past every row's last key."""
 
 
 @dataclass(frozen=True)
 class Config:
     """What is compiled: everything else is an argument of the kernel.
 
-    dtype of q, k, v and out (of FP8: BF16); D and Dv, their widths; paged: k and v are cache pages behind a table;
-    sparse: a map says which 64 x 64 blocks count (not in FP8). cluster: CTAs that compute neighbouring row tiles of a
-    head against the same K and V, which each loads a share of for all (not with pages, a map or FP8); in_turn: clusters
-    take tiles in turn, not by the counter (all tiles must see the same keys).
+    dtype of q, k, v and out (of FP8: BF16); D and Dv, their widths; paged: k and v are cache pages behind a table.
+    cluster: CTAs that compute neighbouring row tiles of a head against the same K and V, which each loads a share of
+    for all (not with pages or FP8); in_turn: clusters take tiles in turn, not by the counter (all tiles must see the
+    same keys).
     """
 
     dtype: Literal["bf16", "fp16", "fp8"]
     D: int
     Dv: int
     paged: bool
-    sparse: bool
     cluster: int = 1
     in_turn: bool = False
 
@@ -118,8 +106,7 @@ class Config:
 
     @property
     def sizes(self) -> Sizes:
-        tiles = TILES_FP8 if self.fp8 else SPARSE_TILES if self.sparse else TILES
-        return tiles[self.D, self.Dv]
+        return (TILES_FP8 if self.fp8 else TILES)[self.D, self.Dv]
 
     @property
     def tile_m(self) -> int:
@@ -211,17 +198,12 @@ class Config:
     def turns(self) -> bool:
         """Whether the warpgroups take turns to issue products: where three of them are bound by exp2 (5 % at D 64), and
         at 192/128 (2 %)."""
-        return self.consumers == 3 or (self.D == 192 and not self.fp8 and not self.sparse)
+        return self.consumers == 3 or (self.D == 192 and not self.fp8)
 
     @property
     def early(self) -> int:
         """Products of P V that are still to be issued when the turn is passed on, so that the next follow at once."""
         return 2 if self.consumers == 2 else 0
-
-    @property
-    def ctas_sm(self) -> int:
-        """CTAs that share an SM."""
-        return 2 if self.sparse and self.D < 256 else 1
 
     @property
     def staged_elements(self) -> int:
@@ -234,7 +216,7 @@ class Config:
         k = self.itemsize * self.stages * self.tile_n * self.D
         v = self.itemsize * (self.v_stages + self.turned_stages) * self.tile_n * self.Dv
         zeros, staged = ZEROS * self.fp8, 2 * self.staged_elements
-        descriptions = 4 * (TASK_STAGES * TASK + self.stages + self.number_stages)
+        descriptions = 4 * (TASK_STAGES * TASK + self.number_stages)
         barriers = barrier_bytes(
             self.number_stages,
             TASK_STAGES,
@@ -245,3 +227,85 @@ class Config:
             self.q_stages,
         )
         return smem_bytes(q, k, v, zeros, staged, descriptions, barriers)
+
+
+MOST_TEAMS = {64: 3, 128: 3, 192: 2, 256: 2}
+"""Teams that an SM holds, by D, where blocks are listed."""
+SLOTS = {64: 8, 128: 4, 192: 4, 256: 2}
+"""Blocks of K or of V, or tiles of Q where a consumer holds it, in flight to each team, by D."""
+REGISTERS_LISTED = {2: (224, 56), 3: (160, 32)}
+"""A consumer's and the last warpgroup's, by teams."""
+ROW_LIMITS, BITS, LAST = 1, 2, 4
+"""Flags of a listed block, in the low bits of its first key: mask the keys past each row's last; apply mask bits; it is
+the tile's last."""
+NOWHERE = 1 << 30
+"""First key of the block that stands in for an empty list: past every row's last key."""
+LISTED_TILE = 6
+"""Words of a tile's description, beside its Q."""
+
+
+@dataclass(frozen=True)
+class Listed(Config):
+    """A variant for which a map says which 64 x 64 blocks count; not in FP8, nor in clusters.
+
+    teams: of a loading warp and a consumer warpgroup each, with tiles and lists of their own.
+    """
+
+    teams: int = 2
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(TILE_M, BLOCK, 1, 2)
+
+    @property
+    def slots(self) -> int:
+        """Items in flight to each team."""
+        return SLOTS[self.D]
+
+    @property
+    def beside(self) -> bool:
+        """Whether P has registers beside S, so that P V of a block runs under the softmax of the next: where two teams
+        cannot hide each other's waits, and the next V has a place meanwhile."""
+        return self.teams == 2 and self.slots > 2
+
+    @property
+    def all_slots(self) -> int:
+        return self.teams * self.slots
+
+    @property
+    def slot_elements(self) -> int:
+        """Elements of an item's place, which fits K, V and Q."""
+        return BLOCK * max(self.D, self.Dv)
+
+    @property
+    def q_held(self) -> bool:
+        """Whether a consumer holds its rows of Q in registers. Then Q comes in the ring; else it has a place apart."""
+        return self.D < 256
+
+    @property
+    def q_apart(self) -> int:
+        """Tiles of Q that lie outside of the ring."""
+        return 0 if self.q_held else self.teams
+
+    @property
+    def q_places(self) -> int:
+        """Places in which Q may lie."""
+        return self.q_apart or self.all_slots
+
+    @property
+    def turns(self) -> bool:
+        return False
+
+    @property
+    def threads(self) -> int:
+        return WARPGROUP * (self.teams + 1)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        return REGISTERS_LISTED[self.teams]
+
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA: the rings, Q apart from them, words beside K and Q, barriers."""
+        ring, q = 2 * self.all_slots * self.slot_elements, 2 * self.q_apart * self.tile_m * self.D
+        words = 4 * (self.all_slots + LISTED_TILE * self.q_places)
+        return smem_bytes(ring, q, words, barrier_bytes(self.all_slots, self.q_apart))

@@ -16,8 +16,8 @@ from flash_mla.kernels.hopper.boxes import zero_rows
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.e4m3 import move_reference, word
 from flash_mla.kernels.hopper.lanes import quad_sum
-from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, STAGED, TILE_M, WARPGROUP
-from flash_mla.kernels.hopper.prefill.config import BITS, ROW_LIMITS, Bar, Config
+from flash_mla.kernels.hopper.limits import CHUNK, STAGED, TILE_M, WARPGROUP
+from flash_mla.kernels.hopper.prefill.config import Bar, Config
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Task, Tensors
 from flash_mla.kernels.hopper.softmax import LAZY, LOW, Rows
 from flash_mla.kernels.hopper.staging import store_rows
@@ -59,10 +59,8 @@ class Consumer:
         registers = warpgroup.OperandSource.RMEM
         q_source = registers if config.q_held else warpgroup.OperandSource.SMEM
         qk = sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, atoms, (TILE_M, config.tile_n), q_source)
-        # NOTE: a wgmma of 256 columns does not fit the 128 registers of a thread at entry where blocks are listed
-        columns = min(config.Dv, 128) if config.sparse else config.Dv
         major = K if config.fp8 else MN
-        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, major, Float32, atoms, (TILE_M, columns), registers)
+        pv = sm90.make_trivial_tiled_mma(dtype, dtype, K, major, Float32, atoms, (TILE_M, config.Dv), registers)
         # NOTE: from the warpgroup's number, not the thread's, so that descriptors stay in uniform registers
         qk_slice, pv_slice = qk.get_slice(WARPGROUP * wg), pv.get_slice(WARPGROUP * wg)
         sV = shared.sV
@@ -75,10 +73,6 @@ class Consumer:
             rQ = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, config.D // step)), dtype)
         else:
             rQ = qk.make_fragment_A(qk_slice.partition_A(shared.sQ))
-        role, warps = "consumers", 4 * config.consumers
-        for channel in (shared.tasks, shared.k, shared.values, *([shared.q] if config.staged else [])):
-            channel.read_by(role, warps)
-        shared.out.written_by(role, warps)
         return Consumer(
             config=config,
             shared=shared,
@@ -160,30 +154,6 @@ class Consumer:
         warpgroup.commit_group()
 
     @cute.jit
-    def mask_bits(self, tensors: Tensors, Hq, tile: Task, key0) -> None:
-        """S = -inf where the tile's mask says so."""
-        S, bits = self.S, tensors.mask_bits
-        request = cutlass.min(tile.request, bits.shape[0] - 1)
-        head = cutlass.min(tile.head - tile.request * Hq, bits.shape[1] - 1)
-        for r in cutlass.range_constexpr(2):
-            row = cutlass.min(tile.row0 + self.rows.first + 8 * r, bits.shape[2] - 1)
-            for half in cutlass.range_constexpr(2):
-                keep = bits[request, head, row, key0 // 32 + half] >> self.rows.column
-                for j in cutlass.range_constexpr(4):
-                    for e in cutlass.range_constexpr(2):
-                        i = 16 * half + 4 * j + 2 * r + e
-                        S[i] = S[i] if (keep >> (8 * j + e)) & 1 != 0 else -Float32.inf
-
-    @cute.jit
-    def mask_listed(self, tensors: Tensors, Hq, tile: Task, word) -> None:
-        """Mask a listed block as its flags say."""
-        key0 = word // BLOCK * BLOCK
-        if word & ROW_LIMITS != 0:
-            self.rows.mask(self.S, key0)
-        if word & BITS != 0:
-            self.mask_bits(tensors, Hq, tile, key0)
-
-    @cute.jit
     def softmax(self) -> None:
         """S = 2^(S - max), the max moved first if it must be; the row sums take S before it is rounded to P."""
         S = self.S
@@ -234,8 +204,19 @@ class Consumer:
         self, out: cute.Tensor, tensors: Tensors, scalars: Scalars, tile: Task, q_stage, row_max, row_sum
     ) -> None:
         """Normalise O and write it, or put it in place of Q for the storing warp; write lse."""
-        O, P = self.O, tensors.lse.shape[1]
-        global_lse, sink = tensors.lse, tensors.sink
+        scale = self.close(tensors, scalars, tile, row_max, row_sum)
+        if const_expr(self.config.staged):
+            target = out[tile.request, tile.head - tile.request * scalars.Hq, None, None]
+            store_rows(self.O, scale, self.shared.staged + self.tid // 32 * STAGED, target, tile.row0, 0, self.tid)
+        else:
+            # NOTE: the rows of Q that these overwrite, all four warps' wgmma have read by now
+            self.put(scale, self.shared.sO[None, None, q_stage], Bar.WARPGROUP + self.wg)
+            self.shared.out.arrive_warp(q_stage)
+
+    @cute.jit
+    def close(self, tensors: Tensors, scalars: Scalars, tile: Task, row_max, row_sum) -> cute.Tensor:
+        """Write lse; returns the factors of O, [2]."""
+        P, global_lse, sink = tensors.lse.shape[1], tensors.lse, tensors.sink
         scale = cute.make_rmem_tensor(2, Float32)
         for r in cutlass.range_constexpr(2):
             total = quad_sum(row_sum[r])
@@ -251,17 +232,17 @@ class Consumer:
             if scalars.has_descale != 0:
                 factor = factor * tensors.value_scale[tile.request, tile.kv_head]
             scale[r] = factor
-        if const_expr(self.config.staged):
-            target = out[tile.request, tile.head - tile.request * scalars.Hq, None, None]
-            store_rows(O, scale, self.shared.staged + self.tid // 32 * STAGED, target, tile.row0, 0, self.tid)
-        else:
-            rounded = cute.make_rmem_tensor(O.layout, DTYPES[self.config.out])
-            for i in cutlass.range_constexpr(self.config.Dv // 2):
-                O[i] = O[i] * scale[(i // 2) % 2]
-            rounded.store(O.load().to(DTYPES[self.config.out]))
-            # NOTE: the rows of Q that these overwrite, all four warps' wgmma have read by now
-            sync(Bar.WARPGROUP + self.wg, WARPGROUP)
-            sO = self.shared.sO[None, None, q_stage]
-            cute.copy(self.store, self.store.retile(rounded), self.store.partition_D(sO))
-            cute.arch.fence_view_async_shared()
-            self.shared.out.arrive_warp(q_stage)
+        return scale
+
+    @cute.jit
+    def put(self, scale: cute.Tensor, sO: cute.Tensor, bar) -> None:
+        """O, scaled, to sO [64, Dv] in shared memory, for TMA. bar: of the warpgroup, whose warps have read what is
+        overwritten once all have arrived."""
+        O = self.O
+        rounded = cute.make_rmem_tensor(O.layout, DTYPES[self.config.out])
+        for i in cutlass.range_constexpr(self.config.Dv // 2):
+            O[i] = O[i] * scale[(i // 2) % 2]
+        rounded.store(O.load().to(DTYPES[self.config.out]))
+        sync(bar, WARPGROUP)
+        cute.copy(self.store, self.store.retile(rounded), self.store.partition_D(sO))
+        cute.arch.fence_view_async_shared()

@@ -36,22 +36,17 @@ out is written under the products of the others. With one (192/128 and 256/256, 
 is on its way under the last P V, and out is written under the scores that it gives; in FP8 too, from two stages. The
 running max moves only when a block exceeds it by 2^8 (`LAZY`), so rescaling O is rare. Exact after normalisation.
 
-Sparse: a map names the 64 x 64 blocks that count. A tile is then 64 rows of one consumer warpgroup, with a list of its
-own, and two CTAs share an SM, each hiding what the other waits for. The producer reads the tile's row of the map, 32
-blocks a ballot, and loads only what it names; beside a block goes a word, its first key and how to mask it. Bound: 32
-KB from L2 for 2.1 MFLOP, twice the bytes a FLOP of a dense tile. A bool mask is packed to bits beforehand
-(`pack_mask.py`), which gives a map, too: blocks where no key counts are skipped, and the bits are read only where some
-keys do.
-
 FP8: both products are of e4m3, twice as fast, so that exp2 takes as long as they do at D 128. wgmma takes e4m3 with the
 keys of a column of V side by side, so two warps transpose V on its way, 32 KB more traffic of shared memory for a block
 of 128 keys. P is packed from a thread's own scores, whose keys are the order of the transposed V. P = 2^(S -
 reference), which moves where P would leave e4m3's range (`e4m3.py`): small weights survive. out is divided by the sums
 before rounding.
 
-Supports BF16, FP16 and FP8 (no lists; out BF16); D/Dv 64/64, 128/128, 192/128, 256/256; any row and key counts; any
-strides that TMA takes; GQA; ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a table; maps
-and bool masks; factors of the scores and of V for each request and KV head. Unused slots may hold NaN: scores past the
+Where a mask or a layout says which blocks count, another kernel runs: `listed.py`.
+
+Supports BF16, FP16 and FP8 (out BF16); D/Dv 64/64, 128/128, 192/128, 256/256; any row and key counts; any
+strides that TMA takes; GQA; ragged lengths, 0 included; causal from any start; pages of 64 tokens behind a table;
+factors of the scores and of V for each request and KV head. Unused slots may hold NaN: scores past the
 end are masked and V rows zeroed. Block ids are forced inside the cache, lengths inside the table.
 
 Measured: docs/design/prefill.md.
@@ -91,6 +86,11 @@ class Tmas(NamedTuple):
     out: Tma
 
 
+def rows_first(x: cute.Tensor, paged: bool) -> cute.Tensor:
+    """x as TMA takes it: rows and columns of a box first, of pages before their number."""
+    return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[3, 4, 2, 1, 0] if paged else [2, 3, 1, 0]))
+
+
 class Prefill(Kernel[Config]):
     """out and lse of a tile of queries at a time."""
 
@@ -107,11 +107,6 @@ class Prefill(Kernel[Config]):
         stream,
     ):
         config = self.config
-
-        def rows_first(x: cute.Tensor, paged: bool) -> cute.Tensor:
-            order = [3, 4, 2, 1, 0] if paged else [2, 3, 1, 0]
-            return cute.make_tensor(x.iterator, cute.select(x.layout, mode=order))
-
         shares = config.cluster > 1
         tmas = Tmas(
             q=load_of(rows_first(q, False), config.tile_m, config.chunk(config.D)),
@@ -119,10 +114,8 @@ class Prefill(Kernel[Config]):
             v=load_of(rows_first(v, config.paged), config.box_rows(config.Dv), config.chunk(config.Dv), shares),
             out=store_of(rows_first(out, False), config.tile_m, CHUNK),
         )
-        # NOTE: 2 also bounds the registers at entry to what REGISTERS[1] adds up to, where one CTA fits
-        an_sm = 2 if config.sparse else 1
         kernel, smem = self.kernel(tmas, out, tensors, scalars), config.smem_bytes()
-        launch_ctas(kernel, ctas, config.threads, smem, stream, an_sm, config.cluster)
+        launch_ctas(kernel, ctas, config.threads, smem, stream, config.cluster)
 
     @cute.kernel
     def kernel(self, tmas: Tmas, out: cute.Tensor, tensors: Tensors, scalars: Scalars):
@@ -139,7 +132,6 @@ class Prefill(Kernel[Config]):
             zeros: cute.struct.Align[cute.struct.MemRange[Int32, ZEROS // 4 * config.fp8], 16]
             sTask: cute.struct.MemRange[Int32, TASK_STAGES * TASK]
             sNumbers: cute.struct.MemRange[Int32, config.number_stages]
-            sKeys: cute.struct.MemRange[Int32, config.stages]
             number_barriers: cute.struct.MemRange[Int64, Channel.words(config.number_stages)]
             task_barriers: cute.struct.MemRange[Int64, Channel.words(TASK_STAGES)]
             q_barriers: cute.struct.MemRange[Int64, Channel.words(config.q_stages)]

@@ -13,7 +13,7 @@ from flash_mla.kernels.hopper.boxes import tma_boxes
 from flash_mla.kernels.hopper.launch import place_of_cta
 from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.prefill import schedule
-from flash_mla.kernels.hopper.prefill.config import BITS, NOWHERE, NUMBER_STAGES, ROW_LIMITS, TASK_STAGES, Config
+from flash_mla.kernels.hopper.prefill.config import NUMBER_STAGES, TASK_STAGES, Config
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Shared, Task, Tensors
 from flash_mla.kernels.hopper.table import block_of
 
@@ -31,6 +31,38 @@ class Source(NamedTuple):
 def pick(condition, a, b):
     """a if the condition holds, else b."""
     return a if condition else b
+
+
+@cute.jit
+def span(config: Config, tensors: Tensors, scalars: Scalars, request, P):
+    """The position of a request's first query, and its keys."""
+    start, length = Int32(0), scalars.S_kv
+    if scalars.has_start != 0:
+        start = tensors.start_pos[request]
+    if const_expr(config.paged):
+        length = cutlass.min(length, start + P)
+    if scalars.has_lens != 0:
+        length = cutlass.min(length, tensors.seq_lens[request])
+    return start, cutlass.max(0, length)
+
+
+@cute.jit
+def key_blocks(config: Config, scalars: Scalars, row0, length, start) -> schedule.Blocks:
+    """The key blocks of a tile."""
+    least, most = cutlass.min, cutlass.max
+    total, whole = schedule.blocks(length, start + row0, config.tile_m, False, config.tile_n, least, most)
+    if scalars.causal != 0:
+        total, whole = schedule.blocks(length, start + row0, config.tile_m, True, config.tile_n, least, most)
+    return schedule.Blocks(total, whole)
+
+
+@cute.jit
+def take(counter: cute.Tensor):
+    """The next number of the counter, for the whole warp."""
+    number = Int32(0)
+    if cute.arch.lane_idx() == 0:
+        number = cute.arch.atomic_add(counter.iterator, Int32(1))
+    return cute.arch.shuffle_sync(number, offset=0)
 
 
 @cute.jit
@@ -98,11 +130,8 @@ class Producer:
             cute.copy(self.tma_q, source, self.sQ[None, (0, chunk, stage)], tma_bar_ptr=q.bar(stage))
 
     @cute.jit
-    def load_block(self, values: cutlass.Constexpr, source: Source, pages: cute.Tensor, block, count, word) -> None:
-        """Block number `count` of the CTA: of K, or of V; keys past the last arrive as zeros, or as a page holds them.
-
-        word: what a list says of the block (K only).
-        """
+    def load_block(self, values: cutlass.Constexpr, source: Source, pages: cute.Tensor, block, count) -> None:
+        """Block number `count` of the CTA: of K, or V; keys past the last arrive as zeros, or as a page holds them."""
         config, shared = self.config, self.shared
         channel = shared.v if const_expr(values) else shared.k
         tma, sX, gX = (self.tma_v, self.sV, self.gV) if const_expr(values) else (self.tma_k, self.sK, self.gK)
@@ -111,11 +140,9 @@ class Producer:
         # NOTE: a broadcast dim has one element
         head = cutlass.min(source.kv_head, cute.size(gX, mode=[3]) - 1)
         request = cutlass.min(source.request, cute.size(gX, mode=[4]) - 1)
-        stage, sKeys = count % stages, shared.sKeys
+        stage = count % stages
         channel.acquire(stage, count // stages)
         with cute.arch.elect_one():
-            if const_expr(config.sparse and not values):
-                sKeys[stage] = word
             channel.expect(stage, config.itemsize * config.tile_n * columns)
         bar, chunks = channel.bar(stage), columns // config.chunk(columns)
         if const_expr(config.cluster > 1):
@@ -158,64 +185,18 @@ class Producer:
         """The first `blocks` blocks, K one ahead of V, and Q, whose place may be freed later than K's."""
         pages, before = self.page_ids(), self.page_ids()
         self.find_pages(source, 0, before)
-        self.load_block(False, source, before, 0, count, 0)
+        self.load_block(False, source, before, 0, count)
         self.load_q(row_tile, head, source.request, done)
         for n in cutlass.range(1, blocks, unroll=1):
             self.find_pages(source, n, pages)
-            self.load_block(False, source, pages, n, count + n, 0)
-            self.load_block(True, source, before, n - 1, count + n - 1, 0)
+            self.load_block(False, source, pages, n, count + n)
+            self.load_block(True, source, before, n - 1, count + n - 1)
             before.store(pages.load())
-        self.load_block(True, source, before, blocks - 1, count + blocks - 1, 0)
+        self.load_block(True, source, before, blocks - 1, count + blocks - 1)
 
     def page_ids(self) -> cute.Tensor:
         """Room for the page numbers of a block."""
         return cute.make_rmem_tensor(self.config.tile_n // BLOCK, Int32)
-
-    @cute.jit
-    def load_listed(self, source: Source, row: cute.Tensor, blocks, limit, count) -> None:
-        """Those of the first `blocks` blocks that the tile's row of the map names, K one ahead of V; or one nowhere.
-
-        limit: keys that all rows see.
-        """
-        pages, before = self.page_ids(), self.page_ids()
-        taken, last_block = Int32(0), Int32(0)
-        for base in cutlass.range(0, blocks, 32, unroll=1):
-            flags, bits = self.listed(row, base, blocks)
-            while bits != 0:
-                lane = cute.arch.popc(~bits & (bits - 1))
-                block = base + lane
-                word = block * BLOCK | cute.arch.shuffle_sync(flags, lane)
-                if block * BLOCK + BLOCK > limit:
-                    word = word | ROW_LIMITS
-                bits = bits & (bits - 1)
-                self.find_pages(source, block, pages)
-                self.load_block(False, source, pages, block, count + taken, word)
-                if taken > 0:
-                    self.load_block(True, source, before, last_block, count + taken - 1, 0)
-                before.store(pages.load())
-                taken, last_block = taken + 1, block
-        if taken == 0:
-            self.find_pages(source, 0, before)
-            self.load_block(False, source, before, 0, count, Int32(NOWHERE | ROW_LIMITS))
-            taken = taken + 1
-        self.load_block(True, source, before, last_block, count + taken - 1, 0)
-
-    @cute.jit
-    def listed(self, row: cute.Tensor, base, blocks):
-        """32 blocks of a row of the map: the flags of this lane's block, and which blocks count."""
-        block, kind = base + cute.arch.lane_idx(), Int32(0)
-        if block < cutlass.min(blocks, row.shape[0]):
-            kind = Int32(row[block])
-        return BITS if kind == 2 else 0, Int32(cute.arch.vote_ballot_sync(kind != 0))
-
-    @cute.jit
-    def count_listed(self, row: cute.Tensor, blocks):
-        """How many of the first `blocks` blocks the tile's row of the map names; at least the one nowhere."""
-        total = Int32(0)
-        for base in cutlass.range(0, blocks, 32, unroll=1):
-            _, bits = self.listed(row, base, blocks)
-            total = total + cute.arch.popc(bits)
-        return cutlass.max(total, 1)
 
     @cute.jit
     def run(self, tensors: Tensors, scalars: Scalars, tQ: cute.Tensor) -> None:
@@ -235,18 +216,13 @@ class Producer:
             row_tile = row_tile * config.cluster + place
             request = head // scalars.Hq
             q_head, row0 = head - request * scalars.Hq, row_tile * config.tile_m
-            start, length = self.span(tensors, scalars, request, P)
-            total, whole = self.blocks(scalars, row0, length, start)
+            start, length = span(config, tensors, scalars, request, P)
+            total, whole = key_blocks(config, scalars, row0, length, start)
             blocks, more = total, Int32(0)
             if const_expr(config.uneven):
-                more = self.blocks(scalars, last_tile * config.tile_m, length, start).total - total
+                more = key_blocks(config, scalars, last_tile * config.tile_m, length, start).total - total
             kv_head = q_head // (scalars.Hq // scalars.Hk)
             source = Source(tensors.table, request, kv_head, length)
-            block_map = tensors.block_map
-            map_request = cutlass.min(request, block_map.shape[0] - 1)
-            map_row = block_map[map_request, cutlass.min(q_head, block_map.shape[1] - 1), row_tile, None]
-            if const_expr(config.sparse):
-                blocks = self.count_listed(map_row, total)
 
             stage = done % TASK_STAGES
             tasks.acquire(stage, done // TASK_STAGES)
@@ -254,11 +230,7 @@ class Producer:
                 for i, word in enumerate(Task(row0, head, request, kv_head, length, start, blocks, whole, more)):
                     sTask[i, stage] = word
                 tasks.arrive(stage)
-            if const_expr(config.sparse):
-                self.load_q(row_tile, q_head, request, done)
-                self.load_listed(source, map_row, total, whole * config.tile_n, count)
-            else:
-                self.load_all(source, blocks + more, count, row_tile, q_head, done)
+            self.load_all(source, blocks + more, count, row_tile, q_head, done)
             # NOTE: not before the tile's loads: a CTA that has a heavy tile would take another too early
             following = tiles
             if tiles > clusters:
@@ -276,26 +248,6 @@ class Producer:
                     channel.acquire((count + i) % config.stages, (count + i) // config.stages)
 
     @cute.jit
-    def span(self, tensors: Tensors, scalars: Scalars, request, P):
-        """The position of a request's first query, and its keys."""
-        start, length = Int32(0), scalars.S_kv
-        if scalars.has_start != 0:
-            start = tensors.start_pos[request]
-        if const_expr(self.config.paged):
-            length = cutlass.min(length, start + P)
-        if scalars.has_lens != 0:
-            length = cutlass.min(length, tensors.seq_lens[request])
-        return start, cutlass.max(0, length)
-
-    @cute.jit
-    def take(self, counter: cute.Tensor):
-        """The next number of the counter, for the whole warp."""
-        number = Int32(0)
-        if cute.arch.lane_idx() == 0:
-            number = cute.arch.atomic_add(counter.iterator, Int32(1))
-        return cute.arch.shuffle_sync(number, offset=0)
-
-    @cute.jit
     def take_next(self, counter: cute.Tensor, index, clusters, done):
         """The number of the tile after number `index`."""
         if const_expr(self.config.in_turn):
@@ -303,7 +255,7 @@ class Producer:
         elif const_expr(self.config.cluster > 1):
             return self.take_together(counter, clusters, done)
         else:
-            return self.take(counter) + clusters
+            return take(counter) + clusters
 
     @cute.jit
     def take_together(self, counter: cute.Tensor, clusters, done):
@@ -311,7 +263,7 @@ class Producer:
         numbers, slot = self.shared.numbers, done % NUMBER_STAGES
         number = Int32(0)
         if self.rank == 0:
-            number = self.take(counter) + clusters
+            number = take(counter) + clusters
             with cute.arch.elect_one():
                 send_to_peer(self.shared.sNumbers + slot, number, numbers.bar(slot), Int32(1))
         else:
@@ -320,12 +272,3 @@ class Producer:
             numbers.wait(slot, done // NUMBER_STAGES)
             number = cute.make_tensor(self.shared.sNumbers, cute.make_layout(NUMBER_STAGES))[slot]
         return number
-
-    @cute.jit
-    def blocks(self, scalars: Scalars, row0, length, start) -> schedule.Blocks:
-        """The key blocks of a tile."""
-        config, least, most = self.config, cutlass.min, cutlass.max
-        total, whole = schedule.blocks(length, start + row0, config.tile_m, False, config.tile_n, least, most)
-        if scalars.causal != 0:
-            total, whole = schedule.blocks(length, start + row0, config.tile_m, True, config.tile_n, least, most)
-        return schedule.Blocks(total, whole)

@@ -18,8 +18,8 @@ class Tensors(NamedTuple):
     """Global memory, all but q, k and v, which only TMA touches, and out.
 
     table [B, table_blocks], seq_lens [B] and start_pos [B] int32; sink [Hq] FP32; score_scale and value_scale [B, Hk]
-    FP32: factors of Q K^T and of V; lse [B * Hq, P] FP32, natural log;
-    counter [1] int32, zero before the launch: tiles handed out beyond the first of each CTA; block_map [B or 1, Hq or
+    FP32: factors of Q K^T and of V; lse [B * Hq, P] FP32, natural log; counter [1] int32, zero before the launch: tiles
+    handed out beyond the first of each CTA, or team where blocks are listed. Read there alone: block_map [B or 1, Hq or
     1, ceil(P / 64), ceil(S_kv / 64)] uint8: 0 skip the block, 1 take it, 2 take it with mask_bits [B or 1, Hq or 1, P,
     2 * ceil(S_kv / 64)] int32, a bit a key.
     """
@@ -72,7 +72,6 @@ class Shared:
     staged: cute.Pointer
     sTask: cute.Tensor
     sNumbers: cute.Pointer
-    sKeys: cute.Tensor
     numbers: Channel
     tasks: Channel
     q: Channel
@@ -109,7 +108,6 @@ class Shared:
             staged=storage.staged.data_ptr(),
             sTask=storage.sTask.get_tensor(cute.make_layout((TASK, TASK_STAGES))),
             sNumbers=storage.sNumbers.data_ptr(),
-            sKeys=storage.sKeys.get_tensor(cute.make_layout(config.stages)),
             numbers=channel("numbers", storage.number_barriers, config.number_stages, readers=0),
             tasks=channel("tasks", storage.task_barriers, TASK_STAGES, readers=warps + config.helpers),
             q=channel("Q", storage.q_barriers, config.q_stages, readers=warps if config.staged else 1),
@@ -138,7 +136,7 @@ class Task(NamedTuple):
     position of its first query.
 
     blocks: key blocks to compute; 0 marks the end, there is no tile then. whole: how many of them, at the beginning,
-    need no mask (where all blocks count). more: blocks behind them that come for the other tile of the cluster.
+    need no mask. more: blocks behind them that come for the other tile of the cluster.
     """
 
     row0: Int32

@@ -8,7 +8,6 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from flash_mla.kernels.hopper.channel import Channel
-from flash_mla.kernels.hopper.limits import BLOCK
 from flash_mla.kernels.hopper.prefill.config import Config
 from flash_mla.kernels.hopper.prefill.consumer import Consumer
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Task, Tensors, receive
@@ -17,63 +16,49 @@ from flash_mla.kernels.hopper.prefill.shared import Scalars, Task, Tensors, rece
 @cute.jit
 def next_block(
     consumer: Consumer,
-    tensors: Tensors,
-    Hq,
-    tile: Task,
     count,
     q_stage,
-    word,
+    key0,
     masked: cutlass.Constexpr,
     crossing: cutlass.Constexpr,
     skipped=0,
-) -> Int32:
-    """P V of block number `count` beside the scores and softmax of the next, a block of `tile`.
+) -> None:
+    """P V of block number `count` beside the scores and softmax of the next.
 
-    word: the next block's first key; where blocks are listed, the list says it, with its flags. Returned. crossing: the
-    block is the first of the next tile, whose factor is none of this tile's O. skipped: blocks between the two.
+    key0: the next block's first key, where it is masked. crossing: it is the first of the next tile, whose factor is
+    none of this tile's O. skipped: blocks between the two.
     """
     k, v, following, stages = consumer.shared.k, consumer.shared.values, count + 1 + skipped, consumer.config.stages
     k.wait(following % stages, following // stages)
-    if const_expr(consumer.config.sparse):
-        word = consumer.shared.sKeys[following % stages]
     consumer.take_turn()
     consumer.scores(q_stage, following % stages)
     v.wait(count % stages, count // stages)
     consumer.values(count % stages, True)
     warpgroup.wait_group(1)
     k.release(following % stages)
-    if const_expr(consumer.config.sparse):
-        consumer.mask_listed(tensors, Hq, tile, word)
-    elif const_expr(masked):
-        consumer.rows.mask(consumer.S, word)
+    if const_expr(masked):
+        consumer.rows.mask(consumer.S, key0)
     consumer.softmax()
     warpgroup.wait_group(0)
     v.release(count % stages)
     consumer.round()
     if const_expr(not crossing):
         consumer.rows.rescale(consumer.O)
-    return word
 
 
 @cute.jit
-def first_block(consumer: Consumer, tensors: Tensors, Hq, tile: Task, count, q_stage) -> Int32:
-    """Scores and softmax of a tile's first block, with nothing beside them. Returns its word as `next_block` does."""
-    k, stages, word = consumer.shared.k, consumer.config.stages, Int32(0)
+def first_block(consumer: Consumer, count, q_stage) -> None:
+    """Scores and softmax of a tile's first block, with nothing beside them."""
+    k, stages = consumer.shared.k, consumer.config.stages
     k.wait(count % stages, count // stages)
-    if const_expr(consumer.config.sparse):
-        word = consumer.shared.sKeys[count % stages]
     consumer.take_turn()
     consumer.scores(q_stage, count % stages)
     consumer.pass_turn()
     warpgroup.wait_group(0)
     k.release(count % stages)
-    if const_expr(consumer.config.sparse):
-        consumer.mask_listed(tensors, Hq, tile, word)
-    else:
-        consumer.rows.mask(consumer.S, word)
+    consumer.rows.mask(consumer.S, 0)
     consumer.softmax()
     consumer.round()
-    return word
 
 
 @cute.jit
@@ -106,12 +91,11 @@ def leave(channel: Channel, config: Config, count, skipped) -> None:
 @cute.jit
 def cross(
     consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Scalars, tile: Task, following: Task, count, done
-) -> Int32:
+) -> None:
     """P V of the last block of a tile, then its result under the scores of the next tile's first block, which is
-    `following`. For one Q stage, whose next Q is on its way meanwhile; `done` tiles were computed. Returns a word as
-    `next_block` does.
+    `following`. For one Q stage, whose next Q is on its way meanwhile; `done` tiles were computed.
     """
-    k, v, stages, word = consumer.shared.k, consumer.shared.values, consumer.config.stages, Int32(0)
+    k, v, stages = consumer.shared.k, consumer.shared.values, consumer.config.stages
     row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
     v.wait(count % stages, count // stages)
     consumer.take_turn()
@@ -120,8 +104,6 @@ def cross(
     consumer.shared.q.wait(done % q_stages, done // q_stages)
     first = count + 1 + skipped_behind(consumer.config, tile)
     k.wait(first % stages, first // stages)
-    if const_expr(consumer.config.sparse):
-        word = consumer.shared.sKeys[first % stages]
     consumer.scores(done % q_stages, first % stages)
     consumer.pass_turn()
     warpgroup.wait_group(1)
@@ -133,25 +115,25 @@ def cross(
     consumer.begin(tensors, scalars, following)
     warpgroup.wait_group(0)
     k.release(first % stages)
-    if const_expr(consumer.config.sparse):
-        consumer.mask_listed(tensors, scalars.Hq, following, word)
-    else:
-        consumer.rows.mask(consumer.S, word)
+    consumer.rows.mask(consumer.S, 0)
     consumer.softmax()
     consumer.round()
-    return word
 
 
 @cute.jit
 def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Scalars) -> None:
     """Compute tile after tile."""
     config, shared = consumer.config, consumer.shared
-    q_stages, tile_n, Hq = config.q_stages, config.tile_n, scalars.Hq
+    q_stages, tile_n = config.q_stages, config.tile_n
+    role, warps = "consumers", 4 * config.consumers
+    for channel in (shared.tasks, shared.k, shared.values, *([shared.q] if config.staged else [])):
+        channel.read_by(role, warps)
+    shared.out.written_by(role, warps)
     if const_expr(config.turns):  # noqa: SIM102
         if consumer.wg == config.consumers - 1:
             consumer.pass_turn()
     row_max, row_sum = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-    count, done, word = Int32(0), Int32(0), Int32(0)
+    count, done = Int32(0), Int32(0)
     row0, head, request, kv_head, length, start, blocks, whole, more = receive(shared, done)
     if blocks != 0:
         tile = Task(row0, head, request, kv_head, length, start, blocks, whole, more)
@@ -159,21 +141,16 @@ def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Sca
         consumer.begin(tensors, scalars, tile)
         shared.q.wait(0, 0)
         consumer.hold_q(0)
-        word = first_block(consumer, tensors, Hq, tile, count, 0)
+        first_block(consumer, count, 0)
     while blocks != 0:
         # all blocks of the tile but the last
         tile = Task(row0, head, request, kv_head, length, start, blocks, whole, more)
         q_stage, end = done % q_stages, blocks - 1
-        if const_expr(config.sparse):
-            for n in cutlass.range(end, unroll=1):
-                word = next_block(consumer, tensors, Hq, tile, count + n, q_stage, word, True, False)
-        else:
-            clear = cutlass.max(whole - 1, 0)
-            for n in cutlass.range(clear, unroll=1):
-                next_block(consumer, tensors, Hq, tile, count + n, q_stage, Int32(0), False, False)
-            for n in cutlass.range(clear, end, unroll=1):
-                next_block(consumer, tensors, Hq, tile, count + n, q_stage, (n + 1) * tile_n, True, False)
-            word = end * tile_n
+        clear = cutlass.max(whole - 1, 0)
+        for n in cutlass.range(clear, unroll=1):
+            next_block(consumer, count + n, q_stage, 0, False, False)
+        for n in cutlass.range(clear, end, unroll=1):
+            next_block(consumer, count + n, q_stage, (n + 1) * tile_n, True, False)
         count, done = count + end, done + 1
         if const_expr(config.staged):
             shared.q.release(q_stage)  # all scores of the tile are made
@@ -185,10 +162,10 @@ def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Sca
             row_max[r], row_sum[r] = consumer.rows.max[r], consumer.rows.sum[r]
         skipped = skipped_behind(config, tile)
         leave(shared.k, config, count, skipped)
-        consumer.clear_values(tile.length - word // BLOCK * BLOCK, count)
+        consumer.clear_values(tile.length - end * tile_n, count)
         if const_expr(config.staged):
             if blocks != 0:
-                word = cross(consumer, out, tensors, scalars, tile, following, count, done)
+                cross(consumer, out, tensors, scalars, tile, following, count, done)
             else:
                 last_block(consumer, count)
                 consumer.write(out, tensors, scalars, tile, q_stage, row_max, row_sum)
@@ -197,8 +174,7 @@ def consume(consumer: Consumer, out: cute.Tensor, tensors: Tensors, scalars: Sca
                 shared.q.wait(done % q_stages, done // q_stages)
                 consumer.hold_q(done % q_stages)
                 consumer.begin(tensors, scalars, following)
-                first = Int32(0)
-                word = next_block(consumer, tensors, Hq, following, count, done % q_stages, first, True, True, skipped)
+                next_block(consumer, count, done % q_stages, 0, True, True, skipped)
             else:
                 last_block(consumer, count)
             consumer.write(out, tensors, scalars, tile, q_stage, row_max, row_sum)
