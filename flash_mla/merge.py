@@ -6,6 +6,8 @@ Softmax over a union of key sets is the average of the parts' outputs, weighted 
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,20 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         (out [..., Dv], lse [...]) in the input's dtypes; a row without any key gives 0 and -inf.
     """
     check_parts(outs, lses)
-    lse = torch.logsumexp(lses, dim=0)
+    if len(outs) == 0:  # as of one part without a key
+        outs, lses = outs.new_zeros((1, *outs.shape[1:])), lses.new_full((1, *lses.shape[1:]), -torch.inf)
+    dtypes = outs.dtype, lses.dtype
+    outs, lses = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (outs, lses))
+    # NOTE: part by part: torch's sums and softmax over the parts give a row other bits beside other rows
+    peak = lses.detach().amax(0)
+    peak = torch.where(peak.isfinite(), peak, 0.0)
+    weights = [torch.exp(lse - peak) for lse in lses]
+    total = reduce(torch.add, weights)
+    lse = peak + total.log()
     # NOTE: not exp(lses - lse): lse is rounded, and at 1e7 such weights summed to 1.17
-    weights = torch.softmax(lses, dim=0).masked_fill(lse == -torch.inf, 0.0)
-    return (outs * weights.unsqueeze(-1).to(outs.dtype)).sum(0), lse
+    divisor = torch.where(total == 0.0, 1.0, total)
+    out = reduce(torch.add, (out * (weight / divisor).unsqueeze(-1) for out, weight in zip(outs, weights, strict=True)))
+    return out.to(dtypes[0]), lse.to(dtypes[1])
 
 
 @explained

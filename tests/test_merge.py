@@ -37,6 +37,23 @@ def test_an_empty_part_changes_no_bit():
     assert torch.equal(merged_lse, lse[0])
 
 
+@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_beside_any_others(parts, dtype):
+    outs, lses = torch.randn(parts, 3, 24, 2, 40, dtype=dtype), 3 * torch.randn(parts, 3, 24, 2)
+    whole, whole_lse = merge(outs, lses)
+    for heads in (slice(0, 1), slice(5, 12), slice(18, 24)):
+        out, lse = merge(outs[:, :, heads].contiguous(), lses[:, :, heads].contiguous())
+        assert torch.equal(out, whole[:, heads])
+        assert torch.equal(lse, whole_lse[:, heads])
+
+
+def test_no_parts():
+    out, lse = merge(torch.ones(0, 2, 4), torch.ones(0, 2))
+    assert torch.equal(out, torch.zeros(2, 4))
+    assert torch.equal(lse, torch.full((2,), -math.inf))
+
+
 def test_nothing_but_empty_parts():
     out, lse = merge(torch.ones(3, 2, 4), torch.full((3, 2), -math.inf))
     assert torch.equal(out, torch.zeros(2, 4))
