@@ -79,6 +79,16 @@ def test_sinks_at_the_ends(sink, backend):
     close(got, want)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sink_that_takes_little(backend):
+    """Its gradient is as right as that of one that takes half: of 1 minus what is left, no digit would be."""
+    q, k, v, d_out = rows((1, 2, 40, 16), (1, 1, 40, 16), (1, 1, 40, 16), (1, 2, 40, 16))
+    leaves = {"q": q, "k": k, "v": v, "attn_sink": torch.tensor([-14.0, -12.0])}
+    got = gradients(flash_mla_prefill, leaves, d_out, backend=backend)
+    want = gradients(prefill_reference, {name: x.double() for name, x in leaves.items()}, d_out, causal=True)
+    torch.testing.assert_close(got[-1].double(), want[-1], rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_may_hold_anything(backend, causal):
@@ -310,6 +320,16 @@ def test_sparse(dtype, backend):
     close(got, sparse_gradients(truth, [x.double() for x in leaves], d_out, d_lse), dtype)
     again = sparse_gradients(ours, leaves, d_out, d_lse)
     assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sparse_sink_that_takes_little(backend):
+    (q, kv, sink), d_out, d_lse, indices, lengths = sparse_call(FP32)
+    leaves = [q, kv, torch.full_like(sink, -14.0)]
+    ours, truth = sparse_functions(16, indices, lengths, backend)
+    got = sparse_gradients(ours, leaves, d_out, d_lse)[-1]
+    want = sparse_gradients(truth, [x.double() for x in leaves], d_out, d_lse)[-1]
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.skipif(not INTERPRET, reason="a chunk is Triton's")

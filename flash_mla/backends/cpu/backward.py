@@ -57,8 +57,10 @@ def launch(problem: BackwardProblem, config: None, args: BackwardArgs) -> None:
         d_out, d_lse, lse, q, out = (x[:, :, :rows] for x in (d_out, d_lse, lse, q, out))
         k, v = (x[b, :, :keys].float() for x in (args.k, args.v))
         if args.attn_sink is not None and d_sink is not None:
-            left = torch.sigmoid(lse - args.attn_sink.view(*heads, 1)).masked_fill(lse == -math.inf, 0.0)
-            d_sink -= ((1.0 - left) * (d_out * out).sum(-1)).sum(-1)
+            beyond, empty = lse - args.attn_sink.view(*heads, 1), lse == -math.inf
+            left = torch.sigmoid(beyond).masked_fill(empty, 0.0)
+            # NOTE: not 1 - left, of which little is right where the sink takes little
+            d_sink -= (torch.sigmoid(-beyond).masked_fill(empty, 0.0) * (d_out * out).sum(-1)).sum(-1)
             d_out = d_out * left.unsqueeze(-1)
         # NOTE: as many heads at a time as fill the threads: gradients of all at once are memory that is new to every
         # call, which took 10% of its time (4 heads of 128 columns, 2048 tokens, one thread)

@@ -50,8 +50,10 @@ def add_tokens(
     weights.masked_fill_(~live.unsqueeze(1) | empty.unsqueeze(-1), 0.0)
     product = (out * d_out).sum(-1)
     if args.attn_sink is not None:
-        left = torch.sigmoid(lse - args.attn_sink).masked_fill(empty, 0.0)
-        d_sink -= ((1.0 - left) * product).sum(0)
+        beyond = lse - args.attn_sink
+        left = torch.sigmoid(beyond).masked_fill(empty, 0.0)
+        # NOTE: not 1 - left, of which little is right where the sink takes little
+        d_sink -= (torch.sigmoid(-beyond).masked_fill(empty, 0.0) * product).sum(0)
         product, d_out = product * left, d_out * left.unsqueeze(-1)
     shift = product - d_lse.masked_fill(empty, 0.0)
     d_scores = torch.bmm(d_out, k[..., : problem.Dv].transpose(1, 2)).sub_(shift.unsqueeze(-1))

@@ -213,10 +213,12 @@ def prepare_kernel(
     shift = product
     row = (b * tl.num_programs(1) + h) * P + rows
     if sink_ptr is not None:
-        left = sink_factor(lse * LOG2E, tl.load(sink_ptr + h))
+        sink = tl.load(sink_ptr + h)
+        left = sink_factor(lse * LOG2E, sink)
         shift *= left
         tl.store(left_ptr + row, left, mask=row_live)
-        tl.store(d_sink_ptr + row, (left - 1.0) * product, mask=row_live)
+        # NOTE: what the sink takes, not 1 - left, of which little is right where that is little
+        tl.store(d_sink_ptr + row, -sink_factor(sink * LOG2E, lse) * product, mask=row_live)
     tl.store(lse2_ptr + row, tl.where(active, lse * LOG2E, float("inf")), mask=row_live)
     tl.store(shift_ptr + row, shift - d_lse, mask=row_live)
     live = tl.max(tl.where(active, rows + 1, 0), 0)
