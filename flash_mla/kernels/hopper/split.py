@@ -49,6 +49,23 @@ CLUSTERS = (132, 66, 39, 30, 22, 17, 15, 15)
 A call in teams has no more."""
 
 
+class Clustered:
+    """A variant of a kernel whose clusters share K, or are teams of whose CTAs each takes `team` pairs at most."""
+
+    cluster: int
+    team: int
+
+    @property
+    def reach(self) -> int:
+        """Pairs of blocks that a team has at most."""
+        return self.cluster * self.team
+
+    @property
+    def sharers(self) -> int:
+        """CTAs of a cluster that share K."""
+        return 1 if self.team else self.cluster
+
+
 def scan_words(warps: int) -> int:
     """32-bit words of shared memory in which a CTA's warps find its work: two a warp, and two for what they find."""
     return 2 * warps + 2

@@ -55,7 +55,7 @@ class Bar(IntEnum):
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(split.Clustered):
     """What is compiled: everything else is an argument of the kernel.
 
     dtype of q, k and out; D, the width of K's rows (576, or 512 without a rope part); cluster, the CTAs of one, which
@@ -86,16 +86,6 @@ class Config:
     def short(self) -> bool:
         """Whether a CTA has a pair of blocks at most."""
         return self.team == 1
-
-    @property
-    def reach(self) -> int:
-        """Pairs of blocks that a team has at most."""
-        return self.cluster * self.team
-
-    @property
-    def sharers(self) -> int:
-        """CTAs of a cluster that share K."""
-        return 1 if self.team else self.cluster
 
     @property
     def rows(self) -> int:

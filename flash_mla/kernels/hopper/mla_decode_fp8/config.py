@@ -56,7 +56,7 @@ class Bar(IntEnum):
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(split.Clustered):
     """What is compiled: everything else is an argument of the kernel.
 
     q, the dtype of the queries (out: the same, BF16 for FP8); D, the width of K's rows (576, or 512 without a rope
@@ -87,16 +87,6 @@ class Config:
     def rope(self) -> int:
         """Columns of K's rope part."""
         return self.D - DV
-
-    @property
-    def reach(self) -> int:
-        """Pairs of blocks that a team has at most."""
-        return self.cluster * self.team
-
-    @property
-    def sharers(self) -> int:
-        """CTAs of a cluster that share K."""
-        return 1 if self.team else self.cluster
 
     @property
     def rows(self) -> int:
