@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from flash_mla.backends.cpu.backward import beside_sink
 from flash_mla.backends.cpu.sparse import SLICE_BYTES, gather_keys
 from flash_mla.backends.cpu.surroundings import undisturbed
 from flash_mla.problem import SparseBackwardArgs, SparseBackwardProblem, SparseProblem
@@ -50,10 +51,8 @@ def add_tokens(
     weights.masked_fill_(~live.unsqueeze(1) | empty.unsqueeze(-1), 0.0)
     product = (out * d_out).sum(-1)
     if args.attn_sink is not None:
-        beyond = lse - args.attn_sink
-        left = torch.sigmoid(beyond).masked_fill(empty, 0.0)
-        # NOTE: not 1 - left, of which little is right where the sink takes little
-        d_sink -= (torch.sigmoid(-beyond).masked_fill(empty, 0.0) * product).sum(0)
+        left, taken = beside_sink(lse, args.attn_sink, empty)
+        d_sink -= (taken * product).sum(0)
         product, d_out = product * left, d_out * left.unsqueeze(-1)
     shift = product - d_lse.masked_fill(empty, 0.0)
     d_scores = torch.bmm(d_out, k[..., : problem.Dv].transpose(1, 2)).sub_(shift.unsqueeze(-1))

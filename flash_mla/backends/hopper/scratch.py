@@ -68,15 +68,17 @@ class Scratch:
         return self._views[shape]
 
     @functools.cached_property
+    def _set(self) -> Tensor:
+        return take_counters(self.device)
+
+    @functools.cached_property
     def counters(self) -> int:
         """Where its set of counters begins: COUNTERS int32, 0, and 0 again behind every launch."""
-        self._set = take_counters(self.device)
         return self._set.data_ptr()
 
     @functools.cached_property
     def counter(self) -> Tensor:
         """The first of them, [1]."""
-        assert self.counters
         return self._set[:1]
 
 

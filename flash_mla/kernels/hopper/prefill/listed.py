@@ -35,8 +35,6 @@ Measured: docs/design/prefill.md.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
@@ -44,7 +42,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from flash_mla.kernels.hopper import symbolic
 from flash_mla.kernels.hopper.barriers import sync
-from flash_mla.kernels.hopper.boxes import Tma, load_of, store_of, tma_boxes, zero_rows
+from flash_mla.kernels.hopper.boxes import load_of, store_of, tma_boxes, zero_rows
 from flash_mla.kernels.hopper.channel import Channel, open_channels
 from flash_mla.kernels.hopper.dtypes import DTYPES
 from flash_mla.kernels.hopper.launch import Kernel, launch_ctas
@@ -52,7 +50,7 @@ from flash_mla.kernels.hopper.limits import BLOCK, CHUNK, WARPGROUP
 from flash_mla.kernels.hopper.memory import allocate
 from flash_mla.kernels.hopper.prefill.config import BITS, LAST, LISTED_TILE, ROW_LIMITS, Bar, Listed
 from flash_mla.kernels.hopper.prefill.consumer import Consumer
-from flash_mla.kernels.hopper.prefill.kernel import arguments, rows_first
+from flash_mla.kernels.hopper.prefill.kernel import Tmas, arguments, rows_first
 from flash_mla.kernels.hopper.prefill.listing import ListedShared, Loader, Tile
 from flash_mla.kernels.hopper.prefill.shared import Scalars, Tensors
 
@@ -217,15 +215,6 @@ def consume(consumer: Consumer, tma_o: cute.CopyAtom, tO: cute.Tensor, tensors: 
 
 
 # ---------------------------------------------------------------------------------------------------------- Kernel
-
-
-class Tmas(NamedTuple):
-    """TMA of Q, K, V and out."""
-
-    q: Tma
-    k: Tma
-    v: Tma
-    out: Tma
 
 
 class ListedPrefill(Kernel[Listed]):
